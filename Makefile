@@ -1,0 +1,44 @@
+# make demo    decode a real model on this machine
+# make test    lint and the test suite
+# make bench   the benchmarks
+# Each sets up .venv first, if needed. PYTHON=python3.12 chooses the interpreter of a new .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CPP_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/built
+	$(BIN)/python -m sirius_ext demo
+
+test: lint .venv/built
+	$(BIN)/python -m pytest -q
+
+bench: .venv/bench .venv/built
+	$(BIN)/python bench/bench_ops.py
+	$(BIN)/python bench/decode.py
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+clean:
+	rm -rf .venv build dist *.egg-info sirius_ext/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml tools/setup_venv.sh
+	PYTHON="$(PYTHON)" tools/setup_venv.sh dev
+	touch $@
+
+.venv/bench: .venv/ready
+	tools/setup_venv.sh dev,bench
+	touch $@
+
+# The folders are listed too: their times change when a file is removed.
+.venv/built: .venv/ready CMakeLists.txt setup.py $(CPP_SOURCES) $(shell find csrc python -type d)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@

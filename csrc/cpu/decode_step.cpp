@@ -1,0 +1,107 @@
+// One pass through every layer, in one parallel region: the loop over layers that a decode step is.
+#include <cstring>
+
+#include "isa.h"
+#include "ops.h"
+#include "team.h"
+
+namespace sirius::cpu {
+namespace {
+
+// The activations that threads share. Norms are recomputed by each thread instead: cheaper than a barrier.
+struct Workspace {
+  char* next;
+  Dtype dtype;
+  void *x, *qkv, *attended, *hidden;
+  float* attention;
+
+  Workspace(const ModelWeights& m, int num_rows, void* memory) : next(static_cast<char*>(memory)), dtype(m.dtype) {
+    x = take(size_t(num_rows) * m.hidden);
+    qkv = take(size_t(num_rows) * (m.heads + 2 * m.kv_heads) * m.head_dim);
+    attended = take(size_t(num_rows) * m.heads * m.head_dim);
+    hidden = take(size_t(num_rows) * m.intermediate);
+    attention = reinterpret_cast<float*>(next);
+  }
+
+  void* take(size_t elements) {
+    void* start = next;
+    next += (elements * size_of(dtype) + 63) / 64 * 64;
+    return start;
+  }
+};
+
+void* norm(const ModelWeights& m, const void* x, const void* weight, int num_rows) {
+  const Kernels& k = kernels(m.dtype);
+  void* out = scratch<char>(Scratch::normed, size_t(num_rows) * m.hidden * size_of(m.dtype));
+  for (int j = 0; j < num_rows; ++j) {
+    const size_t at = size_t(j) * m.hidden;
+    k.rms_norm(offset(x, at, m.dtype), nullptr, weight, m.eps, m.hidden, offset(out, at, m.dtype));
+  }
+  return out;
+}
+
+void attention_block(const DecodeStepParams& p, const Workspace& w, int layer) {
+  const ModelWeights& m = *p.model;
+  const LayerWeights& weights = m.layers[layer];
+  const int qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+  const size_t cache_at = size_t(layer) * m.kv_heads * p.capacity * m.head_dim;
+  const CacheShape cache{m.kv_heads, p.capacity, m.head_dim};
+  void *k_cache = offset(p.k_cache, cache_at, m.dtype), *v_cache = offset(p.v_cache, cache_at, m.dtype);
+
+  const void* normed = norm(m, w.x, weights.input_norm, p.num_rows);
+  linear({m.dtype, normed, weights.qkv, 3, nullptr, w.qkv, false, p.num_rows, m.hidden, qkv_width});
+  sync();
+  rope_kv_write({m.dtype, w.qkv, p.cos, p.sin, p.positions, nullptr, p.first_slot, k_cache, v_cache, cache, p.num_rows, m.heads});
+  sync();
+  tree_attention({m.dtype, w.qkv, qkv_width, k_cache, v_cache, cache, p.prefix, p.mask, p.mask_words, w.attended, w.attention,
+                  m.attention_scale, p.num_rows, m.heads});
+  sync();
+  linear({m.dtype, w.attended, &weights.output, 1, w.x, w.x, false, p.num_rows, m.heads * m.head_dim, m.hidden});
+  sync();
+}
+
+void mlp_block(const DecodeStepParams& p, const Workspace& w, int layer) {
+  const ModelWeights& m = *p.model;
+  const LayerWeights& weights = m.layers[layer];
+  const int32_t* neurons = p.neurons ? p.neurons + size_t(layer) * p.neuron_stride : nullptr;
+  const int kept = p.neurons ? p.num_neurons[layer] : m.intermediate;
+
+  const void* normed = norm(m, w.x, weights.post_norm, p.num_rows);
+  gate_up({m.dtype, normed, weights.gate, weights.up, neurons, w.hidden, p.num_rows, m.hidden, kept});
+  sync();
+  down({m.dtype, w.hidden, weights.down, neurons, w.x, w.x, p.num_rows, m.hidden, kept});
+  sync();
+}
+
+}  // namespace
+
+void decode_step(const DecodeStepParams& p) {
+  const ModelWeights& m = *p.model;
+  const Workspace w(m, p.num_rows, p.workspace);
+  const size_t row_bytes = m.hidden * size_of(m.dtype);
+
+  const Range rows = share(p.num_rows);
+  for (int j = rows.begin; j < rows.end; ++j)
+    std::memcpy(offset(w.x, size_t(j) * m.hidden, m.dtype), offset(m.embedding, size_t(p.tokens[j]) * m.hidden, m.dtype), row_bytes);
+  sync();
+  for (int layer = 0; layer < m.num_layers; ++layer) {
+    attention_block(p, w, layer);
+    mlp_block(p, w, layer);
+  }
+
+  const Matrix lm_head{m.lm_head, nullptr, m.vocab};
+  const void* normed = norm(m, w.x, m.final_norm, p.num_rows);
+  linear({m.dtype, normed, &lm_head, 1, nullptr, p.logits, true, p.num_rows, m.hidden, m.vocab});
+  sync();
+  for (int j = rows.begin; j < rows.end; ++j) {
+    float max, sum;
+    kernels(Dtype::f32).logit_stats(p.logits + size_t(j) * m.vocab, m.vocab, 1.0f, &max, p.argmax + j, &sum);
+  }
+}
+
+size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {
+  const size_t elements = size_t(num_rows) * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);
+  return elements * size_of(m.dtype) + 4 * 64 + attention_workspace(num_rows, m.heads, m.head_dim, slots) * sizeof(float);
+}
+
+}  // namespace sirius::cpu

@@ -1,0 +1,17 @@
+// Which bodies run: the best that the CPU has, or the one that SIRIUS_ISA or set_isa names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sirius::cpu {
+
+const Kernels& kernels(Dtype dtype);
+
+std::vector<std::string> available_isas();  // best first; never empty
+std::string isa();
+void set_isa(const std::string& name);  // throws std::invalid_argument that lists what there is
+
+}  // namespace sirius::cpu

@@ -1,0 +1,282 @@
+// The inner loops for any vector width: included once by each kernels_<isa>.cpp, compiled with that file's instruction set.
+#pragma once
+
+#include <limits>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sirius::cpu {
+namespace {
+
+// Rows are read side by side, each this far ahead of the sum; at a row's end the prefetch goes on in the row that follows it in its
+// lane. Without that a third of each row of 3 KB arrives late (measured: 16 rows at 512 bytes ahead outrun one linear stream).
+constexpr int kPrefetchBytes = 512;
+constexpr int kGroup = 8;                                              // rows in flight
+constexpr int kAccumulators = Vec::width == 16 ? 16 : 8;               // half of the vector registers
+constexpr int kMaxColumns = 4;                                         // input rows that share one load of a weight
+constexpr int rows_per_tile(int m) { return kAccumulators / m < kGroup ? kAccumulators / m : kGroup; }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// How `dot` multiplies: the input is kept in fp32, or in bf16 where the CPU has vdpbf16ps.
+template <class T>
+struct Product {
+  using Input = float;
+  using Operand = Vec;
+  static constexpr int step = Vec::width;
+  static Vec weight(const T* p) { return Vec::load(p); }
+  static Vec weight_part(const T* p, int n) { return load_part(p, n); }
+  static Vec input(const float* p) { return Vec::load(p); }
+  static Vec madd(Vec a, Vec b, Vec acc) { return fma(a, b, acc); }
+  static float convert(T x) { return to_float(x); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<bf16_t> {
+  using Input = bf16_t;
+  using Operand = __m512bh;
+  static constexpr int step = 32;
+  static Operand weight(const bf16_t* p) { return (Operand)_mm512_loadu_si512(p); }
+  static Operand weight_part(const bf16_t* p, int n) { return (Operand)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+  static Operand input(const bf16_t* p) { return weight(p); }
+  static Vec madd(Operand a, Operand b, Vec acc) { return {_mm512_dpbf16_ps(acc.v, a, b)}; }
+  static bf16_t convert(bf16_t x) { return x; }
+};
+#endif
+
+template <class T>
+int padded(int k) {
+  constexpr int step = Product<T>::step;
+  return (k + step - 1) / step * step;
+}
+
+template <class T>
+size_t packed_size(int m, int k) {
+  return size_t(m) * padded<T>(k) * sizeof(typename Product<T>::Input);
+}
+
+template <class T>
+void pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
+  using Input = typename Product<T>::Input;
+  const int width = padded<T>(k);
+  for (int j = 0; j < m; ++j) {
+    const T* from = static_cast<const T*>(x) + j * ldx;
+    Input* to = static_cast<Input*>(packed) + ptrdiff_t(j) * width;
+    for (int c = 0; c < k; ++c) to[c] = Product<T>::convert(from[c]);
+    for (int c = k; c < width; ++c) to[c] = Input{};
+  }
+}
+
+// R weight rows by M input rows, one accumulator each.
+template <class T, int R, int M, bool kPrefetch>
+void dot_tile(const T* const* rows, const typename Product<T>::Input* x, int width, int k, float* out, ptrdiff_t ldo) {
+  using P = Product<T>;
+  constexpr int ahead = kPrefetchBytes / int(sizeof(T));
+  Vec acc[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < M; ++j) acc[r][j] = Vec::set(0.0f);
+  const auto step = [&](int c, auto load) {
+    typename P::Operand in[M];
+    for (int j = 0; j < M; ++j) in[j] = P::input(x + ptrdiff_t(j) * width + c);
+    for (int r = 0; r < R; ++r) {
+      const typename P::Operand w = load(rows[r] + c);
+      for (int j = 0; j < M; ++j) acc[r][j] = P::madd(w, in[j], acc[r][j]);
+    }
+  };
+  int c = 0;
+  for (; c + P::step <= k; c += P::step) {
+    if constexpr (kPrefetch) {
+      const int target = c + ahead;
+      const int next = target < k ? 0 : kGroup;
+      const int column = target < k ? target : (target - k < k ? target - k : c);
+      for (int r = 0; r < R; ++r) prefetch(rows[r + next] + column);
+    }
+    step(c, [](const T* p) { return P::weight(p); });
+  }
+  if (c < k) step(c, [&](const T* p) { return P::weight_part(p, k - c); });
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < M; ++j) out[j * ldo + r] = reduce_add(acc[r][j]);
+}
+
+template <class T, int M>
+void dot_group(const T* const* rows, int n, const typename Product<T>::Input* x, int width, int k, float* out, ptrdiff_t ldo,
+               bool first) {
+  constexpr int R = rows_per_tile(M);
+  int r = 0;
+  for (; r + R <= n; r += R) {
+    if (first)
+      dot_tile<T, R, M, true>(rows + r, x, width, k, out + r, ldo);
+    else
+      dot_tile<T, R, M, false>(rows + r, x, width, k, out + r, ldo);
+  }
+  for (; r < n; ++r) dot_tile<T, 1, M, false>(rows + r, x, width, k, out + r, ldo);
+}
+
+template <class T>
+void dot(const void* const* row_pointers, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+  using Input = typename Product<T>::Input;
+  const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
+  const int width = padded<T>(k);
+  for (int r = 0; r < n; r += kGroup) {
+    const int group = n - r < kGroup ? n - r : kGroup;
+    for (int j = 0; j < m; j += kMaxColumns) {
+      const Input* x = static_cast<const Input*>(packed) + ptrdiff_t(j) * width;
+      float* o = out + j * ldo + r;
+      switch (m - j) {
+        case 1: dot_group<T, 1>(rows + r, group, x, width, k, o, ldo, j == 0); break;
+        case 2: dot_group<T, 2>(rows + r, group, x, width, k, o, ldo, j == 0); break;
+        case 3: dot_group<T, 3>(rows + r, group, x, width, k, o, ldo, j == 0); break;
+        default: dot_group<T, 4>(rows + r, group, x, width, k, o, ldo, j == 0);
+      }
+    }
+  }
+}
+
+// R weight rows are added into every accumulator row, in the order of the rows.
+template <class T, int R>
+void sum_group(const T* const* rows, const T* coef, ptrdiff_t ldc, int m, int begin, int end, float* acc, ptrdiff_t lda) {
+  constexpr int ahead = kPrefetchBytes / int(sizeof(T));
+  for (int c = begin; c < end; c += Vec::width) {
+    const int n = end - c;
+    if (R == kGroup) {
+      const int next = c + ahead < end ? 0 : kGroup;
+      const int column = c + ahead < end ? c + ahead : (c + ahead - (end - begin) < end ? c + ahead - (end - begin) : c);
+      for (int r = 0; r < R; ++r) prefetch(rows[r + next] + column);
+    }
+    Vec w[R];
+    for (int r = 0; r < R; ++r) w[r] = load_upto(rows[r] + c, n);
+    for (int j = 0; j < m; ++j) {
+      Vec sum = load_upto(acc + j * lda + c, n);
+      for (int r = 0; r < R; ++r) sum = fma(w[r], Vec::set(to_float(coef[j * ldc + r])), sum);
+      store_upto(sum, acc + j * lda + c, n);
+    }
+  }
+}
+
+template <class T>
+void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int begin, int end, float* acc,
+         ptrdiff_t lda) {
+  const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
+  const T* coef = static_cast<const T*>(coefficients);
+  int r = 0;
+  for (; r + kGroup <= n; r += kGroup) sum_group<T, kGroup>(rows + r, coef + r, ldc, m, begin, end, acc, lda);
+  for (; r < n; ++r) sum_group<T, 1>(rows + r, coef + r, ldc, m, begin, end, acc, lda);
+}
+
+template <class T>
+void store(const float* acc, const void* bias, const void* residual, int n, void* out) {
+  for (int c = 0; c < n; c += Vec::width) {
+    Vec v = load_upto(acc + c, n - c);
+    if (bias) v = v + load_upto(static_cast<const T*>(bias) + c, n - c);
+    if (residual) v = v + load_upto(static_cast<const T*>(residual) + c, n - c);
+    store_upto(v, static_cast<T*>(out) + c, n - c);
+  }
+}
+
+template <class T>
+void silu_mul(const float* gate, const float* up, int n, void* out) {
+  for (int c = 0; c < n; c += Vec::width) {
+    const Vec g = load_upto(gate + c, n - c);
+    const Vec silu = g / (Vec::set(1.0f) + exp(Vec::set(0.0f) - g));
+    store_upto(silu * load_upto(up + c, n - c), static_cast<T*>(out) + c, n - c);
+  }
+}
+
+template <class T>
+void rms_norm(const void* x, void* residual, const void* weight, float eps, int n, void* out) {
+  const T* in = static_cast<const T*>(x);
+  if (T* r = static_cast<T*>(residual)) {
+    for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(in + c, n - c) + load_upto(r + c, n - c), r + c, n - c);
+    in = r;
+  }
+  Vec squares = Vec::set(0.0f);
+  for (int c = 0; c < n; c += Vec::width) {
+    const Vec v = load_upto(in + c, n - c);
+    squares = fma(v, v, squares);
+  }
+  const Vec inverse = Vec::set(1.0f / std::sqrt(reduce_add(squares) / float(n) + eps));
+  for (int c = 0; c < n; c += Vec::width) {
+    const Vec v = load_upto(in + c, n - c) * inverse * load_upto(static_cast<const T*>(weight) + c, n - c);
+    store_upto(v, static_cast<T*>(out) + c, n - c);
+  }
+}
+
+template <class T>
+void rope(const void* x, const float* cos, const float* sin, int head_dim, void* out) {
+  const int half = head_dim / 2;
+  const T* in = static_cast<const T*>(x);
+  T* to = static_cast<T*>(out);
+  for (int c = 0; c < half; c += Vec::width) {
+    const int n = half - c;
+    const Vec a = load_upto(in + c, n), b = load_upto(in + half + c, n);
+    const Vec cosine = load_upto(cos + c, n), sine = load_upto(sin + c, n);
+    store_upto(a * cosine - b * sine, to + c, n);
+    store_upto(b * cosine + a * sine, to + half + c, n);
+  }
+}
+
+template <class T>
+void softmax(const float* scores, int n, float scale, void* p, float* max_out, float* sum_out) {
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  Vec top = Vec::set(lowest);
+  for (int c = 0; c < n; c += Vec::width) top = max(load_upto(scores + c, n - c, lowest), top);
+  const float peak = reduce_max(top) * scale;
+  Vec total = Vec::set(0.0f);
+  for (int c = 0; c < n; c += Vec::width) {
+    const Vec e = exp(fma(load_upto(scores + c, n - c), Vec::set(scale), Vec::set(-peak)));
+    store_upto(e, static_cast<T*>(p) + c, n - c);
+    total = total + (n - c >= Vec::width ? e : [&] {
+      alignas(64) float kept[Vec::width];
+      e.store(kept);
+      return load_part(kept, n - c);
+    }());
+  }
+  *max_out = peak;
+  *sum_out = reduce_add(total);
+}
+
+inline void logit_stats(const float* logits, int n, float inverse_temperature, float* max_out, int32_t* argmax, float* sum_out) {
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  constexpr int block = 1024;  // 4 KB: read once from memory, then twice from L1
+  float peak = lowest, sum = 0.0f;
+  int index = 0;
+  for (int begin = 0; begin < n; begin += block) {
+    const int length = n - begin < block ? n - begin : block;
+    const float* x = logits + begin;
+    Vec top = Vec::set(lowest);
+    for (int c = 0; c < length; c += Vec::width) top = max(load_upto(x + c, length - c, lowest), top);
+    const float here = reduce_max(top);
+    if (here > peak) {
+      sum *= peak == lowest ? 0.0f : std::exp((peak - here) * inverse_temperature);
+      peak = here;
+      int c = 0;
+      while (x[c] != here) ++c;
+      index = begin + c;
+    }
+    Vec total = Vec::set(0.0f);
+    for (int c = 0; c + Vec::width <= length; c += Vec::width)
+      total = total + exp((Vec::load(x + c) - Vec::set(peak)) * Vec::set(inverse_temperature));
+    sum += reduce_add(total);
+    for (int c = length / Vec::width * Vec::width; c < length; ++c) sum += std::exp((x[c] - peak) * inverse_temperature);
+  }
+  *max_out = peak;
+  *argmax = index;
+  *sum_out = sum;
+}
+
+template <class T>
+constexpr Kernels table = {packed_size<T>, pack<T>, dot<T>,     sum<T>,        store<T>, silu_mul<T>,
+                           rms_norm<T>,    rope<T>, softmax<T>, logit_stats};
+
+inline const Kernels& table_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return table<float>;
+    case Dtype::f16: return table<f16_t>;
+    default: return table<bf16_t>;
+  }
+}
+
+}  // namespace
+}  // namespace sirius::cpu

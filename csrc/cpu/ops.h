@@ -1,0 +1,25 @@
+// The CPU backend's ops. Each is called by every thread of a team (team.h); none checks its arguments.
+#pragma once
+
+#include <cstddef>
+
+#include "../params.h"
+
+namespace sirius::cpu {
+
+void linear(const LinearParams& p);
+void gate_up(const GateUpParams& p);
+void down(const DownParams& p);
+void rms_norm(const RmsNormParams& p);
+void rope_kv_write(const RopeParams& p);
+void tree_mask(const TreeMaskParams& p);
+void tree_attention(const AttentionParams& p);  // synchronizes inside
+void accept(const AcceptParams& p);             // synchronizes inside
+void kv_rewrite(const KvRewriteParams& p);
+void decode_step(const DecodeStepParams& p);  // synchronizes inside
+
+// Sizes of the workspaces, for up to `slots` cache slots seen by a row.
+size_t attention_workspace(int num_rows, int heads, int head_dim, int slots);  // floats
+size_t decode_workspace(const ModelWeights& model, int num_rows, int slots);   // bytes
+
+}  // namespace sirius::cpu

@@ -1,0 +1,166 @@
+// A vector of floats as wide as the translation unit's instruction set, with loads and stores for the three element types.
+// Included by the kernels_<isa>.cpp files only; everything lives in an anonymous namespace because each of them compiles its own.
+#pragma once
+
+#include <cmath>
+
+#include "../types.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace sirius::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+
+  static Vec set(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+  static Vec load(const bf16_t* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+  static Vec widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(f16_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  void store(bf16_t* p) const { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+};
+
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+
+  static Vec set(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+  static Vec load(const bf16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(f16_t* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  void store(bf16_t* p) const {
+    alignas(32) float x[width];
+    store(x);
+    for (int i = 0; i < width; ++i) p[i] = from_float<bf16_t>(x[i]);
+  }
+};
+
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec scale_by_power(Vec a, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponent))};
+}
+inline float reduce_add(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+#else
+
+struct Vec {
+  static constexpr int width = 1;
+  float v;
+
+  static Vec set(float x) { return {x}; }
+  template <class T>
+  static Vec load(const T* p) {
+    return {to_float(*p)};
+  }
+  template <class T>
+  void store(T* p) const {
+    *p = from_float<T>(v);
+  }
+};
+
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec round(Vec a) { return {std::nearbyint(a.v)}; }
+inline Vec scale_by_power(Vec a, Vec n) { return {std::ldexp(a.v, int(n.v))}; }
+inline float reduce_add(Vec a) { return a.v; }
+inline float reduce_max(Vec a) { return a.v; }
+
+#endif
+
+// The first n < width elements; the others read as `fill` and are not written.
+template <class T>
+inline Vec load_part(const T* p, int n, float fill = 0.0f) {
+  alignas(64) float x[Vec::width];
+  for (int i = 0; i < Vec::width; ++i) x[i] = i < n ? to_float(p[i]) : fill;
+  return Vec::load(x);
+}
+
+template <class T>
+inline void store_part(Vec v, T* p, int n) {
+  alignas(64) float x[Vec::width];
+  v.store(x);
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
+}
+
+template <class T>
+inline Vec load_upto(const T* p, int n, float fill = 0.0f) {
+  return n >= Vec::width ? Vec::load(p) : load_part(p, n, fill);
+}
+
+template <class T>
+inline void store_upto(Vec v, T* p, int n) {
+  if (n >= Vec::width)
+    v.store(p);
+  else
+    store_part(v, p, n);
+}
+
+// e^x, relative error below 2 ulp for -87 <= x <= 88; beyond, the value at that end, which softmax and silu cannot tell from the
+// truth. NaN stays NaN. Cody and Waite's reduction x = n ln 2 + r, then the degree-6 polynomial of Cephes' expf, |r| <= ln 2 / 2.
+inline Vec exp(Vec x) {
+  // `max` and `min` give their second operand when one is NaN.
+  const Vec clamped = min(Vec::set(88.0f), max(Vec::set(-87.0f), x));
+  const Vec n = round(clamped * Vec::set(1.44269504088896341f));
+  Vec r = fma(n, Vec::set(-0.693359375f), clamped);
+  r = fma(n, Vec::set(2.12194440e-4f), r);
+  Vec p = Vec::set(1.9875691500e-4f);
+  p = fma(p, r, Vec::set(1.3981999507e-3f));
+  p = fma(p, r, Vec::set(8.3334519073e-3f));
+  p = fma(p, r, Vec::set(4.1665795894e-2f));
+  p = fma(p, r, Vec::set(1.6666665459e-1f));
+  p = fma(p, r, Vec::set(5.0000001201e-1f));
+  p = fma(p, r * r, r + Vec::set(1.0f));
+  return scale_by_power(p, n);
+}
+
+}  // namespace
+}  // namespace sirius::cpu

@@ -1,0 +1,173 @@
+// Where C++ meets Python: addresses and sizes in, nothing owned, nothing checked. sirius_ext/ops.py and model.py check first.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../csrc/cpu/isa.h"
+#include "../csrc/cpu/ops.h"
+#include "../csrc/cpu/team.h"
+
+namespace py = pybind11;
+using namespace sirius;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The weights' addresses. The Python object that made it keeps the tensors alive.
+class Model {
+ public:
+  Model(int dtype, int hidden, int intermediate, int vocab, int heads, int kv_heads, int head_dim, float eps, float scale,
+        Address embedding, Address final_norm, Address lm_head, const std::vector<std::vector<Address>>& layers) {
+    for (const auto& a : layers) {
+      LayerWeights layer{};
+      layer.input_norm = at(a.at(0));
+      layer.post_norm = at(a.at(1));
+      layer.qkv[0] = {at(a.at(2)), at(a.at(3)), heads * head_dim};
+      layer.qkv[1] = {at(a.at(4)), at(a.at(5)), kv_heads * head_dim};
+      layer.qkv[2] = {at(a.at(6)), at(a.at(7)), kv_heads * head_dim};
+      layer.output = {at(a.at(8)), at(a.at(9)), hidden};
+      layer.gate = at(a.at(10));
+      layer.up = at(a.at(11));
+      layer.down = at(a.at(12));
+      layers_.push_back(layer);
+    }
+    weights_.dtype = Dtype(dtype);
+    weights_.embedding = at(embedding);
+    weights_.final_norm = at(final_norm);
+    weights_.lm_head = at(lm_head);
+    weights_.layers = layers_.data();
+    weights_.num_layers = int(layers_.size());
+    weights_.hidden = hidden;
+    weights_.intermediate = intermediate;
+    weights_.vocab = vocab;
+    weights_.heads = heads;
+    weights_.kv_heads = kv_heads;
+    weights_.head_dim = head_dim;
+    weights_.eps = eps;
+    weights_.attention_scale = scale;
+  }
+  Model(const Model&) = delete;
+
+  size_t workspace(int num_rows, int slots) const { return cpu::decode_workspace(weights_, num_rows, slots); }
+
+  void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache, Address v_cache, Address neurons,
+            int neuron_stride, Address num_neurons, Address logits, Address argmax, Address workspace, int num_rows, int first_slot,
+            int prefix, int capacity, int threads) const {
+    const DecodeStepParams p{&weights_,
+                             at<int32_t>(tokens),
+                             at<int32_t>(positions),
+                             at<float>(cos),
+                             at<float>(sin),
+                             at<uint64_t>(mask),
+                             mask_words,
+                             at(k_cache),
+                             at(v_cache),
+                             at<int32_t>(neurons),
+                             neuron_stride,
+                             at<int32_t>(num_neurons),
+                             at<float>(logits),
+                             at<int32_t>(argmax),
+                             at(workspace),
+                             num_rows,
+                             first_slot,
+                             prefix,
+                             capacity};
+    cpu::with_team(threads, [&] { cpu::decode_step(p); });
+  }
+
+ private:
+  ModelWeights weights_{};
+  std::vector<LayerWeights> layers_;
+};
+
+void linear(int dtype, Address x, Address weight, Address bias, Address residual, Address out, bool out_f32, int num_rows, int in,
+            int out_features, int threads) {
+  const Matrix matrix{at(weight), at(bias), out_features};
+  const LinearParams p{Dtype(dtype), at(x), &matrix, 1, at(residual), at(out), out_f32, num_rows, in, out_features};
+  cpu::with_team(threads, [&] { cpu::linear(p); });
+}
+
+void gate_up(int dtype, Address x, Address gate, Address up, Address neurons, Address out, int num_rows, int hidden, int num_neurons,
+             int threads) {
+  const GateUpParams p{Dtype(dtype), at(x), at(gate), at(up), at<int32_t>(neurons), at(out), num_rows, hidden, num_neurons};
+  cpu::with_team(threads, [&] { cpu::gate_up(p); });
+}
+
+void down(int dtype, Address x, Address weight, Address neurons, Address residual, Address out, int num_rows, int hidden,
+          int num_neurons, int threads) {
+  const DownParams p{Dtype(dtype), at(x), at(weight), at<int32_t>(neurons), at(residual), at(out), num_rows, hidden, num_neurons};
+  cpu::with_team(threads, [&] { cpu::down(p); });
+}
+
+void rms_norm(int dtype, Address x, Address weight, Address residual, Address out, float eps, int num_rows, int hidden, int threads) {
+  const RmsNormParams p{Dtype(dtype), at(x), at(weight), at(residual), at(out), eps, num_rows, hidden};
+  cpu::with_team(threads, [&] { cpu::rms_norm(p); });
+}
+
+void rope_kv_write(int dtype, Address qkv, Address cos, Address sin, Address positions, Address slots, Address k_cache,
+                   Address v_cache, int num_rows, int heads, int kv_heads, int capacity, int head_dim, int threads) {
+  const RopeParams p{Dtype(dtype),  at(qkv),     at<float>(cos), at<float>(sin), at<int32_t>(positions),         at<int32_t>(slots),
+                     0,             at(k_cache), at(v_cache),    {kv_heads, capacity, head_dim}, num_rows, heads};
+  cpu::with_team(threads, [&] { cpu::rope_kv_write(p); });
+}
+
+void tree_mask(Address parents, Address mask, int num_nodes, int mask_words) {
+  cpu::tree_mask({at<int32_t>(parents), at<uint64_t>(mask), num_nodes, mask_words});
+}
+
+void tree_attention(int dtype, Address q, int q_stride, Address k_cache, Address v_cache, Address mask, Address out, float scale,
+                    int prefix, int mask_words, int num_rows, int heads, int kv_heads, int capacity, int head_dim, int threads) {
+  std::vector<float> workspace(cpu::attention_workspace(num_rows, heads, head_dim, prefix + mask_words * 64));
+  const AttentionParams p{Dtype(dtype),      at(q),      q_stride, at(k_cache),      at(v_cache), {kv_heads, capacity, head_dim}, prefix,
+                          at<uint64_t>(mask), mask_words, at(out),  workspace.data(), scale,       num_rows,                       heads};
+  cpu::with_team(threads, [&] { cpu::tree_attention(p); });
+}
+
+int accept(Address logits, Address drafts, float threshold, float score_temperature, bool match, Address likelihoods, Address argmax,
+           int num_rows, int vocab, int threads) {
+  int32_t accepted = 0;
+  const AcceptParams p{at<float>(logits),      at<int32_t>(drafts), threshold, score_temperature, match,
+                       at<float>(likelihoods), at<int32_t>(argmax), &accepted, num_rows,          vocab};
+  cpu::with_team(threads, [&] { cpu::accept(p); });
+  return accepted;
+}
+
+void kv_rewrite(int dtype, Address k_cache, Address v_cache, Address path, int start, int length, int layers, int kv_heads,
+                int capacity, int head_dim, int threads) {
+  const KvRewriteParams p{Dtype(dtype), at(k_cache), at(v_cache), at<int32_t>(path), {kv_heads, capacity, head_dim}, layers, start,
+                          length};
+  cpu::with_team(threads, [&] { cpu::kv_rewrite(p); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("isa", cpu::isa);
+  m.def("available_isas", cpu::available_isas);
+  m.def("set_isa", cpu::set_isa);
+
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def("linear", linear, Unlocked());
+  m.def("gate_up", gate_up, Unlocked());
+  m.def("down", down, Unlocked());
+  m.def("rms_norm", rms_norm, Unlocked());
+  m.def("rope_kv_write", rope_kv_write, Unlocked());
+  m.def("tree_mask", tree_mask, Unlocked());
+  m.def("tree_attention", tree_attention, Unlocked());
+  m.def("accept", accept, Unlocked());
+  m.def("kv_rewrite", kv_rewrite, Unlocked());
+
+  py::class_<Model>(m, "Model")
+      .def(py::init<int, int, int, int, int, int, int, float, float, Address, Address, Address,
+                    const std::vector<std::vector<Address>>&>())
+      .def("workspace", &Model::workspace)
+      .def("step", &Model::step, Unlocked());
+}

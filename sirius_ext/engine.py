@@ -1,0 +1,282 @@
+"""From a call of `transformers`' generate to texts: what may be asked, where a text ends, prompts one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from . import correction
+from .config import SiriusConfig
+from .hub import load_model
+from .model import Model
+from .stats import PromptStats, Stats
+from .weights import Weights, restore
+
+_models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
+
+
+def prepare(model: PreTrainedModel) -> Model:
+    """The decoding model that shares this `transformers` model's weights; made at the first call, then kept with the model."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers causal language model, got {type(model).__name__}")
+    ready = _models.get(model)
+    if ready is None or not ready.weights.is_current(model):
+        ready = _models[model] = Model(Weights(model))
+    return ready
+
+
+def release(model: PreTrainedModel) -> None:
+    """Forget what `prepare` made and give the model's weights their layout back."""
+    if _models.pop(model, None) is not None:
+        restore(model)
+
+
+def is_prepared(model: PreTrainedModel) -> bool:
+    return model in _models
+
+
+@dataclasses.dataclass
+class SiriusOutput(ModelOutput):
+    """sequences: int64 [batch, length], prompts included, padded behind the end of a text. stats: `Stats` of the call."""
+
+    sequences: torch.LongTensor = None
+    stats: Stats = None
+
+
+class Engine:
+    """A model and how to decode with it.
+
+    >>> engine = Engine.from_pretrained("path-or-id", SiriusConfig(period=8), dtype=torch.bfloat16)
+    >>> out = engine.generate(input_ids, max_new_tokens=256)
+    >>> out.sequences, out.stats.average_advance_length
+
+    model: a loaded `transformers` model of a supported architecture, on the CPU, of one dtype. Its weights are shared, not copied.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None, tokenizer=None) -> None:
+        self.config = _checked(config)
+        self.model, self.tokenizer = model, tokenizer
+        prepare(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | None = None,
+        config: SiriusConfig | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        progress: bool = True,
+    ) -> Engine:
+        """Load a Hugging Face id, a local folder, a GGUF file, or without a name the default model.
+
+        ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used.
+        """
+        check_device(device)
+        config = _checked(config)
+        model, tokenizer = load_model(name, dtype, progress)
+        return cls(model, config, tokenizer)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        config: SiriusConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        **settings,
+    ) -> SiriusOutput:
+        """Decode greedily; `transformers`' own generate resolves the settings, so what it takes is taken here too.
+
+        input_ids: int64 [batch, t], left-padded where attention_mask is 0. config: in place of the engine's.
+        settings: max_new_tokens, max_length, eos_token_id, stopping_criteria, logits_processor, generation_config, ...; a setting
+        that greedy decoding cannot honour (do_sample, num_beams > 1, ...) is a ValueError. The text's batch-mates do not matter:
+        prompts are decoded one by one.
+        """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids: expected an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+        config = self.config if config is None else _checked(config)
+
+        def decode(model, input_ids, **kwargs):
+            return decode_batch(model, input_ids, config, streamer=streamer, **kwargs)
+
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        settings.setdefault("return_dict_in_generate", True)
+        output = self.model.generate(input_ids.long(), attention_mask=attention_mask, custom_generate=decode, **settings)
+        return output
+
+
+def check_device(device: str) -> None:
+    """ValueError if this build cannot decode on `device`; never a silent fall back."""
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' was asked for, but there is no CUDA device that torch can use; device='cpu' works everywhere")
+    if kind != "cpu":
+        raise ValueError(f"device: {kind!r} is not supported by this build, which has the CPU backend only; use device='cpu'")
+
+
+def decode_batch(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: SiriusConfig,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **model_kwargs,
+) -> SiriusOutput | torch.Tensor:
+    """The decoding method that `transformers`' generate calls in place of its own, with everything resolved.
+
+    input_ids: int64 [batch, t]. Returns what generate returns: the sequences, or with return_dict_in_generate a `SiriusOutput`.
+    """
+    _refuse_unsupported(generation_config, model_kwargs, input_ids, streamer)
+    ready = prepare(model)
+    prompts = _prompts(input_ids, attention_mask, ready.weights)
+    texts = []
+    for prompt in prompts:
+        text = _Text(prompt, ready.weights.context, stopping_criteria, streamer)
+        process = _Processor(logits_processor) if logits_processor else None
+        text.stats = correction.generate(ready, prompt, config, text, process)
+        text.stats.finish = text.finish
+        texts.append(text)
+    if streamer is not None:
+        streamer.end()
+    sequences = _pad(input_ids, [text.tokens for text in texts], generation_config)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return SiriusOutput(sequences=sequences, stats=Stats(text.stats for text in texts))
+
+
+class _Processor:
+    """`transformers`' logits processors, which want batches."""
+
+    def __init__(self, processors: LogitsProcessorList) -> None:
+        self._processors = processors
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self._processors(ids[None], logits.clone()[None])[0]
+
+
+class _Text:
+    """One text as it grows: knows where it ends and hands tokens to the streamer once they are certain."""
+
+    def __init__(
+        self, prompt: torch.Tensor, context: int, criteria: StoppingCriteriaList, streamer: BaseStreamer | None
+    ) -> None:
+        self._streamer = streamer
+        self._ids = prompt
+        self._eos: set[int] = set()
+        self._others = []
+        self.tokens: list[int] = []
+        self.ended, self.finish = False, ""
+        self.stats: PromptStats | None = None
+        # The two criteria of nearly every call are plain arithmetic; the rest are asked token by token.
+        longest = context
+        for criterion in criteria:
+            if isinstance(criterion, EosTokenCriteria):
+                self._eos.update(criterion.eos_token_id.flatten().tolist())
+            elif isinstance(criterion, MaxLengthCriteria):
+                longest = min(longest, criterion.max_length)
+            else:
+                self._others.append(criterion)
+        self.limit = longest - len(prompt)
+        self._limit_reason = "context" if longest == context else "length"
+
+    def commit(self, tokens: list[int]) -> int:
+        for count, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            if self._others:
+                self._ids = torch.cat((self._ids, torch.tensor([token])))
+            if token in self._eos:
+                self.finish = "eos"
+            elif any(bool(criterion(self._ids[None], None).any()) for criterion in self._others):
+                self.finish = "criteria"
+            elif len(self.tokens) >= self.limit:
+                self.finish = self._limit_reason
+            if self.finish:
+                self.ended = True
+                break
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor(tokens[:count]))
+        return count
+
+
+def _checked(config: SiriusConfig | None) -> SiriusConfig:
+    if config is None:
+        return SiriusConfig()
+    if not isinstance(config, SiriusConfig):
+        raise TypeError(f"config: expected a SiriusConfig, got {type(config).__name__}")
+    return config
+
+
+def _refuse_unsupported(
+    generation_config: GenerationConfig, model_kwargs: dict, input_ids: torch.Tensor, streamer: BaseStreamer | None
+) -> None:
+    """ValueError for what was asked and cannot be honoured, before any work."""
+    asked = {
+        "do_sample=True (perhaps from the model's own generation config; acceptance is greedy: pass do_sample=False)": (
+            generation_config.do_sample
+        ),
+        "num_beams > 1": (generation_config.num_beams or 1) > 1,
+        "num_return_sequences > 1": (generation_config.num_return_sequences or 1) > 1,
+        "output_scores": generation_config.output_scores,
+        "output_logits": generation_config.output_logits,
+        "output_attentions": generation_config.output_attentions,
+        "output_hidden_states": generation_config.output_hidden_states,
+        "use_cache=False": generation_config.use_cache is False,
+        "cache_implementation (the engine keeps its own cache)": generation_config.cache_implementation is not None,
+        "guidance_scale": (generation_config.guidance_scale or 1) != 1,
+        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens is not None,
+        "assistant_model": model_kwargs.get("assistant_model") is not None,
+        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
+        "past_key_values with tokens in it": _cache_in_use(model_kwargs.get("past_key_values")),
+        "a streamer with more than one prompt": streamer is not None and len(input_ids) > 1,
+    }
+    refused = [name for name, wanted in asked.items() if wanted]
+    if refused:
+        raise ValueError(f"generate: not supported by sirius_ext: {'; '.join(refused)}")
+
+
+def _cache_in_use(cache) -> bool:
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weights: Weights) -> list[torch.Tensor]:
+    """The prompts without their padding, int64 [t] each; ValueError if one is empty, too long or not a prompt at all."""
+    prompts = []
+    for row, ids in enumerate(input_ids.cpu()):
+        if attention_mask is not None:
+            mask = attention_mask[row].bool().cpu()
+            if not bool((mask[1:] >= mask[:-1]).all()):
+                raise ValueError(f"attention_mask: expected left padding only (0 ... 0 1 ... 1), got something else in row {row}")
+            ids = ids[mask]
+        if len(ids) == 0:
+            raise ValueError(f"input_ids: prompt {row} is empty")
+        if len(ids) >= weights.context:
+            raise ValueError(f"input_ids: prompt {row} has {len(ids)} tokens, but the model's context holds {weights.context}, one for the answer")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < weights.vocab:
+            raise ValueError(f"input_ids: expected token ids in [0, {weights.vocab}), got {int(ids.min())} to {int(ids.max())}")
+        prompts.append(ids)
+    return prompts
+
+
+def _pad(input_ids: torch.Tensor, texts: Sequence[list[int]], generation_config: GenerationConfig) -> torch.Tensor:
+    longest = max(map(len, texts))
+    pad = generation_config.pad_token_id
+    if pad is None:
+        eos = generation_config.eos_token_id
+        pad = eos[0] if isinstance(eos, (list, tuple)) else (0 if eos is None else eos)
+    rows = [torch.tensor(text + [pad] * (longest - len(text))) for text in texts]
+    return torch.cat((input_ids, torch.stack(rows).to(input_ids.device)), dim=1)

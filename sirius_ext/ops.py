@@ -1,0 +1,342 @@
+"""The kernels, one typed function each: check every argument, then call the compiled extension.
+
+Shapes use m rows of input, H hidden, I intermediate, K kept neurons, V vocabulary, L layers, C cache capacity, D head_dim.
+T is float32, float16 or bfloat16, the same for every argument marked T; sums are float32. All tensors are contiguous unless
+a docstring says otherwise. Each function has a twin of the same name and signature in `reference.py`, in plain torch.
+
+Every kernel on rows is *batch-invariant*: the bits of a row do not depend on how many rows are computed beside it, nor on the
+number of threads. A wrong argument raises `TypeError` (dtype) or `ValueError` (shape, device, value) that names it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _C
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def isa() -> str:
+    """The kernel bodies in use: "amx", "avx512", "avx2" or "scalar"."""
+    return _C.isa()
+
+
+def available_isas() -> list[str]:
+    """The kernel bodies that this CPU can run, best first."""
+    return _C.available_isas()
+
+
+def set_isa(name: str) -> None:
+    """Use the bodies called `name` from now on, in every engine of the process. ValueError if this CPU lacks them."""
+    _C.set_isa(name)
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> int:
+    """Check `tensor` and return its address. `None` in `shape` matches any size."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
+        want = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _check_rows(name: str, tensor: torch.Tensor, *shape: int | None) -> int:
+    """Like `_check` for the argument that decides T."""
+    if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+    return _check(name, tensor, getattr(tensor, "dtype", None), *shape)
+
+
+def _optional(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, *shape: int | None) -> int:
+    return 0 if tensor is None else _check(name, tensor, dtype, *shape)
+
+
+def _output(out: torch.Tensor | None, dtype: torch.dtype, *shape: int) -> tuple[torch.Tensor, int]:
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+    return out, _check("out", out, dtype, *shape)
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def _check_indices(name: str, indices: torch.Tensor, limit: int) -> None:
+    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < limit):
+        raise ValueError(f"{name}: expected values in [0, {limit}), got {int(indices.min())} to {int(indices.max())}")
+
+
+def _check_neurons(neurons: torch.Tensor | None, intermediate: int) -> tuple[int, int]:
+    """Address and length of a neuron list; all of them without one."""
+    if neurons is None:
+        return 0, intermediate
+    address = _check("neurons", neurons, torch.int32, None)
+    _positive("neurons", neurons.numel())
+    _check_indices("neurons", neurons, intermediate)
+    return address, neurons.numel()
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias + residual`, rounded once.
+
+    x: T [m, in]. weight: T [out, in]. bias: T [out]. residual: T [m, out], which may be `out`.
+    Returns T [m, out], or float32 with `out_dtype=torch.float32`.
+    """
+    px = _check_rows("x", x, None, None)
+    m, width = x.shape
+    pw = _check("weight", weight, x.dtype, None, width)
+    rows = weight.shape[0]
+    for size, name in ((m, "x"), (width, "x"), (rows, "weight")):
+        _positive(f"{name}: size", size)
+    out_dtype = out_dtype or x.dtype
+    if out_dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"out_dtype: expected {x.dtype} or torch.float32, got {out_dtype}")
+    pb = _optional("bias", bias, x.dtype, rows)
+    pr = _optional("residual", residual, x.dtype, m, rows)
+    out, po = _output(out, out_dtype, m, rows)
+    _C.linear(DTYPES[x.dtype], px, pw, pb, pr, po, out_dtype == torch.float32, m, width, rows, torch.get_num_threads())
+    return out
+
+
+def gate_up(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    neurons: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`silu(gate x) * (up x)` for the listed neurons, or for all of them (SPEC section 1).
+
+    x: T [m, H]. gate, up: T [I, H]. neurons: int32 [K], values in [0, I). Returns T [m, K].
+    """
+    px = _check_rows("x", x, None, None)
+    m, hidden = x.shape
+    pg = _check("gate", gate, x.dtype, None, hidden)
+    pu = _check("up", up, x.dtype, gate.shape[0], hidden)
+    for size, name in ((m, "x"), (hidden, "x"), (gate.shape[0], "gate")):
+        _positive(f"{name}: size", size)
+    pn, kept = _check_neurons(neurons, gate.shape[0])
+    out, po = _output(out, x.dtype, m, kept)
+    _C.gate_up(DTYPES[x.dtype], px, pg, pu, pn, po, m, hidden, kept, torch.get_num_threads())
+    return out
+
+
+def down(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    neurons: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sum_i x[:, i] * weight[neurons[i]] + residual`, rounded once.
+
+    x: T [m, K]. weight: T [I, H], `down_proj` transposed. neurons: int32 [K]; without it K is I.
+    residual: T [m, H], which may be `out`. Returns T [m, H].
+    """
+    px = _check_rows("x", x, None, None)
+    pw = _check("weight", weight, x.dtype, None, None)
+    hidden = weight.shape[1]
+    for size, name in ((x.shape[0], "x"), (weight.shape[0], "weight"), (hidden, "weight")):
+        _positive(f"{name}: size", size)
+    pn, kept = _check_neurons(neurons, weight.shape[0])
+    _check("x", x, x.dtype, None, kept)
+    m = x.shape[0]
+    pr = _optional("residual", residual, x.dtype, m, hidden)
+    out, po = _output(out, x.dtype, m, hidden)
+    _C.down(DTYPES[x.dtype], px, pw, pn, pr, po, m, hidden, kept, torch.get_num_threads())
+    return out
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`. With a residual, `residual += x` in place and the sum is normalised.
+
+    x, residual: T [m, H]. weight: T [H]. Returns T [m, H].
+    """
+    px = _check_rows("x", x, None, None)
+    m, hidden = x.shape
+    _positive("x: size", m)
+    _positive("x: size", hidden)
+    pw = _check("weight", weight, x.dtype, hidden)
+    pr = _optional("residual", residual, x.dtype, m, hidden)
+    out, po = _output(out, x.dtype, m, hidden)
+    _C.rms_norm(DTYPES[x.dtype], px, pw, pr, po, float(eps), m, hidden, torch.get_num_threads())
+    return out
+
+
+def _check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> tuple[int, int]:
+    pk = _check("k_cache", k_cache, dtype, *shape)
+    return pk, _check("v_cache", v_cache, dtype, *k_cache.shape)
+
+
+def rope_kv_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> None:
+    """Rotate q and k by their positions (half-split pairs, as Llama does); q stays in `qkv`, k and v go to their cache slots.
+
+    qkv: T [m, (heads + 2 * kv_heads) * D], its q part is overwritten. cos, sin: float32 [P, D / 2]. positions: int32 [m] < P.
+    slots: int32 [m] < C, distinct. k_cache, v_cache: T [kv_heads, C, D].
+    """
+    pq = _check_rows("qkv", qkv, None, None)
+    m = _positive("qkv: rows", qkv.shape[0])
+    pk, pv = _check_cache(k_cache, v_cache, qkv.dtype, None, None, None)
+    kv_heads, capacity, head_dim = k_cache.shape
+    heads, rest = divmod(qkv.shape[1] - 2 * kv_heads * head_dim, head_dim)
+    if rest or heads < 1 or heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"qkv: expected [m, (heads + 2 * {kv_heads}) * {head_dim}] with heads a multiple of {kv_heads} and an even head size, "
+            f"got {list(qkv.shape)}"
+        )
+    pc = _check("cos", cos, torch.float32, None, head_dim // 2)
+    ps = _check("sin", sin, torch.float32, cos.shape[0], head_dim // 2)
+    pp = _check("positions", positions, torch.int32, m)
+    pl = _check("slots", slots, torch.int32, m)
+    _check_indices("positions", positions, cos.shape[0])
+    _check_indices("slots", slots, capacity)
+    if slots.unique().numel() != m:
+        raise ValueError(f"slots: expected distinct values, got {slots.tolist()}")
+    _C.rope_kv_write(
+        DTYPES[qkv.dtype], pq, pc, ps, pp, pl, pk, pv, m, heads, kv_heads, capacity, head_dim, torch.get_num_threads()
+    )
+
+
+def tree_mask(parents: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tree attention mask as bits: bit b of row i is set when node b is i or an ancestor of i (SPEC section 4).
+
+    parents: int32 [m]; parents[i] is -1 (no parent in the window) or smaller than i. A chain is [-1, 0, 1, ...].
+    Returns int64 [m, ceil(m / 64)], bit b in word b // 64.
+    """
+    pp = _check("parents", parents, torch.int32, None)
+    m = _positive("parents: size", parents.numel())
+    if bool((parents >= torch.arange(m, dtype=torch.int32)).any()) or int(parents.min()) < -1:
+        raise ValueError(f"parents: expected -1 <= parents[i] < i, got {parents.tolist()}")
+    words = (m + 63) // 64
+    out, po = _output(out, torch.int64, m, words)
+    _C.tree_mask(pp, po, m, words)
+    return out
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefix: int,
+    mask: torch.Tensor,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of m rows over the shared cache: row i sees slots [0, prefix) and slot prefix + b for each bit b of mask[i].
+
+    q: T [m, heads, D]; rows may stand apart, so that q can be a view of the fused qkv. k_cache, v_cache: T [kv_heads, C, D].
+    mask: int64 [m, words]; every row sees at least one slot. A slot that no row sees is never read. Returns T [m, heads, D].
+    """
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
+    if q.dim() != 3 or q.stride(2) != 1 or q.stride(1) != q.shape[2] or q.stride(0) < q.shape[1] * q.shape[2]:
+        raise ValueError(f"q: expected [m, heads, D] with contiguous rows, got {list(q.shape)}, strides {q.stride()}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
+    m, heads, head_dim = q.shape
+    _positive("q: rows", m)
+    pk, pv = _check_cache(k_cache, v_cache, q.dtype, None, None, head_dim)
+    kv_heads, capacity, _ = k_cache.shape
+    if heads < 1 or heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {heads}")
+    pm = _check("mask", mask, torch.int64, m, None)
+    words = _positive("mask: words", mask.shape[1])
+    if not 0 <= prefix <= capacity:
+        raise ValueError(f"prefix: expected 0 to the cache's capacity {capacity}, got {prefix}")
+    bits = (mask.unsqueeze(-1) >> torch.arange(64)) & 1
+    if prefix == 0 and not bool(bits.any(-1).any(-1).all()):
+        raise ValueError("mask: every row must see at least one slot")
+    beyond = bits.flatten(1)[:, max(0, min(capacity - prefix, words * 64)) :]
+    if bool(beyond.any()):
+        raise ValueError(f"mask: a bit points beyond the cache's capacity {capacity} (prefix {prefix})")
+    out, po = _output(out, q.dtype, m, heads, head_dim)
+    _C.tree_attention(
+        DTYPES[q.dtype], q.data_ptr(), q.stride(0), pk, pv, pm, po, float(scale), prefix, words, m, heads, kv_heads, capacity, head_dim,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def accept(
+    logits: torch.Tensor,
+    drafts: torch.Tensor,
+    threshold: float,
+    score_temperature: float,
+    match: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A chain's acceptance in one pass over the logits (SPEC section 3, step 4; section 5).
+
+    logits: float32 [n, V] of F. drafts: int32 [n - 1]; drafts[j - 1] was proposed after row j - 1.
+    Returns likelihoods p_j float32 [n - 1], argmax of every row int32 [n] (the first of equals) and a, the length of the longest run
+    from the start with p_j >= threshold, or with `match` of drafts that equal the argmax. F's own token is then argmax[a].
+    """
+    pl = _check("logits", logits, torch.float32, None, None)
+    n, vocab = logits.shape
+    _positive("logits: rows", n)
+    _positive("logits: vocabulary", vocab)
+    pd = _check("drafts", drafts, torch.int32, n - 1)
+    _check_indices("drafts", drafts, vocab)
+    if not score_temperature > 0:
+        raise ValueError(f"score_temperature: expected more than 0, got {score_temperature}")
+    likelihoods, argmax = torch.empty(n - 1), torch.empty(n, dtype=torch.int32)
+    accepted = _C.accept(
+        pl, pd, float(threshold), float(score_temperature), bool(match), likelihoods.data_ptr(), argmax.data_ptr(), n, vocab,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return likelihoods, argmax, accepted
+
+
+def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: torch.Tensor) -> None:
+    """Compact the accepted path in place: the entries of slots start + path[i] move to slots start + i, in every layer.
+
+    k_cache, v_cache: T [L, kv_heads, C, D]. path: int32 [a], strictly increasing, start + path[-1] < C.
+    """
+    if isinstance(k_cache, torch.Tensor) and k_cache.dtype not in DTYPES:
+        raise TypeError(f"k_cache: expected float32, float16 or bfloat16, got {k_cache.dtype}")
+    pk, pv = _check_cache(k_cache, v_cache, getattr(k_cache, "dtype", None), None, None, None, None)
+    pp = _check("path", path, torch.int32, None)
+    layers, kv_heads, capacity, head_dim = k_cache.shape
+    if not 0 <= start <= capacity:
+        raise ValueError(f"start: expected 0 to the cache's capacity {capacity}, got {start}")
+    _check_indices("path", path, capacity - start)
+    if bool((path[1:] <= path[:-1]).any()):
+        raise ValueError(f"path: expected strictly increasing values, got {path.tolist()}")
+    _C.kv_rewrite(
+        DTYPES[k_cache.dtype], pk, pv, pp, start, path.numel(), layers, kv_heads, capacity, head_dim, torch.get_num_threads()
+    )

@@ -1,0 +1,181 @@
+"""The weights of a loaded `transformers` model, checked and laid out as the kernels read them; nothing is stored twice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from .ops import DTYPES
+
+SUPPORTED_MODEL_TYPES = {
+    "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2, Qwen2.5",
+}
+# Rope types whose angles do not depend on the length of the text.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def check_supported(config) -> None:
+    """ValueError, with a list of what is supported, if a model of this `transformers` config cannot be decoded here."""
+    model_type = getattr(config, "model_type", None)
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        known = "; ".join(f"{name} ({examples})" for name, examples in SUPPORTED_MODEL_TYPES.items())
+        raise ValueError(f"model: architecture {model_type!r} is not supported; supported are {known}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"model: hidden_act {config.hidden_act!r} is not supported; supported is silu")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError("model: mlp_bias is not supported")
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise ValueError(f"model: rope type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("model: quantized weights are not supported; load the model in bfloat16, float16 or float32")
+
+
+def context_length(config) -> int:
+    """Tokens that a text may have: the trained positions, and no more than a sliding window, below which it makes no difference."""
+    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's tensors; H hidden, I intermediate, D head size. Biases are None where the model has none."""
+
+    input_norm: torch.Tensor  # [H]
+    post_norm: torch.Tensor  # [H]
+    q: torch.Tensor  # [heads * D, H]
+    q_bias: torch.Tensor | None
+    k: torch.Tensor  # [kv_heads * D, H]
+    k_bias: torch.Tensor | None
+    v: torch.Tensor  # [kv_heads * D, H]
+    v_bias: torch.Tensor | None
+    output: torch.Tensor  # [H, heads * D]
+    output_bias: torch.Tensor | None
+    gate: torch.Tensor  # [I, H]
+    up: torch.Tensor  # [I, H]
+    down: torch.Tensor  # [I, H]: down_proj transposed
+
+    def addresses(self) -> list[int]:
+        """Every tensor's address in the order above, which is the order that the extension expects."""
+        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+class Weights:
+    """The tensors of a `transformers` causal language model of a supported architecture, which it goes on sharing with the model.
+
+    Every matrix is stored neuron by neuron. `down_proj` is the one that is not: its storage is transposed in place of the
+    original, and the model's own parameter becomes a view of it, so the model works as before; `restore` undoes that.
+
+    ValueError if the model is not supported, not all on the CPU, or not of one dtype.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_supported(model.config)
+        config = model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
+        self.vocab, self.eps = model.lm_head.weight.shape[0], config.rms_norm_eps
+        self.context = context_length(config)
+        self.dtype = model.lm_head.weight.dtype
+        self._check_placement(model)
+
+        body = model.model
+        self.embedding = _plain(body.embed_tokens.weight)
+        self.lm_head = _plain(model.lm_head.weight)
+        self.final_norm = _plain(body.norm.weight)
+        self.inv_freq = body.rotary_emb.inv_freq.float()
+        self.rope_scale = float(body.rotary_emb.attention_scaling)
+        self.layers = [_layer(layer) for layer in body.layers]
+
+    def _check_placement(self, model: nn.Module) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model: expected float32, float16 or bfloat16 weights, got {self.dtype}")
+        for name, parameter in model.named_parameters():
+            if parameter.device.type != "cpu":
+                raise ValueError(f"model: expected every weight on the CPU, but {name} is on {parameter.device}")
+            if parameter.dtype != self.dtype:
+                raise ValueError(f"model: expected one dtype, but {name} is {parameter.dtype} and lm_head {self.dtype}")
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, the embedding included, tied ones counted once."""
+        attention = sum(
+            tensor.numel()
+            for layer in self.layers
+            for tensor in (layer.q, layer.k, layer.v, layer.output, layer.q_bias, layer.k_bias, layer.v_bias, layer.output_bias)
+            if tensor is not None
+        )
+        norms = (2 * len(self.layers) + 1) * self.hidden
+        embeddings = self.embedding.numel() * (1 if self.embedding.data_ptr() == self.lm_head.data_ptr() else 2)
+        return attention + norms + embeddings + self.num_mlp_parameters
+
+    @property
+    def num_mlp_parameters(self) -> int:
+        return 3 * self.intermediate * self.hidden * len(self.layers)
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
+        layers = model.model.layers
+        return (
+            model.lm_head.weight.data_ptr() == self.lm_head.data_ptr()
+            and len(layers) == len(self.layers)
+            and all(
+                layer.mlp.down_proj.weight.data_ptr() == mine.down.data_ptr()
+                and layer.mlp.gate_proj.weight.data_ptr() == mine.gate.data_ptr()
+                and layer.self_attn.q_proj.weight.data_ptr() == mine.q.data_ptr()
+                for layer, mine in zip(layers, self.layers, strict=True)
+            )
+        )
+
+
+def restore(model: nn.Module) -> None:
+    """Give `down_proj` its own layout back; values, shapes and strides are then what they were before `Weights(model)`."""
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight
+        weight.data = weight.data.contiguous()
+
+
+def _plain(parameter: nn.Parameter) -> torch.Tensor:
+    if not parameter.data.is_contiguous():
+        parameter.data = parameter.data.contiguous()
+    return parameter.data
+
+
+def _layer(layer: nn.Module) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        _check_linear(name, getattr(mlp, name))
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        _check_linear(name, getattr(attention, name))
+
+    def bias(linear: nn.Linear) -> torch.Tensor | None:
+        return None if linear.bias is None else _plain(linear.bias)
+
+    down = mlp.down_proj.weight
+    if not down.data.t().is_contiguous():
+        down.data = down.data.t().contiguous().t()
+    return Layer(
+        input_norm=_plain(layer.input_layernorm.weight),
+        post_norm=_plain(layer.post_attention_layernorm.weight),
+        q=_plain(attention.q_proj.weight),
+        q_bias=bias(attention.q_proj),
+        k=_plain(attention.k_proj.weight),
+        k_bias=bias(attention.k_proj),
+        v=_plain(attention.v_proj.weight),
+        v_bias=bias(attention.v_proj),
+        output=_plain(attention.o_proj.weight),
+        output_bias=bias(attention.o_proj),
+        gate=_plain(mlp.gate_proj.weight),
+        up=_plain(mlp.up_proj.weight),
+        down=down.data.t(),
+    )
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    if type(module) is not nn.Linear:
+        raise ValueError(f"model: expected {name} to be a plain nn.Linear, got {type(module).__name__} (merge adapters first)")

@@ -1,0 +1,135 @@
+"""What the op tests share: the backends, guarded memory, and tolerances derived from the arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sirius_ext import ops, reference
+
+# A backend is a name and the module whose functions it stands for; conftest.py turns the names into fixtures.
+CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas()]
+BACKENDS = ["reference", *CPU_BACKENDS]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# Exact in every element type, and far from anything that the tests compute.
+SENTINEL = 57344
+# Odd on purpose: the guarded tensors are then not aligned to a vector.
+MARGIN = 67
+
+
+def module_of(backend: str):
+    return reference if backend == "reference" else ops
+
+
+def _frame(content: torch.Tensor, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
+    buffer = torch.full((content.numel() + 2 * MARGIN,), fill, dtype=content.dtype)
+    inner = buffer[MARGIN : MARGIN + content.numel()].view(content.shape)
+    inner.copy_(content)
+    return buffer, inner
+
+
+def walled(content: torch.Tensor) -> torch.Tensor:
+    """A copy of an input inside a wall of NaN (of a large number if integer): reading past either end shows in the result."""
+    return _frame(content, math.nan if content.is_floating_point() else SENTINEL)[1]
+
+
+class Guarded:
+    """A copy of something written to, between two rows of sentinels."""
+
+    def __init__(self, content: torch.Tensor) -> None:
+        self.buffer, self.tensor = _frame(content, SENTINEL)
+
+    def check(self) -> torch.Tensor:
+        """The tensor, after making sure that nothing beside it was written."""
+        assert (self.buffer[:MARGIN] == SENTINEL).all(), "written before the start of an output"
+        assert (self.buffer[-MARGIN:] == SENTINEL).all(), "written behind the end of an output"
+        return self.tensor
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Guarded:
+    """An output to be filled. It holds NaN (a large number if integer), so that an element left out shows."""
+    return Guarded(torch.full(shape, math.nan if dtype.is_floating_point else SENTINEL, dtype=dtype))
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def small_integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Integers from -3 to 3. Sums of their products stay below 2^24: exact in float32, whatever the order."""
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def neuron_lists(intermediate: int) -> dict[str, torch.Tensor | None]:
+    """Lists of every kind: none, one neuron, all, an odd count, and one that is neither sorted nor free of repeats."""
+
+    def sample(count: int) -> torch.Tensor:
+        return torch.randperm(intermediate)[: max(1, count)].sort().values.int()
+
+    return {
+        "dense": None,
+        "one": sample(1),
+        "all": torch.arange(intermediate, dtype=torch.int32),
+        "odd": sample(intermediate // 2 | 1),
+        "unsorted": torch.randint(intermediate, (intermediate // 2 + 1,), dtype=torch.int32),
+    }
+
+
+def poison_unselected(weight: torch.Tensor, neurons: torch.Tensor | None) -> torch.Tensor:
+    """A copy of `weight` whose unlisted rows are NaN: a kernel that reads one shows it."""
+    if neurons is None:
+        return weight
+    selected = torch.full_like(weight, math.nan)
+    selected[neurons.long()] = weight[neurons.long()]
+    return selected
+
+
+# float32 rounds by at most U, relatively.
+U = 2.0**-24
+
+
+def sum_error(terms: torch.Tensor, length: int) -> torch.Tensor:
+    """How far two float32 sums of the same `length` products may be apart. terms: the sum of the products' absolute values.
+
+    The inputs are exact in T, so only float32's rounding is left. Its worst case is length * U * sum|terms|. Rounding errors are
+    as good as independent, though, and the error of a sum in any order stays below lambda * sqrt(length) * U * sum|terms| with
+    probability 1 - 2 exp(-lambda^2 / 2) (Higham and Mary, 2019). Lambda is 8 here; both sides err.
+    """
+    return 2 * 8 * math.sqrt(length + 1) * U * terms
+
+
+def rounding_error(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far one rounding to T moves `value`: half an ulp. Subnormals have an ulp of their own, and in float32 and bfloat16 they
+    may be flushed to zero."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * value.abs().double() + max(info.tiny * info.eps / 2, torch.finfo(torch.float32).tiny)
+
+
+def as_float(*arguments):
+    """The arguments with every element type T replaced by float32. A twin then returns what an op has to round to T, once."""
+    return [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+
+
+def assert_close(out: torch.Tensor, exact: torch.Tensor, error: torch.Tensor | float) -> None:
+    """`out`, T, is `exact`, which is not rounded to T yet, up to `error` and one rounding."""
+    assert out.shape == exact.shape
+    assert torch.isfinite(exact).all(), "the expectation itself is not finite"
+    assert torch.isfinite(out).all(), f"{int((~torch.isfinite(out)).sum())} of {out.numel()} elements are not finite"
+    error = torch.as_tensor(error, dtype=torch.float64)
+    allowed = error + rounding_error(exact.double().abs() + error, out.dtype)
+    excess = (out.double() - exact.double()).abs() / allowed
+    worst = int(excess.argmax())
+    assert excess.max() <= 1, (
+        f"element {worst}: {out.flatten()[worst].item()} instead of {exact.flatten()[worst].item()}, "
+        f"{excess.max().item():.3g} times the error allowed"
+    )
+
+
+def assert_same_bits(out: torch.Tensor, expected: torch.Tensor) -> None:
+    assert out.dtype == expected.dtype and out.shape == expected.shape
+    width = {4: torch.int32, 2: torch.int16, 8: torch.int64}[out.element_size()]
+    different = out.contiguous().view(width) != expected.contiguous().view(width)
+    assert not different.any(), f"{int(different.sum())} of {out.numel()} elements differ"

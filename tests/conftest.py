@@ -1,0 +1,54 @@
+import backends
+import hypothesis
+import pytest
+import torch
+
+from sirius_ext import ops
+
+# A fixture chooses the instruction set for all examples of a test alike. The same examples every time, and no files left behind.
+hypothesis.settings.register_profile(
+    "sirius",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("sirius")
+
+
+@pytest.fixture(autouse=True)
+def _same_everywhere():
+    """The same random numbers in every test, and two threads unless a test says otherwise."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _module(name: str):
+    if name == "reference":
+        yield backends.module_of(name)
+        return
+    before = ops.isa()
+    ops.set_isa(name.removeprefix("cpu-"))
+    yield backends.module_of(name)
+    ops.set_isa(before)
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request):
+    """The module under test: the reference, or `ops` with one of the instruction sets that this CPU has."""
+    yield from _module(request.param)
+
+
+@pytest.fixture(params=backends.CPU_BACKENDS)
+def kernels(request):
+    """Like `backend` without the reference: for what only the kernels promise."""
+    yield from _module(request.param)
+
+
+@pytest.fixture(params=backends.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from backends import (
+    U,
+    as_float,
+    assert_close,
+    assert_same_bits,
+    neuron_lists,
+    poison_unselected,
+    poisoned,
+    randn,
+    small_integers,
+    sum_error,
+    walled,
+)
+
+from sirius_ext import ops, reference
+
+# (rows, hidden, intermediate)
+SHAPES = [
+    (1, 1, 1),
+    (1, 64, 33),
+    (2, 31, 100),
+    (3, 129, 63),
+    (5, 576, 31),
+    (7, 63, 151),
+    (16, 151, 129),
+    (17, 100, 64),
+    (40, 33, 576),
+]
+LISTS = list(neuron_lists(8))
+
+
+def silu_error(x, gate, up):
+    """|silu'| stays below 1.1; the exponential and the division add a few units of their own, and may underflow."""
+    gate_error = sum_error(x.float().abs() @ gate.float().abs().T, x.shape[1])
+    up_error = sum_error(x.float().abs() @ up.float().abs().T, x.shape[1])
+    g, u = x.float() @ gate.float().T, x.float() @ up.float().T
+    silu = g * torch.sigmoid(g)
+    return 1.1 * gate_error * (u.abs() + up_error) + silu.abs() * up_error + exponential_error(g, u)
+
+
+def exponential_error(g, u):
+    return 16 * U * (g * torch.sigmoid(g) * u).abs() + torch.finfo(torch.float32).tiny * (g * u).abs()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", LISTS)
+def test_against_reference(backend, dtype, shape, kind):
+    m, hidden, intermediate = shape
+    neurons = neuron_lists(intermediate)[kind]
+    x = walled(randn(m, hidden, dtype=dtype))
+    gate, up = randn(intermediate, hidden, dtype=dtype), randn(intermediate, hidden, dtype=dtype)
+    exact = reference.gate_up(*as_float(x, gate, up, neurons))
+    rows = slice(None) if neurons is None else neurons.long()
+    error = silu_error(x, gate[rows], up[rows])
+
+    gate, up = walled(poison_unselected(gate, neurons)), walled(poison_unselected(up, neurons))
+    out = poisoned(*exact.shape, dtype=dtype)
+    assert backend.gate_up(x, gate, up, None if neurons is None else walled(neurons), out=out.tensor) is out.tensor
+    assert_close(out.check(), exact, error)
+
+
+def test_integers_leave_only_silu(backend, dtype):
+    x, gate = small_integers(7, 151, dtype=dtype), small_integers(33, 151, dtype=dtype)
+    up = small_integers(33, 151, dtype=dtype)
+    g, u = x.double() @ gate.double().T, x.double() @ up.double().T
+    exact = g * torch.sigmoid(g) * u
+    out = backend.gate_up(x, gate, up)
+    assert out.dtype == dtype
+    assert_close(out, exact, exponential_error(g, u))
+
+
+@pytest.mark.parametrize("gate", [-60000.0, -200.0, 0.0, 200.0, 60000.0])
+def test_far_from_zero(backend, dtype, gate):
+    """silu of a large number is the number, of a large negative one zero; neither is NaN."""
+    x, up = torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    out = backend.gate_up(x, torch.tensor([[gate]], dtype=dtype), up)
+    assert_close(out, torch.tensor([[max(gate, 0.0)]], dtype=dtype), 1e-30)
+
+
+@pytest.mark.parametrize("kind", ["dense", "odd"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(151, 33), (576, 129)])
+def test_batch_invariance(kernels, dtype, kind, hidden, intermediate):
+    x, neurons = randn(17, hidden, dtype=dtype), neuron_lists(intermediate)[kind]
+    gate, up = randn(intermediate, hidden, dtype=dtype), randn(intermediate, hidden, dtype=dtype)
+    alone = torch.cat([kernels.gate_up(row, gate, up, neurons) for row in x.split(1)])
+    for m in (2, 3, 7, 16, 17):
+        assert_same_bits(kernels.gate_up(x[:m], gate, up, neurons), alone[:m])
+    assert_same_bits(kernels.gate_up(x.flip(0), gate, up, neurons), alone.flip(0))
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_thread_invariance(kernels, dtype, m):
+    x, neurons = randn(m, 576, dtype=dtype), neuron_lists(1134)["odd"]
+    gate, up = randn(1134, 576, dtype=dtype), randn(1134, 576, dtype=dtype)
+    torch.set_num_threads(1)
+    one = kernels.gate_up(x, gate, up, neurons)
+    torch.set_num_threads(2)
+    assert_same_bits(kernels.gate_up(x, gate, up, neurons), one)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": None}, TypeError, "^x: expected a tensor"),
+        ({"x": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "^x: "),
+        ({"x": torch.zeros(2, 8, device="meta")}, ValueError, "^x: .*on meta"),
+        ({"x": torch.zeros(2, 8, 1)}, ValueError, "^x: expected shape"),
+        ({"x": torch.zeros(0, 8)}, ValueError, "^x: "),
+        ({"gate": torch.zeros(4, 8, dtype=torch.float16)}, TypeError, "^gate: "),
+        ({"gate": torch.zeros(4, 7)}, ValueError, "^gate: expected shape"),
+        ({"up": torch.zeros(4, 8, dtype=torch.float16)}, TypeError, "^up: "),
+        ({"up": torch.zeros(5, 8)}, ValueError, "^up: expected shape"),
+        ({"up": torch.zeros(8, 4).T}, ValueError, "^up: expected a contiguous"),
+        ({"neurons": torch.tensor([0, 1])}, TypeError, "^neurons: expected torch.int32"),
+        ({"neurons": torch.tensor([[0, 1]], dtype=torch.int32)}, ValueError, "^neurons: expected shape"),
+        ({"neurons": torch.tensor([], dtype=torch.int32)}, ValueError, "^neurons: expected at least 1"),
+        ({"neurons": torch.tensor([0, 4], dtype=torch.int32)}, ValueError, "^neurons: expected values in"),
+        ({"neurons": torch.tensor([-1, 2], dtype=torch.int32)}, ValueError, "^neurons: expected values in"),
+        ({"neurons": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "^neurons: .*on meta"),
+        ({"out": torch.zeros(2, 3)}, ValueError, "^out: expected shape"),
+        ({"out": torch.zeros(2, 4, dtype=torch.bfloat16)}, TypeError, "^out: "),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {"x": torch.zeros(2, 8), "gate": torch.zeros(4, 8), "up": torch.zeros(4, 8)}
+    with pytest.raises(error, match=message):
+        ops.gate_up(**arguments | change)

