@@ -1,6 +1,7 @@
 # make demo    decode a real model on this machine
 # make test    lint and the test suite
 # make bench   the benchmarks
+# make format  what lint asks for, where a tool can do it
 # Each sets up .venv first, if needed. PYTHON=python3.12 chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 CPP_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint format clean
 
 demo: .venv/built
 	$(BIN)/python -m sirius_ext demo
@@ -25,6 +26,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: .venv/ready
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:
 	rm -rf .venv build dist *.egg-info sirius_ext/*.so .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich.console
+import safetensors
 import torch
 
 if TYPE_CHECKING:
@@ -217,16 +218,15 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
 
 def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import quantization_config
+    from transformers.utils.quantization_config import GgufConfig
 
     kwargs = {"gguf_file": file.name}
-    # Releases without GgufConfig always dequantize; later ones keep the weights packed unless told.
-    packed = getattr(quantization_config, "GgufConfig", None)
-    unpack = {"quantization_config": packed(dequantize=True)} if packed else {}
+    # Without it the weights stay packed.
+    unpacked = GgufConfig(dequantize=True)
     with _load_errors(name, "a damaged GGUF file, or one that transformers cannot read: "):
         config = _supported_config(name, file.parent, **kwargs)
         model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, config=config, dtype=dtype, output_loading_info=True, **kwargs, **unpack
+            file.parent, config=config, dtype=dtype, quantization_config=unpacked, output_loading_info=True, **kwargs
         )
         _check_complete(name, info)
         return model, AutoTokenizer.from_pretrained(file.parent, **kwargs)
@@ -301,7 +301,7 @@ def _load_errors(name: str, reason: str) -> Iterator[None]:
 def _cache_errors() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise ModelLoadError(
             f"model: cannot write to the cache folder {cache_dir()} ({error}); the variable SIRIUS_CACHE names another"
         ) from error

@@ -269,6 +269,8 @@ def tree_attention(
         raise ValueError(f"q: expected [m, heads, D] with contiguous rows, got {list(q.shape)}, strides {q.stride()}")
     if q.dtype not in DTYPES:
         raise TypeError(f"q: expected float32, float16 or bfloat16, got {q.dtype}")
+    if q.device.type != "cpu":
+        raise ValueError(f"q: expected a tensor on the CPU, got one on {q.device}")
     m, heads, head_dim = q.shape
     _positive("q: rows", m)
     pk, pv = _check_cache(k_cache, v_cache, q.dtype, None, None, head_dim)

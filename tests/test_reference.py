@@ -190,7 +190,9 @@ def test_prompt_of_one_token(decoder, mode):
 
 
 @pytest.mark.parametrize(
-    "config", [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(threshold=0, period=5)], ids=str
+    "config",
+    [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(threshold=0, period=5)],
+    ids=lambda config: config.mode,
 )
 def test_text_ends_at_the_first_eos(decoder, config):
     """Whatever token of the text is declared EOS, the text is the same up to its first occurrence, and ends there."""

@@ -1,0 +1,142 @@
+"""The demo: the same prompts through `transformers`' own generate and through this package, side by side."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TextStreamer
+
+from .config import SiriusConfig
+from .engine import Engine, release
+from .stats import PromptStats, Stats
+
+# Measured on the default model (bench/results): the longest period and the lowest density at which it does not lose.
+DENSITY = 0.7
+PERIOD = 4
+MAX_NEW_TOKENS = 96
+
+PROMPTS = {
+    "a summary": (
+        "Summarize in two sentences: The honeybee is a flying insect known for its role in pollination and for making honey. A colony "
+        "has one queen, who lays up to two thousand eggs a day, some hundreds of drones, and tens of thousands of workers. Workers "
+        "clean cells, feed larvae, build comb, guard the entrance and, in the last weeks of their lives, gather nectar, pollen and "
+        "water within three kilometres of the hive. They tell each other where the flowers are by dancing."
+    ),
+    "arithmetic": "A box holds 12 pencils. Anna buys 3 boxes and gives 7 pencils to her brother. How many are left? Explain step by step.",
+    "code": "Write a Python function that returns the n-th Fibonacci number using a loop, with a docstring.",
+}
+
+
+@dataclass
+class Row:
+    """One way to decode, and what came of it prompt by prompt."""
+
+    name: str
+    config: SiriusConfig | None  # None is transformers
+    texts: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0  # from the first token to the last
+    stats: list[PromptStats] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(text) - 1 for text in self.texts) / self.seconds
+
+
+class TimedStreamer(TextStreamer):
+    """Prints the text as it comes, and keeps the tokens and the times of the first and the last."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tokens: list[int] = []
+        self.first = self.last = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.tokens += value.flatten().tolist()
+        super().put(value[None] if value.dim() == 2 and len(value) > 1 else value)
+
+
+def run(engine: Engine, max_new_tokens: int) -> int:
+    """Decode the prompts every way, streaming, and end with a table. Returns 1 if `match` and Full differ, else 0."""
+    console = Console(soft_wrap=True, highlight=False)
+    base = engine.config
+    rows = [
+        Row("transformers", None),
+        Row("Full", replace(base, mode="full")),
+        Row("CSparse", replace(base, mode="sparse")),
+        Row("Sirius, threshold", replace(base, accept="threshold")),
+        Row("Sirius, match", replace(base, accept="match")),
+    ]
+    prompts = {title: _encode(engine.tokenizer, prompt) for title, prompt in PROMPTS.items()}
+    # transformers first, on the weights as it loaded them.
+    release(engine.model)
+    for row in rows:
+        warm_up = next(iter(prompts.values()))
+        _decode(engine, row.config, warm_up, 2, None)
+        for title, inputs in prompts.items():
+            console.print(f"\n[bold]{row.name}[/bold]: {title}")
+            streamer = TimedStreamer(engine.tokenizer)
+            out = _decode(engine, row.config, inputs, max_new_tokens, streamer)
+            row.texts.append(streamer.tokens)
+            row.seconds += streamer.last - streamer.first
+            row.stats += out.stats.prompts if row.config else []
+    equal = rows[-1].texts == rows[1].texts
+    console.print()
+    console.print(_table(engine, rows))
+    console.print("Sirius under `match` gave exactly Full's text." if equal else "[bold red]Sirius under `match` differs from Full's text: a fault, please report it.")
+    return 0 if equal else 1
+
+
+def _encode(tokenizer, prompt: str) -> dict[str, torch.Tensor]:
+    if tokenizer is None:
+        raise ValueError("--model: the demo needs a model with a tokenizer")
+    if tokenizer.chat_template is None:
+        return dict(tokenizer(prompt, return_tensors="pt"))
+    messages = [{"role": "user", "content": prompt}]
+    return dict(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+
+
+def _decode(engine: Engine, config: SiriusConfig | None, inputs: dict, max_new_tokens: int, streamer: TimedStreamer | None):
+    settings = dict(max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, streamer=streamer)
+    if config is None:
+        return engine.model.generate(**inputs, **settings)
+    return engine.generate(**inputs, config=config, **settings)
+
+
+def _table(engine: Engine, rows: list[Row]) -> Table:
+    transformers, full = rows[0], rows[1]
+    config = rows[-1].config
+    table = Table(
+        title=f"{engine.model.config.name_or_path or 'model'}, {engine.model.dtype}, {torch.get_num_threads()} threads, "
+        f"density {config.density}, period {config.period}"
+    )
+    columns = ("", "tokens/s", "vs transformers", "vs Full", "AAL", "eff. density", "corrected", "text as Full's")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "" else "right")
+    for row in rows:
+        stats = Stats(row.stats) if row.stats else None
+        corrected = stats is not None and stats.average_advance_length is not None
+        table.add_row(
+            row.name,
+            f"{row.tokens_per_second:.1f}",
+            f"{row.tokens_per_second / transformers.tokens_per_second:.2f}x",
+            f"{row.tokens_per_second / full.tokens_per_second:.2f}x",
+            f"{stats.average_advance_length:.2f}" if corrected else "",
+            f"{stats.effective_density if corrected else stats.density:.3f}" if stats else "",
+            f"{stats.corrected_fraction:.1%}" if corrected else "",
+            f"{_kept(full.texts, row.texts):.0%}",
+        )
+    return table
+
+
+def _kept(full: list[list[int]], texts: list[list[int]]) -> float:
+    """Share of Full's tokens that the other text has in the same order."""
+    matchers = [difflib.SequenceMatcher(None, a, b, autojunk=False) for a, b in zip(full, texts)]
+    return sum(block.size for matcher in matchers for block in matcher.get_matching_blocks()) / sum(map(len, full))
