@@ -149,8 +149,8 @@ struct DecodeStepParams {
   const float *cos, *sin;    // [max_position, head_dim / 2]
   const uint64_t* mask;      // [num_rows, mask_words]
   int mask_words;
-  void *k_cache, *v_cache;     // T [layers, kv_heads, capacity, head_dim]
-  const int32_t* neurons;      // [layers, neuron_stride], or null: dense
+  void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
+  const int32_t* neurons;   // [layers, neuron_stride], or null: dense
   int neuron_stride;
   const int32_t* num_neurons;  // [layers] or null
   float* logits;               // [num_rows, vocab]

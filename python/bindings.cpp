@@ -58,9 +58,9 @@ class Model {
 
   size_t workspace(int num_rows, int slots) const { return cpu::decode_workspace(weights_, num_rows, slots); }
 
-  void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache, Address v_cache, Address neurons,
-            int neuron_stride, Address num_neurons, Address logits, Address argmax, Address workspace, int num_rows, int first_slot,
-            int prefix, int capacity, int threads) const {
+  void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache,
+            Address v_cache, Address neurons, int neuron_stride, Address num_neurons, Address logits, Address argmax,
+            Address workspace, int num_rows, int first_slot, int prefix, int capacity, int threads) const {
     const DecodeStepParams p{&weights_,
                              at<int32_t>(tokens),
                              at<int32_t>(positions),
@@ -95,8 +95,8 @@ void linear(int dtype, Address x, Address weight, Address bias, Address residual
   cpu::with_team(threads, [&] { cpu::linear(p); });
 }
 
-void gate_up(int dtype, Address x, Address gate, Address up, Address neurons, Address out, int num_rows, int hidden, int num_neurons,
-             int threads) {
+void gate_up(int dtype, Address x, Address gate, Address up, Address neurons, Address out, int num_rows, int hidden,
+             int num_neurons, int threads) {
   const GateUpParams p{Dtype(dtype), at(x), at(gate), at(up), at<int32_t>(neurons), at(out), num_rows, hidden, num_neurons};
   cpu::with_team(threads, [&] { cpu::gate_up(p); });
 }
@@ -107,15 +107,17 @@ void down(int dtype, Address x, Address weight, Address neurons, Address residua
   cpu::with_team(threads, [&] { cpu::down(p); });
 }
 
-void rms_norm(int dtype, Address x, Address weight, Address residual, Address out, float eps, int num_rows, int hidden, int threads) {
+void rms_norm(int dtype, Address x, Address weight, Address residual, Address out, float eps, int num_rows, int hidden,
+              int threads) {
   const RmsNormParams p{Dtype(dtype), at(x), at(weight), at(residual), at(out), eps, num_rows, hidden};
   cpu::with_team(threads, [&] { cpu::rms_norm(p); });
 }
 
 void rope_kv_write(int dtype, Address qkv, Address cos, Address sin, Address positions, Address slots, Address k_cache,
                    Address v_cache, int num_rows, int heads, int kv_heads, int capacity, int head_dim, int threads) {
-  const RopeParams p{Dtype(dtype),  at(qkv),     at<float>(cos), at<float>(sin), at<int32_t>(positions),         at<int32_t>(slots),
-                     0,             at(k_cache), at(v_cache),    {kv_heads, capacity, head_dim}, num_rows, heads};
+  const RopeParams p{Dtype(dtype),       at(qkv), at<float>(cos), at<float>(sin), at<int32_t>(positions),
+                     at<int32_t>(slots), 0,       at(k_cache),    at(v_cache),    {kv_heads, capacity, head_dim},
+                     num_rows,           heads};
   cpu::with_team(threads, [&] { cpu::rope_kv_write(p); });
 }
 
@@ -126,13 +128,18 @@ void tree_mask(Address parents, Address mask, int num_nodes, int mask_words) {
 void tree_attention(int dtype, Address q, int q_stride, Address k_cache, Address v_cache, Address mask, Address out, float scale,
                     int prefix, int mask_words, int num_rows, int heads, int kv_heads, int capacity, int head_dim, int threads) {
   std::vector<float> workspace(cpu::attention_workspace(num_rows, heads, head_dim, prefix + mask_words * 64));
-  const AttentionParams p{Dtype(dtype),      at(q),      q_stride, at(k_cache),      at(v_cache), {kv_heads, capacity, head_dim}, prefix,
-                          at<uint64_t>(mask), mask_words, at(out),  workspace.data(), scale,       num_rows,                       heads};
+  const AttentionParams p{Dtype(dtype),     at(q),
+                          q_stride,         at(k_cache),
+                          at(v_cache),      {kv_heads, capacity, head_dim},
+                          prefix,           at<uint64_t>(mask),
+                          mask_words,       at(out),
+                          workspace.data(), scale,
+                          num_rows,         heads};
   cpu::with_team(threads, [&] { cpu::tree_attention(p); });
 }
 
-int accept(Address logits, Address drafts, float threshold, float score_temperature, bool match, Address likelihoods, Address argmax,
-           int num_rows, int vocab, int threads) {
+int accept(Address logits, Address drafts, float threshold, float score_temperature, bool match, Address likelihoods,
+           Address argmax, int num_rows, int vocab, int threads) {
   int32_t accepted = 0;
   const AcceptParams p{at<float>(logits),      at<int32_t>(drafts), threshold, score_temperature, match,
                        at<float>(likelihoods), at<int32_t>(argmax), &accepted, num_rows,          vocab};
@@ -142,8 +149,8 @@ int accept(Address logits, Address drafts, float threshold, float score_temperat
 
 void kv_rewrite(int dtype, Address k_cache, Address v_cache, Address path, int start, int length, int layers, int kv_heads,
                 int capacity, int head_dim, int threads) {
-  const KvRewriteParams p{Dtype(dtype), at(k_cache), at(v_cache), at<int32_t>(path), {kv_heads, capacity, head_dim}, layers, start,
-                          length};
+  const KvRewriteParams p{Dtype(dtype), at(k_cache), at(v_cache), at<int32_t>(path), {kv_heads, capacity, head_dim},
+                          layers,       start,       length};
   cpu::with_team(threads, [&] { cpu::kv_rewrite(p); });
 }
 

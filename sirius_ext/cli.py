@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sirius_ext", description="Decode language models with contextual sparsity and correction.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sirius_ext", description="Decode language models with contextual sparsity and correction."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="decode one prompt, streaming the text", formatter_class=_Formatter)
@@ -142,7 +144,9 @@ def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
 def summary(stats: Stats) -> str:
     """One line on a call: tokens, speed, and what the correction did."""
     seconds = stats.prefill_seconds + stats.decode_seconds
-    parts = [f"{stats.tokens} tokens in {seconds:.2f} s (prefill {stats.prefill_seconds:.2f} s), {stats.ms_per_token:.1f} ms/token"]
+    parts = [
+        f"{stats.tokens} tokens in {seconds:.2f} s (prefill {stats.prefill_seconds:.2f} s), {stats.ms_per_token:.1f} ms/token"
+    ]
     if stats.average_advance_length is not None:
         parts.append(
             f"AAL {stats.average_advance_length:.2f} of {stats.period}, effective density {stats.effective_density:.3f}, "

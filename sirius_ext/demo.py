@@ -22,12 +22,14 @@ MAX_NEW_TOKENS = 96
 
 PROMPTS = {
     "a summary": (
-        "Summarize in two sentences: The honeybee is a flying insect known for its role in pollination and for making honey. A colony "
-        "has one queen, who lays up to two thousand eggs a day, some hundreds of drones, and tens of thousands of workers. Workers "
-        "clean cells, feed larvae, build comb, guard the entrance and, in the last weeks of their lives, gather nectar, pollen and "
-        "water within three kilometres of the hive. They tell each other where the flowers are by dancing."
+        "Summarize in two sentences: The honeybee is a flying insect known for its role in pollination and for making honey. A "
+        "colony has one queen, who lays up to two thousand eggs a day, some hundreds of drones, and tens of thousands of workers. "
+        "Workers clean cells, feed larvae, build comb, guard the entrance and, in the last weeks of their lives, gather nectar, "
+        "pollen and water within three kilometres of the hive. They tell each other where the flowers are by dancing."
     ),
-    "arithmetic": "A box holds 12 pencils. Anna buys 3 boxes and gives 7 pencils to her brother. How many are left? Explain step by step.",
+    "arithmetic": (
+        "A box holds 12 pencils. Anna buys 3 boxes and gives 7 pencils to her brother. How many are left? Explain step by step."
+    ),
     "code": "Write a Python function that returns the n-th Fibonacci number using a loop, with a docstring.",
 }
 
@@ -60,7 +62,7 @@ class TimedStreamer(TextStreamer):
             self.last = time.perf_counter()
             self.first = self.first or self.last
             self.tokens += value.flatten().tolist()
-        super().put(value[None] if value.dim() == 2 and len(value) > 1 else value)
+        super().put(value)
 
 
 def run(engine: Engine, max_new_tokens: int) -> int:
@@ -90,7 +92,11 @@ def run(engine: Engine, max_new_tokens: int) -> int:
     equal = rows[-1].texts == rows[1].texts
     console.print()
     console.print(_table(engine, rows))
-    console.print("Sirius under `match` gave exactly Full's text." if equal else "[bold red]Sirius under `match` differs from Full's text: a fault, please report it.")
+    console.print(
+        "Sirius under `match` gave exactly Full's text."
+        if equal
+        else "[bold red]Sirius under `match` differs from Full's text: a fault, please report it."
+    )
     return 0 if equal else 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -58,7 +57,7 @@ class Engine:
     >>> out = engine.generate(input_ids, max_new_tokens=256)
     >>> out.sequences, out.stats.average_advance_length
 
-    model: a loaded `transformers` model of a supported architecture, on the CPU, of one dtype. Its weights are shared, not copied.
+    model: a loaded `transformers` model of a supported architecture, on the CPU, of one dtype. It goes on sharing its weights.
     """
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None, tokenizer=None) -> None:
@@ -121,7 +120,9 @@ def check_device(device: str) -> None:
     """ValueError if this build cannot decode on `device`; never a silent fall back."""
     kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: 'cuda' was asked for, but there is no CUDA device that torch can use; device='cpu' works everywhere")
+        raise ValueError(
+            "device: 'cuda' was asked for, but there is no CUDA device that torch can use; device='cpu' works everywhere"
+        )
     if kind != "cpu":
         raise ValueError(f"device: {kind!r} is not supported by this build, which has the CPU backend only; use device='cpu'")
 
@@ -172,9 +173,7 @@ class _Processor:
 class _Text:
     """One text as it grows: knows where it ends and hands tokens to the streamer once they are certain."""
 
-    def __init__(
-        self, prompt: torch.Tensor, context: int, criteria: StoppingCriteriaList, streamer: BaseStreamer | None
-    ) -> None:
+    def __init__(self, prompt: torch.Tensor, context: int, criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> None:
         self._streamer = streamer
         self._ids = prompt
         self._eos: set[int] = set()
@@ -195,8 +194,10 @@ class _Text:
         self._limit_reason = "context" if longest == context else "length"
 
     def commit(self, tokens: list[int]) -> int:
-        for count, token in enumerate(tokens, start=1):
+        count = 0
+        for token in tokens:
             self.tokens.append(token)
+            count += 1
             if self._others:
                 self._ids = torch.cat((self._ids, torch.tensor([token])))
             if token in self._eos:
@@ -265,7 +266,9 @@ def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weigh
         if len(ids) == 0:
             raise ValueError(f"input_ids: prompt {row} is empty")
         if len(ids) >= weights.context:
-            raise ValueError(f"input_ids: prompt {row} has {len(ids)} tokens, but the model's context holds {weights.context}, one for the answer")
+            raise ValueError(
+                f"input_ids: prompt {row} has {len(ids)} tokens; the model's context holds {weights.context}, one for the answer"
+            )
         if not 0 <= int(ids.min()) <= int(ids.max()) < weights.vocab:
             raise ValueError(f"input_ids: expected token ids in [0, {weights.vocab}), got {int(ids.min())} to {int(ids.max())}")
         prompts.append(ids)

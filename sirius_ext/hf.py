@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .config import SiriusConfig
-from .engine import Engine, SiriusOutput, check_device, decode_batch, is_prepared, prepare, release
+from .engine import Engine, SiriusOutput, check_device, decode_batch, is_prepared, release
 
 
 def generate(
@@ -22,7 +22,7 @@ def generate(
 ) -> SiriusOutput | torch.Tensor:
     """For `model.generate(**inputs, custom_generate=sirius_ext.generate, sirius_config=config)`.
 
-    The first call lays the model's `down_proj` weights out anew, in place, and keeps it so; `sirius_ext.detach(model)` undoes that.
+    The first call lays the model's `down_proj` weights out anew, in place; `sirius_ext.detach(model)` undoes that.
     With return_dict_in_generate=True the result has `stats`.
 
     Streaming: `streamer=` works. transformers 5 does not hand it to a callable, so it is looked up in the calling frame of its
@@ -38,7 +38,9 @@ def generate(
 
 def _streamer_of_caller() -> BaseStreamer | None:
     frame = inspect.currentframe().f_back.f_back
-    is_generate = frame is not None and frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin)
+    is_generate = (
+        frame is not None and frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin)
+    )
     return frame.f_locals.get("streamer") if is_generate else None
 
 
@@ -66,7 +68,10 @@ class attach:  # noqa: N801 - used like a function
             return type(self.model).generate(self.model, inputs, streamer=streamer, **settings)
 
         def decode(model, input_ids, **kwargs):
-            kwargs["generation_config"].return_dict_in_generate, wanted = True, kwargs["generation_config"].return_dict_in_generate
+            kwargs["generation_config"].return_dict_in_generate, wanted = (
+                True,
+                kwargs["generation_config"].return_dict_in_generate,
+            )
             output = decode_batch(model, input_ids, self._engine.config, streamer=streamer, **kwargs)
             self.stats = output.stats
             return output if wanted else output.sequences

@@ -177,7 +177,7 @@ def _check_complete(name: str, info: dict) -> None:
 def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
     """A folder in the cache that holds `file`'s model and tokenizer as plain safetensors of `dtype`.
 
-    transformers parses a GGUF header in Python, several times a load: the default model takes 35 s, from the folder 2 s.
+    transformers parses a GGUF header in Python, several times a load: the default model takes 35 s, from the folder 1 s.
     """
     with open(file, "rb") as stream:
         head = stream.read(1 << 26)

@@ -72,7 +72,7 @@ def _positive(name: str, value: int) -> int:
 
 
 def _check_indices(name: str, indices: torch.Tensor, limit: int) -> None:
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < limit):
+    if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < limit):
         raise ValueError(f"{name}: expected values in [0, {limit}), got {int(indices.min())} to {int(indices.max())}")
 
 
@@ -216,8 +216,8 @@ def rope_kv_write(
     heads, rest = divmod(qkv.shape[1] - 2 * kv_heads * head_dim, head_dim)
     if rest or heads < 1 or heads % kv_heads or head_dim % 2:
         raise ValueError(
-            f"qkv: expected [m, (heads + 2 * {kv_heads}) * {head_dim}] with heads a multiple of {kv_heads} and an even head size, "
-            f"got {list(qkv.shape)}"
+            f"qkv: expected [m, (heads + 2 * {kv_heads}) * {head_dim}] with heads a multiple of {kv_heads} and an even head "
+            f"size, got {list(qkv.shape)}"
         )
     pc = _check("cos", cos, torch.float32, None, head_dim // 2)
     ps = _check("sin", sin, torch.float32, cos.shape[0], head_dim // 2)
@@ -289,8 +289,8 @@ def tree_attention(
         raise ValueError(f"mask: a bit points beyond the cache's capacity {capacity} (prefix {prefix})")
     out, po = _output(out, q.dtype, m, heads, head_dim)
     _C.tree_attention(
-        DTYPES[q.dtype], q.data_ptr(), q.stride(0), pk, pv, pm, po, float(scale), prefix, words, m, heads, kv_heads, capacity, head_dim,
-        torch.get_num_threads(),
+        DTYPES[q.dtype], q.data_ptr(), q.stride(0), pk, pv, pm, po, float(scale), prefix, words, m, heads, kv_heads, capacity,
+        head_dim, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -305,8 +305,8 @@ def accept(
     """A chain's acceptance in one pass over the logits (SPEC section 3, step 4; section 5).
 
     logits: float32 [n, V] of F. drafts: int32 [n - 1]; drafts[j - 1] was proposed after row j - 1.
-    Returns likelihoods p_j float32 [n - 1], argmax of every row int32 [n] (the first of equals) and a, the length of the longest run
-    from the start with p_j >= threshold, or with `match` of drafts that equal the argmax. F's own token is then argmax[a].
+    Returns likelihoods p_j float32 [n - 1], argmax of every row int32 [n] (the first of equals) and a, the length of the longest
+    run from the start with p_j >= threshold, or with `match` of drafts that equal the argmax. F's own token is then argmax[a].
     """
     pl = _check("logits", logits, torch.float32, None, None)
     n, vocab = logits.shape

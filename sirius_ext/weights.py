@@ -36,7 +36,7 @@ def check_supported(config) -> None:
 
 
 def context_length(config) -> int:
-    """Tokens that a text may have: the trained positions, and no more than a sliding window, below which it makes no difference."""
+    """Tokens that a text may have: the trained positions, and no more than a sliding window, up to which it changes nothing."""
     return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings)
 
 

@@ -1,6 +1,6 @@
 // Split-KV attention. The slots that a row sees, in order, are cut into chunks of kSlots; each chunk yields a maximum, a sum of
-// exponentials and a weighted sum of values, which are combined in order. Where a chunk ends depends on how many slots the row sees
-// before it and on nothing else, so a token's result is the same bits in a pass of its own, in a window, or in a tree.
+// exponentials and a weighted sum of values, which are combined in order. Where a chunk ends depends on how many slots the row
+// sees before it and on nothing else, so a token's result is the same bits in a pass of its own, in a window, or in a tree.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -60,8 +60,8 @@ class Attention {
     const size_t length = size_t(group_) * head_dim;
     char* gathered = scratch<char>(Scratch::first, n * length * size_of(p_.dtype));
     for (int j = 0; j < n; ++j)
-      std::memcpy(offset(gathered, j * length, p_.dtype), offset(p_.q, size_t(row + j) * p_.q_stride + kv_head * length, p_.dtype),
-                  length * size_of(p_.dtype));
+      std::memcpy(offset(gathered, j * length, p_.dtype),
+                  offset(p_.q, size_t(row + j) * p_.q_stride + kv_head * length, p_.dtype), length * size_of(p_.dtype));
     void* packed = scratch<char>(Scratch::packed, k_.packed_size(n * group_, head_dim));
     k_.pack(gathered, head_dim, n * group_, head_dim, packed);
     return packed;

@@ -82,7 +82,8 @@ void decode_step(const DecodeStepParams& p) {
 
   const Range rows = share(p.num_rows);
   for (int j = rows.begin; j < rows.end; ++j)
-    std::memcpy(offset(w.x, size_t(j) * m.hidden, m.dtype), offset(m.embedding, size_t(p.tokens[j]) * m.hidden, m.dtype), row_bytes);
+    std::memcpy(offset(w.x, size_t(j) * m.hidden, m.dtype), offset(m.embedding, size_t(p.tokens[j]) * m.hidden, m.dtype),
+                row_bytes);
   sync();
   for (int layer = 0; layer < m.num_layers; ++layer) {
     attention_block(p, w, layer);

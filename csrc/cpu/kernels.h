@@ -2,10 +2,11 @@
 // work, choose rows and never mention an instruction.
 //
 // Weights are handed over as an array of row pointers, so that dense, gathered and concatenated matrices are the same thing. Past
-// the rows to be computed the array goes on with `kAhead` pointers that are only prefetched: the rows which the caller reads next.
+// the rows to be computed the array goes on with `kAhead` pointers that are only prefetched: the rows which the caller reads
+// next.
 //
-// Batch invariance: every result depends on its own weight row and its own input row alone, summed in an order that depends on the
-// length of the sum alone.
+// Batch invariance: every result depends on its own weight row and its own input row alone, summed in an order that depends on
+// the length of the sum alone.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +28,8 @@ struct Kernels {
 
   // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: n + kAhead pointers.
   // The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32).
-  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, int begin, int end, float* acc, ptrdiff_t lda);
+  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, int begin, int end, float* acc,
+              ptrdiff_t lda);
 
   // out[i] = acc[i] + bias[i] + residual[i], rounded to T once; bias and residual may be null.
   void (*store)(const float* acc, const void* bias, const void* residual, int n, void* out);

@@ -1,7 +1,7 @@
 // bf16 products on AMX tiles: sixteen input rows cost what one costs. fp16 and fp32 are the AVX-512 bodies.
 //
-// A weight tile is staged through a small buffer, which lets its sixteen rows come from anywhere. One input row uses the same tile
-// instructions as sixteen, in the same order: that is what makes a row's bits independent of the rows beside it.
+// A weight tile is staged through a small buffer, which lets its sixteen rows come from anywhere. One input row uses the same
+// tile instructions as sixteen, in the same order: that is what makes a row's bits independent of the rows beside it.
 #include <cstring>
 
 #include "kernels_simd.h"
@@ -152,8 +152,8 @@ struct Interleave {
 };
 
 // Tiles: 0, 1 accumulators [rows, 16 columns], 2 coefficients [rows, 32], 3, 4 weights [16 pairs, 16 columns].
-void amx_sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int begin, int end, float* acc,
-             ptrdiff_t lda) {
+void amx_sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int begin, int end,
+             float* acc, ptrdiff_t lda) {
   constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
   const Interleave order;
   for (int m0 = 0; m0 < m; m0 += kTileRows) {

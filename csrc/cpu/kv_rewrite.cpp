@@ -14,8 +14,8 @@ void kv_rewrite(const KvRewriteParams& p) {
     void* head = offset(task % 2 ? p.v_cache : p.k_cache, size_t(task / 2) * capacity * head_dim, p.dtype);
     // path[i] >= i and the path rises, so an entry is read before its slot is overwritten.
     for (int i = first; i < p.length; ++i)
-      std::memcpy(offset(head, size_t(p.start + i) * head_dim, p.dtype), offset(head, size_t(p.start + p.path[i]) * head_dim, p.dtype),
-                  head_dim * size_of(p.dtype));
+      std::memcpy(offset(head, size_t(p.start + i) * head_dim, p.dtype),
+                  offset(head, size_t(p.start + p.path[i]) * head_dim, p.dtype), head_dim * size_of(p.dtype));
   }
 }
 

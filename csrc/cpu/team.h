@@ -1,8 +1,9 @@
-// Ops are written for a team: each of its threads calls the op with equal arguments, takes its share of the work and does not wait
-// at the end. Whoever reads what an op wrote calls sync() first. Outside with_team the team is the calling thread.
+// Ops are written for a team: each of its threads calls the op with equal arguments, takes its share of the work and does not
+// wait at the end. Whoever reads what an op wrote calls sync() first. Outside with_team the team is the calling thread.
 //
-// Threads are OpenMP's, so that they are torch's own. The barrier is ours: a layer has seven, and libgomp spins for milliseconds in
-// each, which stands still a machine whose cores are shared with another busy process. This one soon offers its core to others.
+// Threads are OpenMP's, so that they are torch's own. The barrier is ours: a layer has seven, and libgomp spins for milliseconds
+// in each, which stands still a machine whose cores are shared with another busy process. This one soon offers its core to
+// others.
 #pragma once
 
 #include <omp.h>

@@ -1,0 +1,191 @@
+"""Tokens per second of Full, CSparse and Sirius, against `transformers`' own generate and llama.cpp at 16 bits.
+
+Every variant decodes the same prompts greedily, in alternating rounds; quoted are medians of the pooled decoding speed (prefill
+excluded) and their ratios. llama.cpp runs in a process of its own, as its users run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import alternate, console, header, save
+from llama_cpp import LlamaCpp, to_16_bits
+from prompts import PROMPTS
+from rich.table import Table
+
+from sirius_ext import Engine, SiriusConfig, Stats
+from sirius_ext.demo import TimedStreamer
+from sirius_ext.engine import prepare, release
+from sirius_ext.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
+
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+class Silent(TimedStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        pass
+
+
+class TimedHandle:
+    """Counts the time inside the extension, so that what is left is Python's."""
+
+    def __init__(self, handle) -> None:
+        self._handle, self.seconds = handle, 0.0
+
+    def step(self, *arguments) -> None:
+        started = time.perf_counter()
+        self._handle.step(*arguments)
+        self.seconds += time.perf_counter() - started
+
+    def __getattr__(self, name: str):
+        return getattr(self._handle, name)
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.engine = Engine.from_pretrained(options.model, dtype=parse_dtype(options.dtype))
+        self.prompts = [self.engine.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS.values()]
+        self.stats: dict[str, Stats] = {}
+        self.overhead: dict[str, float] = {}
+        self.texts: dict[str, list[list[int]]] = {}
+
+    def transformers(self, **settings) -> float:
+        release(self.engine.model)  # the weights as transformers loaded them
+        tokens, seconds = 0, 0.0
+        for ids in self.prompts:
+            streamer = Silent(self.engine.tokenizer)
+            mask = torch.ones_like(ids)
+            limit = self.options.max_new_tokens
+            self.engine.model.generate(ids, attention_mask=mask, streamer=streamer, max_new_tokens=limit, **GREEDY, **settings)
+            tokens += len(streamer.tokens) - 1
+            seconds += streamer.last - streamer.first
+        return tokens / seconds
+
+    def sirius(self, name: str, config: SiriusConfig) -> float:
+        ready = prepare(self.engine.model)
+        plain, ready._handle = ready._handle, TimedHandle(ready._handle)
+        limit = self.options.max_new_tokens
+        outputs = [self.engine.generate(ids, config=config, max_new_tokens=limit, **GREEDY) for ids in self.prompts]
+        inside, ready._handle = ready._handle.seconds, plain
+        stats = Stats(prompt for output in outputs for prompt in output.stats.prompts)
+        self.stats[name] = stats
+        self.overhead[name] = 1 - inside / stats.decode_seconds
+        self.texts[name] = [output.sequences[0, ids.shape[1] :].tolist() for output, ids in zip(outputs, self.prompts)]
+        # x0 comes out of the prefill
+        return (stats.tokens - len(stats.prompts)) / stats.decode_seconds
+
+    def llama_cpp(self, process: LlamaCpp) -> float:
+        runs = [process.generate(ids[0].tolist(), self.options.max_new_tokens) for ids in self.prompts]
+        return sum(run["tokens"] - 1 for run in runs) / sum(run["seconds"] for run in runs)
+
+    def variants(self) -> dict[str, Callable[[], float]]:
+        options = self.options
+        variants: dict[str, Callable[[], float]] = {}
+
+        def ours(name: str, config: SiriusConfig) -> None:
+            variants[name] = lambda: self.sirius(name, config)
+
+        if "transformers" not in options.skip:
+            variants["transformers"] = self.transformers
+            if "static" not in options.skip:
+                variants["transformers, static cache"] = lambda: self.transformers(cache_implementation="static")
+        ours("Full", SiriusConfig(mode="full"))
+        for density in options.densities:
+            ours(f"CSparse {density}", SiriusConfig(mode="sparse", density=density))
+            for period in options.periods:
+                ours(f"Sirius {density}, period {period}", SiriusConfig(density=density, period=period))
+        for period in options.match_periods:
+            ours(f"Sirius match, period {period}", SiriusConfig(density=options.densities[0], period=period, accept="match"))
+        return variants
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    numbers = lambda kind: lambda text: [kind(part) for part in text.split(",") if part]  # noqa: E731
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
+    parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
+    parser.add_argument("--llama-types", type=lambda text: text.split(","), default="bf16", help="of bf16, f16")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--densities", type=numbers(float), default="0.5")
+    parser.add_argument("--periods", type=numbers(int), default="4,8,16")
+    parser.add_argument("--match-periods", type=numbers(int), default="4")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip", type=lambda text: text.split(","), default="", help="of transformers, static, llama.cpp")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    header()
+    bench = Bench(options)
+    variants = bench.variants()
+
+    processes = []
+    gguf = options.gguf or (default_model_path() if options.model == DEFAULT_MODEL else None)
+    if "llama.cpp" not in options.skip and gguf is not None:
+        for kind in options.llama_types:
+            file = to_16_bits(gguf, cache_dir() / f"{gguf.stem}-{kind}.gguf", kind)
+            processes.append(LlamaCpp(file, torch.get_num_threads()))
+            variants[f"llama.cpp {kind}"] = lambda process=processes[-1]: bench.llama_cpp(process)
+    try:
+        rates = alternate(variants, options.rounds, "decoding")
+    finally:
+        for process in processes:
+            process.close()
+    report(bench, rates)
+
+
+def report(bench: Bench, rates: dict[str, float]) -> None:
+    options = bench.options
+    table = Table(title=f"{options.model}, {options.dtype}: {len(PROMPTS)} prompts, up to {options.max_new_tokens} tokens")
+    others = [name for name in rates if name not in bench.stats]
+    columns = [
+        "",
+        "tokens/s",
+        "vs Full",
+        *(f"vs {name}" for name in others),
+        "AAL",
+        "eff. density",
+        "corrected",
+        "Python",
+        "= Full",
+    ]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "" else "right")
+    records = []
+    for name, rate in rates.items():
+        stats = bench.stats.get(name)
+        advance = stats.average_advance_length if stats else None
+        equal = bench.texts[name] == bench.texts["Full"] if stats else None
+        table.add_row(
+            name,
+            f"{rate:.2f}",
+            f"{rate / rates['Full']:.2f}",
+            *(f"{rate / rates[other]:.2f}" for other in others),
+            "" if advance is None else f"{advance:.2f}",
+            "" if advance is None else f"{stats.effective_density:.3f}",
+            "" if advance is None else f"{stats.corrected_fraction:.1%}",
+            f"{bench.overhead[name]:.1%}" if stats else "",
+            "" if equal is None else ("yes" if equal else "no"),
+        )
+        record = {"variant": name, "tokens_per_second": rate, "vs_full": rate / rates["Full"]}
+        if stats:
+            record |= {
+                "density": stats.density,
+                "python_share": bench.overhead[name],
+                "text_equals_full": equal,
+                **stats.metrics(),
+            }
+        records.append(record)
+    console.print(table)
+    save(options.out, {"benchmark": "decode", "model": options.model, "dtype": options.dtype, "results": records})
+
+
+if __name__ == "__main__":
+    main()

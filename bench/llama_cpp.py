@@ -1,0 +1,84 @@
+"""llama.cpp as a user would run it, through the PyPI package xllamacpp, in a process of its own; and 16-bit GGUF files for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+QUANT_16_BITS = {"bf16": "BF16", "f16": "F16"}
+
+
+def to_16_bits(source: Path, target: Path, kind: str) -> Path:
+    """Write the GGUF file `source` anew with its matrices dequantized to bf16 or f16; norms and biases stay float32."""
+    import gguf
+    import numpy as np
+
+    if target.exists():
+        return target
+    reader = gguf.GGUFReader(source)
+    architecture = reader.get_field("general.architecture").contents()
+    partial = target.with_suffix(".part")
+    writer = gguf.GGUFWriter(partial, architecture)
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], element)
+    quant = gguf.GGMLQuantizationType[QUANT_16_BITS[kind]]
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if len(tensor.shape) > 1:
+            writer.add_tensor(tensor.name, gguf.quantize(values, quant), raw_dtype=quant)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(target)
+    return target
+
+
+class LlamaCpp:
+    """A llama.cpp process that waits for prompts; idle, it takes no CPU time."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(model), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def generate(self, prompt: list[int], max_new_tokens: int) -> dict[str, float]:
+        """Decode greedily. Returns `tokens` and `seconds` of decoding, prefill excluded."""
+        self._process.stdin.write(json.dumps({"prompt": prompt, "n_predict": max_new_tokens}) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith('{"tokens"'):
+                return json.loads(line)
+        raise RuntimeError(f"llama.cpp ended with status {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _serve(model: str, threads: int) -> None:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_ctx, params.n_parallel, params.cache_prompt = 4096, 1, False
+    server = xllamacpp.Server(params)
+    for line in sys.stdin:
+        reply = server.handle_completions({**json.loads(line), "temperature": 0, "cache_prompt": False})
+        timings = (reply if isinstance(reply, dict) else json.loads(reply))["timings"]
+        print(json.dumps({"tokens": timings["predicted_n"], "seconds": timings["predicted_ms"] / 1e3}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))

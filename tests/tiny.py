@@ -1,0 +1,65 @@
+"""Tiny random models of every supported architecture, and prompts for them."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+VOCAB = 149
+_COMMON = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    # Large, so that logits are peaked: drafts are then accepted and rejected, and no two tokens are nearly as likely.
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+_CONFIGS = {
+    # Heads of size 8, 16, 24 and 16.
+    "llama": (transformers.LlamaConfig, {**_sizes(48, 101, 3, 6, 6), "tie_word_embeddings": True}),
+    "llama3": (transformers.LlamaConfig, {**_sizes(64, 131, 3, 4, 2), "rope_parameters": _LLAMA3_ROPE}),
+    "mistral": (transformers.MistralConfig, {**_sizes(72, 90, 2, 3, 1), "sliding_window": None}),
+    "qwen2": (transformers.Qwen2Config, {**_sizes(96, 144, 2, 6, 3), "tie_word_embeddings": True}),
+}
+NAMES = tuple(_CONFIGS)
+
+
+def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> transformers.PreTrainedModel:
+    """A random model; `config` overrides its configuration. Biases and norm weights, which start at 0 and 1, are random too."""
+    make, values = _CONFIGS[name]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(make(**{**_COMMON, **values, **config}))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
+                parameter.normal_(1.0 if "norm" in key else 0.0, 0.2)
+            if "down_proj" in key:
+                parameter.mul_(0.3)  # the sparse model then often agrees with the full one, and often does not
+    model.generation_config.do_sample = False
+    return model.eval().to(dtype)
+
+
+def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    """int64 [1, length]"""
+    return torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(seed))
