@@ -21,7 +21,7 @@ SUMMARY = """Lighthouses were built to guide ships into harbours and past danger
 later raised on platforms so that they could be seen from further away. The tower of Pharos at Alexandria, finished in the third \
 century before our era, was for long among the tallest buildings on earth. In the eighteenth century oil lamps with mirrors took \
 the place of coal fires, and in 1822 Augustin Fresnel built a lens of many glass prisms that gathered nearly all of a lamp's \
-light into one flat beam, which carried more than thirty kilometres. Keepers lived in the towers, trimmed the wicks, wound the \
+light into one flat beam that carried more than thirty kilometres. Keepers lived in the towers, trimmed the wicks, wound the \
 clockwork that turned the lens and sounded the horn in fog. Electricity, automation and finally satellite navigation made their work \
 superfluous; most towers still stand, and many are now museums or small hotels.
 

@@ -46,6 +46,7 @@ struct DownParams {
   const int32_t* neurons;  // [num_neurons] or null
   const void* residual;    // T [num_rows, hidden] or null; may be `out`
   void* out;               // T [num_rows, hidden]
+  float* workspace;        // [down_workspace(...)]
   int num_rows, hidden, num_neurons;
 };
 

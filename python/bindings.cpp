@@ -103,7 +103,9 @@ void gate_up(int dtype, Address x, Address gate, Address up, Address neurons, Ad
 
 void down(int dtype, Address x, Address weight, Address neurons, Address residual, Address out, int num_rows, int hidden,
           int num_neurons, int threads) {
-  const DownParams p{Dtype(dtype), at(x), at(weight), at<int32_t>(neurons), at(residual), at(out), num_rows, hidden, num_neurons};
+  std::vector<float> workspace(cpu::down_workspace(num_rows, hidden, num_neurons));
+  const DownParams p{Dtype(dtype),     at(x),    at(weight), at<int32_t>(neurons), at(residual), at(out),
+                     workspace.data(), num_rows, hidden,     num_neurons};
   cpu::with_team(threads, [&] { cpu::down(p); });
 }
 

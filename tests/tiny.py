@@ -60,6 +60,29 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0,
     return model.eval().to(dtype)
 
 
-def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
-    """int64 [1, length]"""
-    return torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(seed))
+def prompt(length: int) -> torch.Tensor:
+    """int64 [1, length]; another one for every length."""
+    return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+class Collector:
+    """A streamer that keeps what it gets: the prompt, then the tokens of each `put`."""
+
+    def __init__(self) -> None:
+        self.puts: list[torch.Tensor] = []
+        self.ends = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert not self.ends, "put after end"
+        self.puts.append(value.clone())
+
+    def end(self) -> None:
+        self.ends += 1
+
+    def check(self, ids: torch.Tensor, sequences: torch.Tensor) -> None:
+        """The prompt came first, then exactly the tokens of the text, then one end."""
+        first, *rest = self.puts
+        assert torch.equal(first, ids)
+        assert all(put.dim() == 1 and len(put) for put in rest)
+        assert torch.cat(rest).tolist() == sequences[0, ids.shape[1] :].tolist()
+        assert self.ends == 1

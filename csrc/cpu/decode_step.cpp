@@ -13,14 +13,15 @@ struct Workspace {
   char* next;
   Dtype dtype;
   void *x, *qkv, *attended, *hidden;
-  float* attention;
+  float *partial, *attention;
 
   Workspace(const ModelWeights& m, int num_rows, void* memory) : next(static_cast<char*>(memory)), dtype(m.dtype) {
     x = take(size_t(num_rows) * m.hidden);
     qkv = take(size_t(num_rows) * (m.heads + 2 * m.kv_heads) * m.head_dim);
     attended = take(size_t(num_rows) * m.heads * m.head_dim);
     hidden = take(size_t(num_rows) * m.intermediate);
-    attention = reinterpret_cast<float*>(next);
+    partial = reinterpret_cast<float*>(next);
+    attention = partial + down_workspace(num_rows, m.hidden, m.intermediate);
   }
 
   void* take(size_t elements) {
@@ -69,7 +70,7 @@ void mlp_block(const DecodeStepParams& p, const Workspace& w, int layer) {
   const void* normed = norm(m, w.x, weights.post_norm, p.num_rows);
   gate_up({m.dtype, normed, weights.gate, weights.up, neurons, w.hidden, p.num_rows, m.hidden, kept});
   sync();
-  down({m.dtype, w.hidden, weights.down, neurons, w.x, w.x, p.num_rows, m.hidden, kept});
+  down({m.dtype, w.hidden, weights.down, neurons, w.x, w.x, w.partial, p.num_rows, m.hidden, kept});
   sync();
 }
 
@@ -102,7 +103,9 @@ void decode_step(const DecodeStepParams& p) {
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {
   const size_t elements = size_t(num_rows) * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);
-  return elements * size_of(m.dtype) + 4 * 64 + attention_workspace(num_rows, m.heads, m.head_dim, slots) * sizeof(float);
+  const size_t floats =
+      down_workspace(num_rows, m.hidden, m.intermediate) + attention_workspace(num_rows, m.heads, m.head_dim, slots);
+  return elements * size_of(m.dtype) + 4 * 64 + floats * sizeof(float);
 }
 
 }  // namespace sirius::cpu

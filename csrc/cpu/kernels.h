@@ -16,7 +16,7 @@
 
 namespace sirius::cpu {
 
-constexpr int kAhead = 32;  // as many rows as a kernel reads at a time (an AMX tile pair in `sum`)
+constexpr int kAhead = 32;  // as many rows as a kernel reads side by side at most
 
 struct Kernels {
   // Rearranges x, T [m, k] with rows ldx apart, for `dot`. The packed form takes packed_size bytes and is 64-byte aligned.

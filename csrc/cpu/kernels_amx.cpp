@@ -10,8 +10,7 @@ namespace sirius::cpu {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kDepth = 32;     // bf16 elements in a tile row of 64 bytes
-constexpr int kMaxBlocks = 4;  // blocks of 16 input rows that share one staging
+constexpr int kDepth = 32;  // bf16 elements in a tile row of 64 bytes
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -56,84 +55,117 @@ void amx_pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
 
 __mmask32 first(int n) { return n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1; }
 
-// Tiles: 0-3 results [16 weight rows, block], 4 weights [16, 32], 5 a full block of inputs, 6 the last block.
-void amx_dot(const void* const* row_pointers, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
-  constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
-  const int width = round_up(k, kDepth);
-  for (int m0 = 0; m0 < m; m0 += kMaxBlocks * kTileRows) {
-    const int rows_here = m - m0 < kMaxBlocks * kTileRows ? m - m0 : kMaxBlocks * kTileRows;
-    const int blocks = (rows_here + kTileRows - 1) / kTileRows;
-    const int last = rows_here - (blocks - 1) * kTileRows;
-    TileConfig config;
-    for (int t = 0; t < blocks; ++t) config.set(t, kTileRows, 4 * (t == blocks - 1 ? last : kTileRows));
-    config.set(4, kTileRows, 64);
-    config.set(5, kTileRows, 64);
-    config.set(6, kTileRows, 4 * last);
-    const Tiles tiles(config);
-    const bf16_t* inputs = static_cast<const bf16_t*>(packed) + ptrdiff_t(m0) * width;
+// One depth of a block of 16 weight rows as tile kTile. Rows that stand at equal distances, as a dense matrix's do, are read
+// where they are; others, and a row's last part, are staged.
+#define SIRIUS_LOAD_WEIGHTS(tile, block, c)                                                          \
+  if ((block).stride != 0 && (c) + kDepth <= k) {                                                    \
+    _tile_loadd(tile, (block).rows[0] + (c), (block).stride);                                        \
+  } else {                                                                                           \
+    alignas(64) bf16_t stage[kTileRows * kDepth];                                                    \
+    const __mmask32 mask = first(k - (c));                                                           \
+    for (int r = 0; r < kTileRows; ++r)                                                              \
+      _mm512_store_si512(stage + r * kDepth, _mm512_maskz_loadu_epi16(mask, (block).rows[r] + (c))); \
+    memory_fence();                                                                                  \
+    _tile_loadd(tile, stage, 64);                                                                    \
+  }
 
-    for (int i = 0; i < n; i += kTileRows) {
-      const int height = n - i < kTileRows ? n - i : kTileRows;
-      const bf16_t* rows[2 * kTileRows];
-      for (int r = 0; r < kTileRows; ++r) {
-        rows[r] = static_cast<const bf16_t*>(row_pointers[i + (r < height ? r : 0)]);
-        rows[kTileRows + r] = static_cast<const bf16_t*>(row_pointers[i + (r < height ? height + r : 0)]);
-      }
+// Sixteen weight rows and those that are read after them.
+struct WeightBlock {
+  const bf16_t* rows[kTileRows];
+  const bf16_t* next[kTileRows];
+  int height;
+  ptrdiff_t stride;  // bytes from row to row, or 0 where that differs
+
+  // Rows from i on, of n; a missing one is stood in for by the first, and its results are dropped.
+  WeightBlock(const void* const* pointers, int i, int n) : height(n - i < kTileRows ? n - i : kTileRows) {
+    for (int r = 0; r < kTileRows; ++r) {
+      rows[r] = static_cast<const bf16_t*>(pointers[r < height ? i + r : 0]);
+      next[r] = static_cast<const bf16_t*>(pointers[r < height ? i + r + 2 * kTileRows : 0]);
+    }
+    stride = reinterpret_cast<const char*>(rows[1]) - reinterpret_cast<const char*>(rows[0]);
+    for (int r = 1; r < kTileRows; ++r)
+      if (reinterpret_cast<const char*>(rows[r]) - reinterpret_cast<const char*>(rows[r - 1]) != stride) stride = 0;
+  }
+
+  void prefetch_ahead(int c, int k) const {
+    constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
+    const int target = c + ahead;
+    if (target < k)
+      for (int r = 0; r < kTileRows; ++r) prefetch(rows[r] + target);
+    else
+      for (int r = 0; r < kTileRows; ++r) prefetch(next[r] + (target - k < k ? target - k : c));
+  }
+
+  // result: [16 weight rows, columns]
+  void scatter(const float* result, int columns, float* out, ptrdiff_t ldo) const {
+    for (int j = 0; j < columns; ++j)
+      for (int r = 0; r < height; ++r) out[j * ldo + r] = result[r * columns + j];
+  }
+};
+
+// Tiles: 0, 1 results of the first 16 weight rows for two blocks of inputs, 2, 3 of the next 16; 4, 5 weights; 6 a full block of
+// inputs, 7 the last block. Two blocks of weights share each reading of the inputs.
+void amx_dot(const void* const* pointers, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+  const int width = round_up(k, kDepth);
+  for (int m0 = 0; m0 < m; m0 += 2 * kTileRows) {
+    const int inputs = m - m0 < 2 * kTileRows ? m - m0 : 2 * kTileRows;
+    const bool two_inputs = inputs > kTileRows;
+    const int last = two_inputs ? inputs - kTileRows : inputs;
+    TileConfig config;
+    config.set(0, kTileRows, 64);
+    config.set(1, kTileRows, 4 * last);
+    config.set(2, kTileRows, 64);
+    config.set(3, kTileRows, 4 * last);
+    for (int t = 4; t < 7; ++t) config.set(t, kTileRows, 64);
+    config.set(7, kTileRows, 4 * last);
+    const Tiles tiles(config);
+    const bf16_t* x = static_cast<const bf16_t*>(packed) + ptrdiff_t(m0) * width;
+    const bf16_t* last_x = x + (two_inputs ? ptrdiff_t(kTileRows) * width : 0);
+
+    for (int i = 0; i < n; i += 2 * kTileRows) {
+      const bool two_weights = i + kTileRows < n;
+      const WeightBlock upper(pointers, i, n), lower(pointers, two_weights ? i + kTileRows : i, n);
       _tile_zero(0);
-      if (blocks > 1) _tile_zero(1);
-      if (blocks > 2) _tile_zero(2);
-      if (blocks > 3) _tile_zero(3);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
       for (int c = 0; c < k; c += kDepth) {
-        alignas(64) bf16_t stage[kTileRows * kDepth];
-        const int target = c + ahead;
-        const int next = target < k ? 0 : kTileRows;
-        const int column = target < k ? target : (target - k < k ? target - k : c);
-        const __mmask32 mask = first(k - c);
-        for (int r = 0; r < kTileRows; ++r) {
-          prefetch(rows[next + r] + column);
-          _mm512_store_si512(stage + r * kDepth, _mm512_maskz_loadu_epi16(mask, rows[r] + c));
+        upper.prefetch_ahead(c, k);
+        SIRIUS_LOAD_WEIGHTS(4, upper, c)
+        _tile_loadd(7, last_x + ptrdiff_t(c) * last, 4 * last);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two_weights) {
+          lower.prefetch_ahead(c, k);
+          SIRIUS_LOAD_WEIGHTS(5, lower, c)
+          _tile_dpbf16ps(3, 5, 7);
         }
-        memory_fence();
-        _tile_loadd(4, stage, 64);
-        const bf16_t* in = inputs + ptrdiff_t(c) * kTileRows;
-        const auto block = [&](int t) { return inputs + ptrdiff_t(t) * kTileRows * width + ptrdiff_t(c) * kTileRows; };
-        if (blocks > 1) {
-          _tile_loadd(5, in, 64);
-          _tile_dpbf16ps(0, 4, 5);
-        }
-        if (blocks > 2) {
-          _tile_loadd(5, block(1), 64);
-          _tile_dpbf16ps(1, 4, 5);
-        }
-        if (blocks > 3) {
-          _tile_loadd(5, block(2), 64);
-          _tile_dpbf16ps(2, 4, 5);
-        }
-        _tile_loadd(6, inputs + ptrdiff_t(blocks - 1) * kTileRows * width + ptrdiff_t(c) * last, 4 * last);
-        switch (blocks) {
-          case 1: _tile_dpbf16ps(0, 4, 6); break;
-          case 2: _tile_dpbf16ps(1, 4, 6); break;
-          case 3: _tile_dpbf16ps(2, 4, 6); break;
-          default: _tile_dpbf16ps(3, 4, 6);
+        if (two_inputs) {
+          _tile_loadd(6, x + ptrdiff_t(c) * kTileRows, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          if (two_weights) _tile_dpbf16ps(2, 5, 6);
         }
       }
-      for (int t = 0; t < blocks; ++t) {
-        const int columns = t == blocks - 1 ? last : kTileRows;
-        alignas(64) float result[kTileRows * kTileRows];
-        switch (t) {
-          case 0: _tile_stored(0, result, 4 * columns); break;
-          case 1: _tile_stored(1, result, 4 * columns); break;
-          case 2: _tile_stored(2, result, 4 * columns); break;
-          default: _tile_stored(3, result, 4 * columns);
-        }
-        memory_fence();
-        float* to = out + (m0 + t * kTileRows) * ldo + i;
-        for (int j = 0; j < columns; ++j)
-          for (int r = 0; r < height; ++r) to[j * ldo + r] = result[r * columns + j];
+      alignas(64) float result[4][kTileRows * kTileRows];
+      _tile_stored(1, result[1], 4 * last);
+      _tile_stored(3, result[3], 4 * last);
+      if (two_inputs) {
+        _tile_stored(0, result[0], 64);
+        _tile_stored(2, result[2], 64);
+      }
+      memory_fence();
+      float* to = out + m0 * ldo + i;
+      float* to_last = to + (two_inputs ? kTileRows * ldo : 0);
+      upper.scatter(result[1], last, to_last, ldo);
+      if (two_weights) lower.scatter(result[3], last, to_last + kTileRows, ldo);
+      if (two_inputs) {
+        upper.scatter(result[0], kTileRows, to, ldo);
+        if (two_weights) lower.scatter(result[2], kTileRows, to + kTileRows, ldo);
       }
     }
   }
 }
+
+#undef SIRIUS_LOAD_WEIGHTS
 
 // Interleaves rows 2i and 2i + 1: low and high halves of 32 columns become two tiles of [16 pairs of rows, 16 columns].
 struct Interleave {
@@ -151,7 +183,9 @@ struct Interleave {
   }
 };
 
-// Tiles: 0, 1 accumulators [rows, 16 columns], 2 coefficients [rows, 32], 3, 4 weights [16 pairs, 16 columns].
+// Tiles: 0, 1 accumulators [rows, 16 columns], 2 coefficients [rows, 32], 3, 4 weights [16 pairs, 16 columns]. Sixty-four weight
+// rows at a time would halve the traffic of accumulators, but in a matrix of 4096 columns their lines share one set of the L1
+// cache: three times slower (measured).
 void amx_sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int begin, int end,
              float* acc, ptrdiff_t lda) {
   constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "isa.h"
 #include "ops.h"
@@ -31,30 +32,59 @@ void gate_up(const GateUpParams& p) {
   }
 }
 
-// Each thread owns a stretch of columns, so that a sum never depends on the number of threads.
+namespace {
+
+// The neurons are summed in parts, and the parts in order: where they are cut depends on the number of neurons alone, so that a
+// sum never depends on the number of threads. Whole rows are read: in stretches of columns, hardware prefetchers run past each
+// stretch's end, and two threads are no faster than one (measured).
+struct Parts {
+  int count, length;
+
+  explicit Parts(int num_neurons) : count(num_neurons < 4096 ? 4 : 8) {
+    length = (num_neurons + count - 1) / count;
+    length = (length + 31) / 32 * 32;  // see Kernels::sum
+  }
+};
+
+}  // namespace
+
 void down(const DownParams& p) {
   const Kernels& k = kernels(p.dtype);
-  const Range range = share(p.hidden, 32);
-  const int width = range.end - range.begin;
-  if (width == 0) return;
-  float* acc = scratch<float>(Scratch::accumulator, size_t(p.num_rows) * width);
-  std::fill_n(acc, size_t(p.num_rows) * width, 0.0f);
+  const Parts parts(p.num_neurons);
+  // Columns are divided too where that lets every thread have an equal number of tasks.
+  const int slices = std::clamp(member.size / std::gcd(member.size, parts.count), 1, std::max(1, p.hidden / 256));
+  const int slice_width = ((p.hidden + slices - 1) / slices + 31) / 32 * 32;
+  const size_t plane = size_t(p.num_rows) * p.hidden;
 
-  const auto row_at = [&](int i) {
-    return offset(p.down, size_t(p.neurons ? p.neurons[i] : i) * p.hidden + range.begin, p.dtype);
-  };
-  static_assert(kChunk % 32 == 0, "sums may be cut at multiples of 32 rows only");
-  for (int i = 0; i < p.num_neurons; i += kChunk) {
-    const int n = std::min(kChunk, p.num_neurons - i);
-    Rows<> rows;
-    rows.fill(i, n, p.num_neurons, row_at);
-    k.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, 0, width, acc, width);
+  const Range tasks = share(parts.count * slices);
+  for (int task = tasks.begin; task < tasks.end; ++task) {
+    const int first = std::min(task / slices * parts.length, p.num_neurons), last = std::min(first + parts.length, p.num_neurons);
+    const int begin = std::min(task % slices * slice_width, p.hidden), end = std::min(begin + slice_width, p.hidden);
+    float* acc = p.workspace + task / slices * plane;
+    for (int j = 0; j < p.num_rows; ++j) std::fill(acc + size_t(j) * p.hidden + begin, acc + size_t(j) * p.hidden + end, 0.0f);
+    const auto row_at = [&](int i) { return offset(p.down, size_t(p.neurons ? p.neurons[i] : i) * p.hidden, p.dtype); };
+    static_assert(kChunk % 32 == 0, "sums may be cut at multiples of 32 rows only");
+    for (int i = first; i < last; i += kChunk) {
+      const int n = std::min(kChunk, last - i);
+      Rows<> rows;
+      rows.fill(i, n, p.num_neurons, row_at);
+      k.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, begin, end, acc, p.hidden);
+    }
   }
+  sync();
+
+  const Range columns = share(p.hidden, 16);
+  const int width = columns.end - columns.begin;
+  if (width == 0) return;
   for (int j = 0; j < p.num_rows; ++j) {
-    const size_t at = size_t(j) * p.hidden + range.begin;
-    k.store(acc + size_t(j) * width, nullptr, p.residual ? offset(p.residual, at, p.dtype) : nullptr, width,
-            offset(p.out, at, p.dtype));
+    const size_t at = size_t(j) * p.hidden + columns.begin;
+    float* acc = p.workspace + at;
+    for (int part = 1; part < parts.count; ++part)
+      for (int c = 0; c < width; ++c) acc[c] += acc[part * plane + c];
+    k.store(acc, nullptr, p.residual ? offset(p.residual, at, p.dtype) : nullptr, width, offset(p.out, at, p.dtype));
   }
 }
+
+size_t down_workspace(int num_rows, int hidden, int num_neurons) { return size_t(Parts(num_neurons).count) * num_rows * hidden; }
 
 }  // namespace sirius::cpu

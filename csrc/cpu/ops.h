@@ -9,7 +9,7 @@ namespace sirius::cpu {
 
 void linear(const LinearParams& p);
 void gate_up(const GateUpParams& p);
-void down(const DownParams& p);
+void down(const DownParams& p);  // synchronizes inside
 void rms_norm(const RmsNormParams& p);
 void rope_kv_write(const RopeParams& p);
 void tree_mask(const TreeMaskParams& p);
@@ -19,6 +19,7 @@ void kv_rewrite(const KvRewriteParams& p);
 void decode_step(const DecodeStepParams& p);  // synchronizes inside
 
 // Sizes of the workspaces, for up to `slots` cache slots seen by a row.
+size_t down_workspace(int num_rows, int hidden, int num_neurons);              // floats
 size_t attention_workspace(int num_rows, int heads, int head_dim, int slots);  // floats
 size_t decode_workspace(const ModelWeights& model, int num_rows, int slots);   // bytes
 
