@@ -19,10 +19,8 @@ from rich.table import Table
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.demo import TimedStreamer
-from sirius_ext.engine import prepare, release
+from sirius_ext.engine import GREEDY, prepare, release
 from sirius_ext.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
-
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class Silent(TimedStreamer):

@@ -22,7 +22,7 @@ later raised on platforms so that they could be seen from further away. The towe
 century before our era, was for long among the tallest buildings on earth. In the eighteenth century oil lamps with mirrors took \
 the place of coal fires, and in 1822 Augustin Fresnel built a lens of many glass prisms that gathered nearly all of a lamp's \
 light into one flat beam that carried more than thirty kilometres. Keepers lived in the towers, trimmed the wicks, wound the \
-clockwork that turned the lens and sounded the horn in fog. Electricity, automation and finally satellite navigation made their work \
+clockwork that turned the lens and sounded the horn in fog. Electricity, automation and finally satellite navigation made them \
 superfluous; most towers still stand, and many are now museums or small hotels.
 
 In short, the text above says that"""

@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from . import __version__, demo, ops
 from .config import ACCEPT_RULES, SiriusConfig
-from .engine import Engine
+from .engine import GREEDY, Engine, encode
 from .hub import DEFAULT_MODEL, parse_dtype
 from .stats import Stats
 
@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="decode one prompt, streaming the text", formatter_class=_Formatter)
+    generate = commands.add_parser(
+        "generate", help="decode one prompt, streaming the text", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     _add_model_options(generate)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
@@ -57,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", metavar="FILE", type=Path, help="write config, text, token ids and stats")
     generate.set_defaults(command=_generate)
 
-    show = commands.add_parser("demo", help="transformers, Full, CSparse and Sirius side by side", formatter_class=_Formatter)
+    show = commands.add_parser(
+        "demo", help="transformers, Full, CSparse and Sirius side by side", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     _add_model_options(show)
     show.add_argument("--density", type=float, default=demo.DENSITY, help="fraction of MLP neurons kept")
     show.add_argument("--period", type=int, default=demo.PERIOD, help="tokens that one full pass verifies")
@@ -67,10 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="version, backends, instruction sets, devices")
     info.set_defaults(command=_info)
     return parser
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -102,8 +102,6 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--json: no folder {options.json.absolute().parent}")
     prompt = _prompt(options)
     engine = _engine(options, config)
-    if engine.tokenizer is None:
-        raise ValueError(f"--model: {options.model} has no tokenizer")
     inputs = encode(engine.tokenizer, prompt, options.chat)
     streamer = TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
     out = engine.generate(**inputs, streamer=streamer, max_new_tokens=options.max_new_tokens, **GREEDY)
@@ -121,24 +119,6 @@ def _generate(options: argparse.Namespace) -> int:
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
-
-
-# The command line decodes greedily, whatever sampling the model's generation config proposes.
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-
-def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask of a prompt. ValueError if it is empty, or `chat` is asked of a model without a template."""
-    if chat:
-        if tokenizer.chat_template is None:
-            raise ValueError("--chat: this model has no chat template")
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].numel() == 0:
-        raise ValueError("--prompt: the prompt is empty")
-    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def summary(stats: Stats) -> str:
@@ -166,7 +146,7 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def _demo(options: argparse.Namespace) -> int:
     config = SiriusConfig(density=options.density, period=options.period)
-    return demo.run(_engine(options, config), options.max_new_tokens)
+    return demo.run(_engine(options, config), options.model, options.max_new_tokens)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from .config import SiriusConfig
-from .engine import Engine, release
+from .engine import GREEDY, Engine, encode, release
 from .stats import PromptStats, Stats
 
 # Measured on the default model (bench/results): the longest period and the lowest density at which it does not lose.
@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 96
 PROMPTS = {
     "a summary": (
         "Summarize in two sentences: The honeybee is a flying insect known for its role in pollination and for making honey. A "
-        "colony has one queen, who lays up to two thousand eggs a day, some hundreds of drones, and tens of thousands of workers. "
+        "colony has one queen, who lays up to two thousand eggs a day, some hundred drones, and tens of thousands of workers. "
         "Workers clean cells, feed larvae, build comb, guard the entrance and, in the last weeks of their lives, gather nectar, "
         "pollen and water within three kilometres of the hive. They tell each other where the flowers are by dancing."
     ),
@@ -65,7 +65,7 @@ class TimedStreamer(TextStreamer):
         super().put(value)
 
 
-def run(engine: Engine, max_new_tokens: int) -> int:
+def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
     """Decode the prompts every way, streaming, and end with a table. Returns 1 if `match` and Full differ, else 0."""
     console = Console(soft_wrap=True, highlight=False)
     base = engine.config
@@ -76,7 +76,8 @@ def run(engine: Engine, max_new_tokens: int) -> int:
         Row("Sirius, threshold", replace(base, accept="threshold")),
         Row("Sirius, match", replace(base, accept="match")),
     ]
-    prompts = {title: _encode(engine.tokenizer, prompt) for title, prompt in PROMPTS.items()}
+    chat = engine.tokenizer is not None and engine.tokenizer.chat_template is not None
+    prompts = {title: encode(engine.tokenizer, prompt, chat) for title, prompt in PROMPTS.items()}
     # transformers first, on the weights as it loaded them.
     release(engine.model)
     for row in rows:
@@ -91,7 +92,7 @@ def run(engine: Engine, max_new_tokens: int) -> int:
             row.stats += out.stats.prompts if row.config else []
     equal = rows[-1].texts == rows[1].texts
     console.print()
-    console.print(_table(engine, rows))
+    console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), rows))
     console.print(
         "Sirius under `match` gave exactly Full's text."
         if equal
@@ -100,40 +101,31 @@ def run(engine: Engine, max_new_tokens: int) -> int:
     return 0 if equal else 1
 
 
-def _encode(tokenizer, prompt: str) -> dict[str, torch.Tensor]:
-    if tokenizer is None:
-        raise ValueError("--model: the demo needs a model with a tokenizer")
-    if tokenizer.chat_template is None:
-        return dict(tokenizer(prompt, return_tensors="pt"))
-    messages = [{"role": "user", "content": prompt}]
-    return dict(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
-
-
 def _decode(engine: Engine, config: SiriusConfig | None, inputs: dict, max_new_tokens: int, streamer: TimedStreamer | None):
-    settings = dict(max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, streamer=streamer)
+    settings = dict(max_new_tokens=max_new_tokens, streamer=streamer, **GREEDY)
     if config is None:
         return engine.model.generate(**inputs, **settings)
     return engine.generate(**inputs, config=config, **settings)
 
 
-def _table(engine: Engine, rows: list[Row]) -> Table:
+def _table(model: str, rows: list[Row]) -> Table:
     transformers, full = rows[0], rows[1]
     config = rows[-1].config
     table = Table(
-        title=f"{engine.model.config.name_or_path or 'model'}, {engine.model.dtype}, {torch.get_num_threads()} threads, "
-        f"density {config.density}, period {config.period}"
+        title=f"{model}, {torch.get_num_threads()} threads, density {config.density}, period {config.period}",
+        caption="vs hf: transformers' speed is 1. eff. dens.: weights read per token. = Full: share of Full's text.",
+        padding=(0, 0),
     )
-    columns = ("", "tokens/s", "vs transformers", "vs Full", "AAL", "eff. density", "corrected", "text as Full's")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "" else "right")
+    for column in ("", "tokens/s", "vs hf", "vs Full", "AAL", "eff. dens.", "corrected", "= Full"):
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     for row in rows:
         stats = Stats(row.stats) if row.stats else None
         corrected = stats is not None and stats.average_advance_length is not None
         table.add_row(
             row.name,
             f"{row.tokens_per_second:.1f}",
-            f"{row.tokens_per_second / transformers.tokens_per_second:.2f}x",
-            f"{row.tokens_per_second / full.tokens_per_second:.2f}x",
+            f"{row.tokens_per_second / transformers.tokens_per_second:.2f}",
+            f"{row.tokens_per_second / full.tokens_per_second:.2f}",
             f"{stats.average_advance_length:.2f}" if corrected else "",
             f"{stats.effective_density if corrected else stats.density:.3f}" if stats else "",
             f"{stats.corrected_fraction:.1%}" if corrected else "",

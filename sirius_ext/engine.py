@@ -19,6 +19,9 @@ from .model import Model
 from .stats import PromptStats, Stats
 from .weights import Weights, restore
 
+# Makes generate greedy, whatever sampling the model's own generation config proposes.
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
 _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
 
 
@@ -114,6 +117,25 @@ class Engine:
         settings.setdefault("return_dict_in_generate", True)
         output = self.model.generate(input_ids.long(), attention_mask=attention_mask, custom_generate=decode, **settings)
         return output
+
+
+def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of a prompt, with `chat` inside the model's chat template.
+
+    ValueError if there is no tokenizer, the prompt is empty, or `chat` is asked of a model without a template.
+    """
+    if tokenizer is None:
+        raise ValueError("model: it has no tokenizer, so a text prompt cannot be read")
+    if chat and tokenizer.chat_template is None:
+        raise ValueError("chat: this model has no chat template")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0 or not prompt:
+        raise ValueError("prompt: it is empty")
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def check_device(device: str) -> None:
