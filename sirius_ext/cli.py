@@ -137,11 +137,17 @@ def summary(stats: Stats) -> str:
 
 def _prompt(options: argparse.Namespace) -> str:
     if options.prompt is not None:
-        return options.prompt
-    try:
-        return sys.stdin.read() if str(options.prompt_file) == "-" else options.prompt_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file: {options.prompt_file} is not UTF-8 text ({error.reason})") from error
+        prompt = options.prompt
+    elif str(options.prompt_file) == "-":
+        prompt = sys.stdin.read()
+    else:
+        try:
+            prompt = options.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file: {options.prompt_file} is not UTF-8 text ({error.reason})") from error
+    if not prompt:
+        raise ValueError("--prompt: the prompt is empty")
+    return prompt
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _C
+from . import _C, ops
 from .ops import DTYPES
 from .sparsity import CSparse
 from .weights import Layer, Weights
@@ -78,7 +78,8 @@ class Model:
         if statistic is not None:
             self._neurons = statistic.select(density)
             self._num_neurons = torch.full((len(w.layers),), self._neurons.shape[1], dtype=torch.int32)
-        return F.linear(F.rms_norm(x[-1], (w.hidden,), w.final_norm, w.eps), w.lm_head).float()
+        # Our own LM head: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
+        return ops.linear(F.rms_norm(x[-1:], (w.hidden,), w.final_norm, w.eps), w.lm_head, out_dtype=torch.float32)[0]
 
     def _attention(self, x: torch.Tensor, layer: Layer, index: int, start: int) -> torch.Tensor:
         w, end = self.weights, start + len(x)
