@@ -61,7 +61,7 @@ COUNTS = (16, 40, 16, 2, 40, 1)
 
 
 def cases(name):
-    """(config, prompt length, tokens) for every period and density; the other parameters take turns, differently in each model."""
+    """(config, prompt length, tokens) for every period and density; the others take turns, differently in each model."""
     first = NAMES.index(name)
     for index, (period, density) in enumerate(itertools.product(PERIODS, DENSITIES), start=first):
         config = SiriusConfig(period=period, density=density, accept=ACCEPT[index % 2], threshold=(0.1, 0.02)[index // 3 % 2])
