@@ -71,6 +71,8 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
         if density == 0.5:
             add(f"gather torch {density}", density, lambda i, n=long: F.linear(x, weights[i][n]))
 
+    for warm_up in variants.values():
+        warm_up()
     times = alternate(variants, rounds, f"{shape}, {rows} rows")
     rates = {name: bytes_read[name] / times[name] / 1e9 for name in variants}
     best = max(rates.values())

@@ -45,9 +45,7 @@ def header() -> None:
 
 
 def alternate(variants: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, float]:
-    """Run every variant once a round, in turn, so that a change in the machine's speed touches all. Medians of the results."""
-    for run in variants.values():
-        run()  # warm up
+    """Run every (warm) variant once a round, in turn, so that a change in speed touches all. Medians of the results."""
     results: dict[str, list[float]] = {name: [] for name in variants}
     for _ in track(range(rounds), title, console=Console(stderr=True), transient=True):
         for name, run in variants.items():

@@ -45,7 +45,7 @@ class TimedHandle:
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.limit = options, options.max_new_tokens
         self.engine = Engine.from_pretrained(options.model, dtype=parse_dtype(options.dtype))
         self.prompts = [self.engine.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS.values()]
         self.stats: dict[str, Stats] = {}
@@ -58,8 +58,9 @@ class Bench:
         for ids in self.prompts:
             streamer = Silent(self.engine.tokenizer)
             mask = torch.ones_like(ids)
-            limit = self.options.max_new_tokens
-            self.engine.model.generate(ids, attention_mask=mask, streamer=streamer, max_new_tokens=limit, **GREEDY, **settings)
+            self.engine.model.generate(
+                ids, attention_mask=mask, streamer=streamer, max_new_tokens=self.limit, **GREEDY, **settings
+            )
             tokens += len(streamer.tokens) - 1
             seconds += streamer.last - streamer.first
         return tokens / seconds
@@ -67,8 +68,7 @@ class Bench:
     def sirius(self, name: str, config: SiriusConfig) -> float:
         ready = prepare(self.engine.model)
         plain, ready._handle = ready._handle, TimedHandle(ready._handle)
-        limit = self.options.max_new_tokens
-        outputs = [self.engine.generate(ids, config=config, max_new_tokens=limit, **GREEDY) for ids in self.prompts]
+        outputs = [self.engine.generate(ids, config=config, max_new_tokens=self.limit, **GREEDY) for ids in self.prompts]
         inside, ready._handle = ready._handle.seconds, plain
         stats = Stats(prompt for output in outputs for prompt in output.stats.prompts)
         self.stats[name] = stats
@@ -78,7 +78,7 @@ class Bench:
         return (stats.tokens - len(stats.prompts)) / stats.decode_seconds
 
     def llama_cpp(self, process: LlamaCpp) -> float:
-        runs = [process.generate(ids[0].tolist(), self.options.max_new_tokens) for ids in self.prompts]
+        runs = [process.generate(ids[0].tolist(), self.limit) for ids in self.prompts]
         return sum(run["tokens"] - 1 for run in runs) / sum(run["seconds"] for run in runs)
 
     def variants(self) -> dict[str, Callable[[], float]]:
@@ -132,6 +132,10 @@ def main() -> None:
             processes.append(LlamaCpp(file, torch.get_num_threads()))
             variants[f"llama.cpp {kind}"] = lambda process=processes[-1]: bench.llama_cpp(process)
     try:
+        bench.limit = 4
+        for warm_up in variants.values():
+            warm_up()
+        bench.limit = options.max_new_tokens
         rates = alternate(variants, options.rounds, "decoding")
     finally:
         for process in processes:

@@ -140,7 +140,10 @@ def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
 
 def check_device(device: str) -> None:
     """ValueError if this build cannot decode on `device`; never a silent fall back."""
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected 'cpu', got {device!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device: 'cuda' was asked for, but there is no CUDA device that torch can use; device='cpu' works everywhere"

@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .config import SiriusConfig
-from .engine import Engine, SiriusOutput, check_device, decode_batch, is_prepared, release
+from .engine import Engine, SiriusOutput, decode_batch, is_prepared, release
 
 
 def generate(
@@ -55,11 +55,11 @@ class attach:  # noqa: N801 - used like a function
     """
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None) -> None:
+        prepared_before = isinstance(model, PreTrainedModel) and is_prepared(model)
+        self._engine = Engine(model, config)
         if "generate" in vars(model):
             raise ValueError("model: generate is replaced already (attached before?); detach it first")
-        check_device(model.device.type)
-        self._prepared_before = isinstance(model, PreTrainedModel) and is_prepared(model)
-        self._engine = Engine(model, config)
+        self._prepared_before = prepared_before
         self.model, self.stats = model, None
         model.generate = self._generate
 

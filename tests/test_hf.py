@@ -384,9 +384,9 @@ def test_one_padded_prompt(setting):
 
 
 def test_stats_of_a_batch():
-    stats = by_engine(
-        ours(), MATCH, **batch(), max_new_tokens=12, eos_token_id=row_texts()[0][4], return_dict_in_generate=True
-    ).stats
+    first = row_texts()[0]
+    end = first.index(first[4]) + 1
+    stats = Engine(ours(), MATCH).generate(**batch(), max_new_tokens=12, eos_token_id=first[4]).stats
     assert [each.prompt_tokens for each in stats.prompts] == list(LENGTHS)
     assert [each.tokens for each in stats.prompts] == [end, 12, 12] and end < 12
     assert [each.finish for each in stats.prompts] == ["eos", "length", "length"]
