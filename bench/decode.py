@@ -47,7 +47,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.limit = options, options.max_new_tokens
         self.engine = Engine.from_pretrained(options.model, dtype=parse_dtype(options.dtype))
-        self.prompts = [self.engine.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS.values()]
+        self.prompts = [self.engine.tokenizer(PROMPTS[name], return_tensors="pt").input_ids for name in options.prompts]
         self.stats: dict[str, Stats] = {}
         self.overhead: dict[str, float] = {}
         self.texts: dict[str, list[list[int]]] = {}
@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument("--densities", type=numbers(float), default="0.5")
     parser.add_argument("--periods", type=numbers(int), default="4,8,16")
     parser.add_argument("--match-periods", type=numbers(int), default="4")
+    parser.add_argument(
+        "--prompts", type=lambda text: text.split(","), default=",".join(PROMPTS), help="of " + ", ".join(PROMPTS)
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", type=lambda text: text.split(","), default="", help="of transformers, static, llama.cpp")
@@ -145,7 +148,7 @@ def main() -> None:
 
 def report(bench: Bench, rates: dict[str, float]) -> None:
     options = bench.options
-    table = Table(title=f"{options.model}, {options.dtype}: {len(PROMPTS)} prompts, up to {options.max_new_tokens} tokens")
+    table = Table(title=f"{options.model}, {options.dtype}: {', '.join(options.prompts)}, up to {options.max_new_tokens} tokens")
     others = [name for name in rates if name not in bench.stats]
     columns = [
         "",
@@ -186,7 +189,10 @@ def report(bench: Bench, rates: dict[str, float]) -> None:
             }
         records.append(record)
     console.print(table)
-    save(options.out, {"benchmark": "decode", "model": options.model, "dtype": options.dtype, "results": records})
+    save(
+        options.out,
+        {"benchmark": "decode", "model": options.model, "dtype": options.dtype, "prompts": options.prompts, "results": records},
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""The default model: a real one, fetched as a user's is. Its text is that of `transformers`, and of our own full model."""
+
+import copy
+import functools
+import threading
+
+import pytest
+import torch
+import transformers
+
+import sirius_ext
+from sirius_ext import Engine, SiriusConfig, attach, hub, reference
+
+COUNT = 20
+MATCH = SiriusConfig(accept="match", period=4, density=0.5)
+FULL = SiriusConfig(mode="full")
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time there was a small robot who",
+    "Water boils at a temperature of",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Dear Sir or Madam,",
+    "The three primary colours are red,",
+    "import numpy as np\n\nx = np.",
+    "Photosynthesis is the process by which",
+    "Q: Who wrote Hamlet?\nA:",
+]
+QUESTION = "What is 7 + 5? Answer with the number only."
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_same_everywhere):
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def loaded(dtype):
+    """bfloat16 as it comes; float32 with the same values, so that the file is converted only once."""
+    if dtype == torch.bfloat16:
+        return hub.load_model(progress=False)
+    model, tokenizer = loaded(torch.bfloat16)
+    return copy.deepcopy(model).float(), tokenizer
+
+
+def in_float32():
+    return loaded(torch.float32)[0]
+
+
+def in_bfloat16():
+    return loaded(torch.bfloat16)[0]
+
+
+def encode(text):
+    return loaded(torch.bfloat16)[1](text, return_tensors="pt")
+
+
+def ask(question):
+    """The question in the model's chat template."""
+    messages = [{"role": "user", "content": question}]
+    tokenizer = loaded(torch.bfloat16)[1]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def new_tokens(sequences, inputs):
+    return sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+# Periods of all kinds that `test_match_is_the_text_of_transformers` saw, for the test behind it.
+seen = []
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_match_is_the_text_of_transformers(text):
+    inputs = encode(text)
+    expected = in_float32().generate(**inputs, max_new_tokens=COUNT, do_sample=False)
+    out = in_float32().generate(
+        **inputs,
+        max_new_tokens=COUNT,
+        do_sample=False,
+        return_dict_in_generate=True,
+        custom_generate=sirius_ext.generate,
+        sirius_config=MATCH,
+    )
+    assert new_tokens(out.sequences, inputs) == new_tokens(expected, inputs)
+    assert out.stats.prompts[0].density == pytest.approx(0.70, abs=0.01)
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_match_is_our_own_full_text_in_bfloat16(text):
+    inputs = encode(text)
+    full = Engine(in_bfloat16(), FULL).generate(**inputs, max_new_tokens=COUNT)
+    match = Engine(in_bfloat16(), MATCH).generate(**inputs, max_new_tokens=COUNT)
+    assert torch.equal(match.sequences, full.sequences)
+
+
+def test_drafts_are_accepted_and_rejected():
+    """Else the tests above show little."""
+    periods = []
+    for text in PROMPTS[:4]:
+        periods += Engine(in_bfloat16(), MATCH).generate(**encode(text), max_new_tokens=COUNT).stats.periods
+    assert sum(period.accepted for period in periods) > 5
+    assert sum(period.accepted < period.drafted for period in periods) > 5
+
+
+@pytest.mark.parametrize("text", [PROMPTS[0], PROMPTS[4]])
+def test_threshold_equals_the_reference(text):
+    inputs, config = encode(text), SiriusConfig(period=4, density=0.6, threshold=0.1)
+    out = Engine(in_float32(), config).generate(**inputs, max_new_tokens=12)
+    decoder = reference.Decoder(in_float32())
+    tokens, periods = reference.generate(decoder, inputs["input_ids"][0].tolist(), config, 12)
+    assert new_tokens(out.sequences, inputs) == tokens
+    (stats,) = out.stats.prompts
+    assert [(period.drafted, period.accepted) for period in stats.periods] == [
+        (period.drafted, period.accepted) for period in periods
+    ]
+    for period, twin in zip(stats.periods, periods):
+        assert period.likelihoods == pytest.approx(twin.likelihoods, rel=1e-2, abs=1e-4)
+
+
+def test_an_answer_ends_by_itself():
+    """At the model's own EOS, in the middle of what was asked for."""
+    inputs = ask(QUESTION)
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    expected = in_float32().generate(**inputs, **settings)
+    assert expected.shape[1] < inputs["input_ids"].shape[1] + 40
+    out = Engine(in_float32(), MATCH).generate(**inputs, **settings)
+    assert torch.equal(out.sequences, expected) and out.stats.prompts[0].finish == "eos"
+
+
+def test_streaming_the_text():
+    model, tokenizer = loaded(torch.bfloat16)
+    inputs = encode(PROMPTS[2])
+    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
+    results = []
+
+    def run():
+        results.append(
+            model.generate(
+                **inputs,
+                max_new_tokens=16,
+                do_sample=False,
+                streamer=streamer,
+                custom_generate=sirius_ext.generate,
+                sirius_config=MATCH,
+            )
+        )
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == tokenizer.decode(new_tokens(results[0], inputs))
+    assert len([piece for piece in pieces if piece]) > 3
+
+
+def stop_string_way(way, inputs, settings):
+    model, tokenizer = loaded(torch.float32)
+    if way == "criteria":
+        strings = settings.pop("stop_strings")
+        criteria = [transformers.StopStringCriteria(tokenizer, strings)]
+        return model.generate(
+            **inputs, **settings, stopping_criteria=criteria, custom_generate=sirius_ext.generate, sirius_config=MATCH
+        )
+    if way == "engine":
+        return Engine(model, MATCH, tokenizer).generate(**inputs, **settings).sequences
+    if way == "engine-tokenizer":
+        return Engine(model, MATCH).generate(**inputs, **settings, tokenizer=tokenizer).sequences
+    with attach(model, MATCH):
+        return model.generate(**inputs, **settings, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("way", ["criteria", "engine", "engine-tokenizer", "attach"])
+def test_stop_strings(way):
+    model, tokenizer = loaded(torch.float32)
+    inputs = encode(PROMPTS[4])
+    settings = {"max_new_tokens": 24, "do_sample": False, "stop_strings": [" 55", "89"]}
+    expected = stopped_by_transformers()
+    assert 0 < len(new_tokens(expected, inputs)) < 24
+    assert torch.equal(stop_string_way(way, inputs, settings), expected)
+
+
+@functools.cache
+def stopped_by_transformers():
+    model, tokenizer = loaded(torch.float32)
+    settings = {"max_new_tokens": 24, "do_sample": False, "stop_strings": [" 55", "89"]}
+    return model.generate(**encode(PROMPTS[4]), **settings, tokenizer=tokenizer)
+
+
+def test_stop_strings_that_cannot_be_honoured():
+    """transformers drops the tokenizer on the way to a callable: an error, not a text that does not stop."""
+    model, tokenizer = loaded(torch.bfloat16)
+    with pytest.raises(ValueError, match="stop strings"):
+        model.generate(
+            **encode(PROMPTS[4]),
+            max_new_tokens=4,
+            do_sample=False,
+            stop_strings=["89"],
+            tokenizer=tokenizer,
+            custom_generate=sirius_ext.generate,
+            sirius_config=MATCH,
+        )
+
+
+def test_a_pipeline_on_an_attached_model():
+    model, tokenizer = loaded(torch.float32)
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    expected = pipe(PROMPTS[8], **settings)
+    with attach(model, MATCH) as handle:
+        assert pipe(PROMPTS[8], **settings) == expected
+        assert handle.stats.tokens == 8

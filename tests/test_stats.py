@@ -1,0 +1,179 @@
+"""The metrics of SPEC section 7 on periods made by hand."""
+
+import json
+
+import pytest
+import torch
+from tiny import prompt, tiny
+
+from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats, reference
+
+
+def period(drafted, accepted, committed=None, cut=False, seconds=0.01):
+    """Without `committed`, that of a period which the end of the text does not cut."""
+    return Period(drafted, accepted, accepted + 1 if committed is None else committed, cut, [0.5] * drafted, seconds)
+
+
+def prompt_stats(periods, tokens=None, **values):
+    tokens = 1 + sum(record.committed for record in periods) if tokens is None else tokens
+    return PromptStats(
+        **{"mode": "sirius", "period": 4, "density": 0.65, "prompt_tokens": 7, "tokens": tokens, "periods": periods, **values}
+    )
+
+
+PERIODS = [
+    period(3, 3),
+    period(3, 1),
+    period(3, 0),
+    period(3, 2, 2, cut=True),  # EOS was the last accepted draft
+    period(2, 2, cut=True),  # the token limit left room for three
+]
+
+
+def test_metrics():
+    stats = prompt_stats(PERIODS, decode_seconds=0.6)
+    assert stats.tokens == 1 + 4 + 2 + 1 + 2 + 3
+    assert stats.average_advance_length == pytest.approx((4 + 2 + 1) / 3)
+    assert stats.effective_density == pytest.approx((3 * 0.65 + 1) / (7 / 3))
+    assert stats.corrected_fraction == pytest.approx(2 / 12)
+    assert stats.rollback_length == pytest.approx((0 + 2 + 3 + 1 + 0) / 5)
+    assert stats.ms_per_token == pytest.approx(600 / 13)
+    assert stats.metrics() == {
+        "average_advance_length": stats.average_advance_length,
+        "effective_density": stats.effective_density,
+        "corrected_fraction": stats.corrected_fraction,
+        "rollback_length": stats.rollback_length,
+        "ms_per_token": stats.ms_per_token,
+    }
+
+
+def test_the_papers_check():
+    """n = 16, density 0.65, AAL 15.22 gives 0.706."""
+    stats = prompt_stats([period(15, 15)] * 90 + [period(15, 7)] * 8 + [period(15, 8)] * 2 + [period(3, 3, cut=True)], period=16)
+    assert stats.average_advance_length == 15.22
+    assert round(stats.effective_density, 3) == 0.706
+
+
+def test_an_eos_before_the_correction_replaces_nothing():
+    """Two drafts accepted, the first of them EOS: the rejected third was behind the end."""
+    stats = prompt_stats([period(3, 2, 1, cut=True)])
+    assert stats.corrected_fraction == 0 and stats.rollback_length == 2
+    assert stats.average_advance_length is None and stats.effective_density is None
+
+
+def test_an_eos_as_the_correction():
+    """It ends the text, and cuts nothing off."""
+    stats = prompt_stats([period(3, 1)])
+    assert stats.corrected_fraction == 1 / 2 and stats.rollback_length == 2 and stats.average_advance_length == 2
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_without_periods(mode):
+    stats = prompt_stats([], tokens=9, mode=mode, period=1, decode_seconds=0.09)
+    assert stats.metrics() == {
+        "average_advance_length": None,
+        "effective_density": None,
+        "corrected_fraction": None,
+        "rollback_length": None,
+        "ms_per_token": pytest.approx(10),
+    }
+
+
+def test_without_tokens():
+    assert prompt_stats([], tokens=0).ms_per_token is None
+
+
+def test_a_period_of_one():
+    """Verifications that draft nothing: the full model, at its own cost."""
+    stats = prompt_stats([period(0, 0)] * 5, period=1)
+    assert stats.average_advance_length == 1 and stats.effective_density == 1
+    assert stats.corrected_fraction == 0 and stats.rollback_length == 0
+
+
+def test_prompts_are_pooled():
+    """By periods and tokens, not by averaging the prompts' metrics."""
+    first = prompt_stats([period(3, 3)] * 9, decode_seconds=1.0, prefill_seconds=0.5)
+    second = prompt_stats([period(3, 0)], decode_seconds=3.0, prefill_seconds=0.25)
+    third = prompt_stats([], tokens=1, decode_seconds=0.0)
+    stats = Stats([first, second, third])
+    assert stats.prompts == [first, second, third]
+    assert stats.tokens == 37 + 2 + 1 and stats.periods == first.periods + second.periods
+    assert stats.average_advance_length == pytest.approx(37 / 10)
+    assert stats.effective_density == pytest.approx((3 * 0.65 + 1) / 3.7)
+    assert stats.corrected_fraction == pytest.approx(1 / 37)
+    assert stats.rollback_length == pytest.approx(3 / 10)
+    assert stats.ms_per_token == pytest.approx(4000 / 40)
+    assert (stats.decode_seconds, stats.prefill_seconds) == (4.0, 0.75)
+
+
+def test_one_prompt_pooled_is_itself():
+    stats = prompt_stats(PERIODS, decode_seconds=0.6)
+    assert Stats([stats]).metrics() == stats.metrics()
+
+
+def test_stats_take_any_iterable():
+    assert Stats(prompt_stats(PERIODS) for _ in range(2)).tokens == 26
+
+
+def test_as_a_dictionary():
+    """Everything is in it, and it survives JSON."""
+    stats = Stats([prompt_stats(PERIODS, finish="eos", decode_seconds=0.6), prompt_stats([], tokens=1, finish="length")])
+    read = json.loads(json.dumps(stats.to_dict(), allow_nan=False))
+    assert read == stats.to_dict()
+    assert {name: read[name] for name in stats.metrics()} == stats.metrics()
+    first, second = read["prompts"]
+    assert first["periods"][1] == {
+        "drafted": 3,
+        "accepted": 1,
+        "committed": 2,
+        "cut": False,
+        "likelihoods": [0.5] * 3,
+        "seconds": 0.01,
+    }
+    names = ("mode", "period", "density", "prompt_tokens", "tokens", "finish", "prefill_seconds", "decode_seconds")
+    assert [first[name] for name in names] == ["sirius", 4, 0.65, 7, 13, "eos", 0.0, 0.6]
+    assert first["average_advance_length"] == pytest.approx(7 / 3) and second["average_advance_length"] is None
+
+
+def test_repr():
+    assert repr(Stats([prompt_stats(PERIODS)])).startswith("Stats(prompts=1, tokens=13, average_advance_length=2.333, ")
+    assert "average_advance_length" not in repr(Stats([prompt_stats([], tokens=4)]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SiriusConfig(period=5, density=0.4, threshold=0.05),
+        SiriusConfig(period=7, density=0.4, threshold=0),
+        SiriusConfig(period=3, accept="match"),
+        SiriusConfig(period=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("eos", [False, True])
+def test_agrees_with_the_reference(config, eos):
+    """On a real text, its own functions on its own periods; with an EOS in the last one."""
+    torch.set_num_threads(1)
+    model, ids = tiny("llama3"), prompt(6)
+    engine, decoder = Engine(model, config), reference.Decoder(model)
+    tokens, _ = reference.generate(decoder, ids[0].tolist(), config, 33)
+    stop = [next(token for token in tokens[20:] if tokens.index(token) >= 20)] if eos else []
+    tokens, periods = reference.generate(decoder, ids[0].tolist(), config, 33, stop)
+    stats = engine.generate(ids, max_new_tokens=33, eos_token_id=stop or None).stats.prompts[0]
+    assert stats.tokens == len(tokens) and stats.finish == ("eos" if eos else "length")
+    advance = reference.average_advance_length(periods)
+    assert stats.average_advance_length == advance
+    assert stats.effective_density == pytest.approx(reference.effective_density(advance, config.period, stats.density))
+    assert stats.corrected_fraction == reference.corrected_fraction(periods)
+    assert stats.rollback_length == reference.rollback_length(periods)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    mlp = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
+    assert stats.density == pytest.approx(reference.density_of("csparse", config.density, mlp, weights))
+
+
+def test_times_are_of_this_text():
+    out = Engine(tiny(), SiriusConfig(period=4)).generate(prompt(6), max_new_tokens=40)
+    (stats,) = out.stats.prompts
+    assert 0 < sum(record.seconds for record in stats.periods) <= stats.decode_seconds
+    assert stats.ms_per_token == pytest.approx(1e3 * stats.decode_seconds / 40)
+    assert 0 < stats.prefill_seconds < 60

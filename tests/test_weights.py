@@ -1,0 +1,282 @@
+"""Which models are taken, what is counted, and how their weights are shared and given back."""
+
+import functools
+
+import pytest
+import torch
+import transformers
+from tiny import NAMES, prompt, tiny
+from torch import nn
+
+from sirius_ext import Engine, SiriusConfig, reference
+from sirius_ext.weights import (
+    SUPPORTED_MODEL_TYPES,
+    SUPPORTED_ROPE_TYPES,
+    Weights,
+    check_supported,
+    context_length,
+    restore,
+)
+
+FULL = SiriusConfig(mode="full")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_same_everywhere):
+    torch.set_num_threads(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- what is taken
+
+
+@pytest.mark.parametrize("make", [transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config])
+def test_supported_architectures(make):
+    check_supported(make())
+    assert make().model_type in SUPPORTED_MODEL_TYPES
+
+
+UNSUPPORTED = [
+    transformers.GPT2Config,
+    transformers.GemmaConfig,
+    transformers.Gemma2Config,
+    transformers.Qwen2MoeConfig,
+    transformers.Qwen3Config,
+    transformers.Phi3Config,
+    transformers.MixtralConfig,
+    transformers.T5Config,
+]
+
+
+@pytest.mark.parametrize("make", UNSUPPORTED, ids=lambda make: make.__name__)
+def test_other_architectures(make):
+    """The error lists what is supported."""
+    with pytest.raises(ValueError, match=f"^model: architecture '{make().model_type}' is not supported; supported are ") as error:
+        check_supported(make())
+    for name in (*SUPPORTED_MODEL_TYPES, "Llama 2 and 3", "SmolLM2", "Qwen2.5"):
+        assert name in str(error.value)
+
+
+def test_no_architecture_at_all():
+    with pytest.raises(ValueError, match="^model: architecture"):
+        check_supported(transformers.PreTrainedConfig())
+    with pytest.raises(ValueError, match="^model: architecture None"):
+        check_supported(object())
+
+
+def test_an_engine_around_an_unsupported_model():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    with pytest.raises(ValueError, match="^model: architecture 'gpt2' is not supported"):
+        Engine(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (transformers.LlamaConfig, {"mlp_bias": True}, "mlp_bias is not supported"),
+        (transformers.LlamaConfig, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+        (transformers.Qwen2Config, {"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not supported"),
+        (transformers.LlamaConfig, {"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
+    ],
+)
+def test_variants_that_are_not_supported(make, values, message):
+    with pytest.raises(ValueError, match=f"^model: {message}"):
+        check_supported(make(**values))
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def rope(kind):
+    return {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_types_that_change_with_the_length(kind):
+    model = tiny("llama3", rope_parameters=rope(kind))
+    with pytest.raises(ValueError, match=f"^model: rope type '{kind}' is not supported; supported are default, linear"):
+        Engine(model)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_ROPE_TYPES)
+def test_rope_types(kind):
+    """The text is that of `transformers`, and with scaling another one than without."""
+    model, ids = tiny("llama3", rope_parameters=rope(kind)), prompt(40)
+    expected = model.generate(ids, max_new_tokens=40)
+    assert torch.equal(Engine(model, FULL).generate(ids, max_new_tokens=40).sequences, expected)
+    if kind != "default":
+        unscaled = tiny("llama3", rope_parameters=rope("default")).generate(ids, max_new_tokens=40)
+        assert not torch.equal(expected, unscaled)
+
+
+def test_a_theta_of_its_own():
+    model = tiny("mistral", rope_parameters={"rope_type": "default", "rope_theta": 300.0})
+    expected = model.generate(prompt(30), max_new_tokens=30)
+    assert not torch.equal(expected, tiny("mistral").generate(prompt(30), max_new_tokens=30))
+    assert torch.equal(Engine(model, FULL).generate(prompt(30), max_new_tokens=30).sequences, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"head_dim": 16}),  # not hidden / heads
+        ("llama", {"tie_word_embeddings": False}),
+        ("llama3", {"tie_word_embeddings": True}),
+        ("llama3", {"num_key_value_heads": 1}),
+        ("mistral", {"head_dim": 32, "rms_norm_eps": 1e-2}),
+        ("qwen2", {"tie_word_embeddings": False, "num_hidden_layers": 1}),
+        ("qwen2", {"vocab_size": 1000, "intermediate_size": 1}),
+    ],
+    ids=str,
+)
+def test_configs_of_all_kinds(name, values):
+    model = tiny(name, **values)
+    expected = model.generate(prompt(9), max_new_tokens=25)
+    for config in (FULL, SiriusConfig(accept="match", period=5)):
+        assert torch.equal(Engine(model, config).generate(prompt(9), max_new_tokens=25).sequences, expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------- context
+
+
+def test_context_length():
+    llama = functools.partial(transformers.LlamaConfig, max_position_embeddings=100)
+    mistral = functools.partial(transformers.MistralConfig, max_position_embeddings=100)
+    qwen2 = functools.partial(transformers.Qwen2Config, max_position_embeddings=100, num_hidden_layers=4)
+    assert context_length(llama()) == 100
+    assert context_length(mistral(sliding_window=None)) == 100
+    assert context_length(mistral(sliding_window=30)) == 30
+    assert context_length(mistral(sliding_window=300)) == 100
+    # Qwen2 names a window that is off by default.
+    assert context_length(qwen2(sliding_window=30)) == 100
+    assert context_length(qwen2(sliding_window=30, use_sliding_window=True, max_window_layers=0)) == 30
+
+
+@pytest.mark.parametrize("config", [FULL, SiriusConfig(period=5), SiriusConfig(mode="sparse")], ids=lambda config: config.mode)
+def test_a_sliding_window_limits_the_context(config):
+    """Below it, it makes no difference; beyond, the text would be another one."""
+    model = tiny("mistral", sliding_window=16)
+    engine = Engine(model, config)
+    out = engine.generate(prompt(5), max_new_tokens=40)
+    assert out.sequences.shape == (1, 16) and out.stats.prompts[0].finish == "context"
+    expected, _ = reference.generate(reference.Decoder(model), prompt(5)[0].tolist(), config, 11)
+    assert out.sequences[0, 5:].tolist() == expected
+    with pytest.raises(ValueError, match="^input_ids: prompt 0 has 16 tokens.* 16"):
+        engine.generate(prompt(16), max_new_tokens=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts(name, tied):
+    model = tiny(name, tie_word_embeddings=tied)
+    weights = Weights(model)
+    assert weights.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    mlp = sum(parameter.numel() for key, parameter in model.named_parameters() if ".mlp." in key)
+    assert weights.num_mlp_parameters == mlp > 0
+    if tied:
+        assert weights.num_parameters < Weights(tiny(name, tie_word_embeddings=False)).num_parameters
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_the_density_of_the_sparse_model(density):
+    """SPEC section 2: 1 - (1 - d) * M / P, in the stats."""
+    model = tiny("qwen2")
+    mlp = sum(parameter.numel() for key, parameter in model.named_parameters() if ".mlp." in key)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    for mode in ("sirius", "sparse"):
+        out = Engine(model, SiriusConfig(mode=mode, density=density)).generate(prompt(4), max_new_tokens=3)
+        assert out.stats.density == pytest.approx(1 - (1 - density) * mlp / everything)
+    assert Engine(model, SiriusConfig(mode="full", density=density)).generate(prompt(4), max_new_tokens=3).stats.density == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- shared, restored
+
+
+def storage_bytes(model):
+    storages = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_stored_twice(name):
+    model = tiny(name)
+    before = storage_bytes(model)
+    weights = Weights(model)
+    assert storage_bytes(model) == before
+    pointers = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    tensors = [weights.embedding, weights.lm_head, weights.final_norm]
+    for layer in weights.layers:
+        tensors += [tensor for tensor in vars(layer).values() if tensor is not None]
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == pointers
+    assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_the_model(name):
+    model = tiny(name)
+    weights = Weights(model)
+    for index, layer in enumerate(weights.layers):
+        theirs = model.model.layers[index]
+        for tensor, linear in (
+            (layer.q, theirs.self_attn.q_proj),
+            (layer.k, theirs.self_attn.k_proj),
+            (layer.v, theirs.self_attn.v_proj),
+            (layer.output, theirs.self_attn.o_proj),
+            (layer.gate, theirs.mlp.gate_proj),
+            (layer.up, theirs.mlp.up_proj),
+            (layer.down.t(), theirs.mlp.down_proj),
+        ):
+            assert torch.equal(tensor, linear.weight)
+        for bias, linear in (
+            (layer.q_bias, "q_proj"),
+            (layer.k_bias, "k_proj"),
+            (layer.v_bias, "v_proj"),
+            (layer.output_bias, "o_proj"),
+        ):
+            theirs_bias = getattr(theirs.self_attn, linear).bias
+            assert (bias is None) == (theirs_bias is None)
+            assert bias is None or torch.equal(bias, theirs_bias)
+        assert torch.equal(layer.input_norm, theirs.input_layernorm.weight)
+        assert torch.equal(layer.post_norm, theirs.post_attention_layernorm.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_restore(dtype):
+    model, untouched = tiny("qwen2", dtype), tiny("qwen2", dtype)
+    for _ in range(2):
+        Weights(model)
+        down = model.model.layers[0].mlp.down_proj.weight
+        assert down.stride() == (1, 96) and isinstance(down, nn.Parameter)
+        # Before and after, the model computes the same thing.
+        torch.testing.assert_close(model(prompt(9)).logits, untouched(prompt(9)).logits)
+        restore(model)
+        for (name, value), (_, wanted) in zip(model.named_parameters(), untouched.named_parameters()):
+            assert torch.equal(value, wanted) and value.stride() == wanted.stride(), name
+        assert torch.equal(model(prompt(9)).logits, untouched(prompt(9)).logits)
+
+
+def test_gradients_and_optimizers_survive():
+    """The parameters stay the same objects."""
+    model = tiny()
+    before = dict(model.named_parameters())
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
+    Weights(model)
+    restore(model)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert [parameter.requires_grad for parameter in after.values()].count(False) == 1
