@@ -15,7 +15,7 @@ from .config import SiriusConfig
 from .engine import GREEDY, Engine, encode, release
 from .stats import PromptStats, Stats
 
-# Measured on the default model (bench/results): the longest period and the lowest density at which it does not lose.
+# Of periods 2, 4, 8, 16 and densities 0.5, 0.7 the pair that pays best on a model as small as the default one (bench/results).
 DENSITY = 0.7
 PERIOD = 4
 MAX_NEW_TOKENS = 96

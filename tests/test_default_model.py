@@ -11,7 +11,7 @@ import transformers
 import sirius_ext
 from sirius_ext import Engine, SiriusConfig, attach, hub, reference
 
-COUNT = 20
+COUNT = 16
 MATCH = SiriusConfig(accept="match", period=4, density=0.5)
 FULL = SiriusConfig(mode="full")
 PROMPTS = [
@@ -27,11 +27,6 @@ PROMPTS = [
     "Q: Who wrote Hamlet?\nA:",
 ]
 QUESTION = "What is 7 + 5? Answer with the number only."
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_everywhere):
-    torch.set_num_threads(1)
 
 
 @functools.cache
@@ -66,49 +61,39 @@ def new_tokens(sequences, inputs):
     return sequences[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-# Periods of all kinds that `test_match_is_the_text_of_transformers` saw, for the test behind it.
-seen = []
-
-
 @pytest.mark.parametrize("text", PROMPTS)
 def test_match_is_the_text_of_transformers(text):
-    inputs = encode(text)
-    expected = in_float32().generate(**inputs, max_new_tokens=COUNT, do_sample=False)
-    out = in_float32().generate(
-        **inputs,
-        max_new_tokens=COUNT,
-        do_sample=False,
-        return_dict_in_generate=True,
-        custom_generate=sirius_ext.generate,
-        sirius_config=MATCH,
-    )
-    assert new_tokens(out.sequences, inputs) == new_tokens(expected, inputs)
-    assert out.stats.prompts[0].density == pytest.approx(0.70, abs=0.01)
+    inputs, settings = encode(text), {"max_new_tokens": COUNT, "do_sample": False}
+    expected = in_float32().generate(**inputs, **settings)
+    out = in_float32().generate(**inputs, **settings, custom_generate=sirius_ext.generate, sirius_config=MATCH)
+    assert torch.equal(out, expected)
+
+
+@functools.cache
+def match_in_bfloat16(text):
+    return Engine(in_bfloat16(), MATCH).generate(**encode(text), max_new_tokens=COUNT)
 
 
 @pytest.mark.parametrize("text", PROMPTS)
 def test_match_is_our_own_full_text_in_bfloat16(text):
-    inputs = encode(text)
-    full = Engine(in_bfloat16(), FULL).generate(**inputs, max_new_tokens=COUNT)
-    match = Engine(in_bfloat16(), MATCH).generate(**inputs, max_new_tokens=COUNT)
-    assert torch.equal(match.sequences, full.sequences)
+    full = Engine(in_bfloat16(), FULL).generate(**encode(text), max_new_tokens=COUNT)
+    assert torch.equal(match_in_bfloat16(text).sequences, full.sequences)
 
 
 def test_drafts_are_accepted_and_rejected():
     """Else the tests above show little."""
-    periods = []
-    for text in PROMPTS[:4]:
-        periods += Engine(in_bfloat16(), MATCH).generate(**encode(text), max_new_tokens=COUNT).stats.periods
-    assert sum(period.accepted for period in periods) > 5
-    assert sum(period.accepted < period.drafted for period in periods) > 5
+    periods = [period for text in PROMPTS for period in match_in_bfloat16(text).stats.periods]
+    assert sum(period.accepted for period in periods) > 20
+    assert sum(period.accepted < period.drafted for period in periods) > 20
+    assert match_in_bfloat16(PROMPTS[0]).stats.density == pytest.approx(0.70, abs=0.01)  # half of the MLP, which is 59 %
 
 
 @pytest.mark.parametrize("text", [PROMPTS[0], PROMPTS[4]])
 def test_threshold_equals_the_reference(text):
     inputs, config = encode(text), SiriusConfig(period=4, density=0.6, threshold=0.1)
-    out = Engine(in_float32(), config).generate(**inputs, max_new_tokens=12)
+    out = Engine(in_float32(), config).generate(**inputs, max_new_tokens=10)
     decoder = reference.Decoder(in_float32())
-    tokens, periods = reference.generate(decoder, inputs["input_ids"][0].tolist(), config, 12)
+    tokens, periods = reference.generate(decoder, inputs["input_ids"][0].tolist(), config, 10)
     assert new_tokens(out.sequences, inputs) == tokens
     (stats,) = out.stats.prompts
     assert [(period.drafted, period.accepted) for period in stats.periods] == [
@@ -154,37 +139,42 @@ def test_streaming_the_text():
     assert len([piece for piece in pieces if piece]) > 3
 
 
-def stop_string_way(way, inputs, settings):
-    model, tokenizer = loaded(torch.float32)
-    if way == "criteria":
-        strings = settings.pop("stop_strings")
-        criteria = [transformers.StopStringCriteria(tokenizer, strings)]
-        return model.generate(
-            **inputs, **settings, stopping_criteria=criteria, custom_generate=sirius_ext.generate, sirius_config=MATCH
-        )
-    if way == "engine":
-        return Engine(model, MATCH, tokenizer).generate(**inputs, **settings).sequences
-    if way == "engine-tokenizer":
-        return Engine(model, MATCH).generate(**inputs, **settings, tokenizer=tokenizer).sequences
-    with attach(model, MATCH):
-        return model.generate(**inputs, **settings, tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize("way", ["criteria", "engine", "engine-tokenizer", "attach"])
-def test_stop_strings(way):
-    model, tokenizer = loaded(torch.float32)
-    inputs = encode(PROMPTS[4])
-    settings = {"max_new_tokens": 24, "do_sample": False, "stop_strings": [" 55", "89"]}
-    expected = stopped_by_transformers()
-    assert 0 < len(new_tokens(expected, inputs)) < 24
-    assert torch.equal(stop_string_way(way, inputs, settings), expected)
+STOP = {"max_new_tokens": 16, "do_sample": False, "stop_strings": ["9,", "22"]}
 
 
 @functools.cache
 def stopped_by_transformers():
+    """1, 1, 2, 3, 5, 8, 13, 16, 19,"""
     model, tokenizer = loaded(torch.float32)
-    settings = {"max_new_tokens": 24, "do_sample": False, "stop_strings": [" 55", "89"]}
-    return model.generate(**encode(PROMPTS[4]), **settings, tokenizer=tokenizer)
+    return model.generate(**encode(PROMPTS[4]), **STOP, tokenizer=tokenizer)
+
+
+def stopped_by_criterion(model, tokenizer, inputs):
+    """The documented way for `custom_generate`, on which transformers drops the tokenizer."""
+    settings = {name: value for name, value in STOP.items() if name != "stop_strings"}
+    criteria = [transformers.StopStringCriteria(tokenizer, STOP["stop_strings"])]
+    settings |= {"custom_generate": sirius_ext.generate, "sirius_config": MATCH}
+    return model.generate(**inputs, **settings, stopping_criteria=criteria)
+
+
+def stopped_by_engine(model, tokenizer, inputs):
+    return Engine(model, MATCH, tokenizer).generate(**inputs, **STOP).sequences
+
+
+def stopped_by_engine_with_a_tokenizer(model, tokenizer, inputs):
+    return Engine(model, MATCH).generate(**inputs, **STOP, tokenizer=tokenizer).sequences
+
+
+def stopped_by_attach(model, tokenizer, inputs):
+    with attach(model, MATCH):
+        return model.generate(**inputs, **STOP, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("way", [stopped_by_criterion, stopped_by_engine, stopped_by_engine_with_a_tokenizer, stopped_by_attach])
+def test_stop_strings(way):
+    expected, inputs = stopped_by_transformers(), encode(PROMPTS[4])
+    assert len(new_tokens(expected, inputs)) < 16
+    assert torch.equal(way(*loaded(torch.float32), inputs), expected)
 
 
 def test_stop_strings_that_cannot_be_honoured():
