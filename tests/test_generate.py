@@ -208,8 +208,8 @@ def test_the_longest_period():
     wide = Engine(tiny("llama3", max_position_embeddings=512))
     tokens, stats = decode(wide, ids, config, 300)
     assert [record.committed for record in stats.periods] == [256, 43]
-    expected, _ = reference.generate(reference.Decoder(wide.model), ids[0].tolist(), config, 100)
-    assert tokens[:99] == expected[:99]  # the last one is the full model's
+    expected, _ = reference.generate(reference.Decoder(wide.model), ids[0].tolist(), config, 60)
+    assert tokens[:59] == expected[:59]  # the last one is the full model's
     assert decode(wide, ids, SiriusConfig(period=256, accept="match", density=0.9), 300)[0] == full_text(wide, ids, 300)
 
 
