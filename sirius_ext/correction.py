@@ -33,8 +33,11 @@ def generate(
     model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, process: Processor | None = None
 ) -> PromptStats:
     """Decode one prompt, int64 [t], into `text`. The caller has checked that prompt and limit fit the context."""
-    decoding = _Decoding(model, prompt, config, text, process)
-    return decoding.run()
+    model.busy = True
+    try:
+        return _Decoding(model, prompt, config, text, process).run()
+    finally:
+        model.busy = False
 
 
 class _Decoding:

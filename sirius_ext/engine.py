@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
@@ -32,7 +33,8 @@ def prepare(model: PreTrainedModel) -> Model:
     ready = _models.get(model)
     if ready is None or not ready.weights.is_current(model):
         ready = _models[model] = Model(Weights(model))
-    return ready
+    # A text inside a text (a streamer that decodes, another thread) gets a cache of its own.
+    return Model(ready.weights) if ready.busy else ready
 
 
 def release(model: PreTrainedModel) -> None:
@@ -105,18 +107,18 @@ class Engine:
         """
         if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids: expected an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
+        if input_ids.dim() != 2 or len(input_ids) == 0:
+            raise ValueError(f"input_ids: expected shape [batch, t], got {list(input_ids.shape)}")
         config = self.config if config is None else _checked(config)
 
         def decode(model, input_ids, **kwargs):
-            return decode_batch(model, input_ids, config, streamer=streamer, **kwargs)
+            return decode_batch(model, input_ids, config, **kwargs)
 
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        settings.setdefault("return_dict_in_generate", True)
-        output = self.model.generate(input_ids.long(), attention_mask=attention_mask, custom_generate=decode, **settings)
-        return output
+        settings = {"return_dict_in_generate": True, "streamer": streamer, **settings}
+        generate = type(self.model).generate  # not one that `attach` put in its place
+        return generate(self.model, input_ids.long(), attention_mask=attention_mask, custom_generate=decode, **settings)
 
 
 def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
@@ -159,21 +161,34 @@ def decode_batch(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    streamer: BaseStreamer | None = None,
     attention_mask: torch.Tensor | None = None,
+    own_streamer: BaseStreamer | None = None,
     **model_kwargs,
 ) -> SiriusOutput | torch.Tensor:
     """The decoding method that `transformers`' generate calls in place of its own, with everything resolved.
 
-    input_ids: int64 [batch, t]. Returns what generate returns: the sequences, or with return_dict_in_generate a `SiriusOutput`.
+    input_ids: int64 [batch, t]. own_streamer: one that generate does not know of, and has not given the prompt. Returns what
+    generate returns: the sequences, or with return_dict_in_generate a `SiriusOutput`.
     """
-    _refuse_unsupported(generation_config, model_kwargs, input_ids, streamer)
+    asked = _asked_of_generate()
+    streamer = asked.get("streamer")
+    if own_streamer is not None and streamer is not None:
+        raise ValueError("streamer: expected one, got both streamer and sirius_streamer")
+    streamer = own_streamer or streamer
+    _refuse_unsupported(generation_config, asked, model_kwargs, input_ids, streamer)
     ready = prepare(model)
+    if asked.get("kwargs", {}).get("attention_mask") is not None:
+        given = asked["kwargs"]["attention_mask"]
+        if given.shape != input_ids.shape:
+            raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(given.shape)}")
     prompts = _prompts(input_ids, attention_mask, ready.weights)
+    _check_positions(model_kwargs.get("position_ids"), attention_mask, input_ids)
+    if own_streamer is not None:
+        own_streamer.put(input_ids.cpu())
     texts = []
-    for prompt in prompts:
-        text = _Text(prompt, ready.weights.context, stopping_criteria, streamer)
-        process = _Processor(logits_processor) if logits_processor else None
+    for row, prompt in enumerate(prompts):
+        text = _Text(row, input_ids[row].cpu(), prompt, ready.weights.context, stopping_criteria, streamer)
+        process = _Processor(logits_processor, row, input_ids.cpu(), len(prompt)) if logits_processor else None
         text.stats = correction.generate(ready, prompt, config, text, process)
         text.stats.finish = text.finish
         texts.append(text)
@@ -185,38 +200,61 @@ def decode_batch(
     return SiriusOutput(sequences=sequences, stats=Stats(text.stats for text in texts))
 
 
-class _Processor:
-    """`transformers`' logits processors, which want batches."""
+def _asked_of_generate() -> dict:
+    """The arguments of the `transformers` generate that called us: it does not hand all of them to a callable.
 
-    def __init__(self, processors: LogitsProcessorList) -> None:
-        self._processors = processors
+    Empty if there is no such frame, as a later release might have it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin):
+            return {**frame.f_locals, **frame.f_locals.get("kwargs", {})}
+        frame = frame.f_back
+    return {}
+
+
+class _Processor:
+    """`transformers`' logits processors, which want the batch as it was given: its padding, and this prompt in its row."""
+
+    def __init__(self, processors: LogitsProcessorList, row: int, batch: torch.Tensor, length: int) -> None:
+        self._processors, self._row, self._rows = processors, row, len(batch)
+        self._padding = batch[row, : batch.shape[1] - length]
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return self._processors(ids[None], logits.clone()[None])[0]
+        ids = torch.cat((self._padding, ids)).repeat(self._rows, 1)
+        return self._processors(ids, logits.repeat(self._rows, 1))[self._row]
 
 
 class _Text:
     """One text as it grows: knows where it ends and hands tokens to the streamer once they are certain."""
 
-    def __init__(self, prompt: torch.Tensor, context: int, criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> None:
-        self._streamer = streamer
-        self._ids = prompt
+    def __init__(
+        self,
+        row: int,
+        padded: torch.Tensor,
+        prompt: torch.Tensor,
+        context: int,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+    ) -> None:
+        self._row, self._streamer = row, streamer
+        self._ids = padded  # criteria are asked about the batch as it was given
         self._eos: set[int] = set()
         self._others = []
         self.tokens: list[int] = []
         self.ended, self.finish = False, ""
         self.stats: PromptStats | None = None
         # The two criteria of nearly every call are plain arithmetic; the rest are asked token by token.
-        longest = context
+        self.limit, self._limit_reason = context - len(prompt), "context"
         for criterion in criteria:
             if isinstance(criterion, EosTokenCriteria):
                 self._eos.update(criterion.eos_token_id.flatten().tolist())
             elif isinstance(criterion, MaxLengthCriteria):
-                longest = min(longest, criterion.max_length)
+                length = max(1, criterion.max_length - len(padded))  # one token comes always, as in transformers
+                if length <= self.limit:
+                    self.limit, self._limit_reason = length, "length"
             else:
                 self._others.append(criterion)
-        self.limit = longest - len(prompt)
-        self._limit_reason = "context" if longest == context else "length"
 
     def commit(self, tokens: list[int]) -> int:
         count = 0
@@ -227,7 +265,7 @@ class _Text:
                 self._ids = torch.cat((self._ids, torch.tensor([token])))
             if token in self._eos:
                 self.finish = "eos"
-            elif any(bool(criterion(self._ids[None], None).any()) for criterion in self._others):
+            elif self._others and self._asked():
                 self.finish = "criteria"
             elif len(self.tokens) >= self.limit:
                 self.finish = self._limit_reason
@@ -237,6 +275,10 @@ class _Text:
         if self._streamer is not None:
             self._streamer.put(torch.tensor(tokens[:count]))
         return count
+
+    def _asked(self) -> bool:
+        ids = self._ids.repeat(self._row + 1, 1)
+        return any(bool(criterion(ids, None)[-1]) for criterion in self._others)
 
 
 def _checked(config: SiriusConfig | None) -> SiriusConfig:
@@ -248,7 +290,11 @@ def _checked(config: SiriusConfig | None) -> SiriusConfig:
 
 
 def _refuse_unsupported(
-    generation_config: GenerationConfig, model_kwargs: dict, input_ids: torch.Tensor, streamer: BaseStreamer | None
+    generation_config: GenerationConfig,
+    asked_of_generate: dict,
+    model_kwargs: dict,
+    input_ids: torch.Tensor,
+    streamer: BaseStreamer | None,
 ) -> None:
     """ValueError for what was asked and cannot be honoured, before any work."""
     asked = {
@@ -265,14 +311,25 @@ def _refuse_unsupported(
         "cache_implementation (the engine keeps its own cache)": generation_config.cache_implementation is not None,
         "guidance_scale": (generation_config.guidance_scale or 1) != 1,
         "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens is not None,
-        "assistant_model": model_kwargs.get("assistant_model") is not None,
+        "assistant_model": asked_of_generate.get("assistant_model") is not None,
         "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
-        "past_key_values with tokens in it": _cache_in_use(model_kwargs.get("past_key_values")),
+        # without generate's frame, at least a cache in use is seen
+        "past_key_values": asked_of_generate.get("past_key_values") is not None
+        or _cache_in_use(model_kwargs.get("past_key_values")),
         "a streamer with more than one prompt": streamer is not None and len(input_ids) > 1,
     }
-    refused = [name for name, wanted in asked.items() if wanted]
+    for name in ("assistant_early_exit", "use_mtp", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
+        asked[name] = getattr(generation_config, name, None) or asked_of_generate.get(name)
+    refused = [name for name, wanted in asked.items() if wanted is not None and wanted is not False]
     if refused:
         raise ValueError(f"generate: not supported by sirius_ext: {'; '.join(refused)}")
+
+
+def _check_positions(positions: torch.Tensor | None, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
+    """ValueError unless the tokens of each prompt stand at 0, 1, 2, ..."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if positions is not None and bool(((positions.to(mask.device) - mask.cumsum(-1) + 1) * mask).any()):
+        raise ValueError("position_ids: expected those of the prompt, 0, 1, 2, ..., got others")
 
 
 def _cache_in_use(cache) -> bool:
@@ -302,9 +359,8 @@ def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weigh
 
 def _pad(input_ids: torch.Tensor, texts: Sequence[list[int]], generation_config: GenerationConfig) -> torch.Tensor:
     longest = max(map(len, texts))
-    pad = generation_config.pad_token_id
+    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
     if pad is None:
-        eos = generation_config.eos_token_id
-        pad = eos[0] if isinstance(eos, (list, tuple)) else (0 if eos is None else eos)
+        pad = 0 if eos is None else int(torch.as_tensor(eos).flatten()[0])
     rows = [torch.tensor(text + [pad] * (longest - len(text))) for text in texts]
     return torch.cat((input_ids, torch.stack(rows).to(input_ids.device)), dim=1)

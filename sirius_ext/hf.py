@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .config import SiriusConfig
@@ -25,23 +23,15 @@ def generate(
     The first call lays the model's `down_proj` weights out anew, in place; `sirius_ext.detach(model)` undoes that.
     With return_dict_in_generate=True the result has `stats`.
 
-    Streaming: `streamer=` works. transformers 5 does not hand it to a callable, so it is looked up in the calling frame of its
-    generate; where a later release has no such frame, pass the streamer as `sirius_streamer=`.
+    Streaming: `streamer=` works. transformers 5 does not hand it to a callable, so it is looked up in the frame of its generate;
+    should a later release have no such frame, pass the streamer as `sirius_streamer=`.
     """
-    streamer = sirius_streamer or kwargs.pop("streamer", None) or _streamer_of_caller()
+    kwargs.pop("streamer", None)  # where a release does hand it over, the frame has it too
     kwargs.pop("synced_gpus", None)
     config = sirius_config if sirius_config is not None else SiriusConfig()
     if not isinstance(config, SiriusConfig):
         raise TypeError(f"sirius_config: expected a SiriusConfig, got {type(config).__name__}")
-    return decode_batch(model, input_ids, config, streamer=streamer, **kwargs)
-
-
-def _streamer_of_caller() -> BaseStreamer | None:
-    frame = inspect.currentframe().f_back.f_back
-    is_generate = (
-        frame is not None and frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin)
-    )
-    return frame.f_locals.get("streamer") if is_generate else None
+    return decode_batch(model, input_ids, config, own_streamer=sirius_streamer, **kwargs)
 
 
 class attach:  # noqa: N801 - used like a function
@@ -55,28 +45,25 @@ class attach:  # noqa: N801 - used like a function
     """
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None) -> None:
-        prepared_before = isinstance(model, PreTrainedModel) and is_prepared(model)
-        self._engine = Engine(model, config)
-        if "generate" in vars(model):
+        self._prepared_before = isinstance(model, PreTrainedModel) and is_prepared(model)
+        if isinstance(model, PreTrainedModel) and "generate" in vars(model):
             raise ValueError("model: generate is replaced already (attached before?); detach it first")
-        self._prepared_before = prepared_before
+        self._engine = Engine(model, config)
         self.model, self.stats = model, None
         model.generate = self._generate
 
-    def _generate(self, inputs: torch.Tensor | None = None, *, streamer: BaseStreamer | None = None, **settings):
+    def _generate(self, *args, **settings):
+        generate = type(self.model).generate
         if settings.get("custom_generate") is not None:
-            return type(self.model).generate(self.model, inputs, streamer=streamer, **settings)
+            return generate(self.model, *args, **settings)
 
-        def decode(model, input_ids, **kwargs):
-            kwargs["generation_config"].return_dict_in_generate, wanted = (
-                True,
-                kwargs["generation_config"].return_dict_in_generate,
-            )
-            output = decode_batch(model, input_ids, self._engine.config, streamer=streamer, **kwargs)
+        def decode(model, input_ids, generation_config, **kwargs):
+            wanted, generation_config.return_dict_in_generate = generation_config.return_dict_in_generate, True
+            output = decode_batch(model, input_ids, self._engine.config, generation_config=generation_config, **kwargs)
             self.stats = output.stats
             return output if wanted else output.sequences
 
-        return type(self.model).generate(self.model, inputs, streamer=streamer, custom_generate=decode, **settings)
+        return generate(self.model, *args, **{**settings, "custom_generate": decode})
 
     def detach(self) -> None:
         """Give the model back as it was. A second call does nothing."""

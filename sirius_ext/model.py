@@ -23,6 +23,7 @@ class Model:
     def __init__(self, weights: Weights) -> None:
         self.weights = w = weights
         self.capacity = 0
+        self.busy = False  # a text is being decoded
         self._neurons: torch.Tensor | None = None
         self._num_neurons: torch.Tensor | None = None
         self._rows = 0

@@ -75,6 +75,7 @@ class Weights:
 
     def __init__(self, model: nn.Module) -> None:
         check_supported(model.config)
+        _check_modules(model)
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -91,6 +92,7 @@ class Weights:
         self.inv_freq = body.rotary_emb.inv_freq.float()
         self.rope_scale = float(body.rotary_emb.attention_scaling)
         self.layers = [_layer(layer) for layer in body.layers]
+        self._addresses = _addresses(model)
 
     def _check_placement(self, model: nn.Module) -> None:
         if self.dtype not in DTYPES:
@@ -120,17 +122,7 @@ class Weights:
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
-        layers = model.model.layers
-        return (
-            model.lm_head.weight.data_ptr() == self.lm_head.data_ptr()
-            and len(layers) == len(self.layers)
-            and all(
-                layer.mlp.down_proj.weight.data_ptr() == mine.down.data_ptr()
-                and layer.mlp.gate_proj.weight.data_ptr() == mine.gate.data_ptr()
-                and layer.self_attn.q_proj.weight.data_ptr() == mine.q.data_ptr()
-                for layer, mine in zip(layers, self.layers, strict=True)
-            )
-        )
+        return _addresses(model) == self._addresses
 
 
 def restore(model: nn.Module) -> None:
@@ -148,10 +140,6 @@ def _plain(parameter: nn.Parameter) -> torch.Tensor:
 
 def _layer(layer: nn.Module) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        _check_linear(name, getattr(mlp, name))
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        _check_linear(name, getattr(attention, name))
 
     def bias(linear: nn.Linear) -> torch.Tensor | None:
         return None if linear.bias is None else _plain(linear.bias)
@@ -176,6 +164,19 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _check_linear(name: str, module: nn.Module) -> None:
-    if type(module) is not nn.Linear:
-        raise ValueError(f"model: expected {name} to be a plain nn.Linear, got {type(module).__name__} (merge adapters first)")
+def _addresses(model: nn.Module) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def _check_modules(model: nn.Module) -> None:
+    """ValueError unless this is a causal language model whose matrices are plain linear layers. Changes nothing."""
+    if not isinstance(getattr(model, "lm_head", None), nn.Module):
+        raise ValueError(f"model: expected a causal language model with an lm_head, got {type(model).__name__}")
+    modules = {"lm_head": model.lm_head}
+    for layer in model.model.layers:
+        modules |= {name: getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        modules |= {name: getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        for name, module in modules.items():
+            if type(module) is not nn.Linear:
+                kind = type(module).__name__
+                raise ValueError(f"model: expected {name} to be a plain nn.Linear, got {kind} (merge adapters first)")
