@@ -12,7 +12,7 @@ from tiny import Collector, prompt, tiny
 from torch import nn
 
 import sirius_ext.model
-from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach
+from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach, correction
 from sirius_ext.engine import check_device
 
 MATCH = SiriusConfig(accept="match", period=4, density=0.5)
@@ -134,6 +134,24 @@ def test_an_adapter_on_the_head_is_refused():
     model = tiny("llama3")
     model.lm_head = Adapter(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     with pytest.raises(ValueError, match="^model: expected lm_head to be a plain nn.Linear"):
+        Engine(model)
+
+
+def test_a_bias_on_the_head_is_refused():
+    model = tiny("llama3")
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    with pytest.raises(ValueError, match="^model: .*lm_head.*bias"):
+        Engine(model)
+
+
+def test_an_embedding_of_its_own_kind_is_refused():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 2
+
+    model = tiny("llama3")
+    model.model.embed_tokens = Scaled(*model.model.embed_tokens.weight.shape)
+    with pytest.raises(ValueError, match="^model: expected embed_tokens to be a plain nn.Embedding, got Scaled"):
         Engine(model)
 
 
@@ -288,6 +306,25 @@ def test_generating_from_another_thread_in_the_middle_of_a_text():
     thread.join(timeout=30)
     assert out.sequences[0, 8:].tolist() == alone("llama3", THRESHOLD, 8)
     assert results == [alone("llama3", SPARSE, 33)]
+
+
+def test_two_calls_that_begin_together(monkeypatch):
+    """Of two threads, both may have prepared before either decodes. Here the second one decodes in the middle of the first."""
+    model = tiny("llama3")
+    first, second = Engine(model, THRESHOLD), Engine(model, SPARSE)
+    decode, results = correction.generate, []
+
+    def second_decodes_in_the_first(*args):
+        monkeypatch.setattr(correction, "generate", decode)
+        stats = []
+        streamer = Meanwhile(lambda: stats.append(decode(*args)))
+        out = first.generate(prompt(8), max_new_tokens=COUNT, streamer=streamer)
+        results.append(out.sequences[0, 8:].tolist())
+        return stats[0] if stats else decode(*args)
+
+    monkeypatch.setattr(correction, "generate", second_decodes_in_the_first)
+    results.append(text(second, 33))
+    assert results == [alone("llama3", THRESHOLD, 8), alone("llama3", SPARSE, 33)]
 
 
 def test_two_models_at_a_time():

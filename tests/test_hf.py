@@ -144,8 +144,10 @@ SETTINGS = {
     "watermarking_config": lambda text: {"watermarking_config": transformers.WatermarkingConfig(bias=3.0)},
     "prefix_allowed_tokens_fn": lambda text: {"prefix_allowed_tokens_fn": lambda row, ids: range(len(ids) % 7, VOCAB, 7)},
     "logits_processor": lambda text: {"logits_processor": LogitsProcessorList([never_twice, Parity()])},
+    "logits_processor-float64": lambda text: {"logits_processor": LogitsProcessorList([lambda ids, scores: -scores.double()])},
     "stopping_criteria": lambda text: {"stopping_criteria": StoppingCriteriaList([ends_with(text[6])])},
     "stopping_criteria-list": lambda text: {"stopping_criteria": [ends_with(text[9]), ends_with(text[6])]},
+    "stopping_criteria-bool": lambda text: {"stopping_criteria": [lambda ids, scores: int(ids[0, -1]) == text[6]]},
     "stopping_criteria-length": lambda text: {"stopping_criteria": [MaxLengthCriteria(11)]},
     "stopping_criteria-reached": lambda text: {"stopping_criteria": [MaxLengthCriteria(3)]},
     "max_time": lambda text: {"max_time": 1e-9},
@@ -347,11 +349,21 @@ def test_a_batch_is_its_prompts_alone(setting, way):
     assert torch.equal(out, plain().generate(**batch(), **settings))
 
 
+def ends_each_with(tokens):
+    """A criterion with something of its own for every row."""
+    return lambda input_ids, scores: input_ids[:, -1] == torch.tensor(tokens)
+
+
 @every_way
 @pytest.mark.parametrize(
     "settings",
     [
         {"max_length": 15},
+        {
+            "stopping_criteria": [ends_each_with([text[place] for text, place in zip(row_texts(), (4, 7, 2))])],
+            "eos_token_id": RARE,
+            "max_new_tokens": 12,
+        },
         {"encoder_repetition_penalty": 2.5, "max_new_tokens": 12},
         {"max_length": 15, "min_length": 14, "eos_token_id": greedy(length=9)[2]},
         {"prefix_allowed_tokens_fn": lambda row, ids: range(20 * row, 20 * row + 20), "max_new_tokens": 6},
@@ -360,7 +372,7 @@ def test_a_batch_is_its_prompts_alone(setting, way):
     ids=lambda settings: "-".join(settings),
 )
 def test_settings_about_the_batch(settings, way):
-    """What counts the padding, and functions that are told the row: as `transformers` does it."""
+    """What counts the padding, and functions that know the rows: as `transformers` does it."""
     settings = {"pad_token_id": PAD, **settings}
     assert torch.equal(way(ours(), MATCH, **batch(), **settings), plain().generate(**batch(), **settings))
 
