@@ -33,11 +33,13 @@ def generate(
     model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, process: Processor | None = None
 ) -> PromptStats:
     """Decode one prompt, int64 [t], into `text`. The caller has checked that prompt and limit fit the context."""
-    model.busy = True
+    if not model.lock.acquire(blocking=False):
+        # A text inside a text (a streamer that decodes, another thread) gets a cache of its own.
+        return generate(Model(model.weights), prompt, config, text, process)
     try:
         return _Decoding(model, prompt, config, text, process).run()
     finally:
-        model.busy = False
+        model.lock.release()
 
 
 class _Decoding:

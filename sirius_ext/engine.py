@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import weakref
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -33,8 +34,7 @@ def prepare(model: PreTrainedModel) -> Model:
     ready = _models.get(model)
     if ready is None or not ready.weights.is_current(model):
         ready = _models[model] = Model(Weights(model))
-    # A text inside a text (a streamer that decodes, another thread) gets a cache of its own.
-    return Model(ready.weights) if ready.busy else ready
+    return ready
 
 
 def release(model: PreTrainedModel) -> None:
@@ -96,12 +96,14 @@ class Engine:
         *,
         config: SiriusConfig | None = None,
         streamer: BaseStreamer | None = None,
+        tokenizer=None,
         **settings,
     ) -> SiriusOutput:
         """Decode greedily; `transformers`' own generate resolves the settings, so what it takes is taken here too.
 
-        input_ids: int64 [batch, t], left-padded where attention_mask is 0. config: in place of the engine's.
-        settings: max_new_tokens, max_length, eos_token_id, stopping_criteria, logits_processor, generation_config, ...; a setting
+        input_ids: int64 [batch, t], left-padded where attention_mask is 0. config: in place of the engine's. tokenizer: for
+        stop_strings, in place of the engine's.
+        settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting
         that greedy decoding cannot honour (do_sample, num_beams > 1, ...) is a ValueError. The text's batch-mates do not matter:
         prompts are decoded one by one.
         """
@@ -111,8 +113,11 @@ class Engine:
             raise ValueError(f"input_ids: expected shape [batch, t], got {list(input_ids.shape)}")
         config = self.config if config is None else _checked(config)
 
+        settings, stop_strings = take_stop_strings(settings)
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+
         def decode(model, input_ids, **kwargs):
-            return decode_batch(model, input_ids, config, **kwargs)
+            return decode_batch(model, input_ids, config, stop_strings=stop_strings, tokenizer=tokenizer, **kwargs)
 
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -154,6 +159,19 @@ def check_device(device: str) -> None:
         raise ValueError(f"device: {kind!r} is not supported by this build, which has the CPU backend only; use device='cpu'")
 
 
+def take_stop_strings(settings: dict) -> tuple[dict, str | list[str] | None]:
+    """The settings of a generate call without their stop strings, and those.
+
+    transformers turns them into a criterion by the tokenizer of the call, which it drops when it decodes by a callable.
+    """
+    settings = dict(settings)
+    strings, config = settings.pop("stop_strings", None), settings.get("generation_config")
+    if config is not None and config.stop_strings is not None:
+        config = settings["generation_config"] = copy.deepcopy(config)
+        strings, config.stop_strings = strings if strings is not None else config.stop_strings, None
+    return settings, strings
+
+
 def decode_batch(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -163,13 +181,20 @@ def decode_batch(
     generation_config: GenerationConfig,
     attention_mask: torch.Tensor | None = None,
     own_streamer: BaseStreamer | None = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer=None,
     **model_kwargs,
 ) -> SiriusOutput | torch.Tensor:
     """The decoding method that `transformers`' generate calls in place of its own, with everything resolved.
 
-    input_ids: int64 [batch, t]. own_streamer: one that generate does not know of, and has not given the prompt. Returns what
-    generate returns: the sequences, or with return_dict_in_generate a `SiriusOutput`.
+    input_ids: int64 [batch, t]. own_streamer: one that generate does not know of, and has not given the prompt. stop_strings,
+    read by `tokenizer`: those that generate has not made a criterion of. Returns what generate returns: the sequences, or with
+    return_dict_in_generate a `SiriusOutput`.
     """
+    if stop_strings:
+        if tokenizer is None:
+            raise ValueError("stop_strings: they need the model's tokenizer, but none was given")
+        stopping_criteria = StoppingCriteriaList([*stopping_criteria, StopStringCriteria(tokenizer, stop_strings)])
     asked = _asked_of_generate()
     streamer = asked.get("streamer")
     if own_streamer is not None and streamer is not None:
@@ -187,7 +212,7 @@ def decode_batch(
         own_streamer.put(input_ids.cpu())
     texts = []
     for row, prompt in enumerate(prompts):
-        text = _Text(row, input_ids[row].cpu(), prompt, ready.weights.context, stopping_criteria, streamer)
+        text = _Text(row, input_ids.cpu(), len(prompt), ready.weights.context, stopping_criteria, streamer)
         process = _Processor(logits_processor, row, input_ids.cpu(), len(prompt)) if logits_processor else None
         text.stats = correction.generate(ready, prompt, config, text, process)
         text.stats.finish = text.finish
@@ -222,7 +247,7 @@ class _Processor:
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         ids = torch.cat((self._padding, ids)).repeat(self._rows, 1)
-        return self._processors(ids, logits.repeat(self._rows, 1))[self._row]
+        return self._processors(ids, logits.repeat(self._rows, 1))[self._row].float()
 
 
 class _Text:
@@ -231,28 +256,28 @@ class _Text:
     def __init__(
         self,
         row: int,
-        padded: torch.Tensor,
-        prompt: torch.Tensor,
+        batch: torch.Tensor,
+        length: int,
         context: int,
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
     ) -> None:
-        self._row, self._streamer = row, streamer
-        self._ids = padded  # criteria are asked about the batch as it was given
+        self._row, self._rows, self._streamer = row, len(batch), streamer
+        self._ids = batch[row]  # criteria are asked about the batch as it was given: its padding, and this text in its row
         self._eos: set[int] = set()
         self._others = []
         self.tokens: list[int] = []
         self.ended, self.finish = False, ""
         self.stats: PromptStats | None = None
         # The two criteria of nearly every call are plain arithmetic; the rest are asked token by token.
-        self.limit, self._limit_reason = context - len(prompt), "context"
+        self.limit, self._limit_reason = context - length, "context"
         for criterion in criteria:
             if isinstance(criterion, EosTokenCriteria):
                 self._eos.update(criterion.eos_token_id.flatten().tolist())
             elif isinstance(criterion, MaxLengthCriteria):
-                length = max(1, criterion.max_length - len(padded))  # one token comes always, as in transformers
-                if length <= self.limit:
-                    self.limit, self._limit_reason = length, "length"
+                room = max(1, criterion.max_length - batch.shape[1])  # one token comes always, as in transformers
+                if room <= self.limit:
+                    self.limit, self._limit_reason = room, "length"
             else:
                 self._others.append(criterion)
 
@@ -277,8 +302,11 @@ class _Text:
         return count
 
     def _asked(self) -> bool:
-        ids = self._ids.repeat(self._row + 1, 1)
-        return any(bool(criterion(ids, None)[-1]) for criterion in self._others)
+        ids = self._ids.repeat(self._rows, 1)
+        done = torch.zeros(self._rows, dtype=torch.bool)
+        for criterion in self._others:
+            done = done | criterion(ids, None)  # a tensor, or as transformers has it, a single bool
+        return bool(done[self._row])
 
 
 def _checked(config: SiriusConfig | None) -> SiriusConfig:

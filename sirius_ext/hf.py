@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .config import SiriusConfig
-from .engine import Engine, SiriusOutput, decode_batch, is_prepared, release
+from .engine import Engine, SiriusOutput, decode_batch, is_prepared, release, take_stop_strings
 
 
 def generate(
@@ -16,6 +16,8 @@ def generate(
     *,
     sirius_config: SiriusConfig | None = None,
     sirius_streamer: BaseStreamer | None = None,
+    sirius_tokenizer=None,
+    stop_strings: str | list[str] | None = None,
     **kwargs,
 ) -> SiriusOutput | torch.Tensor:
     """For `model.generate(**inputs, custom_generate=sirius_ext.generate, sirius_config=config)`.
@@ -25,13 +27,20 @@ def generate(
 
     Streaming: `streamer=` works. transformers 5 does not hand it to a callable, so it is looked up in the frame of its generate;
     should a later release have no such frame, pass the streamer as `sirius_streamer=`.
+    Stop strings: `stop_strings=` works with `sirius_tokenizer=`; a `tokenizer=` is lost on the way here.
     """
+    if stop_strings and sirius_tokenizer is None:
+        raise ValueError(
+            "stop_strings: transformers drops tokenizer= on the way to a custom_generate; pass it as sirius_tokenizer= instead"
+        )
     kwargs.pop("streamer", None)  # where a release does hand it over, the frame has it too
     kwargs.pop("synced_gpus", None)
     config = sirius_config if sirius_config is not None else SiriusConfig()
     if not isinstance(config, SiriusConfig):
         raise TypeError(f"sirius_config: expected a SiriusConfig, got {type(config).__name__}")
-    return decode_batch(model, input_ids, config, own_streamer=sirius_streamer, **kwargs)
+    return decode_batch(
+        model, input_ids, config, own_streamer=sirius_streamer, stop_strings=stop_strings, tokenizer=sirius_tokenizer, **kwargs
+    )
 
 
 class attach:  # noqa: N801 - used like a function
@@ -56,10 +65,13 @@ class attach:  # noqa: N801 - used like a function
         generate = type(self.model).generate
         if settings.get("custom_generate") is not None:
             return generate(self.model, *args, **settings)
+        tokenizer = settings.get("tokenizer")
+        settings, stop_strings = take_stop_strings(settings)
 
         def decode(model, input_ids, generation_config, **kwargs):
             wanted, generation_config.return_dict_in_generate = generation_config.return_dict_in_generate, True
-            output = decode_batch(model, input_ids, self._engine.config, generation_config=generation_config, **kwargs)
+            kwargs |= {"generation_config": generation_config, "stop_strings": stop_strings, "tokenizer": tokenizer}
+            output = decode_batch(model, input_ids, self._engine.config, **kwargs)
             self.stats = output.stats
             return output if wanted else output.sequences
 

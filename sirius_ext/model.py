@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 
@@ -17,13 +19,13 @@ PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the activations, and the 
 class Model:
     """F and S over one cache. Slot i of the cache holds the token at position i, but for the branches of a tree.
 
-    Not thread-safe: one text is decoded at a time.
+    One text is decoded at a time; who decodes holds `lock`.
     """
 
     def __init__(self, weights: Weights) -> None:
         self.weights = w = weights
         self.capacity = 0
-        self.busy = False  # a text is being decoded
+        self.lock = threading.Lock()
         self._neurons: torch.Tensor | None = None
         self._num_neurons: torch.Tensor | None = None
         self._rows = 0

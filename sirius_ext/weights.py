@@ -172,6 +172,9 @@ def _check_modules(model: nn.Module) -> None:
     """ValueError unless this is a causal language model whose matrices are plain linear layers. Changes nothing."""
     if not isinstance(getattr(model, "lm_head", None), nn.Module):
         raise ValueError(f"model: expected a causal language model with an lm_head, got {type(model).__name__}")
+    embedding = model.model.embed_tokens
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(f"model: expected embed_tokens to be a plain nn.Embedding, got {type(embedding).__name__}")
     modules = {"lm_head": model.lm_head}
     for layer in model.model.layers:
         modules |= {name: getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
@@ -180,3 +183,5 @@ def _check_modules(model: nn.Module) -> None:
             if type(module) is not nn.Linear:
                 kind = type(module).__name__
                 raise ValueError(f"model: expected {name} to be a plain nn.Linear, got {kind} (merge adapters first)")
+    if model.lm_head.bias is not None:
+        raise ValueError("model: expected an lm_head without a bias, got one")

@@ -150,33 +150,62 @@ def stopped_by_transformers():
 
 
 def stopped_by_criterion(model, tokenizer, inputs):
-    """The documented way for `custom_generate`, on which transformers drops the tokenizer."""
     settings = {name: value for name, value in STOP.items() if name != "stop_strings"}
     criteria = [transformers.StopStringCriteria(tokenizer, STOP["stop_strings"])]
     settings |= {"custom_generate": sirius_ext.generate, "sirius_config": MATCH}
     return model.generate(**inputs, **settings, stopping_criteria=criteria)
 
 
-@pytest.mark.parametrize("way", [stopped_by_criterion])
+def stopped_by_custom_generate(model, tokenizer, inputs):
+    settings = {**STOP, "custom_generate": sirius_ext.generate, "sirius_config": MATCH}
+    return model.generate(**inputs, **settings, sirius_tokenizer=tokenizer)
+
+
+def stopped_by_engine(model, tokenizer, inputs):
+    return Engine(model, MATCH, tokenizer).generate(**inputs, **STOP).sequences
+
+
+def stopped_by_engine_with_a_tokenizer(model, tokenizer, inputs):
+    return Engine(model, MATCH).generate(**inputs, **STOP, tokenizer=tokenizer).sequences
+
+
+def stopped_by_a_generation_config(model, tokenizer, inputs):
+    config = transformers.GenerationConfig(**STOP)
+    sequences = Engine(model, MATCH, tokenizer).generate(**inputs, generation_config=config).sequences
+    assert config.stop_strings == STOP["stop_strings"], "the caller's config is the caller's"
+    return sequences
+
+
+def stopped_by_attach(model, tokenizer, inputs):
+    with attach(model, MATCH):
+        return model.generate(**inputs, **STOP, tokenizer=tokenizer)
+
+
+WAYS = [
+    stopped_by_criterion,
+    stopped_by_custom_generate,
+    stopped_by_engine,
+    stopped_by_engine_with_a_tokenizer,
+    stopped_by_a_generation_config,
+    stopped_by_attach,
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_stop_strings(way):
     expected, inputs = stopped_by_transformers(), encode(PROMPTS[4])
     assert len(new_tokens(expected, inputs)) < 16
     assert torch.equal(way(*loaded(torch.float32), inputs), expected)
 
 
-def test_stop_strings_that_cannot_be_honoured():
+def test_stop_strings_without_a_tokenizer():
     """transformers drops the tokenizer on the way to a callable: an error, not a text that does not stop."""
     model, tokenizer = loaded(torch.bfloat16)
-    with pytest.raises(ValueError, match="stop strings"):
-        model.generate(
-            **encode(PROMPTS[4]),
-            max_new_tokens=4,
-            do_sample=False,
-            stop_strings=["89"],
-            tokenizer=tokenizer,
-            custom_generate=sirius_ext.generate,
-            sirius_config=MATCH,
-        )
+    settings = {**STOP, "custom_generate": sirius_ext.generate, "sirius_config": MATCH}
+    with pytest.raises(ValueError, match="stop_strings: .*sirius_tokenizer="):
+        model.generate(**encode(PROMPTS[4]), **settings, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="stop_strings: .*tokenizer"):
+        Engine(model, MATCH).generate(**encode(PROMPTS[4]), **STOP)
 
 
 def test_a_pipeline_on_an_attached_model():
