@@ -38,6 +38,35 @@ struct GateUpParams {
   int num_rows, hidden, num_neurons;
 };
 
+// out[m, i] = silu(gate[i] . x[m]), not rounded: what FSparse chooses from, and `up` multiplies with.
+struct GateParams {
+  Dtype dtype;
+  const void* x;     // T [num_rows, hidden]
+  const void* gate;  // T [intermediate, hidden]
+  float* out;        // [num_rows, intermediate]
+  int num_rows, hidden, intermediate;
+};
+
+// The neurons of largest score_i = sum_m |gates[m, i]|, in rising order: `kept` of them, the lower index first among equals; or
+// where `threshold` is not null all with score_i >= num_rows * threshold.
+struct SelectParams {
+  const float* gates;      // [num_rows, intermediate]
+  const float* threshold;  // [1] or null
+  int32_t* neurons;        // [intermediate]
+  int num_rows, intermediate, kept;
+};
+
+// hidden[m, i] = gates[m, n_i] * (up[n_i] . x[m])
+struct UpParams {
+  Dtype dtype;
+  const void* x;           // T [num_rows, hidden]
+  const void* up;          // T [intermediate, hidden]
+  const float* gates;      // [num_rows, intermediate]
+  const int32_t* neurons;  // [num_neurons]
+  void* out;               // T [num_rows, num_neurons]
+  int num_rows, hidden, intermediate, num_neurons;
+};
+
 // out[m, :] = sum_i x[m, i] * down[n_i, :] + residual[m, :]
 struct DownParams {
   Dtype dtype;
@@ -103,15 +132,34 @@ struct TreeMaskParams {
   int num_nodes, mask_words;
 };
 
-// A chain's acceptance. drafts[j - 1] was proposed after row j - 1.
+// Every leaf proposes its `width` likeliest tokens; of all proposals the `width` of largest cumulative log-likelihood stay.
+struct TreeExpandParams {
+  const float* logits;  // [num_leaves, vocab]
+  const float* scores;  // [num_leaves]: cumulative log-likelihoods
+  float score_temperature;
+  float prune;          // a leaf whose best token is likelier than this proposes no other
+  int32_t* tokens;      // [width], likeliest first; so are the next two
+  int32_t* parents;     // [width]: the leaf's row
+  float* new_scores;    // [width]
+  int32_t* count;       // [1]: how many there are
+  int32_t* candidates;  // [num_leaves, width]: workspace, as is the next one
+  float* likelihoods;   // [num_leaves, width]: logarithms, -inf where there is no candidate
+  int num_leaves, vocab, width;
+};
+
+// A tree's acceptance. Node 0 is committed already; drafts[i - 1] is node i's token, proposed after row parents[i].
 struct AcceptParams {
-  const float* logits;    // [num_rows, vocab]
-  const int32_t* drafts;  // [num_rows - 1]
+  const float* logits;     // [num_rows, vocab]
+  const int32_t* drafts;   // [num_rows - 1]
+  const int32_t* parents;  // [num_rows], parents[i] < i; or null: a chain
+  const float* scores;     // [num_rows]: cumulative log-likelihoods, to choose among equally long runs; null for a chain
   float threshold, score_temperature;
   bool match;          // accept only the argmax; threshold is not used
   float* likelihoods;  // [num_rows - 1]
   int32_t* argmax;     // [num_rows]
-  int32_t* accepted;   // [1]: length of the accepted run
+  int32_t* path;       // [num_rows - 1]: the nodes of the accepted run, from the first on
+  int32_t* accepted;   // [1]: the run's length
+  float* workspace;    // [2, num_rows]
   int num_rows, vocab;
 };
 
@@ -141,6 +189,15 @@ struct ModelWeights {
   float eps, attention_scale;
 };
 
+// Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |silu(gate x)|; `threshold`
+// all whose mean |silu(gate x)| over the rows reaches the layer's threshold.
+struct Sparsity {
+  enum Kind : int { dense, listed, largest, threshold } kind;
+  const int32_t* neurons;   // [layers, kept], if listed
+  const float* thresholds;  // [layers], if threshold
+  int kept;                 // if listed or largest
+};
+
 // One pass of num_rows tokens through every layer. Row m's key and value go to cache slot first_slot + m; what it sees is as in
 // AttentionParams.
 struct DecodeStepParams {
@@ -151,12 +208,10 @@ struct DecodeStepParams {
   const uint64_t* mask;      // [num_rows, mask_words]
   int mask_words;
   void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
-  const int32_t* neurons;   // [layers, neuron_stride], or null: dense
-  int neuron_stride;
-  const int32_t* num_neurons;  // [layers] or null
-  float* logits;               // [num_rows, vocab]
-  int32_t* argmax;             // [num_rows]
-  void* workspace;             // [decode_workspace(...)] bytes
+  Sparsity sparsity;
+  float* logits;    // [num_rows, vocab]
+  int32_t* argmax;  // [num_rows]
+  void* workspace;  // [decode_workspace(...)] bytes
   int num_rows, first_slot, prefix, capacity;
 };
 

@@ -59,7 +59,7 @@ class Model {
   size_t workspace(int num_rows, int slots) const { return cpu::decode_workspace(weights_, num_rows, slots); }
 
   void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache,
-            Address v_cache, Address neurons, int neuron_stride, Address num_neurons, Address logits, Address argmax,
+            Address v_cache, int sparsity, Address neurons, Address thresholds, int kept, Address logits, Address argmax,
             Address workspace, int num_rows, int first_slot, int prefix, int capacity, int threads) const {
     const DecodeStepParams p{&weights_,
                              at<int32_t>(tokens),
@@ -70,9 +70,7 @@ class Model {
                              mask_words,
                              at(k_cache),
                              at(v_cache),
-                             at<int32_t>(neurons),
-                             neuron_stride,
-                             at<int32_t>(num_neurons),
+                             {Sparsity::Kind(sparsity), at<int32_t>(neurons), at<float>(thresholds), kept},
                              at<float>(logits),
                              at<int32_t>(argmax),
                              at(workspace),
@@ -99,6 +97,22 @@ void gate_up(int dtype, Address x, Address gate, Address up, Address neurons, Ad
              int num_neurons, int threads) {
   const GateUpParams p{Dtype(dtype), at(x), at(gate), at(up), at<int32_t>(neurons), at(out), num_rows, hidden, num_neurons};
   cpu::with_team(threads, [&] { cpu::gate_up(p); });
+}
+
+void gate(int dtype, Address x, Address weight, Address out, int num_rows, int hidden, int intermediate, int threads) {
+  const GateParams p{Dtype(dtype), at(x), at(weight), at<float>(out), num_rows, hidden, intermediate};
+  cpu::with_team(threads, [&] { cpu::gate(p); });
+}
+
+int select_neurons(Address gates, Address threshold, Address neurons, int num_rows, int intermediate, int kept) {
+  return cpu::select({at<float>(gates), at<float>(threshold), at<int32_t>(neurons), num_rows, intermediate, kept});
+}
+
+void up(int dtype, Address x, Address weight, Address gates, Address neurons, Address out, int num_rows, int hidden,
+        int intermediate, int num_neurons, int threads) {
+  const UpParams p{Dtype(dtype), at(x),    at(weight), at<float>(gates), at<int32_t>(neurons),
+                   at(out),      num_rows, hidden,     intermediate,     num_neurons};
+  cpu::with_team(threads, [&] { cpu::up(p); });
 }
 
 void down(int dtype, Address x, Address weight, Address neurons, Address residual, Address out, int num_rows, int hidden,
@@ -140,11 +154,46 @@ void tree_attention(int dtype, Address q, int q_stride, Address k_cache, Address
   cpu::with_team(threads, [&] { cpu::tree_attention(p); });
 }
 
-int accept(Address logits, Address drafts, float threshold, float score_temperature, bool match, Address likelihoods,
-           Address argmax, int num_rows, int vocab, int threads) {
+int tree_expand(Address logits, Address scores, float score_temperature, float prune, Address tokens, Address parents,
+                Address new_scores, int num_leaves, int vocab, int width, int threads) {
+  int32_t count = 0;
+  std::vector<int32_t> candidates(size_t(num_leaves) * width);
+  std::vector<float> likelihoods(size_t(num_leaves) * width);
+  const TreeExpandParams p{at<float>(logits),
+                           at<float>(scores),
+                           score_temperature,
+                           prune,
+                           at<int32_t>(tokens),
+                           at<int32_t>(parents),
+                           at<float>(new_scores),
+                           &count,
+                           candidates.data(),
+                           likelihoods.data(),
+                           num_leaves,
+                           vocab,
+                           width};
+  cpu::with_team(threads, [&] { cpu::tree_expand(p); });
+  return count;
+}
+
+int accept(Address logits, Address drafts, Address parents, Address scores, float threshold, float score_temperature, bool match,
+           Address likelihoods, Address argmax, Address path, int num_rows, int vocab, int threads) {
   int32_t accepted = 0;
-  const AcceptParams p{at<float>(logits),      at<int32_t>(drafts), threshold, score_temperature, match,
-                       at<float>(likelihoods), at<int32_t>(argmax), &accepted, num_rows,          vocab};
+  std::vector<float> workspace(2 * size_t(num_rows));
+  const AcceptParams p{at<float>(logits),
+                       at<int32_t>(drafts),
+                       at<int32_t>(parents),
+                       at<float>(scores),
+                       threshold,
+                       score_temperature,
+                       match,
+                       at<float>(likelihoods),
+                       at<int32_t>(argmax),
+                       at<int32_t>(path),
+                       &accepted,
+                       workspace.data(),
+                       num_rows,
+                       vocab};
   cpu::with_team(threads, [&] { cpu::accept(p); });
   return accepted;
 }
@@ -166,11 +215,15 @@ PYBIND11_MODULE(_C, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("linear", linear, Unlocked());
   m.def("gate_up", gate_up, Unlocked());
+  m.def("gate", gate, Unlocked());
+  m.def("select", select_neurons, Unlocked());
+  m.def("up", up, Unlocked());
   m.def("down", down, Unlocked());
   m.def("rms_norm", rms_norm, Unlocked());
   m.def("rope_kv_write", rope_kv_write, Unlocked());
   m.def("tree_mask", tree_mask, Unlocked());
   m.def("tree_attention", tree_attention, Unlocked());
+  m.def("tree_expand", tree_expand, Unlocked());
   m.def("accept", accept, Unlocked());
   m.def("kv_rewrite", kv_rewrite, Unlocked());
 

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 MODES = ("sirius", "sparse", "full")
-SPARSITIES = ("csparse",)
-ACCEPT_RULES = ("threshold", "match")
+SPARSITIES = ("csparse", "fsparse")
+ACCEPT_RULES = ("threshold", "match", "sample")
 MAX_PERIOD = 256
+MAX_AUTO_PERIOD = 32
+MAX_WIDTH = 16
+MAX_NODES = 1024  # of a tree: its logits alone are this many times the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig:
     """How to decode. Names and defaults are those of the Sirius paper (arXiv 2409.03856).
 
-    mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
-    sparsity: "csparse", one set of neurons per prompt, chosen during its prefill (GRIFFIN's rule).
-    density: fraction of MLP neurons kept in every layer, in (0, 1].
-    period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model.
-    threshold: a drafted token is kept when the full model gives it at least this likelihood, in [0, 1].
-    score_temperature: temperature of the softmax behind that likelihood, more than 0.
-    accept: "threshold" (the paper's rule: text close to the full model's) or "match" (text equal to the full model's).
+    mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them
+    alone. sparsity: "csparse", one set of neurons per prompt, chosen during its prefill (GRIFFIN's rule); "fsparse", a set per
+    token, those of largest |silu(gate x)| (CATS' idea). density: fraction of MLP neurons kept in every layer, in (0, 1].
+    thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, keep the neurons whose
+    |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density. period: tokens that one
+    full pass verifies, 1 to 256; the first of them was chosen by the full model. "auto" chooses each from the acceptance and
+    the cost of passes measured so far (`adaptive.AdaptivePeriod`), 32 at most; under "threshold" and "sample" the text then
+    depends on these measurements and may differ from run to run. tree_width: branches kept at each draft step, 1 to 16; 1 is a
+    chain. At most 1024 nodes, 1 + (period - 1) * tree_width. prune: in a tree, a leaf whose best continuation is above 0.95
+    proposes only that one. threshold: a drafted token is kept when the full model gives it at least this likelihood, in [0, 1].
+    score_temperature: temperature of the softmax behind that likelihood, more than 0. accept: "threshold" (the paper's rule:
+    text close to the full model's), "match" (text equal to the full model's greedy text) or "sample" (text distributed exactly
+    as the full model's samples; needs do_sample=True).
 
     Raises TypeError or ValueError that names the field.
     """
@@ -29,7 +39,10 @@ class SiriusConfig:
     mode: str = "sirius"
     sparsity: str = "csparse"
     density: float = 0.5
-    period: int = 16
+    thresholds: str | os.PathLike | None = None
+    period: int | str = 16
+    tree_width: int = 1
+    prune: bool = False
     threshold: float = 0.1
     score_temperature: float = 0.6
     accept: str = "threshold"
@@ -44,13 +57,45 @@ class SiriusConfig:
                 raise TypeError(f"{name}: expected a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
-        if isinstance(self.period, bool) or not isinstance(self.period, int):
-            raise TypeError(f"period: expected an integer, got {self.period!r}")
-        if not 1 <= self.period <= MAX_PERIOD:
-            raise ValueError(f"period: expected 1 to {MAX_PERIOD}, got {self.period}")
+        if self.period != "auto":
+            _check_count("period", self.period, MAX_PERIOD, ' or "auto"')
+        _check_count("tree_width", self.tree_width, MAX_WIDTH)
+        if self.nodes > MAX_NODES:
+            raise ValueError(
+                f"period, tree_width: expected at most {MAX_NODES} nodes, 1 + (period - 1) * tree_width, got {self.nodes}"
+            )
+        if not isinstance(self.prune, bool):
+            raise TypeError(f"prune: expected True or False, got {self.prune!r}")
+        if self.prune and self.tree_width == 1:
+            raise ValueError("prune: a chain has nothing to prune; it needs tree_width > 1")
+        if self.prune and self.accept == "sample":
+            raise ValueError('prune: not with accept="sample", whose proposals are drawn')
+        if self.thresholds is not None and not isinstance(self.thresholds, (str, os.PathLike)):
+            raise TypeError(f"thresholds: expected a path, got {type(self.thresholds).__name__}")
+        if self.thresholds is not None and self.sparsity != "fsparse":
+            raise ValueError(f'thresholds: they need sparsity="fsparse", got {self.sparsity!r}')
         if not 0 < self.density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: expected 0 to 1, got {self.threshold}")
         if not self.score_temperature > 0:
             raise ValueError(f"score_temperature: expected more than 0, got {self.score_temperature}")
+
+    @property
+    def longest_period(self) -> int:
+        """The period, or the longest one that "auto" may choose."""
+        if self.period != "auto":
+            return self.period
+        return min(MAX_AUTO_PERIOD, 1 + (MAX_NODES - 1) // self.tree_width)
+
+    @property
+    def nodes(self) -> int:
+        """Tokens that a verification judges at most, x0 among them."""
+        return 1 + (self.longest_period - 1) * self.tree_width
+
+
+def _check_count(name: str, value: object, most: int, alternative: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer{alternative}, got {value!r}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name}: expected 1 to {most}{alternative}, got {value}")

@@ -1,18 +1,21 @@
-"""The generation loop: prefill, then draft, verify, accept, interleave until the text ends (SPEC section 3)."""
+"""The generation loop: prefill, then draft, verify, accept, interleave until the text ends (SPEC sections 3 and 4)."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-from . import ops
+from .adaptive import AdaptivePeriod
 from .config import SiriusConfig
 from .model import Model
-from .sparsity import csparse_density
+from .sampling import Greedy, rule_of
+from .sparsity import CSparse, FSparse, sparse_density
 from .stats import Period, PromptStats
+from .tree import Tree
 
 # (token ids so far int64 [t], logits behind them float32 [V]) -> logits to decide by, float32 [V]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,107 +32,153 @@ class Text(Protocol):
     ended: bool
 
 
-def generate(
-    model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, process: Processor | None = None
-) -> PromptStats:
+@dataclasses.dataclass
+class Options:
+    """What is asked beyond the config. process: changes logits before they are used. sample: draw tokens, by `generator`, from
+    the softmax of the processed logits. thresholds: FSparse's, float32 [layers]."""
+
+    process: Processor | None = None
+    sample: bool = False
+    generator: torch.Generator | None = None
+    thresholds: torch.Tensor | None = None
+
+
+def generate(model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, options: Options | None = None) -> PromptStats:
     """Decode one prompt, int64 [t], into `text`. The caller has checked that prompt and limit fit the context."""
     if not model.lock.acquire(blocking=False):
         # A text inside a text (a streamer that decodes, another thread) gets a cache of its own.
-        return generate(Model(model.weights), prompt, config, text, process)
+        return generate(Model(model.weights), prompt, config, text, options)
     try:
-        return _Decoding(model, prompt, config, text, process).run()
+        return _Decoding(model, prompt, config, text, options or Options()).run()
     finally:
         model.lock.release()
 
 
 class _Decoding:
-    def __init__(self, model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, process: Processor | None) -> None:
-        self.model, self.prompt, self.config, self.text, self.process = model, prompt, config, text, process
+    def __init__(self, model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, options: Options) -> None:
+        self.model, self.prompt, self.config, self.text, self.process = model, prompt, config, text, options.process
         weights = model.weights
-        sparse = csparse_density(config.density, weights.num_mlp_parameters, weights.num_parameters)
+        self.rule = rule_of(config, options.sample, options.generator)
+        self.sparsity = None
+        if config.mode != "full":
+            self.sparsity = (
+                CSparse(len(weights.layers), weights.intermediate, config.density)
+                if config.sparsity == "csparse"
+                else FSparse(weights.intermediate, config.density, options.thresholds)
+            )
+        corrects = config.mode == "sirius"
         self.stats = PromptStats(
             mode=config.mode,
-            period=config.period if config.mode == "sirius" else 1,
-            density=1.0 if config.mode == "full" else sparse,
+            period=config.period if corrects else 1,
+            tree_width=config.tree_width if corrects else 1,
+            density=1.0
+            if config.mode == "full"
+            else sparse_density(config.sparsity, config.density, weights.num_mlp_parameters, weights.num_parameters),
             prompt_tokens=len(prompt),
         )
-        rows = self.stats.period
+        self.tree = Tree(config.longest_period - 1, config.tree_width) if corrects else Tree(0, 1)
         # Slots for the whole text, and for drafts beyond its end that are never committed.
-        model.reserve(len(prompt) + text.limit + rows, rows)
-        # ids holds the prompt and the committed tokens, the last of which, x0, is not in the cache yet; then the drafts.
-        self.ids = torch.empty(len(prompt) + text.limit + rows, dtype=torch.int32)
-        self.ids[: len(prompt)] = prompt
-        self.length = len(prompt)  # tokens in the cache
-        self.positions = torch.arange(len(self.ids), dtype=torch.int32)
-        self.chain_mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
+        model.reserve(len(prompt) + text.limit + self.tree.capacity, self.tree.capacity)
+        self.length = len(prompt)  # tokens in the cache; the last committed one, x0, is not among them yet
+        self.adaptive = None
+        if corrects and config.period == "auto":
+            kind = (config.sparsity, config.density, config.thresholds, config.tree_width)
+            self.adaptive = AdaptivePeriod(model.costs, kind, config.tree_width, config.longest_period)
+        # The text so far, for who wants to see it: logits processors.
+        self.ids = torch.empty(len(prompt) + text.limit, dtype=torch.int64) if self.process else None
 
     def run(self) -> PromptStats:
         stats, text = self.stats, self.text
         started = time.perf_counter()
-        logits = self.model.prefill(self.prompt, None if self.config.mode == "full" else self.config.density)
+        logits = self.model.prefill(self.prompt, self.sparsity)
         if self.process:
+            self.ids[: self.length] = self.prompt
             logits = self.process(self.prompt, logits)
         stats.prefill_seconds = time.perf_counter() - started
 
         started = time.perf_counter()
-        self.ids[self.length] = logits.argmax()
-        stats.tokens = text.commit([int(self.ids[self.length])])
+        self._commit([self.rule.choose(logits)])
         while not text.ended:
             if self.config.mode == "sirius":
-                self._period()
+                self._period(self.adaptive.next() if self.adaptive else self.config.period)
             else:
                 self._plain_step()
         stats.decode_seconds = time.perf_counter() - started
         return stats
 
+    def _commit(self, tokens: list[int]) -> int:
+        """Hand tokens to the text; the last one is the root of what comes next. Returns how many belong to the text."""
+        if self.process:
+            self.ids[self.length + 1 - len(tokens) : self.length + 1] = torch.tensor(tokens)[
+                : self.text.limit - self.stats.tokens
+            ]
+        self.tree.plant(tokens[-1], self.length)
+        committed = self.text.commit(tokens)
+        self.stats.tokens += committed
+        return committed
+
     def _plain_step(self) -> None:
         """One token by F alone, or by S alone."""
-        self._step(self.length, 1, sparse=self.config.mode == "sparse")
+        choice = torch.empty(1, dtype=torch.int32)
+        logits = self._pass(slice(0, 1), self.sparsity, choice)
         self.length += 1
-        self.stats.tokens += self.text.commit([int(self.ids[self.length])])
+        self._commit([int(choice) if isinstance(self.rule, Greedy) else self.rule.choose(logits[0])])
 
-    def _period(self) -> None:
-        """SPEC section 3, steps 2 to 5. x0 stands at ids[length]; drafts x1, x2, ... behind it."""
-        config, length = self.config, self.length
-        started = time.perf_counter()
+    def _period(self, period: int) -> None:
+        """SPEC section 3, steps 2 to 5, and section 4."""
+        tree, started = self.tree, time.perf_counter()
         # The last period may be shorter: it need not commit more than the text may still take.
-        drafted = min(config.period, self.text.limit - self.stats.tokens) - 1
-        for j in range(drafted):
-            self._step(length + j, 1, sparse=True)
-        logits = self._step(length, 1 + drafted)
-        drafts = self.ids[length + 1 : length + 1 + drafted]
-        likelihoods, argmax, accepted = ops.accept(
-            logits, drafts, config.threshold, config.score_temperature, match=config.accept == "match"
-        )
-        # F overwrote the cache entries of S, and a chain's accepted ones already stand in their places: dropping the others is
-        # a matter of the length.
-        self.ids[length + 1 + accepted] = argmax[accepted]
-        self.length += accepted + 1
-        seconds = time.perf_counter() - started
+        depth = min(period, self.text.limit - self.stats.tokens) - 1
+        self._draft(depth)
+        drafted = time.perf_counter()
+        path, own, likelihoods = self.rule.accept(tree, self._pass(slice(0, tree.size)))
+        if self.adaptive:
+            self.model.costs.saw_full(tree.size, time.perf_counter() - drafted)
+            self.adaptive.observe(tree.depth, len(path))
+        # F overwrote the cache entries of S. A chain's accepted ones stand in their places; a tree's are moved there. Dropping
+        # the others is a matter of the length.
+        self.model.keep(self.length, path)
+        tokens = tree.tokens[path].tolist() + [own]
+        record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), depth < period - 1, likelihoods)
+        record.seconds = time.perf_counter() - started
+        self.length += len(tokens)
+        record.committed = self._commit(tokens)
+        record.cut |= record.committed < len(tokens)
+        self.stats.periods.append(record)
 
-        committed = self.text.commit(self.ids[length + 1 : self.length + 1].tolist())
-        self.stats.tokens += committed
-        cut = drafted < config.period - 1 or committed <= accepted
-        self.stats.periods.append(Period(drafted, accepted, committed, cut, likelihoods.tolist(), seconds))
+    def _draft(self, depth: int) -> None:
+        """Step 2: S consumes x0, then what it proposes, `depth` times, the leaves of a depth in one pass."""
+        tree = self.tree
+        while tree.depth < depth:
+            before, started = tree.size, time.perf_counter()
+            if tree.width == 1 and isinstance(self.rule, Greedy):
+                self._pass(tree.leaves, self.sparsity, tree.tokens[before : before + 1])
+                tree.grow_chain()
+            else:
+                self.rule.expand(tree, self._pass(tree.leaves, self.sparsity))
+                if tree.size == before:
+                    break
+            if self.adaptive:
+                self.model.costs.saw_sparse(self.adaptive.kind, time.perf_counter() - started)
 
-    def _step(self, start: int, rows: int, sparse: bool = False) -> torch.Tensor:
-        """Run ids[start : start + rows] through F or S, each seeing all before it; returns logits [rows, V].
-
-        A single row's choice is written to ids[start + 1].
-        """
-        end = start + rows
+    def _pass(self, nodes: slice, sparsity: CSparse | FSparse | None = None, argmax: torch.Tensor | None = None) -> torch.Tensor:
+        """Run nodes of the tree through F, or S; returns logits [nodes, V]. A single node's choice goes to `argmax`, if given."""
+        tree = self.tree
         logits, _ = self.model.step(
-            self.ids[start:end],
-            self.positions[start:end],
-            self.chain_mask[:rows],
-            prefix=start,
-            first_slot=start,
-            sparse=sparse,
-            argmax=self.ids[start + 1 : start + 2] if rows == 1 else None,
+            tree.tokens[nodes],
+            tree.positions(nodes),
+            tree.mask[nodes],
+            prefix=self.length,
+            first_slot=self.length + nodes.start,
+            sparsity=sparsity,
+            argmax=argmax,
         )
         if self.process:
-            ids = self.ids.long()
-            logits = torch.stack([self.process(ids[: start + 1 + i], logits[i]) for i in range(rows)])
-            if rows == 1:
-                self.ids[start + 1] = logits[0].argmax()
+            logits = torch.stack([self.process(self._text_to(nodes.start + row), each) for row, each in enumerate(logits)])
+            if argmax is not None:
+                argmax[0] = logits[0].argmax()
         return logits
+
+    def _text_to(self, node: int) -> torch.Tensor:
+        """Prompt, committed tokens and the branch that ends with `node`, int64."""
+        return torch.cat((self.ids[: self.length + 1], self.tree.tokens[self.tree.path(node)].long()))

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from . import correction
+from .calibrate import load_thresholds
 from .config import SiriusConfig
 from .hub import load_model
 from .model import Model
@@ -97,15 +99,16 @@ class Engine:
         config: SiriusConfig | None = None,
         streamer: BaseStreamer | None = None,
         tokenizer=None,
+        generator: torch.Generator | None = None,
         **settings,
     ) -> SiriusOutput:
-        """Decode greedily; `transformers`' own generate resolves the settings, so what it takes is taken here too.
+        """Decode; `transformers`' own generate resolves the settings, so what it takes is taken here too.
 
         input_ids: int64 [batch, t], left-padded where attention_mask is 0. config: in place of the engine's. tokenizer: for
-        stop_strings, in place of the engine's.
-        settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting
-        that greedy decoding cannot honour (do_sample, num_beams > 1, ...) is a ValueError. The text's batch-mates do not matter:
-        prompts are decoded one by one.
+        stop_strings, in place of the engine's. generator: draws what do_sample draws; torch's default one without it. settings:
+        max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting that cannot
+        be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a ValueError. The text's
+        batch-mates do not matter: prompts are decoded one by one.
         """
         if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids: expected an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
@@ -117,7 +120,8 @@ class Engine:
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
 
         def decode(model, input_ids, **kwargs):
-            return decode_batch(model, input_ids, config, stop_strings=stop_strings, tokenizer=tokenizer, **kwargs)
+            ours = {"stop_strings": stop_strings, "tokenizer": tokenizer, "generator": generator}
+            return decode_batch(model, input_ids, config, **ours, **kwargs)
 
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -183,13 +187,14 @@ def decode_batch(
     own_streamer: BaseStreamer | None = None,
     stop_strings: str | list[str] | None = None,
     tokenizer=None,
+    generator: torch.Generator | None = None,
     **model_kwargs,
 ) -> SiriusOutput | torch.Tensor:
     """The decoding method that `transformers`' generate calls in place of its own, with everything resolved.
 
     input_ids: int64 [batch, t]. own_streamer: one that generate does not know of, and has not given the prompt. stop_strings,
-    read by `tokenizer`: those that generate has not made a criterion of. Returns what generate returns: the sequences, or with
-    return_dict_in_generate a `SiriusOutput`.
+    read by `tokenizer`: those that generate has not made a criterion of. generator: draws what do_sample draws. Returns what
+    generate returns: the sequences, or with return_dict_in_generate a `SiriusOutput`.
     """
     if stop_strings:
         if tokenizer is None:
@@ -200,12 +205,16 @@ def decode_batch(
     if own_streamer is not None and streamer is not None:
         raise ValueError("streamer: expected one, got both streamer and sirius_streamer")
     streamer = own_streamer or streamer
-    _refuse_unsupported(generation_config, asked, model_kwargs, input_ids, streamer)
+    _refuse_unsupported(generation_config, config, asked, model_kwargs, input_ids, streamer)
     ready = prepare(model)
+    thresholds = None
+    if config.thresholds is not None and config.mode != "full":
+        thresholds = load_thresholds(config.thresholds, ready.weights, config.density)
     if asked.get("kwargs", {}).get("attention_mask") is not None:
         given = asked["kwargs"]["attention_mask"]
-        if given.shape != input_ids.shape:
-            raise ValueError(f"attention_mask: expected shape {list(input_ids.shape)}, got {list(given.shape)}")
+        expected = [len(input_ids) // (generation_config.num_return_sequences or 1), input_ids.shape[1]]
+        if list(given.shape) != expected:
+            raise ValueError(f"attention_mask: expected shape {expected}, got {list(given.shape)}")
     prompts = _prompts(input_ids, attention_mask, ready.weights)
     _check_positions(model_kwargs.get("position_ids"), attention_mask, input_ids)
     if own_streamer is not None:
@@ -214,7 +223,8 @@ def decode_batch(
     for row, prompt in enumerate(prompts):
         text = _Text(row, input_ids.cpu(), len(prompt), ready.weights.context, stopping_criteria, streamer)
         process = _Processor(logits_processor, row, input_ids.cpu(), len(prompt)) if logits_processor else None
-        text.stats = correction.generate(ready, prompt, config, text, process)
+        options = correction.Options(process, generation_config.do_sample, generator, thresholds)
+        text.stats = correction.generate(ready, prompt, config, text, options)
         text.stats.finish = text.finish
         texts.append(text)
     if streamer is not None:
@@ -242,12 +252,21 @@ class _Processor:
     """`transformers`' logits processors, which want the batch as it was given: its padding, and this prompt in its row."""
 
     def __init__(self, processors: LogitsProcessorList, row: int, batch: torch.Tensor, length: int) -> None:
-        self._processors, self._row, self._rows = processors, row, len(batch)
+        self._row, self._rows = row, len(batch)
         self._padding = batch[row, : batch.shape[1] - length]
+        # Behind a top-k a top-p looks at k tokens: it need not sort the vocabulary.
+        first = next((i for i, each in enumerate(processors) if isinstance(each, TopKLogitsWarper)), len(processors))
+        few = all(isinstance(each, (TopPLogitsWarper, MinPLogitsWarper)) for each in processors[first + 1 :])
+        cut = first + 1 if few else len(processors)
+        self._processors, self._of_few = LogitsProcessorList(processors[:cut]), LogitsProcessorList(processors[cut:])
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         ids = torch.cat((self._padding, ids)).repeat(self._rows, 1)
-        return self._processors(ids, logits.repeat(self._rows, 1))[self._row].float()
+        logits = self._processors(ids, logits.repeat(self._rows, 1))[self._row].float()
+        if self._of_few:
+            kept = logits.isfinite()
+            logits[kept] = self._of_few(None, logits[kept][None])[0]
+        return logits
 
 
 class _Text:
@@ -319,18 +338,20 @@ def _checked(config: SiriusConfig | None) -> SiriusConfig:
 
 def _refuse_unsupported(
     generation_config: GenerationConfig,
+    config: SiriusConfig,
     asked_of_generate: dict,
     model_kwargs: dict,
     input_ids: torch.Tensor,
     streamer: BaseStreamer | None,
 ) -> None:
     """ValueError for what was asked and cannot be honoured, before any work."""
+    corrects, sample = config.mode == "sirius", bool(generation_config.do_sample)
     asked = {
-        "do_sample=True (perhaps from the model's own generation config; acceptance is greedy: pass do_sample=False)": (
-            generation_config.do_sample
-        ),
+        f"do_sample=True with accept={config.accept!r} (perhaps from the model's own generation config; pass do_sample=False, or "
+        'accept="sample")': corrects and sample and config.accept != "sample",
+        'accept="sample" without do_sample=True': corrects and not sample and config.accept == "sample",
         "num_beams > 1": (generation_config.num_beams or 1) > 1,
-        "num_return_sequences > 1": (generation_config.num_return_sequences or 1) > 1,
+        "num_return_sequences > 1 without do_sample=True": not sample and (generation_config.num_return_sequences or 1) > 1,
         "output_scores": generation_config.output_scores,
         "output_logits": generation_config.output_logits,
         "output_attentions": generation_config.output_attentions,

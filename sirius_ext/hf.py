@@ -18,6 +18,7 @@ def generate(
     sirius_streamer: BaseStreamer | None = None,
     sirius_tokenizer=None,
     stop_strings: str | list[str] | None = None,
+    generator: torch.Generator | None = None,
     **kwargs,
 ) -> SiriusOutput | torch.Tensor:
     """For `model.generate(**inputs, custom_generate=sirius_ext.generate, sirius_config=config)`.
@@ -27,7 +28,8 @@ def generate(
 
     Streaming: `streamer=` works. transformers 5 does not hand it to a callable, so it is looked up in the frame of its generate;
     should a later release have no such frame, pass the streamer as `sirius_streamer=`.
-    Stop strings: `stop_strings=` works with `sirius_tokenizer=`; a `tokenizer=` is lost on the way here.
+    Stop strings: `stop_strings=` works with `sirius_tokenizer=`; a `tokenizer=` is lost on the way here. generator: draws what
+    do_sample draws; torch's default one without it.
     """
     if stop_strings and sirius_tokenizer is None:
         raise ValueError(
@@ -38,9 +40,8 @@ def generate(
     config = sirius_config if sirius_config is not None else SiriusConfig()
     if not isinstance(config, SiriusConfig):
         raise TypeError(f"sirius_config: expected a SiriusConfig, got {type(config).__name__}")
-    return decode_batch(
-        model, input_ids, config, own_streamer=sirius_streamer, stop_strings=stop_strings, tokenizer=sirius_tokenizer, **kwargs
-    )
+    kwargs |= {"stop_strings": stop_strings, "tokenizer": sirius_tokenizer, "generator": generator}
+    return decode_batch(model, input_ids, config, own_streamer=sirius_streamer, **kwargs)
 
 
 class attach:  # noqa: N801 - used like a function
@@ -65,13 +66,13 @@ class attach:  # noqa: N801 - used like a function
         generate = type(self.model).generate
         if settings.get("custom_generate") is not None:
             return generate(self.model, *args, **settings)
-        tokenizer = settings.get("tokenizer")
+        tokenizer, generator = settings.get("tokenizer"), settings.pop("generator", None)
         settings, stop_strings = take_stop_strings(settings)
 
         def decode(model, input_ids, generation_config, **kwargs):
             wanted, generation_config.return_dict_in_generate = generation_config.return_dict_in_generate, True
-            kwargs |= {"generation_config": generation_config, "stop_strings": stop_strings, "tokenizer": tokenizer}
-            output = decode_batch(model, input_ids, self._engine.config, **kwargs)
+            kwargs |= {"stop_strings": stop_strings, "tokenizer": tokenizer, "generator": generator}
+            output = decode_batch(model, input_ids, self._engine.config, generation_config=generation_config, **kwargs)
             self.stats = output.stats
             return output if wanted else output.sequences
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from . import _C, ops
+from .adaptive import Costs
 from .ops import DTYPES
-from .sparsity import CSparse
+from .sparsity import CSparse, FSparse, Kind
 from .weights import Layer, Weights
 
 CACHE_GRAIN = 256  # slots; capacity grows in these steps and never shrinks
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the activations, and the progress between two signs of life
+
+
+class Observer(Protocol):
+    """Who wants to know what happens inside a prefill."""
+
+    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
+        """Some tokens of the text, in order: gates = silu(gate x) and z = gates * (up x), T [tokens, I]."""
 
 
 class Model:
@@ -26,8 +35,7 @@ class Model:
         self.weights = w = weights
         self.capacity = 0
         self.lock = threading.Lock()
-        self._neurons: torch.Tensor | None = None
-        self._num_neurons: torch.Tensor | None = None
+        self.costs = Costs()
         self._rows = 0
         self._handle = _C.Model(
             DTYPES[w.dtype],
@@ -61,26 +69,21 @@ class Model:
             self._argmax = torch.empty(rows, dtype=torch.int32)
             self._workspace = torch.empty(self._handle.workspace(rows, self.capacity), dtype=torch.uint8)
 
-    def prefill(self, tokens: torch.Tensor, density: float | None = None) -> torch.Tensor:
-        """Run F over the prompt into the empty cache; with a density, also choose S's neurons for it.
-
-        tokens: int64 [t], 1 <= t <= capacity. Returns the logits behind the last token, float32 [V].
-        Many rows are a library's work: torch, whose sums are ordered differently from the decode pass's.
+    def prefill(self, tokens: torch.Tensor, observer: Observer | None = None) -> torch.Tensor:
+        """Run F over the prompt into the empty cache. tokens: int64 [t], 1 <= t <= capacity. Returns the logits behind the last
+        token, float32 [V]. Many rows are a library's work: torch, whose sums are ordered differently from the decode pass's.
         """
         w = self.weights
-        statistic = None if density is None else CSparse(len(w.layers), w.intermediate)
         for start in range(0, len(tokens), PREFILL_CHUNK):
             x = F.embedding(tokens[start : start + PREFILL_CHUNK], w.embedding)
             for index, layer in enumerate(w.layers):
                 x = x + self._attention(x, layer, index, start)
                 normed = F.rms_norm(x, (w.hidden,), layer.post_norm, w.eps)
-                z = F.silu(F.linear(normed, layer.gate)) * F.linear(normed, layer.up)
-                if statistic is not None:
-                    statistic.observe(index, z)
+                gates = F.silu(F.linear(normed, layer.gate))
+                z = gates * F.linear(normed, layer.up)
+                if observer is not None:
+                    observer.observe(index, gates, z)
                 x = torch.addmm(x, z, layer.down)
-        if statistic is not None:
-            self._neurons = statistic.select(density)
-            self._num_neurons = torch.full((len(w.layers),), self._neurons.shape[1], dtype=torch.int32)
         # Our own LM head: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
         return ops.linear(F.rms_norm(x[-1:], (w.hidden,), w.final_norm, w.eps), w.lm_head, out_dtype=torch.float32)[0]
 
@@ -116,17 +119,17 @@ class Model:
         mask: torch.Tensor,
         prefix: int,
         first_slot: int,
-        sparse: bool = False,
+        sparsity: CSparse | FSparse | None = None,
         argmax: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass of m tokens through F, or with `sparse` through S: one call into C++ over all layers.
+        """One pass of m tokens through F, or with a sparsity through S: one call into C++ over all layers.
 
         tokens, positions: int32 [m]. Row i's key and value go to slot first_slot + i; it sees slots [0, prefix) and the slots
         prefix + b for the bits b of mask[i], int64 [m, words] (`ops.tree_mask`). Returns logits float32 [m, V] and their argmax
         int32 [m], which later passes overwrite; the argmax goes to `argmax` if given. The caller owns the state and has reserved
         room for it: this is the hot path, so nothing is checked here.
         """
-        m, w = len(tokens), self.weights
+        m = len(tokens)
         logits, argmax = self._logits[:m], self._argmax[:m] if argmax is None else argmax
         self._handle.step(
             tokens.data_ptr(),
@@ -137,9 +140,7 @@ class Model:
             mask.shape[1],
             self.k_cache.data_ptr(),
             self.v_cache.data_ptr(),
-            self._neurons.data_ptr() if sparse else 0,
-            self._neurons.shape[1] if sparse else w.intermediate,
-            self._num_neurons.data_ptr() if sparse else 0,
+            *((Kind.DENSE, 0, 0, 0) if sparsity is None else sparsity.arguments()),
             logits.data_ptr(),
             argmax.data_ptr(),
             self._workspace.data_ptr(),
@@ -150,3 +151,9 @@ class Model:
             torch.get_num_threads(),
         )
         return logits, argmax
+
+    def keep(self, root: int, path: list[int]) -> None:
+        """Move the cache entries of an accepted path of a tree, whose node i stands at slot root + i, next to the root's, in
+        every layer. A chain's stand there already."""
+        if path and path[-1] != len(path):
+            ops.kv_rewrite(self.k_cache, self.v_cache, root, torch.tensor([0, *path], dtype=torch.int32))

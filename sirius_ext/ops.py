@@ -140,6 +140,64 @@ def gate_up(
     return out
 
 
+def gate(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu(gate x)` of every neuron, not rounded: what FSparse chooses its neurons by (SPEC section 2).
+
+    x: T [m, H]. weight: T [I, H]. Returns float32 [m, I].
+    """
+    px = _check_rows("x", x, None, None)
+    m, hidden = x.shape
+    pw = _check("weight", weight, x.dtype, None, hidden)
+    intermediate = weight.shape[0]
+    for size, name in ((m, "x"), (hidden, "x"), (intermediate, "weight")):
+        _positive(f"{name}: size", size)
+    out, po = _output(out, torch.float32, m, intermediate)
+    _C.gate(DTYPES[x.dtype], px, pw, po, m, hidden, intermediate, torch.get_num_threads())
+    return out
+
+
+def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None = None) -> torch.Tensor:
+    """FSparse's neurons (SPEC section 2), by `score = sum of |gates| over the rows`: the `kept` largest, of equals the lower
+    index; or with a threshold all whose score is at least m times it.
+
+    gates: float32 [m, I]. kept: 1 to I. Give one of kept and threshold. Returns int32 [K], rising.
+    """
+    pg = _check("gates", gates, torch.float32, None, None)
+    m, intermediate = gates.shape
+    _positive("gates: rows", m)
+    _positive("gates: neurons", intermediate)
+    if (kept is None) == (threshold is None):
+        raise ValueError(f"kept, threshold: expected one of them, got {kept} and {threshold}")
+    if kept is not None and not 1 <= kept <= intermediate:
+        raise ValueError(f"kept: expected 1 to {intermediate}, got {kept}")
+    neurons = torch.empty(intermediate, dtype=torch.int32)
+    limit = None if threshold is None else torch.tensor([threshold], dtype=torch.float32)
+    count = _C.select(pg, 0 if limit is None else limit.data_ptr(), neurons.data_ptr(), m, intermediate, kept or 0)
+    return neurons[:count]
+
+
+def up(
+    x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, neurons: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`gates * (up x)` for the listed neurons, rounded once: `gate_up` for gates that are known.
+
+    x: T [m, H]. weight: T [I, H]. gates: float32 [m, I]. neurons: int32 [K], values in [0, I). Returns T [m, K].
+    """
+    px = _check_rows("x", x, None, None)
+    m, hidden = x.shape
+    pw = _check("weight", weight, x.dtype, None, hidden)
+    intermediate = weight.shape[0]
+    for size, name in ((m, "x"), (hidden, "x"), (intermediate, "weight")):
+        _positive(f"{name}: size", size)
+    pg = _check("gates", gates, torch.float32, m, intermediate)
+    pn = _check("neurons", neurons, torch.int32, None)
+    _check_indices("neurons", neurons, intermediate)
+    kept = neurons.numel()
+    out, po = _output(out, x.dtype, m, kept)
+    _C.up(DTYPES[x.dtype], px, pw, pg, pn, po, m, hidden, intermediate, kept, torch.get_num_threads())
+    return out
+
+
 def down(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -295,18 +353,51 @@ def tree_attention(
     return out
 
 
+def tree_expand(
+    logits: torch.Tensor, scores: torch.Tensor, width: int, score_temperature: float, prune: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more depth of a draft tree (SPEC section 4): every leaf proposes its `width` likeliest tokens, and of all proposals the
+    `width` with the largest cumulative log-likelihood stay. A likelihood is `softmax(logits / tau)`.
+
+    logits: float32 [leaves, V] of S. scores: float32 [leaves], the leaves' cumulative log-likelihoods. width: 1 to 16. A leaf
+    whose likeliest token has more than `prune` proposes that one only; a token of likelihood zero is not proposed. Returns
+    tokens int32 [c], the rows of the leaves that proposed them int32 [c] and their scores float32 [c], likeliest first, c <=
+    width. Of equal scores the lower row, then the lower token is likelier.
+    """
+    pl = _check("logits", logits, torch.float32, None, None)
+    leaves, vocab = logits.shape
+    _positive("logits: rows", leaves)
+    _positive("logits: vocabulary", vocab)
+    ps = _check("scores", scores, torch.float32, leaves)
+    if not 1 <= width <= 16:
+        raise ValueError(f"width: expected 1 to 16, got {width}")
+    _check_temperature(score_temperature)
+    tokens, parents = torch.empty(width, dtype=torch.int32), torch.empty(width, dtype=torch.int32)
+    new_scores = torch.empty(width)
+    count = _C.tree_expand(
+        pl, ps, float(score_temperature), float(prune), tokens.data_ptr(), parents.data_ptr(), new_scores.data_ptr(),
+        leaves, vocab, width, torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens[:count], parents[:count], new_scores[:count]
+
+
 def accept(
     logits: torch.Tensor,
     drafts: torch.Tensor,
     threshold: float,
     score_temperature: float,
     match: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A chain's acceptance in one pass over the logits (SPEC section 3, step 4; section 5).
+    parents: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Acceptance of a chain or a tree, in one pass over the logits (SPEC sections 3, 4 and 5).
 
-    logits: float32 [n, V] of F. drafts: int32 [n - 1]; drafts[j - 1] was proposed after row j - 1.
-    Returns likelihoods p_j float32 [n - 1], argmax of every row int32 [n] (the first of equals) and a, the length of the longest
-    run from the start with p_j >= threshold, or with `match` of drafts that equal the argmax. F's own token is then argmax[a].
+    logits: float32 [n, V] of F. drafts: int32 [n - 1]; drafts[i - 1] is the token of node i, proposed after row i - 1, or where
+    parents, int32 [n], are given after row parents[i] < i. A node is accepted when its likelihood `softmax(logits / tau)` reaches
+    the threshold, or with `match` when it is the argmax, and the nodes before it are accepted too.
+    Returns likelihoods float32 [n - 1], argmax of every row int32 [n] (the first of equals) and the nodes of the longest accepted
+    run, int32 [a]. Of equally long ones it is the one whose last node has the larger cumulative log-likelihood, scores, float32
+    [n]; then the first. F's own token is the argmax of the run's last row.
     """
     pl = _check("logits", logits, torch.float32, None, None)
     n, vocab = logits.shape
@@ -314,14 +405,22 @@ def accept(
     _positive("logits: vocabulary", vocab)
     pd = _check("drafts", drafts, torch.int32, n - 1)
     _check_indices("drafts", drafts, vocab)
+    _check_temperature(score_temperature)
+    pp = _optional("parents", parents, torch.int32, n)
+    if parents is not None and n > 1 and not bool(((parents[1:] >= 0) & (parents[1:] < torch.arange(1, n))).all()):
+        raise ValueError(f"parents: expected 0 <= parents[i] < i behind the root, got {parents.tolist()}")
+    ps = _optional("scores", scores, torch.float32, n)
+    likelihoods, argmax, path = torch.empty(n - 1), torch.empty(n, dtype=torch.int32), torch.empty(n - 1, dtype=torch.int32)
+    accepted = _C.accept(
+        pl, pd, pp, ps, float(threshold), float(score_temperature), bool(match), likelihoods.data_ptr(), argmax.data_ptr(),
+        path.data_ptr(), n, vocab, torch.get_num_threads(),
+    )  # fmt: skip
+    return likelihoods, argmax, path[:accepted]
+
+
+def _check_temperature(score_temperature: float) -> None:
     if not score_temperature > 0:
         raise ValueError(f"score_temperature: expected more than 0, got {score_temperature}")
-    likelihoods, argmax = torch.empty(n - 1), torch.empty(n, dtype=torch.int32)
-    accepted = _C.accept(
-        pl, pd, float(threshold), float(score_temperature), bool(match), likelihoods.data_ptr(), argmax.data_ptr(), n, vocab,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return likelihoods, argmax, accepted
 
 
 def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -60,6 +60,39 @@ def gate_up(
         gate, up = gate[neurons.long()], up[neurons.long()]
     g, u = x.float() @ gate.float().T, x.float() @ up.float().T
     return _round(g * torch.sigmoid(g) * u, x.dtype, out)
+
+
+def gate(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu(gate x)`, what FSparse chooses its neurons by (SPEC section 2). x: T [m, H]. weight: T [I, H]. Returns float32 [m,
+    I]."""
+    g = x.float() @ weight.float().T
+    return _round(g * torch.sigmoid(g), torch.float32, out)
+
+
+def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None = None) -> torch.Tensor:
+    """FSparse's neurons (SPEC section 2): the `kept` of largest `sum of |gates| over the rows`, or all whose sum reaches m times
+    the threshold. gates: float32 [m, I]. Returns int32 [K], rising."""
+    scores = gates[0].abs()
+    for row in gates[1:]:
+        scores = scores + row.abs()
+    if threshold is not None:
+        return (scores >= len(gates) * torch.tensor(threshold, dtype=torch.float32)).nonzero().flatten().to(torch.int32)
+    return _largest(scores, kept)
+
+
+def _largest(statistic: torch.Tensor, kept: int) -> torch.Tensor:
+    """The indices of the `kept` largest, ascending; of equals the lower index wins."""
+    best_first = torch.sort(statistic, descending=True, stable=True).indices
+    return best_first[:kept].sort().values.to(torch.int32)
+
+
+def up(
+    x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, neurons: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`gates * (up x)` for the listed neurons. x: T [m, H]. weight: T [I, H]. gates: float32 [m, I]. neurons: int32 [K]. Returns
+    T [m, K]."""
+    value = gates[:, neurons.long()] * (x.float() @ weight[neurons.long()].float().T)
+    return _round(value, x.dtype, out)
 
 
 def down(
@@ -186,27 +219,57 @@ def tree_attention(
     return _round(attend(q, k_cache, v_cache, visible, scale), q.dtype, out)
 
 
+def tree_expand(
+    logits: torch.Tensor, scores: torch.Tensor, width: int, score_temperature: float, prune: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more depth of the tree (SPEC section 4): of every leaf's `width` likeliest tokens the `width` of largest cumulative
+    log-likelihood.
+
+    logits: float32 [leaves, V] of S. scores: float32 [leaves]. A leaf whose likeliest token has more than `prune` proposes no
+    other. Returns tokens int32 [c], the rows of their leaves int32 [c] and scores float32 [c], likeliest first.
+    """
+    candidates = []
+    for leaf, row in enumerate(torch.log_softmax(logits / score_temperature, dim=-1)):
+        order = torch.sort(logits[leaf], descending=True, stable=True).indices[:width].tolist()
+        if row[order[0]].exp() > prune:
+            order = order[:1]
+        candidates += [(float(row[token] + scores[leaf]), leaf, token) for token in order if row[token] > -math.inf]
+    candidates.sort(key=lambda candidate: -candidate[0])  # stable: of equals the first stays first
+    kept = candidates[:width]
+    as_ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    return as_ints([c[2] for c in kept]), as_ints([c[1] for c in kept]), torch.tensor([c[0] for c in kept])
+
+
 def accept(
     logits: torch.Tensor,
     drafts: torch.Tensor,
     threshold: float,
     score_temperature: float,
     match: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A chain's acceptance (SPEC section 3, step 4; section 5): `p_j = softmax(logits[j-1] / tau)[x_j]`.
+    parents: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Acceptance (SPEC section 3, step 4; sections 4 and 5): node i's likelihood is `softmax(logits[parent] / tau)[x_i]`.
 
-    logits: float32 [n, V] of F. drafts: int32 [n - 1]; drafts[j - 1] was proposed after row j - 1.
-    Returns likelihoods p_j float32 [n - 1], argmax of every row int32 [n] (the first of equals) and a, the length of the longest
-    run from the start with p_j >= threshold, or with `match` of drafts that equal the argmax.
+    logits: float32 [n, V] of F. drafts: int32 [n - 1]; drafts[i - 1] is node i's token. parents: int32 [n]; without it a chain.
+    scores: float32 [n], cumulative log-likelihoods. Returns likelihoods float32 [n - 1], argmax of every row int32 [n] (the
+    first of equals) and the nodes of the longest accepted run int32 [a]; of equally long ones that of the larger score, then
+    the first.
     """
-    probabilities = torch.softmax(logits[:-1] / score_temperature, dim=-1)
-    likelihoods = probabilities.gather(1, drafts.long().unsqueeze(1)).squeeze(1)
+    parents = list(range(-1, len(logits) - 1)) if parents is None else parents.tolist()
+    scores = [0.0] * len(logits) if scores is None else scores.tolist()
+    probabilities = torch.softmax(logits / score_temperature, dim=-1)
     argmax = logits.argmax(dim=-1).to(torch.int32)  # documented to take the first of equals
-    keep = drafts == argmax[:-1] if match else likelihoods >= threshold
-    accepted = 0
-    while accepted < len(drafts) and keep[accepted]:
-        accepted += 1
-    return likelihoods, argmax, accepted
+    likelihoods, runs, best = [], [[]], []
+    for node in range(1, len(logits)):
+        parent, token = parents[node], int(drafts[node - 1])
+        likelihoods.append(probabilities[parent, token])
+        kept = token == argmax[parent] if match else likelihoods[-1] >= threshold
+        run = runs[parent] + [node] if kept and runs[parent] is not None else None
+        runs.append(run)
+        if run and (len(run) > len(best) or (len(run) == len(best) and scores[node] > scores[best[-1]])):
+            best = run
+    return torch.tensor(likelihoods), argmax, torch.tensor(best, dtype=torch.int32)
 
 
 def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: torch.Tensor) -> None:
@@ -237,9 +300,7 @@ def select_neurons(stat: torch.Tensor, density: float) -> torch.Tensor:
     stat: float32 [I]. Returns int32 [K], ascending. K is at least 1; halves round to even, as Python's `round` does; of equal
     statistics the lower index wins.
     """
-    kept = max(1, round(density * len(stat)))
-    best_first = torch.sort(stat, descending=True, stable=True).indices
-    return best_first[:kept].sort().values.to(torch.int32)
+    return _largest(stat, max(1, round(density * len(stat))))
 
 
 def density_of(sparsity: str, density: float, mlp_parameters: int, all_parameters: int) -> float:
@@ -252,6 +313,10 @@ def density_of(sparsity: str, density: float, mlp_parameters: int, all_parameter
 
 
 # ---------------------------------------------------------------------------------------------------------------- decoder
+
+
+# What the sparse model keeps: per layer int32 [K] (CSparse), or a choice from the layer's index and its gates (FSparse).
+Neurons = Sequence[torch.Tensor] | Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -320,22 +385,20 @@ class Decoder:
         positions: torch.Tensor,
         slots: torch.Tensor,
         visible: torch.Tensor,
-        neurons: Sequence[torch.Tensor] | None = None,
+        neurons: Neurons | None = None,
         z: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One pass of m tokens through every layer; their keys and values go to `slots`.
 
-        tokens, positions, slots: integer [m], slots distinct. visible: bool [m, cache slots], the slots that each row attends to,
-        its own among them. neurons: per layer int32 [K], what the sparse model keeps; without it the pass is dense. z: a list to
-        which each layer's `silu(gate x) * (up x)` is appended, float32 [m, I]. Returns the logits, float32 [m, V].
+        tokens, positions, slots: integer [m], slots distinct. visible: bool [m, cache slots], the slots that each row attends
+        to, its own among them. neurons: what the sparse model keeps; without it the pass is dense. z: a list to which each
+        layer's `silu(gate x) * (up x)` is appended, float32 [m, I]. Returns the logits, float32 [m, V].
         """
         m = len(tokens)
         angles = torch.arange(int(positions.max()) + 1).unsqueeze(1) * self.rope_frequencies
         cos, sin = angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
         hidden = self.embedding[tokens.long()]
         for index, layer in enumerate(self.layers):
-            kept = None if neurons is None else neurons[index]
-
             x = rms_norm(hidden, layer.input_norm, self.eps)
             qkv = linear(x, layer.qkv, layer.qkv_bias)
             rope_kv_write(qkv, cos, sin, positions, slots, self.k[index], self.v[index])
@@ -344,7 +407,13 @@ class Decoder:
             hidden = linear(x.flatten(1), layer.output, layer.output_bias, hidden)
 
             x = rms_norm(hidden, layer.post_norm, self.eps)
-            x = gate_up(x, layer.gate, layer.up, kept)
+            if callable(neurons):
+                gates = gate(x, layer.gate)
+                kept = neurons(index, gates)
+                x = up(x, layer.up, gates, kept)
+            else:
+                kept = None if neurons is None else neurons[index]
+                x = gate_up(x, layer.gate, layer.up, kept)
             if z is not None:
                 z.append(x.float())
             hidden = down(x, layer.down, kept, hidden)
@@ -354,7 +423,7 @@ class Decoder:
         self,
         tokens: Sequence[int],
         start: int,
-        neurons: Sequence[torch.Tensor] | None = None,
+        neurons: Neurons | None = None,
         z: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`forward` of consecutive tokens from position `start` on, each seeing itself and all before it. Slots are positions."""
@@ -362,19 +431,128 @@ class Decoder:
         visible = torch.arange(self.k[0].shape[1]) <= positions.unsqueeze(1)
         return self.forward(torch.tensor(tokens), positions, positions, visible, neurons, z)
 
+    def nodes(self, tree: Tree, which: Sequence[int], position: int, neurons: Neurons | None = None) -> torch.Tensor:
+        """`forward` of some nodes of a tree whose root stands at `position`. Node i's slot is position + i; it sees the text
+        before the root, its ancestors and itself."""
+        visible = torch.zeros(len(which), self.k[0].shape[1], dtype=torch.bool)
+        visible[:, :position] = True
+        for row, node in zip(visible, which):
+            row[[position + seen for seen in [*tree.path(node), node]]] = True
+        slots = torch.tensor([position + node for node in which])
+        positions = torch.tensor([position + len(tree.path(node)) for node in which])
+        return self.forward(torch.tensor([tree.tokens[node] for node in which]), positions, slots, visible, neurons)
+
 
 # ------------------------------------------------------------------------------------------------------------- correction
+
+
+@dataclasses.dataclass
+class Tree:
+    """What S drafted (SPEC section 4). Node 0 is x0; a chain is a tree of width 1."""
+
+    tokens: list[int]
+    parents: list[int] = dataclasses.field(default_factory=lambda: [-1])
+    scores: list[float] = dataclasses.field(default_factory=lambda: [0.0])  # cumulative log-likelihoods under S
+    # For sampling: the distribution that a node's children were drawn from.
+    proposals: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def path(self, node: int) -> list[int]:
+        """The ancestors of a node, the root first."""
+        ancestors = []
+        while self.parents[node] >= 0:
+            node = self.parents[node]
+            ancestors.insert(0, node)
+        return ancestors
+
+    def children(self, node: int) -> list[int]:
+        return [child for child, parent in enumerate(self.parents) if parent == node]
 
 
 @dataclasses.dataclass
 class Period:
     """One verification and what led to it (SPEC section 3)."""
 
-    drafted: int  # tokens that S proposed
+    drafted: int  # depth of the tree: tokens that S could have had accepted, and its passes
+    nodes: int  # tokens that S proposed, in all branches
     accepted: int  # a: the longest run of them that F accepts
+    branch: int | None  # which of its depth the run's last node is, likeliest first; None if nothing is accepted
     committed: int  # tokens that joined the text: a + 1, or fewer where EOS ended it
     cut: bool  # the end of the text shortened it: fewer than n - 1 were drafted, or fewer than a + 1 committed
-    likelihoods: list[float]  # p_j of every drafted token
+    likelihoods: list[float]  # F's likelihood of every drafted token
+
+
+class Sampling:
+    """Drawing tokens. `warp` makes of logits float32 [V] those whose softmax is sampled; identity without it."""
+
+    def __init__(
+        self, generator: torch.Generator | None = None, warp: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        self.generator, self.warp = generator, warp
+
+    def uniform(self) -> float:
+        return float(torch.rand((), dtype=torch.float64, generator=self.generator))
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """float64 [V]."""
+        return torch.softmax((logits if self.warp is None else self.warp(logits)).double(), -1)
+
+    def draw(self, weights: torch.Tensor) -> int:
+        """A token with probability weights / sum(weights), by the inverse of the distribution function at one uniform number."""
+        cumulative = weights.cumsum(0)
+        place = int(torch.searchsorted(cumulative, self.uniform() * cumulative[-1], right=True))
+        return min(place, int(weights.nonzero()[-1]))
+
+    def expand(self, tree: Tree, leaves: list[int], logits: torch.Tensor, width: int) -> list[int]:
+        """Children of the leaves: `width` of them, shared out by the leaves' likelihoods, each leaf's drawn without
+        replacement."""
+        added = []
+        for leaf, row, count in zip(leaves, logits, apportion([tree.scores[leaf] for leaf in leaves], width)):
+            proposal = self.probabilities(row)
+            tree.proposals[leaf] = proposal
+            left = proposal.clone()
+            for index in range(min(count, int((proposal > 0).sum()))):
+                token = self.draw(left)
+                left[token] = 0
+                added.append(len(tree.tokens))
+                tree.tokens.append(token)
+                tree.parents.append(leaf)
+                tree.scores.append(tree.scores[leaf] + child_score(index))
+        return added
+
+    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int]:
+        """Speculative sampling, with several children by the multi-branch residual rule (SpecInfer, arXiv 2305.09781, for draws
+        without replacement): the accepted nodes, and F's token behind them. The text is distributed as if F had sampled it."""
+        node, path = 0, []
+        while True:
+            target = self.probabilities(logits[node])
+            left = tree.proposals.get(node, target).clone()
+            for child in tree.children(node):
+                token = tree.tokens[child]
+                proposal = left / left.sum()
+                if self.uniform() * proposal[token] < target[token]:
+                    path.append(child)
+                    break
+                rest = (target - proposal).clamp(min=0)
+                target = rest / rest.sum() if rest.sum() > 0 else target
+                left[token] = 0
+            else:
+                return path, self.draw(target)
+            node = child
+
+
+def apportion(scores: Sequence[float], places: int) -> list[int]:
+    """Children for the leaves, one by one to where acceptance is likeliest to arrive (to 6 digits; the first among equals).
+    scores: the leaves' log-likelihoods of being reached."""
+    counts = [0] * len(scores)
+    for _ in range(places):
+        values = [round(score + child_score(count), 6) for score, count in zip(scores, counts)]
+        counts[values.index(max(values))] += 1
+    return counts
+
+
+def child_score(index: int) -> float:
+    """A node's first child is taken to be accepted in 9 of 10 cases, the next in half of the rest, and so on."""
+    return math.log(0.9 if index == 0 else 0.1 * 0.5**index)
 
 
 def generate(
@@ -383,57 +561,100 @@ def generate(
     config: SiriusConfig,
     max_new_tokens: int,
     eos_token_ids: Collection[int] = (),
+    *,
+    sampling: Sampling | None = None,
+    thresholds: Sequence[float] | None = None,
+    periods: Iterator[int] | None = None,
 ) -> tuple[list[int], list[Period]]:
-    """The text that `config` asks for, greedily (SPEC section 3, chain; section 6), and its periods (none without correction).
+    """The text that `config` asks for (SPEC sections 3 to 6), greedily or by `sampling`, and its periods (none without
+    correction).
 
-    The text ends with the first token of `eos_token_ids`, which is part of it, or after `max_new_tokens`.
+    The text ends with the first token of `eos_token_ids`, which is part of it, or after `max_new_tokens`. thresholds: FSparse's
+    threshold form, one a layer. periods: in place of config.period, that of each period.
     """
-    sparse_sets, tokens = _prefill(decoder, prompt_ids, config, max_new_tokens)
-    periods = []
+    neurons, logits = _prefill(decoder, prompt_ids, config, max_new_tokens, thresholds)
+    choose = (lambda row: sampling.draw(sampling.probabilities(row))) if sampling else (lambda row: int(row.argmax()))
+    tokens, records = [choose(logits)], []
     while len(tokens) < max_new_tokens and tokens[-1] not in eos_token_ids:
         x0, position = tokens[-1], len(prompt_ids) + len(tokens) - 1
         if config.mode == "sirius":
-            drafts = _draft(decoder, x0, position, sparse_sets, min(config.period, max_new_tokens - len(tokens)) - 1)
-            committed, period = _verify(decoder, x0, position, drafts, config)
+            period = next(periods) if periods is not None else config.period
+            depth = min(period, max_new_tokens - len(tokens)) - 1
+            tree = _draft(decoder, x0, position, neurons, config, depth, sampling)
+            committed, record = _verify(decoder, tree, position, config, sampling)
+            record.cut = depth < period - 1
             committed = _until_eos(committed, eos_token_ids)
-            period.cut = period.drafted < config.period - 1 or len(committed) < period.committed
-            period.committed = len(committed)
-            periods.append(period)
+            record.cut |= len(committed) < record.committed
+            record.committed = len(committed)
+            records.append(record)
         else:
-            logits = decoder.chain([x0], position, sparse_sets if config.mode == "sparse" else None)
-            committed = [int(logits.argmax())]
+            committed = [choose(decoder.chain([x0], position, neurons if config.mode == "sparse" else None)[0])]
         tokens += committed
-    return tokens, periods
+    return tokens, records
 
 
 def _prefill(
-    decoder: Decoder, prompt_ids: Sequence[int], config: SiriusConfig, max_new_tokens: int
-) -> tuple[list[torch.Tensor], list[int]]:
-    """Step 1: F reads the prompt. Returns the sparse sets, one int32 [K] a layer, and [x0]."""
+    decoder: Decoder, prompt_ids: Sequence[int], config: SiriusConfig, max_new_tokens: int, thresholds: Sequence[float] | None
+) -> tuple[Neurons, torch.Tensor]:
+    """Step 1: F reads the prompt. Returns S's neurons, and the logits behind the prompt."""
     z = []
-    decoder.reset(len(prompt_ids) + max_new_tokens)
-    logits = decoder.chain(prompt_ids, 0, z=z)
-    sparse_sets = [select_neurons(csparse_statistic(layer), config.density) for layer in z]
-    return sparse_sets, [int(logits[-1].argmax())]
+    decoder.reset(len(prompt_ids) + max_new_tokens * config.tree_width + config.tree_width)
+    logits = decoder.chain(prompt_ids, 0, z=z)[-1]
+    if config.sparsity == "csparse":
+        return [select_neurons(csparse_statistic(layer), config.density) for layer in z], logits
+    if thresholds is not None:
+        return (lambda layer, gates: select(gates, threshold=thresholds[layer])), logits
+    return (lambda layer, gates: select(gates, max(1, round(config.density * gates.shape[1])))), logits
 
 
-def _draft(decoder: Decoder, x0: int, position: int, sparse_sets: list[torch.Tensor], count: int) -> list[int]:
-    """Step 2: S consumes x0, then what it proposes, `count` times. Returns x1 .. x(count)."""
-    chain = [x0]
-    for step in range(count):
-        logits = decoder.chain(chain[-1:], position + step, sparse_sets)
-        chain.append(int(logits.argmax()))
-    return chain[1:]
+def _draft(
+    decoder: Decoder, x0: int, position: int, neurons: Neurons, config: SiriusConfig, depth: int, sampling: Sampling | None
+) -> Tree:
+    """Step 2: S consumes x0, then what it proposes, `depth` times, the leaves of a depth in one pass."""
+    tree, leaves = Tree([x0]), [0]
+    for _ in range(depth):
+        logits = decoder.nodes(tree, leaves, position, neurons)
+        if sampling:
+            leaves = sampling.expand(tree, leaves, logits, config.tree_width)
+            continue
+        scores = torch.tensor([tree.scores[leaf] for leaf in leaves])
+        prune = 0.95 if config.prune else 1.0
+        tokens, parents, scores = tree_expand(logits, scores, config.tree_width, config.score_temperature, prune)
+        parents = [leaves[parent] for parent in parents]
+        leaves = list(range(len(tree.tokens), len(tree.tokens) + len(tokens)))
+        tree.tokens += tokens.tolist()
+        tree.parents += parents
+        tree.scores += scores.tolist()
+    return tree
 
 
-def _verify(decoder: Decoder, x0: int, position: int, drafts: list[int], config: SiriusConfig) -> tuple[list[int], Period]:
-    """Steps 3 to 5: F consumes x0 and the drafts, rewriting their cache entries. Returns x1 .. xa, x' and the period's record."""
-    logits = decoder.chain([x0, *drafts], position)
-    likelihoods, argmax, accepted = accept(
-        logits, torch.tensor(drafts, dtype=torch.int32), config.threshold, config.score_temperature, config.accept == "match"
+def _verify(
+    decoder: Decoder, tree: Tree, position: int, config: SiriusConfig, sampling: Sampling | None
+) -> tuple[list[int], Period]:
+    """Steps 3 to 5: F consumes the tree, rewriting its cache entries; those of the accepted path move together behind x0. Returns
+    the accepted tokens and F's own, and the period's record."""
+    logits = decoder.nodes(tree, range(len(tree.tokens)), position)
+    likelihoods, argmax, path = accept(
+        logits,
+        torch.tensor(tree.tokens[1:], dtype=torch.int32),
+        config.threshold,
+        config.score_temperature,
+        config.accept == "match",
+        torch.tensor(tree.parents, dtype=torch.int32),
+        torch.tensor(tree.scores),
     )
-    committed = drafts[:accepted] + [int(argmax[accepted])]
-    return committed, Period(len(drafts), accepted, len(committed), False, likelihoods.tolist())
+    if sampling:
+        path, own = sampling.accept(tree, logits)
+    else:
+        path = path.tolist()
+        own = int(argmax[path[-1]] if path else argmax[0])
+    for cache in (*decoder.k, *decoder.v):
+        cache[:, position + 1 : position + 1 + len(path)] = cache[:, [position + node for node in path]]
+    committed = [tree.tokens[node] for node in path] + [own]
+    depths = [len(tree.path(node)) for node in range(len(tree.tokens))]
+    branch = path[-1] - depths.index(len(path)) if path else None
+    period = Period(depths[-1], len(tree.tokens) - 1, len(path), branch, len(committed), False, likelihoods.tolist())
+    return committed, period
 
 
 def _until_eos(tokens: list[int], eos_token_ids: Collection[int]) -> list[int]:
@@ -455,7 +676,7 @@ def average_advance_length(periods: Sequence[Period]) -> float | None:
 
 
 def effective_density(advance_length: float, period: int, sparse_density: float) -> float:
-    """`((n - 1) * density_sparse + 1) / AAL` (SPEC section 7)."""
+    """`((n - 1) * density_sparse + 1) / AAL` (SPEC section 7), for a period that is fixed."""
     return ((period - 1) * sparse_density + 1) / advance_length
 
 
@@ -469,5 +690,5 @@ def corrected_fraction(periods: Sequence[Period]) -> float | None:
 
 def rollback_length(periods: Sequence[Period]) -> float | None:
     """Drafted tokens thrown away per verification (SPEC section 7), those behind an EOS among them. None without a period."""
-    thrown_away = sum(period.drafted - min(period.accepted, period.committed) for period in periods)
+    thrown_away = sum(period.nodes - min(period.accepted, period.committed) for period in periods)
     return thrown_away / len(periods) if periods else None

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import enum
+import functools
+
 import torch
+
+# Share of an MLP's parameters that a sparse model skips in a neuron left out: all three matrices, or two where gate is dense.
+_SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3}
+
+
+class Kind(enum.IntEnum):
+    """As in csrc/params.h, `Sparsity`."""
+
+    DENSE = 0
+    LISTED = 1
+    LARGEST = 2
+    THRESHOLD = 3
 
 
 def kept_neurons(density: float, intermediate: int) -> int:
@@ -10,26 +25,50 @@ def kept_neurons(density: float, intermediate: int) -> int:
     return max(1, round(density * intermediate))
 
 
+def sparse_density(sparsity: str, density: float, num_mlp_parameters: int, num_parameters: int) -> float:
+    """Parameters that the sparse model touches for a token, over all parameters (SPEC section 2): `1 - (1 - d) * M / P` for
+    CSparse, `1 - (1 - d) * (2 / 3) * M / P` for FSparse."""
+    return 1 - (1 - density) * _SKIPPED[sparsity] * num_mlp_parameters / num_parameters
+
+
 class CSparse:
-    """GRIFFIN's statistic, gathered layer by layer during a prompt's full prefill: `stat_i = || zbar[:, i] ||_2`."""
+    """One set of neurons per prompt, by GRIFFIN's statistic: `stat_i = || zbar[:, i] ||_2`, gathered during the full prefill."""
 
-    def __init__(self, num_layers: int, intermediate: int) -> None:
+    def __init__(self, num_layers: int, intermediate: int, density: float) -> None:
         self._squares = torch.zeros(num_layers, intermediate)
+        self._kept = kept_neurons(density, intermediate)
 
-    def observe(self, layer: int, z: torch.Tensor) -> None:
+    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
         """Add the prompt tokens z = silu(gate x) * (up x), T [tokens, I]. A token whose z is all zero adds nothing."""
         squares = z.float().square()
         norms = squares.sum(-1, keepdim=True)
         self._squares[layer] += (squares / norms.where(norms > 0, 1.0)).sum(0)
 
-    def select(self, density: float) -> torch.Tensor:
-        """The `kept_neurons` largest of each layer, in rising order (sorted rows read faster). Returns int32 [layers, K]."""
-        kept = kept_neurons(density, self._squares.shape[1])
+    @functools.cached_property
+    def neurons(self) -> torch.Tensor:
+        """Those of the largest statistic in each layer, in rising order (sorted rows read faster): int32 [layers, K]. Chosen when
+        first asked for, after the prefill."""
         # A stable sort lets the lower index win a tie.
         order = self._squares.sqrt().argsort(dim=-1, descending=True, stable=True)
-        return order[:, :kept].sort(-1).values.to(torch.int32)
+        return order[:, : self._kept].sort(-1).values.to(torch.int32)
+
+    def arguments(self) -> tuple[int, int, int, int]:
+        """What a decode step takes: kind, neurons, thresholds, kept."""
+        return Kind.LISTED, self.neurons.data_ptr(), 0, self._kept
 
 
-def csparse_density(density: float, num_mlp_parameters: int, num_parameters: int) -> float:
-    """Parameters that CSparse touches for a token, over all parameters: `1 - (1 - d) * M / P` (SPEC section 2)."""
-    return 1 - (1 - density) * num_mlp_parameters / num_parameters
+class FSparse:
+    """A set of neurons per pass, by `|silu(gate x)|`: the largest, or with thresholds, float32 [layers], all that reach
+    theirs."""
+
+    def __init__(self, intermediate: int, density: float, thresholds: torch.Tensor | None = None) -> None:
+        self._kept, self._thresholds = kept_neurons(density, intermediate), thresholds
+
+    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
+        """The prompt says nothing."""
+
+    def arguments(self) -> tuple[int, int, int, int]:
+        """As `CSparse.arguments`."""
+        if self._thresholds is not None:
+            return Kind.THRESHOLD, 0, self._thresholds.data_ptr(), 0
+        return Kind.LARGEST, 0, 0, self._kept

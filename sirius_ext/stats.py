@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
+
+METRICS = (
+    "average_advance_length",
+    "effective_density",
+    "corrected_fraction",
+    "rollback_length",
+    "drafted_nodes",
+    "ms_per_token",
+)
 
 
 @dataclasses.dataclass
 class Period:
     """One verification.
 
-    drafted: tokens that S proposed. accepted: length of the accepted run. committed: tokens that joined the text, F's own one
-    included. cut: the end of the text shortened the period, so that it says nothing about how far a verification advances.
-    likelihoods: F's likelihood of each drafted token. seconds: wall time of draft, verification and acceptance.
+    drafted: passes of S, as many tokens as could be accepted. nodes: tokens that S proposed, in all branches. accepted: length
+    of the accepted run. branch: which node of its depth ended that run, 0 the likeliest; None if nothing was accepted.
+    committed: tokens that joined the text, F's own one included. cut: the end of the text shortened the period, so that it says
+    nothing about how far a verification advances. likelihoods: F's likelihood of each proposed token. seconds: wall time of
+    draft, verification and acceptance.
     """
 
     drafted: int
+    nodes: int
     accepted: int
+    branch: int | None
     committed: int
     cut: bool
     likelihoods: list[float]
-    seconds: float
+    seconds: float = 0.0
 
 
 class _Metrics:
     """The metrics of SPEC section 7 over `periods`; None where there is nothing to count."""
 
     periods: list[Period]
-    period: int
     density: float
     tokens: int
     decode_seconds: float
 
+    def _whole(self) -> list[Period]:
+        return [period for period in self.periods if not period.cut]
+
     @property
     def average_advance_length(self) -> float | None:
         """Tokens committed by verifications / verifications; x0 and periods cut short by the end of the text are left out."""
-        whole = [period.committed for period in self.periods if not period.cut]
-        return sum(whole) / len(whole) if whole else None
+        whole = self._whole()
+        return sum(period.committed for period in whole) / len(whole) if whole else None
 
     @property
     def effective_density(self) -> float | None:
-        """((n - 1) * density of the sparse model + 1) / AAL."""
-        advance = self.average_advance_length
-        return None if advance is None else ((self.period - 1) * self.density + 1) / advance
+        """((n - 1) * density of the sparse model + 1) / AAL: weights read per token committed, as a share of the model."""
+        whole = self._whole()
+        if not whole:
+            return None
+        return sum(period.drafted * self.density + 1 for period in whole) / sum(period.committed for period in whole)
 
     @property
     def corrected_fraction(self) -> float | None:
@@ -54,8 +72,20 @@ class _Metrics:
     @property
     def rollback_length(self) -> float | None:
         """Drafted tokens thrown away per verification, those behind the end of the text among them."""
-        thrown_away = sum(period.drafted - min(period.accepted, period.committed) for period in self.periods)
+        thrown_away = sum(period.nodes - min(period.accepted, period.committed) for period in self.periods)
         return thrown_away / len(self.periods) if self.periods else None
+
+    @property
+    def drafted_nodes(self) -> float | None:
+        """Tokens that S proposed per verification, in all branches."""
+        return sum(period.nodes for period in self.periods) / len(self.periods) if self.periods else None
+
+    @property
+    def branches(self) -> dict[int, int]:
+        """How often which node of its depth ended the accepted run, 0 the likeliest; verifications that accepted nothing are left
+        out."""
+        counts = Counter(period.branch for period in self.periods if period.branch is not None)
+        return dict(sorted(counts.items()))
 
     @property
     def ms_per_token(self) -> float | None:
@@ -63,23 +93,23 @@ class _Metrics:
         return 1e3 * self.decode_seconds / self.tokens if self.tokens else None
 
     def metrics(self) -> dict[str, float | None]:
-        names = ("average_advance_length", "effective_density", "corrected_fraction", "rollback_length", "ms_per_token")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in METRICS}
 
 
 @dataclasses.dataclass
 class PromptStats(_Metrics):
     """One prompt's decoding.
 
-    mode, period: as configured. density: of the sparse model, parameters touched per token / all parameters (1 in mode "full").
-    prompt_tokens, tokens: lengths of prompt and returned text. finish: "eos", "length" (the limit asked for), "context" (the
-    model's limit) or "criteria" (a stopping criterion). Seconds are wall time.
+    mode, period, tree_width: as configured. density: of the sparse model, parameters touched per token / all parameters (1 in
+    mode "full"). prompt_tokens, tokens: lengths of prompt and returned text. finish: "eos", "length" (the limit asked for),
+    "context" (the model's limit) or "criteria" (a stopping criterion). Seconds are wall time.
     """
 
     mode: str
-    period: int
+    period: int | str
     density: float
     prompt_tokens: int
+    tree_width: int = 1
     tokens: int = 0
     finish: str = ""
     prefill_seconds: float = 0.0
@@ -88,7 +118,7 @@ class PromptStats(_Metrics):
 
     def to_dict(self) -> dict:
         """Everything, metrics included, for JSON."""
-        return {**dataclasses.asdict(self), **self.metrics()}
+        return {**dataclasses.asdict(self), **self.metrics(), "branches": self.branches}
 
 
 class Stats(_Metrics):
@@ -96,7 +126,8 @@ class Stats(_Metrics):
 
     def __init__(self, prompts: Iterable[PromptStats]) -> None:
         self.prompts = list(prompts)
-        self.period, self.density = self.prompts[0].period, self.prompts[0].density
+        self.period, self.tree_width = self.prompts[0].period, self.prompts[0].tree_width
+        self.density = self.prompts[0].density
         self.periods = [period for prompt in self.prompts for period in prompt.periods]
         self.tokens = sum(prompt.tokens for prompt in self.prompts)
         self.decode_seconds = sum(prompt.decode_seconds for prompt in self.prompts)
@@ -104,7 +135,7 @@ class Stats(_Metrics):
 
     def to_dict(self) -> dict:
         """Everything, metrics included, for JSON."""
-        return {**self.metrics(), "prompts": [prompt.to_dict() for prompt in self.prompts]}
+        return {**self.metrics(), "branches": self.branches, "prompts": [prompt.to_dict() for prompt in self.prompts]}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.3f}" for name, value in self.metrics().items() if value is not None)

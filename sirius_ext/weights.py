@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import torch
 from torch import nn
@@ -119,6 +120,13 @@ class Weights:
     @property
     def num_mlp_parameters(self) -> int:
         return 3 * self.intermediate * self.hidden * len(self.layers)
+
+    def fingerprint(self) -> str:
+        """Tells models apart, and is the same for one model in float32 and in bfloat16."""
+        digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, self.vocab)).encode())
+        for layer in self.layers:
+            digest.update(layer.gate[:4].bfloat16().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""

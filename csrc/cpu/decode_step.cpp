@@ -13,14 +13,15 @@ struct Workspace {
   char* next;
   Dtype dtype;
   void *x, *qkv, *attended, *hidden;
-  float *partial, *attention;
+  float *gates, *partial, *attention;
 
   Workspace(const ModelWeights& m, int num_rows, void* memory) : next(static_cast<char*>(memory)), dtype(m.dtype) {
     x = take(size_t(num_rows) * m.hidden);
     qkv = take(size_t(num_rows) * (m.heads + 2 * m.kv_heads) * m.head_dim);
     attended = take(size_t(num_rows) * m.heads * m.head_dim);
     hidden = take(size_t(num_rows) * m.intermediate);
-    partial = reinterpret_cast<float*>(next);
+    gates = reinterpret_cast<float*>(next);
+    partial = gates + size_t(num_rows) * m.intermediate;
     attention = partial + down_workspace(num_rows, m.hidden, m.intermediate);
   }
 
@@ -64,11 +65,27 @@ void attention_block(const DecodeStepParams& p, const Workspace& w, int layer) {
 void mlp_block(const DecodeStepParams& p, const Workspace& w, int layer) {
   const ModelWeights& m = *p.model;
   const LayerWeights& weights = m.layers[layer];
-  const int32_t* neurons = p.neurons ? p.neurons + size_t(layer) * p.neuron_stride : nullptr;
-  const int kept = p.neurons ? p.num_neurons[layer] : m.intermediate;
+  const Sparsity& s = p.sparsity;
+  const int32_t* neurons = nullptr;
+  int kept = m.intermediate;
 
   const void* normed = norm(m, w.x, weights.post_norm, p.num_rows);
-  gate_up({m.dtype, normed, weights.gate, weights.up, neurons, w.hidden, p.num_rows, m.hidden, kept});
+  if (s.kind == Sparsity::largest || s.kind == Sparsity::threshold) {
+    gate({m.dtype, normed, weights.gate, w.gates, p.num_rows, m.hidden, m.intermediate});
+    sync();
+    // Every thread makes the list for itself: that takes less time than a barrier and keeps it in the thread's own cache.
+    int32_t* list = scratch<int32_t>(Scratch::neurons, m.intermediate);
+    kept = select(
+        {w.gates, s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr, list, p.num_rows, m.intermediate, s.kept});
+    neurons = list;
+    up({m.dtype, normed, weights.up, w.gates, neurons, w.hidden, p.num_rows, m.hidden, m.intermediate, kept});
+  } else {
+    if (s.kind == Sparsity::listed) {
+      kept = s.kept;
+      neurons = s.neurons + size_t(layer) * kept;
+    }
+    gate_up({m.dtype, normed, weights.gate, weights.up, neurons, w.hidden, p.num_rows, m.hidden, kept});
+  }
   sync();
   down({m.dtype, w.hidden, weights.down, neurons, w.x, w.x, w.partial, p.num_rows, m.hidden, kept});
   sync();
@@ -103,8 +120,8 @@ void decode_step(const DecodeStepParams& p) {
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {
   const size_t elements = size_t(num_rows) * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);
-  const size_t floats =
-      down_workspace(num_rows, m.hidden, m.intermediate) + attention_workspace(num_rows, m.heads, m.head_dim, slots);
+  const size_t floats = size_t(num_rows) * m.intermediate + down_workspace(num_rows, m.hidden, m.intermediate) +
+                        attention_workspace(num_rows, m.heads, m.head_dim, slots);
   return elements * size_of(m.dtype) + 4 * 64 + floats * sizeof(float);
 }
 

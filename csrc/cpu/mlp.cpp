@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "isa.h"
@@ -29,6 +30,86 @@ void gate_up(const GateUpParams& p) {
     k.dot(rows.pointers, n, x, p.num_rows, p.hidden, ups, kChunk);
     for (int j = 0; j < p.num_rows; ++j)
       k.silu_mul(gates + j * kChunk, ups + j * kChunk, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
+  }
+}
+
+void gate(const GateParams& p) {
+  const Kernels& k = kernels(p.dtype);
+  const Kernels& k32 = kernels(Dtype::f32);
+  void* x = scratch<char>(Scratch::packed, k.packed_size(p.num_rows, p.hidden));
+  k.pack(p.x, p.hidden, p.num_rows, p.hidden, x);
+  float* sums = scratch<float>(Scratch::first, size_t(p.num_rows) * kChunk);
+  float ones[kChunk];
+  std::fill_n(ones, kChunk, 1.0f);
+
+  const auto row_at = [&](int i) { return offset(p.gate, size_t(i) * p.hidden, p.dtype); };
+  const Range range = share(p.intermediate, 16);
+  for (int i = range.begin; i < range.end; i += kChunk) {
+    const int n = std::min(kChunk, range.end - i);
+    Rows<> rows;
+    rows.fill(i, n, range.end, row_at);
+    k.dot(rows.pointers, n, x, p.num_rows, p.hidden, sums, kChunk);
+    for (int j = 0; j < p.num_rows; ++j) k32.silu_mul(sums + j * kChunk, ones, n, p.out + size_t(j) * p.intermediate + i);
+  }
+}
+
+int select(const SelectParams& p) {
+  float* scores = scratch<float>(Scratch::first, p.intermediate);
+  for (int i = 0; i < p.intermediate; ++i) scores[i] = std::fabs(p.gates[i]);
+  for (int j = 1; j < p.num_rows; ++j)
+    for (int i = 0; i < p.intermediate; ++i) scores[i] += std::fabs(p.gates[size_t(j) * p.intermediate + i]);
+  int count = 0;
+  if (p.threshold) {
+    const float least = float(p.num_rows) * *p.threshold;
+    for (int i = 0; i < p.intermediate; ++i) {
+      p.neurons[count] = i;
+      count += scores[i] >= least;
+    }
+    return count;
+  }
+
+  // The kept-th largest score by its bits, which order as the numbers do: three histograms, each of the scores that share the
+  // digits found so far.
+  uint32_t found = 0;
+  int wanted = p.kept, shift = 31;
+  for (const int digit : {11, 11, 9}) {
+    const uint32_t known = shift == 31 ? 0 : ~0u << shift;
+    shift -= digit;
+    int histogram[1 << 11] = {};
+    for (int i = 0; i < p.intermediate; ++i) {
+      const uint32_t bits = bits_of(scores[i]);
+      if ((bits & known) == found) ++histogram[bits >> shift & ((1u << digit) - 1)];
+    }
+    int bin = (1 << digit) - 1;
+    while (histogram[bin] < wanted) wanted -= histogram[bin--];
+    found |= uint32_t(bin) << shift;
+  }
+  for (int i = 0; i < p.intermediate && count < p.kept; ++i) {
+    const uint32_t bits = bits_of(scores[i]);
+    if (bits > found || (bits == found && wanted-- > 0)) p.neurons[count++] = i;
+  }
+  return count;
+}
+
+void up(const UpParams& p) {
+  const Kernels& k = kernels(p.dtype);
+  void* x = scratch<char>(Scratch::packed, k.packed_size(p.num_rows, p.hidden));
+  k.pack(p.x, p.hidden, p.num_rows, p.hidden, x);
+  float* sums = scratch<float>(Scratch::first, size_t(p.num_rows) * kChunk);
+
+  const auto row_at = [&](int i) { return offset(p.up, size_t(p.neurons[i]) * p.hidden, p.dtype); };
+  const Range range = share(p.num_neurons, 16);
+  for (int i = range.begin; i < range.end; i += kChunk) {
+    const int n = std::min(kChunk, range.end - i);
+    Rows<> rows;
+    rows.fill(i, n, range.end, row_at);
+    k.dot(rows.pointers, n, x, p.num_rows, p.hidden, sums, kChunk);
+    for (int j = 0; j < p.num_rows; ++j) {
+      float* hidden = sums + j * kChunk;
+      const float* gates = p.gates + size_t(j) * p.intermediate;
+      for (int r = 0; r < n; ++r) hidden[r] *= gates[p.neurons[i + r]];
+      k.store(hidden, nullptr, nullptr, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
+    }
   }
 }
 

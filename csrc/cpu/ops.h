@@ -9,11 +9,15 @@ namespace sirius::cpu {
 
 void linear(const LinearParams& p);
 void gate_up(const GateUpParams& p);
+void gate(const GateParams& p);
+int select(const SelectParams& p);  // for one thread; returns how many; wherever several need the list, each makes its own
+void up(const UpParams& p);
 void down(const DownParams& p);  // synchronizes inside
 void rms_norm(const RmsNormParams& p);
 void rope_kv_write(const RopeParams& p);
 void tree_mask(const TreeMaskParams& p);
 void tree_attention(const AttentionParams& p);  // synchronizes inside
+void tree_expand(const TreeExpandParams& p);    // synchronizes inside
 void accept(const AcceptParams& p);             // synchronizes inside
 void kv_rewrite(const KvRewriteParams& p);
 void decode_step(const DecodeStepParams& p);  // synchronizes inside

@@ -1,0 +1,120 @@
+"""FSparse's threshold form: per-layer thresholds, made from a text once and kept in a file (SPEC section 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .model import PREFILL_CHUNK, Model
+from .weights import Weights
+
+FORMAT = "sirius_ext thresholds 1"
+HELD_BACK = 0.2  # of the text: what the thresholds are tried on
+LEAST_TOKENS = 64
+_BITS = 15  # of a float32 dropped: 65536 bins, each 1/256 of its values wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What calibration found.
+
+    density: the fraction of neurons to keep. values: c_layer, one a layer. kept: the fraction that each layer keeps on the
+    held-back text. tokens: how many tokens were read, and how many held back. model: `Weights.fingerprint`.
+    """
+
+    density: float
+    values: list[float]
+    kept: list[float]
+    tokens: tuple[int, int]
+    model: str
+
+    def save(self, file: str | os.PathLike) -> None:
+        Path(file).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+
+
+def calibrate(model: Model, tokens: torch.Tensor, density: float, progress: Callable[[int], None] | None = None) -> Thresholds:
+    """Per layer the c for which the mean fraction of neurons with |silu(gate x)| >= c is `density` on the first part of a text;
+    its last fifth is held back to measure the fraction that they give.
+
+    tokens: int64 [t], t >= 64; read in stretches of 512, or of the context if that is shorter. progress: called with the number
+    of tokens read so far. ValueError for a text too short or a density outside (0, 1).
+    """
+    w = model.weights
+    if not 0 < density < 1:
+        raise ValueError(f"density: expected more than 0 and less than 1, got {density}")
+    if len(tokens) < LEAST_TOKENS:
+        raise ValueError(f"text: expected at least {LEAST_TOKENS} tokens, got {len(tokens)}")
+    held_back = max(1, int(HELD_BACK * len(tokens)))
+    length = min(PREFILL_CHUNK, w.context)
+    model.reserve(length, 1)
+    read, found = 0, []
+    for part in tokens.split([len(tokens) - held_back, held_back]):
+        observer = _Histograms(len(w.layers))
+        for stretch in part.split(length):
+            model.prefill(stretch, observer)
+            read += len(stretch)
+            if progress is not None:
+                progress(read)
+        found.append(observer.counts)
+    values = [_quantile(counts, density) for counts in found[0]]
+    kept = [_share_from(counts, value) for counts, value in zip(found[1], values)]
+    return Thresholds(density, values, kept, (len(tokens), held_back), w.fingerprint())
+
+
+def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -> torch.Tensor:
+    """The thresholds of a file, float32 [layers]. ValueError if it is not one, or made for another model or density."""
+    try:
+        record = json.loads(Path(file).read_text())
+        if record["format"] != FORMAT:
+            raise KeyError(record["format"])
+        values = torch.tensor([float(value) for value in record["values"]])
+        made_for, model = float(record["density"]), record["model"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"thresholds: no file {file}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"thresholds: {file} is not a file of `python -m sirius_ext calibrate` ({error})") from error
+    if model != weights.fingerprint() or len(values) != len(weights.layers):
+        raise ValueError(f"thresholds: {file} was made for another model; calibrate this one")
+    if made_for != density:
+        raise ValueError(f"thresholds: {file} was made for density {made_for}, but density is {density}")
+    return values
+
+
+class _Histograms:
+    """Counts |silu(gate x)| by the leading bits of its float32 form, which order as the numbers do: whatever the length of the
+    text, 32 layers take 16 MB."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.counts = torch.zeros(num_layers, 1 << (31 - _BITS), dtype=torch.int64)
+
+    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
+        bins = gates.float().abs().contiguous().view(torch.int32) >> _BITS
+        self.counts[layer] += torch.bincount(bins.flatten(), minlength=self.counts.shape[1])
+
+
+def _quantile(counts: torch.Tensor, density: float) -> float:
+    """The number that a fraction `density` of the counted ones reaches, by straight interpolation inside its bin."""
+    total = int(counts.sum())
+    above = counts.flip(0).cumsum(0).flip(0)  # how many are in this bin or a higher one
+    index = int((above >= density * total).nonzero()[-1])
+    inside = (int(above[index]) - density * total) / max(1, int(counts[index]))
+    low, high = _edges(index)
+    return low + inside * (high - low)
+
+
+def _share_from(counts: torch.Tensor, value: float) -> float:
+    """The fraction of the counted ones that reach `value`."""
+    index = int(torch.tensor([value]).view(torch.int32) >> _BITS)
+    low, high = _edges(index)
+    reached = int(counts[index + 1 :].sum()) + float(counts[index]) * (high - value) / (high - low)
+    return reached / int(counts.sum())
+
+
+def _edges(index: int) -> tuple[float, float]:
+    low, high = torch.tensor([index << _BITS, (index + 1) << _BITS], dtype=torch.int32).view(torch.float32).tolist()
+    return low, high

@@ -1,0 +1,162 @@
+"""How tokens are chosen: greedily, or drawn so that the text is distributed as the full model's own samples (SPEC section 5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+
+from . import ops
+from .config import SiriusConfig
+from .tree import Tree
+
+PRUNE = 0.95  # the authors' figure
+
+
+class Rule(Protocol):
+    """How tokens are proposed and accepted."""
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """One token behind logits float32 [V] of the model that decides."""
+
+    def expand(self, tree: Tree, logits: torch.Tensor) -> None:
+        """One more depth of the tree behind its leaves, whose logits of S are float32 [leaves, V]. Adds none if there is none
+        to add."""
+
+    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int, list[float]]:
+        """Judge a tree by logits float32 [nodes, V] of F: the accepted nodes, F's own token behind them, and the likelihood of
+        every drafted token."""
+
+
+class Greedy:
+    """The likeliest tokens; a draft stays where F finds it likely enough (`threshold`) or would have chosen it (`match`)."""
+
+    def __init__(self, config: SiriusConfig) -> None:
+        self._config, self._prune = config, PRUNE if config.prune else 1.0
+
+    def choose(self, logits: torch.Tensor) -> int:
+        return int(logits.argmax())
+
+    def expand(self, tree: Tree, logits: torch.Tensor) -> None:
+        config = self._config
+        tree.grow(*ops.tree_expand(logits, tree.scores[tree.leaves], config.tree_width, config.score_temperature, self._prune))
+
+    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int, list[float]]:
+        config, size = self._config, tree.size
+        likelihoods, argmax, path = ops.accept(
+            logits,
+            tree.tokens[1:size],
+            config.threshold,
+            config.score_temperature,
+            match=config.accept == "match",
+            parents=None if tree.width == 1 else tree.parents[:size],
+            scores=None if tree.width == 1 else tree.scores[:size],
+        )
+        path = path.tolist()
+        return path, int(argmax[path[-1] if path else 0]), likelihoods.tolist()
+
+
+class Sampling:
+    """Speculative sampling; with several children by the multi-branch residual rule (SpecInfer, arXiv 2305.09781), for draws
+    without replacement. Exact whatever S proposes: a node's children are drawn from S's distribution, and how many there are
+    depends only on what was drawn before them.
+
+    generator: torch's default one without it. The text depends on its seed, on the config and on nothing else.
+    """
+
+    def __init__(self, config: SiriusConfig, generator: torch.Generator | None) -> None:
+        self._config, self._generator = config, generator
+        self._proposals: dict[int, torch.Tensor] = {}  # of each node with children, what they were drawn from
+
+    def choose(self, logits: torch.Tensor) -> int:
+        return self._draw(_probabilities(logits))
+
+    def expand(self, tree: Tree, logits: torch.Tensor) -> None:
+        if tree.depth == 0:
+            self._proposals.clear()
+        leaves, tokens, parents, scores = tree.leaves, [], [], []
+        reach = tree.scores[leaves].tolist()
+        for row, count in enumerate(apportion(reach, self._config.tree_width)):
+            if count == 0:
+                continue
+            proposal = _probabilities(logits[row])
+            self._proposals[leaves.start + row] = proposal
+            left = proposal.clone()
+            for index in range(min(count, int(torch.count_nonzero(proposal)))):
+                tokens.append(self._draw(left))
+                left[tokens[-1]] = 0
+                parents.append(row)
+                scores.append(reach[row] + child_score(index))
+        tree.grow(torch.tensor(tokens, dtype=torch.int32), torch.tensor(parents, dtype=torch.int32), torch.tensor(scores))
+
+    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int, list[float]]:
+        tokens, parents = tree.tokens[: tree.size].tolist(), tree.parents[: tree.size].tolist()
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(parents[1:], start=1):
+            children.setdefault(parent, []).append(node)
+        likelihoods = self._likelihoods(tree, logits)
+        path: list[int] = []
+        while True:
+            node = path[-1] if path else 0
+            target = _probabilities(logits[node])
+            for child in children.get(node, ()):
+                # The distribution that this child was drawn from: its elder siblings could not be drawn again.
+                proposal = self._proposals[node] / self._proposals[node].sum()
+                token = tokens[child]
+                if self._uniform() * proposal[token] < target[token]:
+                    path.append(child)
+                    break
+                target = residual(target, proposal)
+                self._proposals[node][token] = 0
+            else:
+                return path, self._draw(target), likelihoods
+
+    def _likelihoods(self, tree: Tree, logits: torch.Tensor) -> list[float]:
+        config = self._config
+        drafts, parents = tree.tokens[1 : tree.size], tree.parents[: tree.size]
+        return ops.accept(logits, drafts, config.threshold, config.score_temperature, parents=parents)[0].tolist()
+
+    def _uniform(self) -> float:
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def _draw(self, weights: torch.Tensor) -> int:
+        """A token in proportion to weights, float64 [V]: the inverse of the distribution function at one uniform number."""
+        cumulative = weights.cumsum(0)
+        place = int(torch.searchsorted(cumulative, self._uniform() * cumulative[-1], right=True))
+        return min(place, int(weights.nonzero()[-1]))
+
+
+def residual(target: torch.Tensor, proposal: torch.Tensor) -> torch.Tensor:
+    """What is left to draw from when a token of `proposal` was rejected: max(target - proposal, 0), normalised. float64 [V]."""
+    rest = (target - proposal).clamp_(min=0)
+    total = rest.sum()
+    return rest / total if total > 0 else target  # equal but for rounding: nothing is ever rejected then
+
+
+def apportion(scores: list[float], places: int) -> list[int]:
+    """How many children each leaf of a depth gets: one by one they go where acceptance is likeliest to arrive, the first among
+    equals.
+
+    scores: the leaves' log-likelihoods of being reached. A node's first child is taken to be accepted with probability 0.9; each
+    further one is half as likely as what is left, so the first chain always goes on and the others are its alternatives. What was
+    drawn does not matter, only in which order: in a draw of S the unlikely token is as good as the likely one.
+    """
+    counts = [0] * len(scores)
+    for _ in range(places):
+        values = [round(score + child_score(count), 6) for score, count in zip(scores, counts)]
+        counts[values.index(max(values))] += 1
+    return counts
+
+
+def child_score(index: int) -> float:
+    """The log-likelihood that acceptance goes from a node to its child of that index."""
+    return math.log(0.9) if index == 0 else math.log(0.1) + index * math.log(0.5)
+
+
+def _probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(logits.double(), -1)
+
+
+def rule_of(config: SiriusConfig, sample: bool, generator: torch.Generator | None) -> Rule:
+    return Sampling(config, generator) if sample else Greedy(config)
