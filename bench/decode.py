@@ -7,8 +7,10 @@ excluded) and their ratios. llama.cpp runs in a process of its own, as its users
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,31 +95,33 @@ class Bench:
             if "static" not in options.skip:
                 variants["transformers, static cache"] = lambda: self.transformers(cache_implementation="static")
         ours("Full", SiriusConfig(mode="full"))
-        for density in options.densities:
-            ours(f"CSparse {density}", SiriusConfig(mode="sparse", density=density))
-            for period in options.periods:
-                ours(f"Sirius {density}, period {period}", SiriusConfig(density=density, period=period))
-        for period in options.match_periods:
-            ours(f"Sirius match, period {period}", SiriusConfig(density=options.densities[0], period=period, accept="match"))
+        for sparsity, density in itertools.product(options.sparsities, options.densities):
+            base = SiriusConfig(sparsity=sparsity, density=density)
+            ours(f"{sparsity} {density} alone", replace(base, mode="sparse"))
+            for accept, width, period in itertools.product(options.accepts, options.widths, options.periods):
+                tree = f", width {width}" if width > 1 else ""
+                name = f"{sparsity} {density}, {accept}, period {period}{tree}"
+                ours(name, replace(base, accept=accept, tree_width=width, period=period))
         return variants
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    words = lambda text: text.split(",")  # noqa: E731
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
-    parser.add_argument("--llama-types", type=lambda text: text.split(","), default="bf16", help="of bf16, f16")
+    parser.add_argument("--llama-types", type=words, default="bf16", help="of bf16, f16")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--densities", type=numbers(float), default="0.5")
-    parser.add_argument("--periods", type=numbers(int), default="4,8,16")
-    parser.add_argument("--match-periods", type=numbers(int), default="4")
-    parser.add_argument(
-        "--prompts", type=lambda text: text.split(","), default=",".join(PROMPTS), help="of " + ", ".join(PROMPTS)
-    )
+    parser.add_argument("--sparsities", type=words, default="csparse", help="of csparse, fsparse")
+    parser.add_argument("--periods", type=numbers(lambda text: text if text == "auto" else int(text)), default="4,8,16,auto")
+    parser.add_argument("--widths", type=numbers(int), default="1", help="of the tree")
+    parser.add_argument("--accepts", type=words, default="threshold,match", help="of threshold, match")
+    parser.add_argument("--prompts", type=words, default=",".join(PROMPTS), help="of " + ", ".join(PROMPTS))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip", type=lambda text: text.split(","), default="", help="of transformers, static, llama.cpp")
+    parser.add_argument("--skip", type=words, default="", help="of transformers, static, llama.cpp")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()

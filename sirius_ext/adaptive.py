@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import statistics
 from collections import deque
@@ -10,7 +11,8 @@ from .config import MAX_AUTO_PERIOD
 
 _FIRST = 4  # the first period of a text, and of a probe
 _FORGET = 0.9  # weight of a period's evidence after the next
-_PRIOR = 0.9, 4.0  # acceptance assumed at first, and how many drafts it counts for
+FIRST_ALPHA = 0.9  # acceptance assumed before anything is known
+_PRIOR = 4.0  # drafts that an assumption counts for
 _RECENT = 7  # passes whose median is the cost
 _PROBE = 32, 512  # tokens by F alone before drafting is tried again: at first, and at most
 
@@ -20,30 +22,36 @@ class Costs:
     knows."""
 
     def __init__(self) -> None:
-        self._sparse: dict[object, deque[float]] = {}
-        self._full: dict[int, deque[float]] = {}
+        self._recent: dict[object, deque[float]] = {}
+        self._sparse: dict[object, float] = {}
+        self._full: list[tuple[int, float]] = []  # by rising row count
 
     def saw_sparse(self, kind: object, seconds: float) -> None:
-        self._sparse.setdefault(kind, deque(maxlen=_RECENT)).append(seconds)
+        self._sparse[kind] = self._median(("sparse", kind), seconds)
 
     def saw_full(self, rows: int, seconds: float) -> None:
-        self._full.setdefault(rows, deque(maxlen=_RECENT)).append(seconds)
+        median = self._median(("full", rows), seconds)
+        self._full = sorted([(m, cost) for m, cost in self._full if m != rows] + [(rows, median)])
+
+    def _median(self, key: object, seconds: float) -> float:
+        recent = self._recent.setdefault(key, deque(maxlen=_RECENT))
+        recent.append(seconds)
+        return statistics.median(recent)
 
     def sparse(self, kind: object) -> float | None:
-        """Of one pass of that kind (sparsity, density, rows); None if there was none."""
-        return statistics.median(self._sparse[kind]) if kind in self._sparse else None
+        """Of one pass of that kind; None if there was none."""
+        return self._sparse.get(kind)
 
     def full(self, rows: int) -> float | None:
         """Of one pass, on the straight line through the nearest row counts seen, and never falling; None if there was none."""
-        if not self._full:
-            return None
-        seen = {m: statistics.median(times) for m, times in self._full.items()}
-        below, above = max((m for m in seen if m <= rows), default=None), min((m for m in seen if m >= rows), default=None)
-        if below is None or above is None:
-            return seen[above if below is None else below]
-        if below == above:
-            return seen[rows]
-        return seen[below] + max(0.0, seen[above] - seen[below]) * (rows - below) / (above - below)
+        above = bisect.bisect_left(self._full, (rows, 0.0))
+        if above == len(self._full):
+            return self._full[-1][1] if self._full else None
+        high, most = self._full[above]
+        if above == 0 or high == rows:
+            return most
+        low, least = self._full[above - 1]
+        return least + max(0.0, most - least) * (rows - low) / (high - low)
 
 
 @dataclasses.dataclass
@@ -54,15 +62,18 @@ class AdaptivePeriod:
     and costs n - 1 passes of S and one of F over all nodes. `next` returns the n of least cost per token, at most twice the
     last one, so that a cost that was never measured is approached and not guessed. n = 1 is F alone; it then probes drafting
     again after 32 tokens, twice as many after each probe that did not change the answer, 512 at most.
+
+    assumed: alpha at first; that of the text before, say.
     """
 
     costs: Costs
     kind: object  # of the sparse pass
     width: int = 1
     longest: int = MAX_AUTO_PERIOD
+    assumed: float = FIRST_ALPHA
 
     def __post_init__(self) -> None:
-        self._accepted, self._judged = _PRIOR[0] * _PRIOR[1], _PRIOR[1]
+        self._accepted, self._judged = self.assumed * _PRIOR, _PRIOR
         self._last, self._wait, self._since = _FIRST, _PROBE[0], 0
 
     @property

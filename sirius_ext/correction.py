@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 
-from .adaptive import AdaptivePeriod
+from .adaptive import FIRST_ALPHA, AdaptivePeriod
 from .config import SiriusConfig
 from .model import Model
-from .sampling import Greedy, rule_of
+from .sampling import Greedy, Logits, rule_of
 from .sparsity import CSparse, FSparse, sparse_density
 from .stats import Period, PromptStats
 from .tree import Tree
@@ -83,7 +83,8 @@ class _Decoding:
         self.adaptive = None
         if corrects and config.period == "auto":
             kind = (config.sparsity, config.density, config.thresholds, config.tree_width)
-            self.adaptive = AdaptivePeriod(model.costs, kind, config.tree_width, config.longest_period)
+            assumed = model.alphas.get((kind, config.accept), FIRST_ALPHA)
+            self.adaptive = AdaptivePeriod(model.costs, kind, config.tree_width, config.longest_period, assumed)
         # The text so far, for who wants to see it: logits processors.
         self.ids = torch.empty(len(prompt) + text.limit, dtype=torch.int64) if self.process else None
 
@@ -135,6 +136,7 @@ class _Decoding:
         if self.adaptive:
             self.model.costs.saw_full(tree.size, time.perf_counter() - drafted)
             self.adaptive.observe(tree.depth, len(path))
+            self.model.alphas[self.adaptive.kind, self.config.accept] = self.adaptive.alpha
         # F overwrote the cache entries of S. A chain's accepted ones stand in their places; a tree's are moved there. Dropping
         # the others is a matter of the length.
         self.model.keep(self.length, path)
@@ -161,8 +163,8 @@ class _Decoding:
             if self.adaptive:
                 self.model.costs.saw_sparse(self.adaptive.kind, time.perf_counter() - started)
 
-    def _pass(self, nodes: slice, sparsity: CSparse | FSparse | None = None, argmax: torch.Tensor | None = None) -> torch.Tensor:
-        """Run nodes of the tree through F, or S; returns logits [nodes, V]. A single node's choice goes to `argmax`, if given."""
+    def _pass(self, nodes: slice, sparsity: CSparse | FSparse | None = None, argmax: torch.Tensor | None = None) -> Logits:
+        """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given."""
         tree = self.tree
         logits, _ = self.model.step(
             tree.tokens[nodes],
@@ -173,10 +175,11 @@ class _Decoding:
             sparsity=sparsity,
             argmax=argmax,
         )
-        if self.process:
-            logits = torch.stack([self.process(self._text_to(nodes.start + row), each) for row, each in enumerate(logits)])
-            if argmax is not None:
-                argmax[0] = logits[0].argmax()
+        if not self.process:
+            return Logits(logits)
+        logits = Logits(logits, lambda row, each: self.process(self._text_to(nodes.start + row), each))
+        if argmax is not None and isinstance(self.rule, Greedy):
+            argmax[0] = logits[0].argmax()
         return logits
 
     def _text_to(self, node: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ class Model:
         self.capacity = 0
         self.lock = threading.Lock()
         self.costs = Costs()
+        self.alphas: dict[object, float] = {}  # how often S was right in the last text, by what it was and who judged
         self._rows = 0
         self._handle = _C.Model(
             DTYPES[w.dtype],

@@ -362,7 +362,7 @@ def tree_expand(
     logits: float32 [leaves, V] of S. scores: float32 [leaves], the leaves' cumulative log-likelihoods. width: 1 to 16. A leaf
     whose likeliest token has more than `prune` proposes that one only; a token of likelihood zero is not proposed. Returns
     tokens int32 [c], the rows of the leaves that proposed them int32 [c] and their scores float32 [c], likeliest first, c <=
-    width. Of equal scores the lower row, then the lower token is likelier.
+    width. Of equal scores the lower row, then the larger logit, then the lower token is likelier.
     """
     pl = _check("logits", logits, torch.float32, None, None)
     leaves, vocab = logits.shape

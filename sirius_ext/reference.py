@@ -233,7 +233,9 @@ def tree_expand(
         order = torch.sort(logits[leaf], descending=True, stable=True).indices[:width].tolist()
         if row[order[0]].exp() > prune:
             order = order[:1]
-        candidates += [(float(row[token] + scores[leaf]), leaf, token) for token in order if row[token] > -math.inf]
+        candidates += [
+            (float(row[token] + scores[leaf]), leaf, token) for token in order if row[token] + scores[leaf] > -math.inf
+        ]
     candidates.sort(key=lambda candidate: -candidate[0])  # stable: of equals the first stays first
     kept = candidates[:width]
     as_ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
@@ -503,8 +505,7 @@ class Sampling:
         return min(place, int(weights.nonzero()[-1]))
 
     def expand(self, tree: Tree, leaves: list[int], logits: torch.Tensor, width: int) -> list[int]:
-        """Children of the leaves: `width` of them, shared out by the leaves' likelihoods, each leaf's drawn without
-        replacement."""
+        """Children of the leaves: `width` of them, each leaf's drawn without replacement."""
         added = []
         for leaf, row, count in zip(leaves, logits, apportion([tree.scores[leaf] for leaf in leaves], width)):
             proposal = self.probabilities(row)
@@ -541,18 +542,18 @@ class Sampling:
 
 
 def apportion(scores: Sequence[float], places: int) -> list[int]:
-    """Children for the leaves, one by one to where acceptance is likeliest to arrive (to 6 digits; the first among equals).
+    """Children for the leaves, one by one to where acceptance is likeliest to arrive (the first among equals).
     scores: the leaves' log-likelihoods of being reached."""
     counts = [0] * len(scores)
     for _ in range(places):
-        values = [round(score + child_score(count), 6) for score, count in zip(scores, counts)]
+        values = [score + child_score(count) for score, count in zip(scores, counts)]
         counts[values.index(max(values))] += 1
     return counts
 
 
-def child_score(index: int) -> float:
-    """A node's first child is taken to be accepted in 9 of 10 cases, the next in half of the rest, and so on."""
-    return math.log(0.9 if index == 0 else 0.1 * 0.5**index)
+def child_score(index: int) -> int:
+    """1000 log 0.9, or 1000 log(0.1 * 0.5^index): the first child is taken to be accepted in 9 of 10 cases."""
+    return -105 if index == 0 else -2303 - 693 * index
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,19 +14,30 @@ from .tree import Tree
 PRUNE = 0.95  # the authors' figure
 
 
+class Logits:
+    """The logits of a pass: `raw`, float32 [rows, V], as the model gave them; by index as the logits processors make them."""
+
+    def __init__(self, raw: torch.Tensor, process: Callable[[int, torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.raw, self._process = raw, process
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.raw[row] if self._process is None else self._process(row, self.raw[row])
+
+    def all(self) -> torch.Tensor:
+        return self.raw if self._process is None else torch.stack([self[row] for row in range(len(self.raw))])
+
+
 class Rule(Protocol):
     """How tokens are proposed and accepted."""
 
     def choose(self, logits: torch.Tensor) -> int:
         """One token behind logits float32 [V] of the model that decides."""
 
-    def expand(self, tree: Tree, logits: torch.Tensor) -> None:
-        """One more depth of the tree behind its leaves, whose logits of S are float32 [leaves, V]. Adds none if there is none
-        to add."""
+    def expand(self, tree: Tree, logits: Logits) -> None:
+        """One more depth of the tree behind its leaves, by their logits of S. Adds no node if there is none to add."""
 
-    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int, list[float]]:
-        """Judge a tree by logits float32 [nodes, V] of F: the accepted nodes, F's own token behind them, and the likelihood of
-        every drafted token."""
+    def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
+        """Judge a tree by its logits of F: the accepted nodes, F's own token behind them, and the likelihood of every draft."""
 
 
 class Greedy:
@@ -38,14 +49,16 @@ class Greedy:
     def choose(self, logits: torch.Tensor) -> int:
         return int(logits.argmax())
 
-    def expand(self, tree: Tree, logits: torch.Tensor) -> None:
+    def expand(self, tree: Tree, logits: Logits) -> None:
         config = self._config
-        tree.grow(*ops.tree_expand(logits, tree.scores[tree.leaves], config.tree_width, config.score_temperature, self._prune))
+        tree.grow(
+            *ops.tree_expand(logits.all(), tree.scores[tree.leaves], config.tree_width, config.score_temperature, self._prune)
+        )
 
-    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int, list[float]]:
+    def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
         config, size = self._config, tree.size
         likelihoods, argmax, path = ops.accept(
-            logits,
+            logits.all(),
             tree.tokens[1:size],
             config.threshold,
             config.score_temperature,
@@ -72,7 +85,7 @@ class Sampling:
     def choose(self, logits: torch.Tensor) -> int:
         return self._draw(_probabilities(logits))
 
-    def expand(self, tree: Tree, logits: torch.Tensor) -> None:
+    def expand(self, tree: Tree, logits: Logits) -> None:
         if tree.depth == 0:
             self._proposals.clear()
         leaves, tokens, parents, scores = tree.leaves, [], [], []
@@ -90,12 +103,12 @@ class Sampling:
                 scores.append(reach[row] + child_score(index))
         tree.grow(torch.tensor(tokens, dtype=torch.int32), torch.tensor(parents, dtype=torch.int32), torch.tensor(scores))
 
-    def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int, list[float]]:
+    def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
         tokens, parents = tree.tokens[: tree.size].tolist(), tree.parents[: tree.size].tolist()
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(parents[1:], start=1):
             children.setdefault(parent, []).append(node)
-        likelihoods = self._likelihoods(tree, logits)
+        likelihoods = self._likelihoods(tree, logits.raw)
         path: list[int] = []
         while True:
             node = path[-1] if path else 0
@@ -144,14 +157,15 @@ def apportion(scores: list[float], places: int) -> list[int]:
     """
     counts = [0] * len(scores)
     for _ in range(places):
-        values = [round(score + child_score(count), 6) for score, count in zip(scores, counts)]
+        values = [score + child_score(count) for score, count in zip(scores, counts)]
         counts[values.index(max(values))] += 1
     return counts
 
 
-def child_score(index: int) -> float:
-    """The log-likelihood that acceptance goes from a node to its child of that index."""
-    return math.log(0.9) if index == 0 else math.log(0.1) + index * math.log(0.5)
+def child_score(index: int) -> int:
+    """The log-likelihood that acceptance goes from a node to its child of that index: log 0.9, or log(0.1 * 0.5^index). In
+    thousandths, rounded: sums of integers have no rounding errors, and equals stay equal."""
+    return -105 if index == 0 else -2303 - 693 * index
 
 
 def _probabilities(logits: torch.Tensor) -> torch.Tensor:

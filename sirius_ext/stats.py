@@ -95,6 +95,9 @@ class _Metrics:
     def metrics(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in METRICS}
 
+    def _for_json(self) -> dict:
+        return {**self.metrics(), "branches": [list(pair) for pair in self.branches.items()]}
+
 
 @dataclasses.dataclass
 class PromptStats(_Metrics):
@@ -118,7 +121,7 @@ class PromptStats(_Metrics):
 
     def to_dict(self) -> dict:
         """Everything, metrics included, for JSON."""
-        return {**dataclasses.asdict(self), **self.metrics(), "branches": self.branches}
+        return {**dataclasses.asdict(self), **self._for_json()}
 
 
 class Stats(_Metrics):
@@ -135,7 +138,7 @@ class Stats(_Metrics):
 
     def to_dict(self) -> dict:
         """Everything, metrics included, for JSON."""
-        return {**self.metrics(), "branches": self.branches, "prompts": [prompt.to_dict() for prompt in self.prompts]}
+        return {**self._for_json(), "prompts": [prompt.to_dict() for prompt in self.prompts]}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.3f}" for name, value in self.metrics().items() if value is not None)

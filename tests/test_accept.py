@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from backends import U, walled
+from backends import U, assert_same_bits, walled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,21 +12,53 @@ from sirius_ext import ops, reference
 SHAPES = [(1, 1), (1, 151), (2, 1), (2, 31), (3, 33), (5, 63), (7, 64), (16, 1134), (17, 129), (40, 576)]
 
 
-def check(backend, logits, drafts, threshold, temperature, match):
-    likelihoods, argmax, accepted = backend.accept(walled(logits), walled(drafts), threshold, temperature, match)
-    expected, expected_argmax, expected_accepted = reference.accept(logits, drafts, threshold, temperature, match)
+def longest_run(kept, parents, scores):
+    """The accepted nodes, by walking up from every node."""
+    paths = [[]]
+    for node in range(1, len(parents)):
+        path = [node]
+        while parents[path[0]] > 0:
+            path.insert(0, parents[path[0]])
+        if all(kept[step - 1] for step in path):
+            paths.append(path)
+    return max(paths, key=lambda path: (len(path), scores[path[-1]], -path[-1]) if path else (0,))
 
-    assert likelihoods.dtype == torch.float32 and argmax.dtype == torch.int32 and isinstance(accepted, int)
+
+def check(backend, logits, drafts, threshold, temperature, match, parents=None, scores=None):
+    inside = [None if tensor is None else walled(tensor) for tensor in (logits, drafts, parents, scores)]
+    likelihoods, argmax, path = backend.accept(*inside[:2], threshold, temperature, match, *inside[2:])
+    expected, expected_argmax, expected_path = reference.accept(logits, drafts, threshold, temperature, match, parents, scores)
+
+    assert likelihoods.dtype == torch.float32 and argmax.dtype == path.dtype == torch.int32
     assert argmax.tolist() == expected_argmax.tolist()
+    before = logits[:-1] if parents is None else logits[parents[1:].long()]
     # The exponent is off by a few units of itself, the sum over the vocabulary by its own; below float32's range all is lost.
-    gap = (logits[:-1].amax(1) - logits[:-1].gather(1, drafts.long()[:, None])[:, 0]) / temperature
+    gap = (before.amax(1) - before.gather(1, drafts.long()[:, None])[:, 0]) / temperature
     allowed = expected.double() * (8 * gap + 16 * math.sqrt(logits.shape[1]) + 32) * U + torch.finfo(torch.float32).tiny
     assert likelihoods.shape == expected.shape and ((likelihoods.double() - expected.double()).abs() <= allowed).all()
 
-    keep = drafts == argmax[:-1] if match else likelihoods >= threshold
-    assert accepted == int(keep.int().cumprod(0).sum())
+    up = list(range(-1, len(logits) - 1)) if parents is None else parents.tolist()
+    keep = drafts == argmax[up[1:]] if match else likelihoods >= threshold
+    assert path.tolist() == longest_run(keep.tolist(), up, [0.0] * len(up) if scores is None else scores.tolist())
     if match or ((expected - threshold).abs() > 1e-4).all():
-        assert accepted == expected_accepted
+        assert path.tolist() == expected_path.tolist()
+    return path.tolist()
+
+
+@st.composite
+def trees(draw):
+    """A generator, and a tree's parents: chains, stars, and what lies between."""
+    n, reach = draw(st.integers(1, 60)), draw(st.sampled_from([1, 3, 100]))
+    parents = [-1] + [draw(st.integers(max(0, i - reach), i - 1)) for i in range(1, n)]
+    return torch.Generator().manual_seed(draw(st.integers(0, 10_000))), torch.tensor(parents, dtype=torch.int32)
+
+
+def drafted(generator, parents, vocab, spread, likely=0.8):
+    """Logits, and drafts most of which are the likeliest token."""
+    logits = spread * torch.randn(len(parents), vocab, generator=generator)
+    drafts = torch.randint(vocab, (len(parents) - 1,), dtype=torch.int32, generator=generator)
+    agreeing = torch.rand(len(parents) - 1, generator=generator) < likely
+    return logits, torch.where(agreeing, logits.argmax(1).int()[parents[1:].long()], drafts)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -52,10 +84,7 @@ def test_against_reference(backend, shape, match, agreeing):
 )
 def test_properties(backend, seed, n, vocab, spread, threshold, temperature, match):
     generator = torch.Generator().manual_seed(seed)
-    logits = spread * torch.randn(n, vocab, generator=generator)
-    drafts = torch.randint(vocab, (n - 1,), dtype=torch.int32, generator=generator)
-    likely = torch.rand(n - 1, generator=generator) < 0.8
-    drafts = torch.where(likely, logits[:-1].argmax(1).int(), drafts)
+    logits, drafts = drafted(generator, torch.arange(-1, n - 1), vocab, spread)
     check(backend, logits, drafts, threshold, temperature, match)
 
 
@@ -75,10 +104,10 @@ def test_run_ends_at_the_first_rejection(backend):
     logits[range(5), [3, 1, 4, 1, 5]] = 20.0
     for match in (False, True):
         accepted = [
-            backend.accept(logits, torch.tensor(drafts, dtype=torch.int32), 0.1, 0.6, match)[2]
+            backend.accept(logits, torch.tensor(drafts, dtype=torch.int32), 0.1, 0.6, match)[2].tolist()
             for drafts in ([3, 1, 4, 1], [3, 1, 4, 0], [3, 1, 0, 1], [3, 0, 4, 1], [0, 1, 4, 1])
         ]
-        assert accepted == [4, 3, 2, 1, 0]
+        assert accepted == [[1, 2, 3, 4], [1, 2, 3], [1, 2], [1], []]
 
 
 def test_bounds_of_the_threshold(backend):
@@ -86,9 +115,9 @@ def test_bounds_of_the_threshold(backend):
     logits = torch.full((3, 5), -1e4)
     logits[:, 2] = 1e4
     drafts = torch.tensor([2, 0], dtype=torch.int32)
-    likelihoods, _, accepted = backend.accept(logits, drafts, 0.0, 0.6)
-    assert likelihoods.tolist() == [1.0, 0.0] and accepted == 2
-    assert backend.accept(logits, drafts, 1.0, 0.6)[2] == 1
+    likelihoods, _, path = backend.accept(logits, drafts, 0.0, 0.6)
+    assert likelihoods.tolist() == [1.0, 0.0] and path.tolist() == [1, 2]
+    assert backend.accept(logits, drafts, 1.0, 0.6)[2].tolist() == [1]
 
 
 def test_temperature_sharpens(backend):
@@ -101,17 +130,119 @@ def test_temperature_sharpens(backend):
 def test_minus_infinity_is_a_likelihood_of_zero(backend):
     logits = torch.randn(2, 33)
     logits[0, 5:] = -math.inf
-    likelihoods, _, accepted = backend.accept(logits, torch.tensor([20], dtype=torch.int32), 0.1, 0.6)
-    assert likelihoods.tolist() == [0.0] and accepted == 0
+    likelihoods, _, path = backend.accept(logits, torch.tensor([20], dtype=torch.int32), 0.1, 0.6)
+    assert likelihoods.tolist() == [0.0] and path.shape == (0,)
+
+
+@given(
+    tree=trees(),
+    vocab=st.integers(1, 200),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 50.0]),
+    threshold=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
+    temperature=st.floats(0.05, 5),
+    match=st.booleans(),
+    scored=st.sampled_from(["none", "few", "random"]),
+)
+def test_trees(backend, tree, vocab, spread, threshold, temperature, match, scored):
+    """Scores of any kind: from a few values, ties are common."""
+    generator, parents = tree
+    logits, drafts = drafted(generator, parents, vocab, spread)
+    scores = {
+        "none": None,
+        "few": -torch.randint(3, parents.shape, generator=generator).float(),
+        "random": torch.randn(parents.shape, generator=generator),
+    }[scored]
+    check(backend, logits, drafts, threshold, temperature, match, parents, scores)
+
+
+@given(tree=trees(), match=st.booleans(), threshold=st.sampled_from([0.0, 0.05, 0.3]))
+def test_a_tree_is_as_good_as_its_best_chain(backend, tree, match, threshold):
+    """Root to leaf, each alone under the same drafts: none has a longer run, one has the same."""
+    generator, parents = tree
+    logits, drafts = drafted(generator, parents, 31, 3.0, likely=0.7)
+    likelihoods, argmax, path = backend.accept(logits, drafts, threshold, 0.6, match, parents)
+    longest = 0
+    for leaf in set(range(len(parents))) - set(parents.tolist()):
+        nodes = [leaf]
+        while nodes[0] > 0:
+            nodes.insert(0, int(parents[nodes[0]]))
+        steps = torch.tensor(nodes[1:], dtype=torch.long) - 1
+        alone = backend.accept(logits[nodes], drafts[steps], threshold, 0.6, match)
+        torch.testing.assert_close(alone[0], likelihoods[steps])
+        assert torch.equal(alone[1], argmax[nodes])
+        longest = max(longest, len(alone[2]))
+    assert len(path) == longest
+
+
+@given(
+    n=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    match=st.booleans(),
+    threshold=st.sampled_from([0.0, 0.1, 0.5]),
+    scored=st.booleans(),
+)
+def test_a_chain_is_a_tree(backend, n, seed, match, threshold, scored):
+    generator, parents = torch.Generator().manual_seed(seed), torch.arange(-1, n - 1, dtype=torch.int32)
+    logits, drafts = drafted(generator, parents, 33, 3.0, likely=0.95)
+    scores = torch.randn(n, generator=generator) if scored else None
+    chain = backend.accept(logits, drafts, threshold, 0.6, match)
+    tree = backend.accept(logits, drafts, threshold, 0.6, match, parents, scores)
+    for out, expected in zip(tree, chain):
+        assert_same_bits(out, expected)
+    assert chain[2].tolist() == list(range(1, len(chain[2]) + 1))
+
+
+@pytest.mark.parametrize("match", [False, True], ids=["threshold", "match"])
+def test_which_of_equally_long_runs(backend, match):
+    """The one that ends with the largest score; of equal scores, or without any, the first. A longer one beats every score.
+
+    0 - 1 - 4
+      - 2 - 5
+      - 3 - 6 (rejected)
+    """
+    parents = torch.tensor([-1, 0, 0, 0, 1, 2, 3], dtype=torch.int32)
+    logits = torch.zeros(7, 5)
+    logits[range(7), [2, 1, 3, 4, 0, 0, 0]] = 50.0
+    drafts = torch.tensor([2, 2, 2, 1, 3, 0], dtype=torch.int32)
+
+    def path(*scores, drafts=drafts):
+        return check(
+            backend, logits, drafts, 0.1, 0.6, match, parents, torch.tensor(scores, dtype=torch.float32) if scores else None
+        )
+
+    assert path() == [1, 4]
+    assert path(0, -1, -1, 9, -3, -2, 9) == [2, 5]
+    assert path(0, -1, -1, 9, -2, -3, 9) == [1, 4]
+    assert path(0, -2, -1, 9, -2, -2, 9) == [1, 4]
+    assert path(0, -1, -1, -1, -math.inf, -math.inf, 0) == [1, 4]
+    one = torch.tensor([2, 2, 2, 0, 3, 0], dtype=torch.int32)
+    assert path(0, 5, -1, 5, 5, -9, 5, drafts=one) == [2, 5]
+    none = torch.tensor([2, 2, 2, 0, 0, 0], dtype=torch.int32)
+    assert path(0, -2, -2, -1, 0, 0, 0, drafts=none) == [3]
+    assert path(drafts=none) == [1]
+
+
+def test_a_rejected_node_ends_its_branch(backend):
+    """Its children do not count, however likely."""
+    logits = torch.full((5, 7), -20.0)
+    logits[range(5), [3, 1, 4, 1, 5]] = 20.0
+    parents = torch.tensor([-1, 0, 0, 1, 3], dtype=torch.int32)
+    for match in (False, True):
+        drafts = torch.tensor([0, 3, 1, 1], dtype=torch.int32)
+        likelihoods, argmax, path = backend.accept(logits, drafts, 0.1, 0.6, match, parents, torch.zeros(5))
+        assert likelihoods.tolist() == pytest.approx([0, 1, 1, 1]) and path.tolist() == [2]
+        assert argmax[path[-1]] == 4
 
 
 def test_thread_invariance(kernels):
     logits, drafts = torch.randn(16, 1134), torch.randint(1134, (15,), dtype=torch.int32)
-    torch.set_num_threads(1)
-    one = kernels.accept(logits, drafts, 0.0, 0.6)
-    torch.set_num_threads(2)
-    two = kernels.accept(logits, drafts, 0.0, 0.6)
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
+    parents = torch.tensor([-1, 0, 0, 0, *range(1, 13)], dtype=torch.int32)
+    for arguments in ((), (parents, torch.randn(16))):
+        torch.set_num_threads(1)
+        one = kernels.accept(logits, drafts, 0.0, 0.6, False, *arguments)
+        torch.set_num_threads(2)
+        for out, expected in zip(kernels.accept(logits, drafts, 0.0, 0.6, False, *arguments), one):
+            assert_same_bits(out, expected)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +259,17 @@ def test_thread_invariance(kernels):
         ({"drafts": torch.zeros(3, dtype=torch.int32)}, ValueError, "^drafts: expected shape"),
         ({"drafts": torch.tensor([0, 5], dtype=torch.int32)}, ValueError, "^drafts: expected values in"),
         ({"drafts": torch.tensor([-1, 0], dtype=torch.int32)}, ValueError, "^drafts: expected values in"),
+        ({"parents": [-1, 0, 0]}, TypeError, "^parents: expected a tensor"),
+        ({"parents": torch.tensor([-1, 0, 0])}, TypeError, "^parents: expected torch.int32"),
+        ({"parents": torch.tensor([-1, 0], dtype=torch.int32)}, ValueError, "^parents: expected shape"),
+        ({"parents": torch.tensor([-1, -1, 0], dtype=torch.int32)}, ValueError, "^parents: expected 0 <= "),
+        ({"parents": torch.tensor([-1, 1, 0], dtype=torch.int32)}, ValueError, "^parents: expected 0 <= "),
+        ({"parents": torch.tensor([-1, 0, 3], dtype=torch.int32)}, ValueError, "^parents: expected 0 <= "),
+        ({"parents": torch.zeros(3, dtype=torch.int32, device="meta")}, ValueError, "^parents: .*on meta"),
+        ({"scores": [0.0] * 3}, TypeError, "^scores: expected a tensor"),
+        ({"scores": torch.zeros(3, dtype=torch.float64)}, TypeError, "^scores: expected torch.float32"),
+        ({"scores": torch.zeros(2)}, ValueError, "^scores: expected shape"),
+        ({"scores": torch.zeros(6)[::2]}, ValueError, "^scores: expected a contiguous"),
         ({"score_temperature": 0.0}, ValueError, "^score_temperature: "),
         ({"score_temperature": -1.0}, ValueError, "^score_temperature: "),
         ({"score_temperature": math.nan}, ValueError, "^score_temperature: "),

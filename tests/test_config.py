@@ -1,9 +1,10 @@
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
-from sirius_ext.config import MAX_PERIOD, SiriusConfig
+from sirius_ext.config import MAX_AUTO_PERIOD, MAX_NODES, MAX_PERIOD, MAX_WIDTH, SiriusConfig
 
 
 def test_defaults_are_the_papers():
@@ -11,7 +12,10 @@ def test_defaults_are_the_papers():
         "mode": "sirius",
         "sparsity": "csparse",
         "density": 0.5,
+        "thresholds": None,
         "period": 16,
+        "tree_width": 1,
+        "prune": False,
         "threshold": 0.1,
         "score_temperature": 0.6,
         "accept": "threshold",
@@ -29,10 +33,23 @@ def test_is_frozen():
         {"mode": "full"},
         {"mode": "sparse"},
         {"accept": "match"},
+        {"accept": "sample"},
+        {"accept": "sample", "tree_width": 4},
+        {"sparsity": "fsparse"},
+        {"sparsity": "fsparse", "thresholds": "thresholds.json"},
+        {"sparsity": "fsparse", "thresholds": Path("thresholds.json")},
         {"density": 1},
         {"density": 1e-6},
         {"period": 1},
         {"period": MAX_PERIOD},
+        {"period": "auto"},
+        {"period": "auto", "tree_width": MAX_WIDTH},
+        {"period": 1, "tree_width": MAX_WIDTH},
+        {"period": MAX_PERIOD, "tree_width": 4},
+        {"period": 64, "tree_width": MAX_WIDTH},
+        {"period": 94, "tree_width": 11},  # 1024 nodes
+        {"tree_width": 2, "prune": True},
+        {"tree_width": 2, "prune": True, "accept": "match"},
         {"threshold": 0},
         {"threshold": 1},
         {"score_temperature": 100},
@@ -65,6 +82,25 @@ def test_extremes_are_allowed(values):
         ("period", 16.0, TypeError),
         ("period", "16", TypeError),
         ("period", True, TypeError),
+        ("period", None, TypeError),
+        ("period", "Auto", TypeError),
+        ("period", ["auto"], TypeError),
+        ("tree_width", 0, ValueError),
+        ("tree_width", -1, ValueError),
+        ("tree_width", MAX_WIDTH + 1, ValueError),
+        ("tree_width", 2.0, TypeError),
+        ("tree_width", True, TypeError),
+        ("tree_width", "auto", TypeError),
+        ("tree_width", None, TypeError),
+        ("prune", 1, TypeError),
+        ("prune", None, TypeError),
+        ("prune", 0.95, TypeError),
+        ("thresholds", "thresholds.json", ValueError),
+        ("thresholds", [0.1], TypeError),
+        ("thresholds", 0.1, TypeError),
+        ("sparsity", "FSparse", ValueError),
+        ("sparsity", None, ValueError),
+        ("accept", None, ValueError),
         ("threshold", -0.1, ValueError),
         ("threshold", 1.1, ValueError),
         ("threshold", math.nan, ValueError),
@@ -79,3 +115,52 @@ def test_extremes_are_allowed(values):
 def test_nonsense_is_named(field, value, error):
     with pytest.raises(error, match=f"^{field}: "):
         SiriusConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"period": MAX_PERIOD, "tree_width": 5}, "^period, tree_width: expected at most 1024 nodes, .* got 1276$"),
+        ({"period": 65, "tree_width": MAX_WIDTH}, "^period, tree_width: expected at most 1024 nodes, .* got 1025$"),
+        ({"period": 95, "tree_width": 11}, "^period, tree_width: expected at most 1024 nodes, .* got 1035$"),
+        ({"prune": True}, "^prune: .*tree_width > 1"),
+        ({"prune": True, "tree_width": 2, "accept": "sample"}, "^prune: not with accept"),
+        ({"sparsity": "csparse", "thresholds": "thresholds.json"}, "^thresholds: .*fsparse"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(values, message):
+    with pytest.raises(ValueError, match=message):
+        SiriusConfig(**values)
+
+
+def test_period_names_its_alternative():
+    for value in (0, MAX_PERIOD + 1):
+        with pytest.raises(ValueError, match=f'^period: expected 1 to {MAX_PERIOD} or "auto", got {value}$'):
+            SiriusConfig(period=value)
+    with pytest.raises(TypeError, match="^period: expected an integer or \"auto\", got '16'$"):
+        SiriusConfig(period="16")
+    with pytest.raises(ValueError, match=f"^tree_width: expected 1 to {MAX_WIDTH}, got 17$"):
+        SiriusConfig(tree_width=17)
+
+
+@pytest.mark.parametrize(
+    ("period", "tree_width", "longest", "nodes"),
+    [(16, 1, 16, 16), (1, 1, 1, 1), (1, 16, 1, 1), (256, 1, 256, 256), (16, 4, 16, 61), (64, 16, 64, 1009), (94, 11, 94, 1024)],
+)
+def test_nodes(period, tree_width, longest, nodes):
+    config = SiriusConfig(period=period, tree_width=tree_width)
+    assert (config.longest_period, config.nodes) == (longest, nodes)
+
+
+@pytest.mark.parametrize("tree_width", range(1, MAX_WIDTH + 1))
+def test_auto_stays_within_the_nodes(tree_width):
+    config = SiriusConfig(period="auto", tree_width=tree_width)
+    assert config.longest_period == MAX_AUTO_PERIOD == 32
+    assert config.nodes == 1 + 31 * tree_width <= MAX_NODES
+
+
+def test_properties_are_not_settings():
+    names = {field.name for field in dataclasses.fields(SiriusConfig)}
+    assert not names & {"longest_period", "nodes"}
+    assert dataclasses.replace(SiriusConfig(), period=8, tree_width=3).nodes == 22

@@ -76,7 +76,7 @@ def check_against_reference(name, config, length, count, **settings):
     eos = settings.get("eos_token_id", [])
     expected, periods = reference.generate(decoder(name), ids[0].tolist(), config, count, eos)
     assert tokens == expected
-    columns = ("drafted", "accepted", "committed", "cut")
+    columns = ("drafted", "nodes", "accepted", "branch", "committed", "cut")
     assert [[getattr(period, column) for column in columns] for period in stats.periods] == [
         [getattr(period, column) for column in columns] for period in periods
     ]
@@ -84,7 +84,7 @@ def check_against_reference(name, config, length, count, **settings):
         assert period.likelihoods == pytest.approx(twin.likelihoods, rel=1e-3, abs=1e-5)
         assert period.seconds > 0
     assert (stats.mode, stats.prompt_tokens, stats.tokens) == (config.mode, length, len(expected))
-    assert stats.period == (config.period if config.mode == "sirius" else 1)
+    assert (stats.period, stats.tree_width) == (config.period if config.mode == "sirius" else 1, 1)
     assert stats.finish == ("eos" if tokens[-1] in eos else "length")
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
     return tokens, stats
@@ -226,12 +226,13 @@ def periods(monkeypatch):
         records[-1]["drafts"] = drafts.tolist()
         return accept(logits, drafts, *args, **kwargs)
 
-    def watched_period(self):
-        records.append({"before": self.ids[: self.length + 1].tolist()})
-        run(self)
-        cache = slice(0, self.length)
+    def watched_period(self, period):
+        records.append({"before": [*self.prompt.tolist(), *self.text.tokens]})
+        run(self, period)
+        after = [*self.prompt.tolist(), *self.text.tokens]
+        cache = slice(0, len(after) - 1)  # x0 is not in it
         records[-1] |= {
-            "after": self.ids[: self.length + 1].tolist(),
+            "after": after,
             "keys": self.model.k_cache[:, :, cache].clone(),
             "values": self.model.v_cache[:, :, cache].clone(),
         }

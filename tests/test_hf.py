@@ -236,6 +236,19 @@ def test_sampling_by_the_models_own_default(way):
     with pytest.raises(ValueError, match="do_sample=True.*own generation config.*pass do_sample=False"):
         way(model, MATCH, IDS, max_new_tokens=4)
     assert way(model, MATCH, IDS, max_new_tokens=COUNT, do_sample=False)[0, 8:].tolist() == greedy()
+    # Where nothing is corrected, or by a rule that draws, it is honoured.
+    for config in (FULL, SiriusConfig(mode="sparse"), SiriusConfig(accept="sample", period=4)):
+        torch.manual_seed(0)
+        assert way(model, config, IDS, max_new_tokens=COUNT)[0, 8:].tolist() != greedy()
+
+
+@every_way
+def test_what_full_draws_is_what_transformers_may_draw(way):
+    """With one token left by the warpers, that one."""
+    settings = {"do_sample": True, "top_k": 1, "max_new_tokens": COUNT}
+    expected = plain().generate(IDS, **settings)
+    for config in (FULL, SiriusConfig(accept="sample", period=4), SiriusConfig(accept="sample", period=4, tree_width=3)):
+        assert torch.equal(way(ours(), config, IDS, **settings), expected)
 
 
 def filled_cache():
@@ -245,6 +258,7 @@ def filled_cache():
 # What decides how a text is decoded, or what is returned, and cannot be honoured.
 REFUSED = {
     "do_sample": lambda: {"do_sample": True},
+    "do_sample-several": lambda: {"do_sample": True, "num_return_sequences": 2},
     "num_beams": lambda: {"num_beams": 2},
     "num_return_sequences": lambda: {"num_return_sequences": 2},
     "output_scores": lambda: {"output_scores": True, "return_dict_in_generate": True},

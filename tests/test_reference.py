@@ -144,6 +144,31 @@ def test_match_reproduces_the_full_model(decoder, period, density):
         assert all(record.accepted == record.drafted for record in periods)
 
 
+@pytest.mark.parametrize("sparsity", ["csparse", "fsparse"])
+@pytest.mark.parametrize("prune", [False, True])
+def test_match_with_trees_reproduces_the_full_model(decoder, sparsity, prune):
+    """And a wider tree advances further."""
+    advance = []
+    for width in (1, 4):
+        config = SiriusConfig(
+            accept="match", period=5, density=0.3, sparsity=sparsity, tree_width=width, prune=prune and width > 1
+        )
+        tokens, periods = reference.generate(decoder, PROMPT, config, 25)
+        assert tokens == full_text(decoder, 25)
+        assert all(record.accepted <= record.drafted <= record.nodes <= record.drafted * width for record in periods)
+        assert all(len(record.likelihoods) == record.nodes for record in periods)
+        advance.append(reference.average_advance_length(periods))
+    assert advance[1] > advance[0]
+
+
+def test_a_threshold_of_zero_keeps_every_neuron(decoder):
+    """FSparse's threshold form then is the full model."""
+    config = SiriusConfig(mode="sparse", sparsity="fsparse", density=0.3)
+    assert reference.generate(decoder, PROMPT, config, 20, thresholds=[0.0] * 3)[0] == full_text(decoder, 20)
+    assert reference.generate(decoder, PROMPT, config, 20, thresholds=[0.5] * 3)[0] != full_text(decoder, 20)
+    assert reference.generate(decoder, PROMPT, config, 20)[0] != full_text(decoder, 20)
+
+
 def test_threshold_zero_commits_what_was_drafted(decoder):
     """Every period commits n tokens, n - 1 of them as the sparse model alone would continue."""
     config = SiriusConfig(threshold=0, period=6, density=0.3)
@@ -296,14 +321,14 @@ def test_density_of_llama_3_8b():
 
 def test_metrics():
     periods = [
-        Period(drafted=3, accepted=3, committed=4, cut=False, likelihoods=[0.9] * 3),
-        Period(drafted=3, accepted=1, committed=2, cut=False, likelihoods=[0.9, 0.01, 0.9]),
-        Period(drafted=3, accepted=0, committed=1, cut=False, likelihoods=[0.01, 0.9, 0.9]),
-        Period(drafted=2, accepted=2, committed=3, cut=True, likelihoods=[0.9] * 2),
+        Period(drafted=3, nodes=3, accepted=3, branch=0, committed=4, cut=False, likelihoods=[0.9] * 3),
+        Period(drafted=3, nodes=3, accepted=1, branch=0, committed=2, cut=False, likelihoods=[0.9, 0.01, 0.9]),
+        Period(drafted=3, nodes=5, accepted=0, branch=None, committed=1, cut=False, likelihoods=[0.01] * 5),
+        Period(drafted=2, nodes=4, accepted=2, branch=1, committed=3, cut=True, likelihoods=[0.9] * 4),
     ]
     assert reference.average_advance_length(periods) == pytest.approx(7 / 3)
     assert reference.corrected_fraction(periods) == pytest.approx(2 / 10)
-    assert reference.rollback_length(periods) == pytest.approx(5 / 4)
+    assert reference.rollback_length(periods) == pytest.approx((0 + 2 + 5 + 2) / 4)
     assert round(reference.effective_density(15.22, 16, 0.65), 3) == 0.706
     for metric in (reference.average_advance_length, reference.corrected_fraction, reference.rollback_length):
         assert metric([]) is None

@@ -9,9 +9,11 @@ from tiny import prompt, tiny
 from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats, reference
 
 
-def period(drafted, accepted, committed=None, cut=False, seconds=0.01):
+def period(drafted, accepted, committed=None, cut=False, width=1, branch=0):
     """Without `committed`, that of a period which the end of the text does not cut."""
-    return Period(drafted, accepted, accepted + 1 if committed is None else committed, cut, [0.5] * drafted, seconds)
+    committed = accepted + 1 if committed is None else committed
+    likelihoods = [0.5] * drafted * width
+    return Period(drafted, len(likelihoods), accepted, branch if accepted else None, committed, cut, likelihoods, 0.01)
 
 
 def prompt_stats(periods, tokens=None, **values):
@@ -37,12 +39,15 @@ def test_metrics():
     assert stats.effective_density == pytest.approx((3 * 0.65 + 1) / (7 / 3))
     assert stats.corrected_fraction == pytest.approx(2 / 12)
     assert stats.rollback_length == pytest.approx((0 + 2 + 3 + 1 + 0) / 5)
+    assert stats.drafted_nodes == pytest.approx((3 * 4 + 2) / 5)
+    assert stats.branches == {0: 4}
     assert stats.ms_per_token == pytest.approx(600 / 13)
     assert stats.metrics() == {
         "average_advance_length": stats.average_advance_length,
         "effective_density": stats.effective_density,
         "corrected_fraction": stats.corrected_fraction,
         "rollback_length": stats.rollback_length,
+        "drafted_nodes": stats.drafted_nodes,
         "ms_per_token": stats.ms_per_token,
     }
 
@@ -75,8 +80,10 @@ def test_without_periods(mode):
         "effective_density": None,
         "corrected_fraction": None,
         "rollback_length": None,
+        "drafted_nodes": None,
         "ms_per_token": pytest.approx(10),
     }
+    assert stats.branches == {}
 
 
 def test_without_tokens():
@@ -88,6 +95,46 @@ def test_a_period_of_one():
     stats = prompt_stats([period(0, 0)] * 5, period=1)
     assert stats.average_advance_length == 1 and stats.effective_density == 1
     assert stats.corrected_fraction == 0 and stats.rollback_length == 0
+    assert stats.drafted_nodes == 0 and stats.branches == {}
+
+
+def test_trees():
+    """All branches count as drafted and thrown away; a pass of S costs the same with one leaf or many."""
+    chains = [period(3, 3), period(3, 1), period(3, 0), period(2, 2, cut=True)]
+    trees = [
+        period(3, 3, width=4, branch=2),
+        period(3, 1, width=4),
+        period(3, 0, width=4),
+        period(2, 2, cut=True, width=4, branch=2),
+    ]
+    chain, tree = prompt_stats(chains), prompt_stats(trees, tree_width=4)
+    for name in ("average_advance_length", "effective_density", "corrected_fraction"):
+        assert getattr(tree, name) == getattr(chain, name)
+    assert (chain.drafted_nodes, tree.drafted_nodes) == (11 / 4, 11)
+    assert chain.rollback_length == pytest.approx((0 + 2 + 3 + 0) / 4)
+    assert tree.rollback_length == pytest.approx((9 + 11 + 12 + 6) / 4)
+    assert (chain.branches, tree.branches) == ({0: 3}, {0: 1, 2: 2})
+
+
+def test_a_pruned_tree():
+    """Fewer nodes than the width allows."""
+    record = Period(drafted=3, nodes=7, accepted=2, branch=1, committed=3, cut=False, likelihoods=[0.5] * 7)
+    stats = prompt_stats([record], tree_width=4)
+    assert stats.drafted_nodes == 7 and stats.rollback_length == 5 and stats.corrected_fraction == 1 / 3
+
+
+def test_branches_are_in_order_and_pooled():
+    first = prompt_stats([period(3, 1, width=9, branch=branch) for branch in (8, 2, 0, 2)])
+    second = prompt_stats([period(3, 2, width=9, branch=2), period(3, 0, width=9, branch=5), period(3, 3, width=9, branch=1)])
+    assert list(first.branches.items()) == [(0, 1), (2, 2), (8, 1)]
+    assert list(Stats([first, second]).branches.items()) == [(0, 1), (1, 1), (2, 3), (8, 1)]
+
+
+def test_effective_density_of_periods_of_all_lengths():
+    """Pooled: what all passes read over all tokens that they gave. Cut periods are left out."""
+    stats = prompt_stats([period(1, 1), period(7, 3), period(0, 0), period(31, 31, cut=True)], period="auto")
+    assert stats.average_advance_length == pytest.approx(7 / 3)
+    assert stats.effective_density == pytest.approx((8 * 0.65 + 3) / 7)
 
 
 def test_prompts_are_pooled():
@@ -102,6 +149,8 @@ def test_prompts_are_pooled():
     assert stats.effective_density == pytest.approx((3 * 0.65 + 1) / 3.7)
     assert stats.corrected_fraction == pytest.approx(1 / 37)
     assert stats.rollback_length == pytest.approx(3 / 10)
+    assert stats.drafted_nodes == 3 and stats.branches == {0: 9}
+    assert (stats.period, stats.tree_width, stats.density) == (4, 1, 0.65)
     assert stats.ms_per_token == pytest.approx(4000 / 40)
     assert (stats.decode_seconds, stats.prefill_seconds) == (4.0, 0.75)
 
@@ -124,14 +173,16 @@ def test_as_a_dictionary():
     first, second = read["prompts"]
     assert first["periods"][1] == {
         "drafted": 3,
+        "nodes": 3,
         "accepted": 1,
+        "branch": 0,
         "committed": 2,
         "cut": False,
         "likelihoods": [0.5] * 3,
         "seconds": 0.01,
     }
-    names = ("mode", "period", "density", "prompt_tokens", "tokens", "finish", "prefill_seconds", "decode_seconds")
-    assert [first[name] for name in names] == ["sirius", 4, 0.65, 7, 13, "eos", 0.0, 0.6]
+    names = ("mode", "period", "tree_width", "density", "prompt_tokens", "tokens", "finish", "prefill_seconds", "decode_seconds")
+    assert [first[name] for name in names] == ["sirius", 4, 1, 0.65, 7, 13, "eos", 0.0, 0.6]
     assert first["average_advance_length"] == pytest.approx(7 / 3) and second["average_advance_length"] is None
 
 
@@ -147,6 +198,10 @@ def test_repr():
         SiriusConfig(period=7, density=0.4, threshold=0),
         SiriusConfig(period=3, accept="match"),
         SiriusConfig(period=1),
+        SiriusConfig(period=5, density=0.4, tree_width=3),
+        SiriusConfig(period=6, density=0.3, tree_width=4, prune=True, accept="match"),
+        SiriusConfig(period=5, density=0.3, sparsity="fsparse"),
+        SiriusConfig(period=4, density=0.3, sparsity="fsparse", tree_width=2),
     ],
     ids=str,
 )
@@ -166,9 +221,12 @@ def test_agrees_with_the_reference(config, eos):
     assert stats.effective_density == pytest.approx(reference.effective_density(advance, config.period, stats.density))
     assert stats.corrected_fraction == reference.corrected_fraction(periods)
     assert stats.rollback_length == reference.rollback_length(periods)
+    assert stats.drafted_nodes == sum(record.nodes for record in periods) / len(periods)
+    branches = [record.branch for record in periods if record.branch is not None]
+    assert stats.branches == {branch: branches.count(branch) for branch in sorted(set(branches))}
     weights = sum(parameter.numel() for parameter in model.parameters())
     mlp = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
-    assert stats.density == pytest.approx(reference.density_of("csparse", config.density, mlp, weights))
+    assert stats.density == pytest.approx(reference.density_of(config.sparsity, config.density, mlp, weights))
 
 
 def test_times_are_of_this_text():

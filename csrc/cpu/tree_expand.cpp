@@ -44,6 +44,7 @@ void tree_expand(const TreeExpandParams& p) {
     int count = largest(logits, p.vocab, p.width, candidates);
     if (1.0f / sum > p.prune) count = 1;
     std::fill_n(likelihoods, p.width, impossible);
+    if (max == impossible) continue;  // nothing can follow this leaf
     for (int i = 0; i < count; ++i)
       likelihoods[i] = (logits[candidates[i]] - max) * inverse_temperature - std::log(sum) + p.scores[leaf];
   }

@@ -1,0 +1,221 @@
+"""Decode a task's items in several modes, keep every result at once, and sum up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..config import SiriusConfig
+from ..engine import GREEDY, Engine
+from .statistics import mcnemar, wilson
+from .tasks import Item, Task
+
+# What a mode's name makes of a config.
+MODES = {
+    "full": {"mode": "full"},
+    "csparse": {"mode": "sparse", "sparsity": "csparse", "thresholds": None},
+    "fsparse": {"mode": "sparse", "sparsity": "fsparse"},
+    "sirius-c": {"mode": "sirius", "sparsity": "csparse", "thresholds": None},
+    "sirius-f": {"mode": "sirius", "sparsity": "fsparse"},
+}
+
+
+def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
+    """ValueError for an unknown mode."""
+    if mode not in MODES:
+        raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {mode!r}")
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    return SiriusConfig(**values | MODES[mode])
+
+
+class Results:
+    """A file of JSON lines: first what was run, then one line for each item and mode, written as soon as it is known.
+
+    ValueError if the file exists and is not to be resumed, or was made by another run; a last line that was cut off is dropped.
+    """
+
+    def __init__(self, file: Path, run: dict, resume: bool) -> None:
+        self.records: list[dict] = []
+        if file.exists() and not resume:
+            raise ValueError(f"out: {file} exists; resume it, or choose another name")
+        if file.exists() and file.stat().st_size:
+            self._take_up(file, run)
+        else:
+            file.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+        self._file = file.open("a", encoding="utf-8")
+
+    def _take_up(self, file: Path, run: dict) -> None:
+        text = file.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        first, self.records = read_results(file, whole)
+        different = sorted(key for key in {*run, *first} if run.get(key) != first.get(key))
+        if different:
+            raise ValueError(f"out: {file} was made with another {', '.join(different)}; choose another name")
+        if whole != text:
+            file.write_text(whole, encoding="utf-8")
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def done(self) -> set[tuple[str, str]]:
+        return {(record["mode"], record["id"]) for record in self.records}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_results(file: Path, text: str | None = None) -> tuple[dict, list[dict]]:
+    """What was run, and the records of a results file. ValueError if it is none."""
+    lines = (file.read_text(encoding="utf-8") if text is None else text).splitlines()
+    try:
+        run, records = json.loads(lines[0])["run"], [json.loads(line) for line in lines[1:]]
+        for record in records:
+            record["mode"], record["id"], record["correct"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{file}: not a file of results ({type(error).__name__}: {error})") from error
+    return run, records
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    items: Sequence[Item],
+    modes: Sequence[str],
+    base: SiriusConfig,
+    results: Results,
+    shots: int,
+    console: Console,
+) -> None:
+    """Decode what is not in `results` yet, item by item in every mode, so that a run that is stopped has compared the same items.
+
+    An item that fails is recorded as failed, which counts as wrong, and the run goes on.
+    """
+    configs = {mode: config_of(mode, base) for mode in modes}
+    done = results.done()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        progress = bar.add_task(task.name, total=len(items) * len(modes))
+        for item in items:
+            for mode, config in configs.items():
+                if (mode, item.id) not in done:
+                    results.add({"mode": mode, "id": item.id, **_decode(engine, task, item, config, shots)})
+                bar.update(progress, advance=1, description=f"{task.name} {_running(results.records, modes)}")
+
+
+def _running(records: Iterable[dict], modes: Sequence[str]) -> str:
+    shares = []
+    for mode in modes:
+        scores = [record["correct"] for record in records if record["mode"] == mode]
+        shares.append(f"{mode} {sum(scores) / len(scores):.2f}" if scores else mode)
+    return ", ".join(shares)
+
+
+def _decode(engine: Engine, task: Task, item: Item, config: SiriusConfig, shots: int) -> dict:
+    started = time.perf_counter()
+    try:
+        inputs = engine.tokenizer(task.prompt(item, shots), return_tensors="pt")
+        settings = {"max_new_tokens": task.max_new_tokens, "stop_strings": list(task.stop), **GREEDY}
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        out = engine.generate(**inputs, config=config, **settings)
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        text = engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer = text[: min([text.find(stop) for stop in task.stop if stop in text], default=len(text))]
+        verdict = task.judge(item, answer)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        return {"correct": False, "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}
+    stats = out.stats.prompts[0]
+    return {
+        "correct": verdict.correct,
+        "answer": verdict.answer,
+        "scores": verdict.scores,
+        "text": text,
+        "tokens": tokens,
+        "stats": {
+            **stats.metrics(),
+            "prompt_tokens": stats.prompt_tokens,
+            "finish": stats.finish,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_seconds": stats.decode_seconds,
+            "density": stats.density,
+            "periods": [[period.drafted, period.accepted, period.committed, period.cut] for period in stats.periods],
+        },
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def summarize(records: Sequence[dict], modes: Sequence[str]) -> list[dict]:
+    """Per mode: items, failures, accuracy with Wilson's 95 % interval, what it gained and lost against Full on the items that
+    both have and McNemar's p, and the pooled metrics of SPEC section 7."""
+    by_mode = {mode: {record["id"]: record for record in records if record["mode"] == mode} for mode in modes}
+    full = by_mode.get("full", {})
+    rows = []
+    for mode, found in by_mode.items():
+        right, total = sum(record["correct"] for record in found.values()), len(found)
+        row = {"mode": mode, "items": total, "failed": sum("error" in record for record in found.values())}
+        row |= {"accuracy": right / total if total else None, "interval": wilson(right, total)}
+        if mode != "full" and full:
+            both = [(full[key]["correct"], record["correct"]) for key, record in found.items() if key in full]
+            gained, lost = both.count((False, True)), both.count((True, False))
+            row |= {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+        row["scores"] = {
+            name: sum(record.get("scores", {}).get(name, False) for record in found.values()) / total
+            for name in next((record["scores"] for record in found.values() if "scores" in record), {})
+        }
+        rows.append(row | _pooled([record for record in found.values() if "stats" in record]))
+    return rows
+
+
+def _pooled(records: Sequence[dict]) -> dict:
+    periods = [(period, record["stats"]["density"]) for record in records for period in record["stats"]["periods"]]
+    whole = [(drafted, committed, density) for (drafted, _, committed, cut), density in periods if not cut]
+    tokens = sum(len(record["tokens"]) for record in records)
+    row = {"ms_per_token": 1e3 * sum(record["stats"]["decode_seconds"] for record in records) / tokens if tokens else None}
+    if whole:
+        committed = sum(count for _, count, _ in whole)
+        row["average_advance_length"] = committed / len(whole)
+        row["effective_density"] = sum(drafted * density + 1 for drafted, _, density in whole) / committed
+        replaced = sum(accepted < min(drafted, count) for (drafted, accepted, count, _), _ in periods)
+        row["corrected_fraction"] = replaced / sum(count for (_, _, count, _), _ in periods)
+    elif records:
+        row["effective_density"] = records[0]["stats"]["density"]
+    return row
+
+
+def report(title: str, rows: Sequence[dict], console: Console) -> None:
+    """The summary as a table."""
+    caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
+    table = Table(title=title, caption=caption, padding=(0, 0))
+    columns = ("", "items", "accuracy", "95 %", "+/-", "p", "AAL", "density", "corrected", "ms/token")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+
+    def shown(row: dict, name: str, form: str) -> str:
+        return "" if row.get(name) is None else format(row[name], form)
+
+    for row in rows:
+        low, high = row["interval"]
+        table.add_row(
+            row["mode"],
+            str(row["items"]),
+            shown(row, "accuracy", ".3f"),
+            f"{low:.2f}-{high:.2f}",
+            f"+{row['gained']} -{row['lost']}" if "p" in row else "",
+            shown(row, "p", ".3f"),
+            shown(row, "average_advance_length", ".2f"),
+            shown(row, "effective_density", ".3f"),
+            shown(row, "corrected_fraction", ".1%"),
+            shown(row, "ms_per_token", ".0f"),
+        )
+    console.print(table)
+    failures = ", ".join(f"{row['mode']} {row['failed']}" for row in rows if row["failed"])
+    if failures:
+        console.print(f"failed, and counted as wrong (see the file for the reasons): {failures}")

@@ -1,0 +1,266 @@
+"""The tasks: where their items are, how they are asked, what counts as an answer, and when it is right."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import shots
+from .sandbox import run_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """question: as it is put into the prompt. answer: what is right, in the form that the task's `extract` gives. extra: what
+    judging needs beyond it."""
+
+    id: str
+    question: str
+    answer: str
+    extra: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """answer: what was found in the text, None if nothing. correct: by the task's main rule. scores: by each of its rules."""
+
+    answer: str | None
+    correct: bool
+    scores: dict[str, bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """name, and what its items are called in the data folder. read: the items of that file or folder. prompt: the text for an
+    item with `shots` examples, `max_shots` at most. stop: strings that end an answer. judge: what an answer's text is worth."""
+
+    name: str
+    path: str
+    read: Callable[[Path], Iterator[Item]]
+    prompt: Callable[[Item, int], str]
+    judge: Callable[[Item, str], Verdict]
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    max_shots: int
+
+
+def load_task(name: str, data: Path) -> tuple[Task, list[Item]]:
+    """A task and its items from a data folder. ValueError for an unknown task or a malformed item, which it names;
+    FileNotFoundError if the data is not there."""
+    if name not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
+    task = TASKS[name]
+    path = data / task.path
+    if not path.exists():
+        raise FileNotFoundError(f"data: no {task.path} in {data}, which {name} needs")
+    items = []
+    try:
+        items.extend(task.read(path))
+    except (ValueError, KeyError, IndexError, TypeError, StopIteration, OSError) as error:
+        raise ValueError(f"data: {path}: item {len(items) + 1} is malformed ({type(error).__name__}: {error})") from error
+    if not items:
+        raise ValueError(f"data: {path} has no items")
+    return task, items
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _choices(options: list[str]) -> str:
+    return "Answer Choices: " + " ".join(f"({letter}) {text}" for letter, text in zip("abcdefghij", options))
+
+
+def _gsm8k(path: Path) -> Iterator[Item]:
+    for index, line in enumerate(_lines(path)):
+        yield Item(str(index), line["question"], number(line["answer"].split("####")[1]))
+
+
+def _svamp(path: Path) -> Iterator[Item]:
+    for line in json.loads(path.read_text(encoding="utf-8")):
+        body = line["Body"].strip()
+        question = f"{body}{'' if body.endswith('.') else '.'} {line['Question'].strip()}"
+        yield Item(line["ID"], question, number(str(line["Answer"])))
+
+
+def _aqua(path: Path) -> Iterator[Item]:
+    for index, line in enumerate(_lines(path)):
+        options = [option.split(")", 1)[1].strip() for option in line["options"]]
+        yield Item(str(index), f"{line['question']}\n{_choices(options)}", line["correct"].lower())
+
+
+def _csqa(path: Path) -> Iterator[Item]:
+    for line in _lines(path):
+        question = line["question"]
+        options = [choice["text"] for choice in question["choices"]]
+        yield Item(line["id"], f"{question['stem']}\n{_choices(options)}", line["answerKey"].lower())
+
+
+def _strategyqa(path: Path) -> Iterator[Item]:
+    for line in json.loads(path.read_text(encoding="utf-8")):
+        yield Item(line["qid"], line["question"], "yes" if line["answer"] else "no")
+
+
+def _bigbench(path: Path) -> Iterator[Item]:
+    for index, line in enumerate(json.loads(path.read_text(encoding="utf-8"))["examples"]):
+        right = max(line["target_scores"], key=line["target_scores"].get)
+        yield Item(str(index), line["input"], right)
+
+
+def _sports(path: Path) -> Iterator[Item]:
+    for item in _bigbench(path):
+        question = f'Is the following sentence plausible? "{item.question}"'
+        yield Item(item.id, question, "yes" if item.answer == "plausible" else "no")
+
+
+def _humaneval(path: Path) -> Iterator[Item]:
+    for line in _lines(path):
+        yield Item(line["task_id"], line["prompt"], "passed", {"test": f"{line['test']}\ncheck({line['entry_point']})\n"})
+
+
+def _mbpp(path: Path) -> Iterator[Item]:
+    for line in _lines(path):
+        tests = [line["test_setup_code"], *line["test_list"]]
+        yield Item(str(line["task_id"]), line["text"], "passed", {"test": "\n".join(tests), "example": line["test_list"][0]})
+
+
+def _mmlu(path: Path) -> Iterator[Item]:
+    for file in sorted((path / "test").glob("*_test.csv")):
+        subject = file.stem.removesuffix("_test")
+        with file.open(encoding="utf-8", newline="") as rows:
+            for index, row in enumerate(csv.reader(rows)):
+                question, *options, answer = row
+                if len(options) != 4 or answer not in "ABCD":
+                    raise ValueError(f"{file.name}, row {index + 1}")
+                yield Item(f"{subject}/{index}", f"{question}\n{_choices(options)}", answer.lower(), {"subject": subject})
+
+
+def _truthfulqa(path: Path) -> Iterator[Item]:
+    with path.open(encoding="utf-8", newline="") as rows:
+        for index, row in enumerate(csv.DictReader(rows)):
+            right, wrong = ([each.strip() for each in row[f"{kind} Answers"].split(";")] for kind in ("Correct", "Incorrect"))
+            yield Item(str(index), row["Question"], row["Best Answer"], {"right": right, "wrong": wrong})
+
+
+# -------------------------------------------------------------------------------------------------------------- asking
+
+
+def _few_shot(examples: tuple[tuple[str, str], ...]) -> Callable[[Item, int], str]:
+    def prompt(item: Item, count: int) -> str:
+        asked = [f"Q: {question}\nA: {answer}\n\n" for question, answer in examples[:count]]
+        return f"{''.join(asked)}Q: {item.question}\nA:"
+
+    return prompt
+
+
+def _as_given(item: Item, count: int) -> str:
+    return item.question
+
+
+def _mbpp_prompt(item: Item, count: int) -> str:
+    asked = [f'"""\n{text}\n{test}\n"""\n{code}\n\n' for text, test, code in shots.MBPP[:count]]
+    return f'{"".join(asked)}"""\n{item.question}\n{item.extra["example"]}\n"""\n'
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+def number(text: str) -> str:
+    """A number without currency, commas and a trailing fraction of zeros; ValueError if it is none."""
+    value = float(re.sub(r"[,$%\s]", "", text).rstrip("."))
+    return str(int(value)) if value == int(value) else str(value)
+
+
+_NUMBER = r"-?[$]?[0-9][0-9,]*(?:\.[0-9]+)?"
+
+
+def _last(pattern: str, text: str) -> str | None:
+    found = re.findall(pattern, text, flags=re.IGNORECASE)
+    return found[-1] if found else None
+
+
+def _judge_number(item: Item, text: str) -> Verdict:
+    """strict: the number behind "The answer is"; flexible: the last number of the text (the two filters of lm-eval's gsm8k)."""
+    strict, flexible = _last(rf"the answer is:? *({_NUMBER})", text), _last(f"({_NUMBER})", text)
+    scores = {
+        name: found is not None and number(found) == item.answer for name, found in (("strict", strict), ("flexible", flexible))
+    }
+    return Verdict(number(strict) if strict else None, scores["strict"], scores)
+
+
+def _judge_by(pattern: str) -> Callable[[Item, str], Verdict]:
+    def judge(item: Item, text: str) -> Verdict:
+        found = _last(pattern, text)
+        correct = found is not None and found.lower() == item.answer.lower()
+        return Verdict(found, correct, {"exact": correct})
+
+    return judge
+
+
+def _judge_code(prompt_is_code: bool) -> Callable[[Item, str], Verdict]:
+    def judge(item: Item, text: str) -> Verdict:
+        outcome = run_code(f"{item.question if prompt_is_code else ''}{text}\n{item.extra['test']}")
+        return Verdict(outcome, outcome == "passed", {"pass@1": outcome == "passed"})
+
+    return judge
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def rouge1(candidate: str, reference: str) -> float:
+    """F-measure of the words that both have."""
+    a, b = _words(candidate), _words(reference)
+    common = sum(min(a.count(word), b.count(word)) for word in set(a))
+    return 2 * common / (len(a) + len(b)) if a and b else 0.0
+
+
+def _judge_truthful(item: Item, text: str) -> Verdict:
+    """Right when the text has more in common with a correct answer than with any incorrect one (TruthfulQA's rouge1 accuracy)."""
+    answer = text.strip().split("\n")[0]
+    best = {kind: max(rouge1(answer, reference) for reference in item.extra[kind]) for kind in ("right", "wrong")}
+    correct = best["right"] > best["wrong"]
+    return Verdict(answer, correct, {"rouge1": correct})
+
+
+_QUESTION = ("\nQ:", "\n\n")
+_LETTER = _judge_by(r"the answer is:? *\(?([a-j])\)?(?![a-z])")
+_YES_NO = _judge_by(r"the answer is:? *(yes|no)\b")
+_CODE_STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", '\n"""')
+
+_DATE = _judge_by(r"the answer is:? *([0-9/]+)")
+
+
+def _asked(name: str, path: str, read: Callable, examples: tuple, judge: Callable, max_new_tokens: int) -> Task:
+    """A task of questions and answers."""
+    return Task(name, path, read, _few_shot(examples), judge, _QUESTION, max_new_tokens, len(examples))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        _asked("gsm8k", "gsm8k/test.jsonl", _gsm8k, shots.ARITHMETIC, _judge_number, 256),
+        _asked("svamp", "gsm8k/SVAMP.json", _svamp, shots.ARITHMETIC, _judge_number, 192),
+        _asked("aqua", "aqua/test.json", _aqua, shots.ALGEBRA, _LETTER, 256),
+        _asked("csqa", "commonsenseqa/dev_rand_split.jsonl", _csqa, shots.COMMON_SENSE, _LETTER, 96),
+        _asked("strategyqa", "strategyqa/dev.json", _strategyqa, shots.STRATEGY, _YES_NO, 128),
+        _asked("date", "bigbench/date_understanding.json", _bigbench, shots.DATE, _DATE, 128),
+        _asked("sports", "bigbench/sports_understanding.json", _sports, shots.SPORTS, _YES_NO, 96),
+        Task("humaneval", "humaneval/HumanEval.jsonl.gz", _humaneval, _as_given, _judge_code(True), _CODE_STOP, 256, 0),
+        Task("mbpp", "mbpp/mbpp.jsonl", _mbpp, _mbpp_prompt, _judge_code(False), ('\n"""',), 256, len(shots.MBPP)),
+        _asked("mmlu_cot", "mmlu", _mmlu, shots.KNOWLEDGE, _LETTER, 192),
+        _asked("truthfulqa", "truthfulqa/TruthfulQA.csv", _truthfulqa, shots.TRUTH, _judge_truthful, 64),
+    )
+}

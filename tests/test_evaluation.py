@@ -1,0 +1,281 @@
+"""The evaluation suite: tasks, judging, the sandbox, results that survive being stopped, and a run on the default model."""
+
+import gzip
+import json
+
+import pytest
+from rich.console import Console
+
+from sirius_ext import SiriusConfig, cli, evaluation
+from sirius_ext.evaluation.runner import Results, config_of, read_results, summarize
+from sirius_ext.evaluation.sandbox import run_code
+from sirius_ext.evaluation.statistics import mcnemar, wilson
+from sirius_ext.evaluation.tasks import TASKS, load_task, rouge1
+
+CSQA = {
+    "answerKey": "B",
+    "id": "one",
+    "question": {
+        "choices": [{"label": label, "text": text} for label, text in zip("ABCDE", ["sea", "bank", "tree", "roof", "shoe"])],
+        "stem": "Where is money kept?",
+    },
+}
+FILES = {
+    "gsm8k": [{"question": "What is 20 + 1,020?", "answer": "20 + 1,020 = 1,040\n#### 1,040"}],
+    "aqua": [{"question": "1 + 1?", "options": ["A)1", "B)2", "C)3", "D)4", "E)5"], "correct": "B"}],
+    "csqa": [CSQA],
+    "mbpp": [
+        {
+            "text": "Write a function to double.",
+            "code": "",
+            "task_id": 7,
+            "test_setup_code": "",
+            "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+        }
+    ],
+    "humaneval": [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "def double(x):\n",
+            "entry_point": "double",
+            "canonical_solution": "    return 2 * x\n",
+            "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+        }
+    ],
+    "svamp": [{"ID": "chal-1", "Body": "A pen costs 2 dollars", "Question": "What do 3 cost?", "Answer": 6.0}],
+    "strategyqa": [{"qid": "a", "question": "Is water wet?", "answer": True}],
+    "date": {"examples": [{"input": "Today is 01/02/2003. Tomorrow?", "target_scores": {"01/03/2003": 1, "01/04/2003": 0}}]},
+    "sports": {"examples": [{"input": "Pele hit a home run", "target_scores": {"plausible": 0, "implausible": 1}}]},
+    "mmlu_cot": "What is H2O?,gold,water,air,salt,B\n",
+    "truthfulqa": "Question,Best Answer,Correct Answers,Incorrect Answers\nFlat?,It is round,It is round; A ball,It is flat\n",
+}
+
+
+def write(name, data, content=None):
+    """The task's file with these lines, or the ones above."""
+    content = FILES[name] if content is None else content
+    path = data / TASKS[name].path
+    if name == "mmlu_cot":
+        path = path / "test" / "chemistry_test.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = name in ("gsm8k", "aqua", "csqa", "mbpp", "humaneval")
+    text = content if isinstance(content, str) else "\n".join(map(json.dumps, content)) if lines else json.dumps(content)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+RIGHT = {
+    "gsm8k": " They are 1040. The answer is 1,040.",
+    "svamp": " 3 * 2 = 6. The answer is $6.00.",
+    "aqua": " It is 2. The answer is (b).",
+    "csqa": " In a bank. The answer is (b).",
+    "strategyqa": " Yes. The answer is yes.",
+    "date": " The answer is 01/03/2003.",
+    "sports": " The answer is no.",
+    "humaneval": "    return x + x\n",
+    "mbpp": "def double(x):\n    return x + x\n",
+    "mmlu_cot": " The answer is (b).",
+    "truthfulqa": " It is a round ball.",
+}
+WRONG = {
+    "gsm8k": " The answer is 104.",
+    "svamp": " The answer is 66.",
+    "aqua": " The answer is (a).",
+    "csqa": " I think (b) may be it.",
+    "strategyqa": " The answer is no.",
+    "date": " The answer is 03/01/2003.",
+    "sports": " The answer is yes.",
+    "humaneval": "    return x\n",
+    "mbpp": "def double(x):\n    return x\n",
+    "mmlu_cot": "",
+    "truthfulqa": " It is flat.",
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks(name, tmp_path):
+    write(name, tmp_path)
+    task, (item,) = load_task(name, tmp_path)
+    assert task.judge(item, RIGHT[name]).correct
+    assert not task.judge(item, WRONG[name]).correct
+    prompts = [task.prompt(item, count) for count in range(task.max_shots + 1)]
+    assert all(len(prompts[i]) < len(prompts[i + 1]) and prompts[i + 1].endswith(prompts[0]) for i in range(task.max_shots))
+    assert item.question in prompts[0] and task.max_shots == 0 or not any(stop in RIGHT[name] for stop in task.stop)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_bad_data(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^data: no {TASKS[name].path}"):
+        load_task(name, tmp_path)
+    path = write(name, tmp_path, '{"half": ' if name not in ("mmlu_cot", "truthfulqa") else "a,b\n1,2\n")
+    with pytest.raises(ValueError, match="^data: .*item 1 is malformed"):
+        load_task(name, tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="^task: expected one of gsm8k"):
+        load_task("chess", tmp_path)
+
+
+def test_the_examples_are_judged_right():
+    """Each answer in the prompts is one that the task's own rule reads."""
+    for name in ("gsm8k", "aqua", "csqa", "strategyqa", "date", "sports", "mmlu_cot"):
+        task = TASKS[name]
+        item = evaluation.tasks.Item("", "?", "")
+        prompt = task.prompt(item, task.max_shots)
+        for example in prompt.split("\n\nQ: "):
+            if example.strip() not in ("?\nA:", "Q: ?\nA:"):
+                assert task.judge(item, example).answer is not None, example
+
+
+def test_strict_and_flexible(tmp_path):
+    write("gsm8k", tmp_path)
+    task, (item,) = load_task("gsm8k", tmp_path)
+    verdict = task.judge(item, " It is 1040")
+    assert verdict.scores == {"strict": False, "flexible": True} and not verdict.correct
+    verdict = task.judge(item, " The answer is 1040. Then 3 more")
+    assert verdict.scores == {"strict": True, "flexible": False} and verdict.correct
+
+
+def test_rouge1():
+    assert rouge1("the cat sat", "The cat, sat!") == 1
+    assert rouge1("a b", "b c") == 0.5
+    assert rouge1("", "x") == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("x = 1", "passed"),
+        ("assert False, 'no'", "AssertionError: no"),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("while True: pass", "timeout"),
+        ("x = bytearray(2 << 30)", "MemoryError"),
+        ("import socket; socket.socket()", "PermissionError: socket.__new__ is not allowed here"),
+        ("import subprocess; subprocess.run(['true'])", "PermissionError: subprocess.Popen is not allowed here"),
+        ("import os; os.fork()", "PermissionError: os.fork is not allowed here"),
+        ("open('big', 'wb').write(bytes(2 << 20))", "OSError: [Errno 27] File too large"),
+        ("import os; assert not os.listdir('.') and __name__ == 'answer'", "passed"),
+        ("def", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_sandbox(code, outcome):
+    assert run_code(code, seconds=2) == outcome
+
+
+def test_wilson():
+    low, high = wilson(8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1 and wilson(0, 0) == (0, 1)
+
+
+def test_mcnemar():
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1
+    assert mcnemar(0, 6) == mcnemar(6, 0) == 2 / 64
+    assert mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
+
+
+def test_modes():
+    base = SiriusConfig(sparsity="fsparse", thresholds="x.json", density=0.4, period=8)
+    assert [(config.mode, config.sparsity, config.thresholds) for config in (config_of(m, base) for m in evaluation.MODES)] == [
+        ("full", "fsparse", "x.json"),
+        ("sparse", "csparse", None),
+        ("sparse", "fsparse", "x.json"),
+        ("sirius", "csparse", None),
+        ("sirius", "fsparse", "x.json"),
+    ]
+    with pytest.raises(ValueError, match="^modes: expected some of full"):
+        config_of("dense", base)
+
+
+def test_results_survive(tmp_path):
+    file, run = tmp_path / "out.jsonl", {"task": "csqa", "density": 0.5}
+    results = Results(file, run, resume=False)
+    results.add({"mode": "full", "id": "a", "correct": True})
+    results.close()
+    with file.open("a") as cut:
+        cut.write('{"mode": "full", "id": "b", "corr')
+    with pytest.raises(ValueError, match="^out: .*exists; resume it"):
+        Results(file, run, resume=False)
+    with pytest.raises(ValueError, match="^out: .*another density; choose"):
+        Results(file, {**run, "density": 0.4}, resume=True)
+    results = Results(file, run, resume=True)
+    assert results.done() == {("full", "a")}
+    results.add({"mode": "full", "id": "b", "correct": False})
+    results.close()
+    assert [record["id"] for record in read_results(file)[1]] == ["a", "b"]
+    file.write_text("nonsense\n")
+    with pytest.raises(ValueError, match="not a file of results"):
+        Results(file, run, resume=True)
+
+
+def test_summary():
+    def record(mode, key, correct, periods=(), **more):
+        stats = {"density": 0.7, "decode_seconds": 2.0, "periods": list(periods)}
+        return {
+            "mode": mode,
+            "id": key,
+            "correct": correct,
+            "scores": {"exact": correct},
+            "tokens": [1, 2],
+            "stats": stats,
+            **more,
+        }
+
+    records = [record("full", key, right) for key, right in zip("abcd", (True, True, False, True))]
+    periods = [(3, 3, 4, False), (3, 1, 2, False), (1, 1, 2, True)]
+    records += [record("sirius-c", key, right, periods) for key, right in zip("abc", (True, False, True))]
+    records.append({"mode": "sirius-c", "id": "d", "correct": False, "error": "RuntimeError: x"})
+    full, sirius = summarize(records, ["full", "sirius-c"])
+    assert (full["items"], full["accuracy"], full["effective_density"]) == (4, 0.75, 0.7) and "p" not in full
+    assert (sirius["items"], sirius["failed"], sirius["accuracy"]) == (4, 1, 0.5)
+    assert (sirius["gained"], sirius["lost"], sirius["p"]) == (1, 2, mcnemar(1, 2))
+    assert sirius["average_advance_length"] == 3 and sirius["corrected_fraction"] == pytest.approx(3 / 24)
+    assert sirius["effective_density"] == pytest.approx((2 * 3 * 0.7 + 2) / 6)
+    assert sirius["ms_per_token"] == 1000 and sirius["scores"] == {"exact": 0.5}
+    console = Console(width=100, record=True)
+    evaluation.report("a title", [full, sirius], console)
+    assert "counted as wrong (see the file for the reasons): sirius-c 1" in console.export_text()
+
+
+def test_on_the_default_model(tmp_path, capsys):
+    """Stopped after two items, gone on with, and in two parts: the same records."""
+    lines = [{**CSQA, "id": str(i)} for i in range(3)]
+    lines[2]["question"] = {**CSQA["question"], "stem": "Where is money kept? " * 4000}
+    write("csqa", tmp_path, lines)
+    arguments = ["eval", "--task", "csqa", "--data", str(tmp_path), "--modes", "full,sirius-c", "--shots", "1", "--period", "4"]
+
+    def run(out, *more):
+        assert cli.main([*arguments, "--out", str(tmp_path / out), *more]) == 0
+        records = read_results(tmp_path / out)[1]
+        return {(r["mode"], r["id"]): (r["correct"], r.get("text"), r.get("error")) for r in records}
+
+    assert len(run("some.jsonl", "--limit", "2", "--accept", "match")) == 4
+    found = run("some.jsonl", "--resume", "--accept", "match")
+    assert found == run("first.jsonl", "--shard", "1/2", "--accept", "match") | run(
+        "second.jsonl", "--shard", "2/2", "--accept", "match"
+    )
+    assert len(found) == 6
+    for item in ("0", "1"):
+        assert found["full", item] == found["sirius-c", item] and found["full", item][2] is None
+    assert not found["full", "2"][0] and "context" in found["full", "2"][2]
+    assert "full 1, sirius-c 1" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modes", "full,dense"], "modes: expected"),
+        (["--shots", "9"], "--shots: expected 0 to 5"),
+        (["--limit", "0"], "--limit: expected"),
+        (["--shard", "2/2"], "--shard: part 2 of 2 has no items"),
+        (["--accept", "sample"], "--accept: expected"),
+        (["--density", "0"], "density: expected"),
+        (["--data", "nowhere"], "data: no "),
+        (["--out", "no/such/folder.jsonl"], "--out: no folder"),
+    ],
+)
+def test_bad_options(options, message, tmp_path, capsys):
+    write("csqa", tmp_path)
+    arguments = ["eval", "--task", "csqa", "--data", str(tmp_path), "--out", str(tmp_path / "out.jsonl")]
+    assert cli.main([*arguments, *options]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
