@@ -225,8 +225,10 @@ def summary(stats: Stats) -> str:
         f"{stats.tokens} tokens in {seconds:.2f} s (prefill {stats.prefill_seconds:.2f} s), {stats.ms_per_token:.1f} ms/token"
     ]
     if stats.average_advance_length is not None:
+        of = "" if stats.period == "auto" else f" of {stats.period}"
+        nodes = f", {stats.drafted_nodes:.1f} drafted" if stats.tree_width > 1 else ""
         parts.append(
-            f"AAL {stats.average_advance_length:.2f} of {stats.period}, effective density {stats.effective_density:.3f}, "
+            f"AAL {stats.average_advance_length:.2f}{of}{nodes}, effective density {stats.effective_density:.3f}, "
             f"corrected {stats.corrected_fraction:.1%}"
         )
     return "; ".join(parts)

@@ -12,26 +12,27 @@ ACCEPT_RULES = ("threshold", "match", "sample")
 MAX_PERIOD = 256
 MAX_AUTO_PERIOD = 32
 MAX_WIDTH = 16
-MAX_NODES = 1024  # of a tree: its logits alone are this many times the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig:
     """How to decode. Names and defaults are those of the Sirius paper (arXiv 2409.03856).
 
-    mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them
-    alone. sparsity: "csparse", one set of neurons per prompt, chosen during its prefill (GRIFFIN's rule); "fsparse", a set per
-    token, those of largest |silu(gate x)| (CATS' idea). density: fraction of MLP neurons kept in every layer, in (0, 1].
-    thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, keep the neurons whose
-    |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density. period: tokens that one
-    full pass verifies, 1 to 256; the first of them was chosen by the full model. "auto" chooses each from the acceptance and
-    the cost of passes measured so far (`adaptive.AdaptivePeriod`), 32 at most; under "threshold" and "sample" the text then
-    depends on these measurements and may differ from run to run. tree_width: branches kept at each draft step, 1 to 16; 1 is a
-    chain. At most 1024 nodes, 1 + (period - 1) * tree_width. prune: in a tree, a leaf whose best continuation is above 0.95
-    proposes only that one. threshold: a drafted token is kept when the full model gives it at least this likelihood, in [0, 1].
-    score_temperature: temperature of the softmax behind that likelihood, more than 0. accept: "threshold" (the paper's rule:
-    text close to the full model's), "match" (text equal to the full model's greedy text) or "sample" (text distributed exactly
-    as the full model's samples; needs do_sample=True).
+    mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
+    sparsity: "csparse", one set of neurons per prompt, chosen during its prefill (GRIFFIN's rule); "fsparse", a set per token,
+        those of largest |silu(gate x)| (CATS' idea).
+    density: fraction of MLP neurons kept in every layer, in (0, 1].
+    thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
+        |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
+    period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. "auto" chooses each
+        period, 32 at most, from the acceptance and the cost of passes measured so far (`adaptive.AdaptivePeriod`); under
+        "threshold" and "sample" the text then depends on these measurements and may differ from run to run.
+    tree_width: branches kept at each draft step, 1 to 16; 1 is a chain. A period has 1 + (period - 1) * tree_width nodes.
+    prune: in a tree, a leaf whose best continuation is above 0.95 proposes only that one.
+    threshold: a drafted token is kept when the full model gives it at least this likelihood, in [0, 1].
+    score_temperature: temperature of the softmax behind that likelihood, more than 0.
+    accept: "threshold" (the paper's rule: text close to the full model's), "match" (text equal to the full model's greedy text)
+        or "sample" (text distributed exactly as the full model's samples; needs do_sample=True).
 
     Raises TypeError or ValueError that names the field.
     """
@@ -60,10 +61,6 @@ class SiriusConfig:
         if self.period != "auto":
             _check_count("period", self.period, MAX_PERIOD, ' or "auto"')
         _check_count("tree_width", self.tree_width, MAX_WIDTH)
-        if self.nodes > MAX_NODES:
-            raise ValueError(
-                f"period, tree_width: expected at most {MAX_NODES} nodes, 1 + (period - 1) * tree_width, got {self.nodes}"
-            )
         if not isinstance(self.prune, bool):
             raise TypeError(f"prune: expected True or False, got {self.prune!r}")
         if self.prune and self.tree_width == 1:
@@ -84,14 +81,7 @@ class SiriusConfig:
     @property
     def longest_period(self) -> int:
         """The period, or the longest one that "auto" may choose."""
-        if self.period != "auto":
-            return self.period
-        return min(MAX_AUTO_PERIOD, 1 + (MAX_NODES - 1) // self.tree_width)
-
-    @property
-    def nodes(self) -> int:
-        """Tokens that a verification judges at most, x0 among them."""
-        return 1 + (self.longest_period - 1) * self.tree_width
+        return MAX_AUTO_PERIOD if self.period == "auto" else self.period
 
 
 def _check_count(name: str, value: object, most: int, alternative: str = "") -> None:

@@ -104,11 +104,13 @@ class Engine:
     ) -> SiriusOutput:
         """Decode; `transformers`' own generate resolves the settings, so what it takes is taken here too.
 
-        input_ids: int64 [batch, t], left-padded where attention_mask is 0. config: in place of the engine's. tokenizer: for
-        stop_strings, in place of the engine's. generator: draws what do_sample draws; torch's default one without it. settings:
-        max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting that cannot
-        be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a ValueError. The text's
-        batch-mates do not matter: prompts are decoded one by one.
+        input_ids: int64 [batch, t], left-padded where attention_mask is 0. The text's batch-mates do not matter: prompts are
+            decoded one by one.
+        config: in place of the engine's.
+        tokenizer: for stop_strings, in place of the engine's.
+        generator: draws what do_sample draws; torch's default one without it.
+        settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting that
+            cannot be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a ValueError.
         """
         if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"input_ids: expected an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")

@@ -20,11 +20,14 @@ METRICS = (
 class Period:
     """One verification.
 
-    drafted: passes of S, as many tokens as could be accepted. nodes: tokens that S proposed, in all branches. accepted: length
-    of the accepted run. branch: which node of its depth ended that run, 0 the likeliest; None if nothing was accepted.
-    committed: tokens that joined the text, F's own one included. cut: the end of the text shortened the period, so that it says
-    nothing about how far a verification advances. likelihoods: F's likelihood of each proposed token. seconds: wall time of
-    draft, verification and acceptance.
+    drafted: passes of S, as many tokens as could be accepted.
+    nodes: tokens that S proposed, in all branches.
+    accepted: length of the accepted run.
+    branch: which node of its depth ended that run, 0 the likeliest; None if nothing was accepted.
+    committed: tokens that joined the text, F's own one included.
+    cut: the end of the text shortened the period, so that it says nothing about how far a verification advances.
+    likelihoods: F's likelihood of each proposed token.
+    seconds: wall time of draft, verification and acceptance.
     """
 
     drafted: int
@@ -103,9 +106,11 @@ class _Metrics:
 class PromptStats(_Metrics):
     """One prompt's decoding.
 
-    mode, period, tree_width: as configured. density: of the sparse model, parameters touched per token / all parameters (1 in
-    mode "full"). prompt_tokens, tokens: lengths of prompt and returned text. finish: "eos", "length" (the limit asked for),
-    "context" (the model's limit) or "criteria" (a stopping criterion). Seconds are wall time.
+    mode, period, tree_width: as configured.
+    density: of the sparse model, parameters touched per token / all parameters (1 in mode "full").
+    prompt_tokens, tokens: lengths of prompt and returned text.
+    finish: "eos", "length" (the limit asked for), "context" (the model's limit) or "criteria" (a stopping criterion or string).
+    Seconds are wall time.
     """
 
     mode: str

@@ -43,6 +43,92 @@ def test_match_and_full_print_the_same_text(capsys, tmp_path):
     assert texts[1] == texts[0] == texts[2]
 
 
+def test_a_seed_makes_a_text(capsys, tmp_path):
+    """And different seeds different ones, by a chain, a tree and the full model."""
+    file = tmp_path / "out.json"
+    for way in (["--period", "4"], ["--tree-width", "3", "--period", "4", "--sparsity", "fsparse"], ["--mode", "full"]):
+        arguments = ["generate", "--prompt", PROMPT, "--sample", "--max-new-tokens", "10", "--json", str(file), *way]
+        texts = []
+        for seed in ("1", "1", "2"):
+            status, out, _ = run(capsys, *arguments, "--seed", seed, "--top-k", "40", "--temperature", "1.5")
+            record = json.loads(file.read_text())
+            assert status == 0 and out.strip() == record["text"].strip()
+            texts.append(record["token_ids"])
+        assert texts[0] == texts[1] != texts[2]
+        assert record["config"]["accept"] == "sample"
+        assert record["sampling"] == {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 1.0, "seed": 2}
+
+
+def test_trees_periods_and_stop_strings(capsys):
+    full = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--dtype", "float32", "--mode", "full")[1]
+    for way in (["--tree-width", "4", "--period", "3"], ["--tree-width", "2", "--prune"], ["--period", "auto"]):
+        arguments = ["--prompt", PROMPT, "--max-new-tokens", "16", "--dtype", "float32", "--accept", "match", *way]
+        status, out, err = run(capsys, "generate", *arguments)
+        assert status == 0 and out == full, err
+    stop = full.split()[2]
+    _, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--stop", "#@", "--stop", stop)
+    assert stop in out and len(out) < len(full)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"{n} times {n + 1} is {n * (n + 1)}, as every school child knows." for n in range(30)))
+    return file
+
+
+def test_calibrate_writes_thresholds_that_generate_takes(capsys, tmp_path, text):
+    file = tmp_path / "thresholds.json"
+    status, out, err = run(capsys, "calibrate", "--text", str(text), "--density", "0.4", "--out", str(file))
+    assert status == 0 and err.strip() == "" and "density 0.4" in out and str(file) in out
+    record = json.loads(file.read_text())
+    assert record["density"] == 0.4 and len(record["values"]) == len(record["kept"]) == 30 and min(record["values"]) > 0
+    assert sum(record["kept"]) / 30 == pytest.approx(0.4, abs=0.03)
+    arguments = [
+        "generate",
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        "8",
+        "--thresholds",
+        str(file),
+        "--json",
+        str(tmp_path / "j"),
+    ]
+    for mode in (["--sparsity", "fsparse"], ["--mode", "fsparse"]):
+        status, out, err = run(capsys, *arguments, *mode, "--density", "0.4")
+        assert status == 0 and out.strip(), err
+        assert json.loads((tmp_path / "j").read_text())["config"]["thresholds"] == str(file)
+    status, out, err = run(capsys, *arguments, "--sparsity", "fsparse")
+    assert status == 2 and out == "" and "was made for density 0.4, but density is 0.5" in err
+    status, _, err = run(capsys, *arguments, "--density", "0.4")
+    assert status == 2 and 'thresholds: they need sparsity="fsparse"' in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "no-such-folder/t.json"], "--out: no folder"),
+        (["--text", "no-such-file"], "no-such-file"),
+        (["--density", "1"], "density: expected more than 0 and less than 1"),
+        (["--model", "no/such/model/anywhere"], "model: 'no/such/model/anywhere' does not exist"),
+    ],
+)
+def test_calibrate_errors_are_one_line(capsys, tmp_path, text, arguments, message):
+    status, out, err = run(capsys, "calibrate", "--text", str(text), "--out", str(tmp_path / "t.json"), *arguments)
+    assert status == 2 and out == "" and not (tmp_path / "t.json").exists()
+    assert err.startswith("sirius_ext: error: ") and message in err and err.count("\n") == 1
+
+
+def test_calibrate_needs_a_text_of_some_length(capsys, tmp_path):
+    (tmp_path / "short").write_text("Too short.")
+    status, _, err = run(capsys, "calibrate", "--text", str(tmp_path / "short"), "--out", str(tmp_path / "t.json"))
+    assert status == 2 and "text: expected at least 64 tokens, got" in err
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    status, _, err = run(capsys, "calibrate", "--text", str(tmp_path / "binary"), "--out", str(tmp_path / "t.json"))
+    assert status == 2 and "--text: " in err and "is not UTF-8" in err
+
+
 def test_threads(capsys):
     assert run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--threads", "1")[0] == 0
 
@@ -55,6 +141,17 @@ def test_threads(capsys):
         (["--prompt", "x", "--density", "0"], "density: expected"),
         (["--prompt", "x", "--threshold", "2"], "threshold: expected"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: expected"),
+        (["--prompt", "x", "--period", "257"], 'period: expected 1 to 256 or "auto"'),
+        (["--prompt", "x", "--tree-width", "17"], "tree_width: expected 1 to 16"),
+        (["--prompt", "x", "--tree-width", "16", "--period", "80"], "expected at most 1024 nodes"),
+        (["--prompt", "x", "--prune"], "prune: a chain has nothing to prune"),
+        (["--prompt", "x", "--seed", "1"], "--seed: it needs --sample"),
+        (["--prompt", "x", "--sample", "--temperature", "0"], "--temperature: expected"),
+        (["--prompt", "x", "--sample", "--top-k", "-1"], "--top-k: expected"),
+        (["--prompt", "x", "--sample", "--top-p", "0"], "--top-p: expected"),
+        (["--prompt", "x", "--sample", "--accept", "match"], "do_sample=True with accept='match'"),
+        (["--prompt", "x", "--accept", "sample"], 'accept="sample" without do_sample=True'),
+        (["--prompt", "x", "--thresholds", "no-such-file", "--sparsity", "fsparse"], "thresholds: no file no-such-file"),
         (["--prompt", "x", "--threads", "0"], "--threads: expected"),
         (["--prompt", "x", "--dtype", "int8"], "dtype: expected one of"),
         (["--prompt", "x", "--device", "cuda"], "device: 'cuda'"),

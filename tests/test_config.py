@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sirius_ext.config import MAX_AUTO_PERIOD, MAX_NODES, MAX_PERIOD, MAX_WIDTH, SiriusConfig
+from sirius_ext.config import MAX_AUTO_PERIOD, MAX_PERIOD, MAX_WIDTH, SiriusConfig
 
 
 def test_defaults_are_the_papers():
@@ -47,7 +47,7 @@ def test_is_frozen():
         {"period": 1, "tree_width": MAX_WIDTH},
         {"period": MAX_PERIOD, "tree_width": 4},
         {"period": 64, "tree_width": MAX_WIDTH},
-        {"period": 94, "tree_width": 11},  # 1024 nodes
+        {"period": 256, "tree_width": 16},
         {"tree_width": 2, "prune": True},
         {"tree_width": 2, "prune": True, "accept": "match"},
         {"threshold": 0},
@@ -120,9 +120,6 @@ def test_nonsense_is_named(field, value, error):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"period": MAX_PERIOD, "tree_width": 5}, "^period, tree_width: expected at most 1024 nodes, .* got 1276$"),
-        ({"period": 65, "tree_width": MAX_WIDTH}, "^period, tree_width: expected at most 1024 nodes, .* got 1025$"),
-        ({"period": 95, "tree_width": 11}, "^period, tree_width: expected at most 1024 nodes, .* got 1035$"),
         ({"prune": True}, "^prune: .*tree_width > 1"),
         ({"prune": True, "tree_width": 2, "accept": "sample"}, "^prune: not with accept"),
         ({"sparsity": "csparse", "thresholds": "thresholds.json"}, "^thresholds: .*fsparse"),
@@ -144,23 +141,6 @@ def test_period_names_its_alternative():
         SiriusConfig(tree_width=17)
 
 
-@pytest.mark.parametrize(
-    ("period", "tree_width", "longest", "nodes"),
-    [(16, 1, 16, 16), (1, 1, 1, 1), (1, 16, 1, 1), (256, 1, 256, 256), (16, 4, 16, 61), (64, 16, 64, 1009), (94, 11, 94, 1024)],
-)
-def test_nodes(period, tree_width, longest, nodes):
-    config = SiriusConfig(period=period, tree_width=tree_width)
-    assert (config.longest_period, config.nodes) == (longest, nodes)
-
-
-@pytest.mark.parametrize("tree_width", range(1, MAX_WIDTH + 1))
-def test_auto_stays_within_the_nodes(tree_width):
-    config = SiriusConfig(period="auto", tree_width=tree_width)
-    assert config.longest_period == MAX_AUTO_PERIOD == 32
-    assert config.nodes == 1 + 31 * tree_width <= MAX_NODES
-
-
-def test_properties_are_not_settings():
-    names = {field.name for field in dataclasses.fields(SiriusConfig)}
-    assert not names & {"longest_period", "nodes"}
-    assert dataclasses.replace(SiriusConfig(), period=8, tree_width=3).nodes == 22
+def test_the_longest_period():
+    assert SiriusConfig(period=17).longest_period == 17
+    assert SiriusConfig(period="auto", tree_width=MAX_WIDTH).longest_period == MAX_AUTO_PERIOD == 32
