@@ -2,56 +2,46 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import statistics
-from collections import deque
 
 from .config import MAX_AUTO_PERIOD
 
-_FIRST = 4  # the first period of a text, and of a probe
-_FORGET = 0.9  # weight of a period's evidence after the next
 FIRST_ALPHA = 0.9  # acceptance assumed before anything is known
 _PRIOR = 4.0  # drafts that an assumption counts for
-_RECENT = 7  # passes whose median is the cost
+_FIRST = 4  # the first period of a text, and of a probe
+_FORGET = 0.9  # weight of a period's evidence after the next
+_FORGET_COST = 0.97  # weight of a pass's time after the next
+# What a pass of F is taken to cost before any was measured: (rows, passes of S), each counting for half a measured pass.
+_ASSUMED = ((1, 1.3), (16, 1.6))
 _PROBE = 32, 512  # tokens by F alone before drafting is tried again: at first, and at most
 
 
 class Costs:
-    """Seconds of recent passes, medians: of S, and of F by its number of rows. Kept with the model, so that a second text
-    knows."""
+    """What a pass of F costs in passes of S, by its rows: a straight line through recent passes, by least squares. Kept with the
+    model, so that a second text knows.
+
+    Ratios and not seconds: both are bound by the memory, whose speed other programs change all the time; only passes that ran one
+    after the other can be compared.
+    """
 
     def __init__(self) -> None:
-        self._recent: dict[object, deque[float]] = {}
-        self._sparse: dict[object, float] = {}
-        self._full: list[tuple[int, float]] = []  # by rising row count
+        self._sums: dict[object, tuple[float, ...]] = {}  # by the kind of S: weight, x, y, xx, xy
 
-    def saw_sparse(self, kind: object, seconds: float) -> None:
-        self._sparse[kind] = self._median(("sparse", kind), seconds)
+    def observe(self, kind: object, rows: int, ratio: float) -> None:
+        """A pass of F over so many rows took `ratio` times as long as the passes of S beside it."""
+        expected = self.full(kind, rows)
+        ratio = min(max(ratio, expected / 2), 2 * expected)  # something else had the processor
+        new = (1.0, rows, ratio, rows * rows, rows * ratio)
+        self._sums[kind] = tuple(_FORGET_COST * old + add for old, add in zip(self._sums.get(kind, (0.0,) * 5), new))
 
-    def saw_full(self, rows: int, seconds: float) -> None:
-        median = self._median(("full", rows), seconds)
-        self._full = sorted([(m, cost) for m, cost in self._full if m != rows] + [(rows, median)])
-
-    def _median(self, key: object, seconds: float) -> float:
-        recent = self._recent.setdefault(key, deque(maxlen=_RECENT))
-        recent.append(seconds)
-        return statistics.median(recent)
-
-    def sparse(self, kind: object) -> float | None:
-        """Of one pass of that kind; None if there was none."""
-        return self._sparse.get(kind)
-
-    def full(self, rows: int) -> float | None:
-        """Of one pass, on the straight line through the nearest row counts seen, and never falling; None if there was none."""
-        above = bisect.bisect_left(self._full, (rows, 0.0))
-        if above == len(self._full):
-            return self._full[-1][1] if self._full else None
-        high, most = self._full[above]
-        if above == 0 or high == rows:
-            return most
-        low, least = self._full[above - 1]
-        return least + max(0.0, most - least) * (rows - low) / (high - low)
+    def full(self, kind: object, rows: int) -> float:
+        """Of one pass of F over so many rows, in passes of S of that kind; it never falls with the rows."""
+        n, x, y, xx, xy = self._sums.get(kind, (0.0,) * 5)
+        for at, value in _ASSUMED:
+            n, x, y, xx, xy = n + 0.5, x + at / 2, y + value / 2, xx + at * at / 2, xy + at * value / 2
+        slope = max(0.0, (n * xy - x * y) / (n * xx - x * x))
+        return max(0.1, y / n + slope * (rows - x / n))
 
 
 @dataclasses.dataclass
@@ -59,15 +49,15 @@ class AdaptivePeriod:
     """Chooses each period of one text.
 
     Where a draft is accepted with probability `alpha`, a period of n commits 1 + alpha + ... + alpha^(n - 1) tokens on average
-    and costs n - 1 passes of S and one of F over all nodes. `next` returns the n of least cost per token, at most twice the
-    last one, so that a cost that was never measured is approached and not guessed. n = 1 is F alone; it then probes drafting
-    again after 32 tokens, twice as many after each probe that did not change the answer, 512 at most.
+    and costs n - 1 passes of S and one of F over all nodes. `next` returns the n of least cost per token, at most twice the last
+    one, so that it is approached and not jumped to. n = 1 is F alone; it then probes drafting again after 32 tokens, twice as
+    many after each probe that did not change the answer, 512 at most.
 
-    assumed: alpha at first; that of the text before, say.
+    kind: of S; what its passes cost is not compared with those of another. assumed: alpha at first; that of the text before, say.
     """
 
     costs: Costs
-    kind: object  # of the sparse pass
+    kind: object
     width: int = 1
     longest: int = MAX_AUTO_PERIOD
     assumed: float = FIRST_ALPHA
@@ -75,6 +65,8 @@ class AdaptivePeriod:
     def __post_init__(self) -> None:
         self._accepted, self._judged = self.assumed * _PRIOR, _PRIOR
         self._last, self._wait, self._since = _FIRST, _PROBE[0], 0
+        self._sparse: list[float] = []  # seconds of this period's passes of S
+        self._sparse_before = self._full_before = None  # of the period before, if it had such a pass, and only one row in F's
 
     @property
     def alpha(self) -> float:
@@ -94,16 +86,28 @@ class AdaptivePeriod:
         return min(self._last, self.longest)
 
     def _best(self) -> int:
-        sparse, full = self.costs.sparse(self.kind), self.costs.full(1)
-        if sparse is None or full is None:
-            return _FIRST
-        best, least, tokens = 1, full, 0.0
+        best, least, tokens = 1, self.costs.full(self.kind, 1), 0.0
         for n in range(1, self.longest + 1):
             tokens += self.alpha ** (n - 1)
-            cost = ((n - 1) * sparse + self.costs.full(1 + (n - 1) * self.width)) / tokens
+            cost = (n - 1 + self.costs.full(self.kind, 1 + (n - 1) * self.width)) / tokens
             if cost < least:
                 best, least = n, cost
         return best
+
+    def saw_sparse(self, seconds: float) -> None:
+        """A pass of S took so long."""
+        self._sparse.append(seconds)
+
+    def saw_full(self, rows: int, seconds: float) -> None:
+        """The pass of F that ends a period took so long."""
+        sparse = statistics.median(self._sparse) if self._sparse else None
+        if sparse is not None and self._full_before is not None:
+            self.costs.observe(self.kind, 1, self._full_before / sparse)
+        unit = sparse if sparse is not None else self._sparse_before
+        if unit is not None:
+            self.costs.observe(self.kind, rows, seconds / unit)
+        self._sparse_before, self._full_before = sparse, seconds if rows == 1 else None
+        self._sparse.clear()
 
     def observe(self, drafted: int, accepted: int) -> None:
         """What became of a period's drafts: `accepted` right ones and, unless all were, one wrong."""

@@ -13,7 +13,7 @@ from .adaptive import FIRST_ALPHA, AdaptivePeriod
 from .config import SiriusConfig
 from .model import Model
 from .sampling import Greedy, Logits, rule_of
-from .sparsity import CSparse, FSparse, sparse_density
+from .sparsity import CSparse, FSparse, sparse_density, sparsity_of
 from .stats import Period, PromptStats
 from .tree import Tree
 
@@ -57,23 +57,17 @@ def generate(model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Tex
 class _Decoding:
     def __init__(self, model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, options: Options) -> None:
         self.model, self.prompt, self.config, self.text, self.process = model, prompt, config, text, options.process
-        weights = model.weights
         self.rule = rule_of(config, options.sample, options.generator)
-        self.sparsity = None
+        self.sparsity, density = None, 1.0
         if config.mode != "full":
-            self.sparsity = (
-                CSparse(len(weights.layers), weights.intermediate, config.density)
-                if config.sparsity == "csparse"
-                else FSparse(weights.intermediate, config.density, options.thresholds)
-            )
+            self.sparsity = sparsity_of(config, model.weights, options.thresholds)
+            density = sparse_density(config, model.weights)
         corrects = config.mode == "sirius"
         self.stats = PromptStats(
             mode=config.mode,
             period=config.period if corrects else 1,
             tree_width=config.tree_width if corrects else 1,
-            density=1.0
-            if config.mode == "full"
-            else sparse_density(config.sparsity, config.density, weights.num_mlp_parameters, weights.num_parameters),
+            density=density,
             prompt_tokens=len(prompt),
         )
         self.tree = Tree(config.longest_period - 1, config.tree_width) if corrects else Tree(0, 1)
@@ -110,9 +104,7 @@ class _Decoding:
     def _commit(self, tokens: list[int]) -> int:
         """Hand tokens to the text; the last one is the root of what comes next. Returns how many belong to the text."""
         if self.process:
-            self.ids[self.length + 1 - len(tokens) : self.length + 1] = torch.tensor(tokens)[
-                : self.text.limit - self.stats.tokens
-            ]
+            self.ids[self.length + 1 - len(tokens) : self.length + 1] = torch.tensor(tokens)
         self.tree.plant(tokens[-1], self.length)
         committed = self.text.commit(tokens)
         self.stats.tokens += committed
@@ -134,7 +126,7 @@ class _Decoding:
         drafted = time.perf_counter()
         path, own, likelihoods = self.rule.accept(tree, self._pass(slice(0, tree.size)))
         if self.adaptive:
-            self.model.costs.saw_full(tree.size, time.perf_counter() - drafted)
+            self.adaptive.saw_full(tree.size, time.perf_counter() - drafted)
             self.adaptive.observe(tree.depth, len(path))
             self.model.alphas[self.adaptive.kind, self.config.accept] = self.adaptive.alpha
         # F overwrote the cache entries of S. A chain's accepted ones stand in their places; a tree's are moved there. Dropping
@@ -161,7 +153,7 @@ class _Decoding:
                 if tree.size == before:
                     break
             if self.adaptive:
-                self.model.costs.saw_sparse(self.adaptive.kind, time.perf_counter() - started)
+                self.adaptive.saw_sparse(time.perf_counter() - started)
 
     def _pass(self, nodes: slice, sparsity: CSparse | FSparse | None = None, argmax: torch.Tensor | None = None) -> Logits:
         """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given."""

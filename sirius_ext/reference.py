@@ -621,6 +621,8 @@ def _draft(
         scores = torch.tensor([tree.scores[leaf] for leaf in leaves])
         prune = 0.95 if config.prune else 1.0
         tokens, parents, scores = tree_expand(logits, scores, config.tree_width, config.score_temperature, prune)
+        if len(tokens) == 0:
+            break
         parents = [leaves[parent] for parent in parents]
         leaves = list(range(len(tree.tokens), len(tree.tokens) + len(tokens)))
         tree.tokens += tokens.tolist()

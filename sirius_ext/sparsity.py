@@ -7,6 +7,9 @@ import functools
 
 import torch
 
+from .config import SiriusConfig
+from .weights import Weights
+
 # Share of an MLP's parameters that a sparse model skips in a neuron left out: all three matrices, or two where gate is dense.
 _SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3}
 
@@ -25,10 +28,10 @@ def kept_neurons(density: float, intermediate: int) -> int:
     return max(1, round(density * intermediate))
 
 
-def sparse_density(sparsity: str, density: float, num_mlp_parameters: int, num_parameters: int) -> float:
+def sparse_density(config: SiriusConfig, weights: Weights) -> float:
     """Parameters that the sparse model touches for a token, over all parameters (SPEC section 2): `1 - (1 - d) * M / P` for
     CSparse, `1 - (1 - d) * (2 / 3) * M / P` for FSparse."""
-    return 1 - (1 - density) * _SKIPPED[sparsity] * num_mlp_parameters / num_parameters
+    return 1 - (1 - config.density) * _SKIPPED[config.sparsity] * weights.num_mlp_parameters / weights.num_parameters
 
 
 class CSparse:
@@ -72,3 +75,10 @@ class FSparse:
         if self._thresholds is not None:
             return Kind.THRESHOLD, 0, self._thresholds.data_ptr(), 0
         return Kind.LARGEST, 0, 0, self._kept
+
+
+def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor | None = None) -> CSparse | FSparse:
+    """What the config asks for, for one prompt."""
+    if config.sparsity == "csparse":
+        return CSparse(len(weights.layers), weights.intermediate, config.density)
+    return FSparse(weights.intermediate, config.density, thresholds)

@@ -54,7 +54,9 @@ class Tree:
         self._starts.append(self.size + 1)
 
     def grow(self, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> None:
-        """One more depth. tokens int32 [c], their parents among the leaves int32 [c], scores float32 [c]; c <= width."""
+        """One more depth: tokens, their parents among the leaves int32 [c], scores float32 [c]; c <= width. None: no depth."""
+        if len(tokens) == 0:
+            return
         leaves, new = self.leaves, slice(self.size, self.size + len(tokens))
         self.depth += 1
         self._starts.append(new.stop)

@@ -221,8 +221,8 @@ def test_a_tree_ends_at_the_first_eos(accept):
     assert any(period.committed <= period.accepted and period.cut for period in last), "no EOS inside a period"
 
 
-def test_the_largest_tree():
-    """1024 nodes at most: masks of 16 words."""
+def test_a_large_tree():
+    """1009 nodes: masks of 16 words."""
     config = SiriusConfig(tree_width=16, period=64, threshold=0, density=0.5)
     wide = Engine(tiny("llama3", max_position_embeddings=512))
     tokens, stats = decode(wide, prompt(3), config, 70)
