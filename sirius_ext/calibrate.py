@@ -45,8 +45,7 @@ def calibrate(model: Model, tokens: torch.Tensor, density: float, progress: Call
     of tokens read so far. ValueError for a text too short or a density outside (0, 1).
     """
     w = model.weights
-    if not 0 < density < 1:
-        raise ValueError(f"density: expected more than 0 and less than 1, got {density}")
+    check_density(density)
     if len(tokens) < LEAST_TOKENS:
         raise ValueError(f"text: expected at least {LEAST_TOKENS} tokens, got {len(tokens)}")
     held_back = max(1, int(HELD_BACK * len(tokens)))
@@ -66,6 +65,12 @@ def calibrate(model: Model, tokens: torch.Tensor, density: float, progress: Call
     return Thresholds(density, values, kept, (len(tokens), held_back), w.fingerprint())
 
 
+def check_density(density: float) -> None:
+    """ValueError for one that no threshold can be found for."""
+    if not 0 < density < 1:
+        raise ValueError(f"density: expected more than 0 and less than 1, got {density}")
+
+
 def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -> torch.Tensor:
     """The thresholds of a file, float32 [layers]. ValueError if it is not one, or made for another model or density."""
     try:
@@ -74,6 +79,8 @@ def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -
             raise KeyError(record["format"])
         values = torch.tensor([float(value) for value in record["values"]])
         made_for, model = float(record["density"]), record["model"]
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise ValueError("a threshold is not a number of at least 0")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"thresholds: no file {file}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from transformers import TextStreamer
 
 from . import __version__, demo, evaluation, ops
-from .calibrate import calibrate
+from .calibrate import calibrate, check_density
 from .config import ACCEPT_RULES, SPARSITIES, SiriusConfig
 from .engine import GREEDY, Engine, encode, prepare
 from .hub import DEFAULT_MODEL, parse_dtype
@@ -142,6 +142,8 @@ def _period(text: str) -> int | str:
 
 def _config(options: argparse.Namespace, **values) -> SiriusConfig:
     """From the options that `_add_decoding_options` added, and other values."""
+    if options.thresholds is not None and not options.thresholds.is_file():
+        raise ValueError(f"--thresholds: no file {options.thresholds}")
     names = ("density", "thresholds", "period", "tree_width", "prune", "threshold")
     return SiriusConfig(**{name: getattr(options, name) for name in names}, **values)
 
@@ -154,6 +156,8 @@ def _generate(options: argparse.Namespace) -> int:
         sparsity=options.mode if alone else options.sparsity,
         accept=options.accept or ("sample" if options.sample else DEFAULTS.accept),
     )
+    if config.mode == "sirius" and options.sample != (config.accept == "sample"):
+        raise ValueError(f"--accept: {config.accept} and {'' if options.sample else 'no '}--sample do not go together")
     sampling, generator = _sampling(options)
     _check_tokens(options)
     _check_folder("--json", options.json)
@@ -251,6 +255,7 @@ def _read(name: str, file: Path) -> str:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    check_density(options.density)
     _check_folder("--out", options.out)
     text = _read("--text", options.text)
     engine = _engine(options, DEFAULTS)

@@ -150,6 +150,9 @@ def test_threads(capsys):
         (["--prompt", "x", "--sample", "--temperature", "0"], "--temperature: expected"),
         (["--prompt", "x", "--sample", "--top-k", "-1"], "--top-k: expected"),
         (["--prompt", "x", "--sample", "--top-p", "0"], "--top-p: expected"),
+        (["--prompt", "x", "--sample", "--accept", "match"], "--accept: match and --sample do not go together"),
+        (["--prompt", "x", "--accept", "sample"], "--accept: sample and no --sample do not go together"),
+        (["--prompt", "x", "--thresholds", "nowhere", "--sparsity", "fsparse"], "--thresholds: no file nowhere"),
         (["--prompt", "x", "--threads", "0"], "--threads: expected"),
         (["--prompt", "x", "--dtype", "int8"], "dtype: expected one of"),
         (["--prompt", "x", "--device", "cuda"], "device: 'cuda'"),
@@ -163,20 +166,6 @@ def test_errors_are_one_line(capsys, arguments, message):
     status, out, err = run(capsys, "generate", *arguments)
     assert status == 2 and out == ""
     assert err.startswith("sirius_ext: error: ") and message in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--sample", "--accept", "match"], "do_sample=True with accept='match'"),
-        (["--accept", "sample"], 'accept="sample" without do_sample=True'),
-        (["--thresholds", "no-such-file", "--sparsity", "fsparse"], "thresholds: no file no-such-file"),
-    ],
-)
-def test_errors_behind_loading(capsys, arguments, message):
-    status, out, err = run(capsys, "generate", "--prompt", "x", *arguments)
-    assert status == 2 and out == ""
-    assert err.splitlines()[-1].startswith("sirius_ext: error: ") and message in err.splitlines()[-1]
 
 
 def test_prompt_and_prompt_file_exclude_each_other(capsys):
