@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import machine
 
-from sirius_ext.evaluation import MODES, load_task, read_results, summarize
+from sirius_ext.evaluation import load_task, modes_in, read_results, summarize
 
 COLUMNS = "| model | task | items | mode | accuracy | 95 % | +/- | p | AAL | effective density | corrected |"
 
@@ -39,7 +39,7 @@ def run_of(file: Path, name: str, data: Path) -> dict:
     """What was run, and a row for every mode."""
     run, records = read_results(file)
     _, items = load_task(run["task"], data)
-    modes = [mode for mode in MODES if any(record["mode"] == mode for record in records)]
+    modes = modes_in(records)
     done = {mode: {record["id"] for record in records if record["mode"] == mode} for mode in modes}
     order = [item.id for item in items]
     whole = next((i for i, key in enumerate(order) if not all(key in done[mode] for mode in modes)), len(order))

@@ -1,5 +1,6 @@
 """The evaluation suite: tasks, judging, the sandbox, results that survive being stopped, and a run on the default model."""
 
+import dataclasses
 import gzip
 import json
 
@@ -189,6 +190,29 @@ def test_modes():
         config_of("dense", base)
 
 
+def test_modes_with_settings():
+    base = SiriusConfig(sparsity="fsparse", threshold=0.3)
+    assert config_of("sirius-c:period=8:threshold=0.2", base) == SiriusConfig(period=8, threshold=0.2)
+    assert config_of("sirius-f:tree_width=2", base) == dataclasses.replace(base, tree_width=2)
+    assert config_of("csparse:density=0.7", base) == SiriusConfig(mode="sparse", density=0.7, threshold=0.3)
+    assert config_of("sirius-c:period=auto", base).period == "auto"
+    bad = {
+        "sirius-c:perod=8": "settings among density, period, tree_width",
+        "csparse:period=8": "settings among density for csparse",
+        "full:density=0.5": "settings among none for full",
+        "sirius-c:period": "expected a number for period",
+        "sirius-c:period=half": "expected a number for period",
+        "sirius-c:period=0": "^period: expected 1 to",
+    }
+    for mode, message in bad.items():
+        with pytest.raises(ValueError, match=message):
+            config_of(mode, base)
+    with pytest.raises(ValueError, match="^--thresholds: made for one density"):
+        config_of("fsparse:density=0.7", dataclasses.replace(base, thresholds="x.json"))
+    records = [{"mode": mode} for mode in ("sirius-c:period=8", "csparse", "sirius-c", "full", "csparse")]
+    assert evaluation.modes_in(records) == ["full", "csparse", "sirius-c", "sirius-c:period=8"]
+
+
 def test_results_survive(tmp_path):
     file, run = tmp_path / "out.jsonl", {"task": "csqa", "density": 0.5}
     results = Results(file, run, resume=False)
@@ -257,6 +281,7 @@ def test_on_the_default_model(tmp_path, capsys):
         "second.jsonl", "--shard", "2/2", "--accept", "match"
     )
     assert len(found) == 6
+    assert run("rest.jsonl", "--skip", "2", "--accept", "match") == {key: found[key] for key in found if key[1] == "2"}
     for item in ("0", "1"):
         assert found["full", item] == found["sirius-c", item] and found["full", item][2] is None
     assert not found["full", "2"][0] and "context" in found["full", "2"][2]
@@ -268,7 +293,8 @@ def test_side_by_side_on_the_default_model(tmp_path):
     lines = [{**CSQA, "id": str(i), "question": {**CSQA["question"], "stem": f"Where is {i} kept?"}} for i in range(4)]
     lines[2]["question"]["stem"] = "Where is money kept? " * 4000
     write("csqa", tmp_path, lines)
-    arguments = ["eval", "--task", "csqa", "--data", str(tmp_path), "--modes", "full,csparse,sirius-f", "--shots", "2"]
+    arguments = ["eval", "--task", "csqa", "--data", str(tmp_path), "--shots", "2"]
+    arguments += ["--modes", "full,csparse,sirius-f,sirius-c:tree_width=2:period=3"]
 
     def run(out, *more):
         arguments_of_run = [*arguments, "--period", "4", "--dtype", "float32", "--out", str(tmp_path / out), *more]
@@ -278,7 +304,7 @@ def test_side_by_side_on_the_default_model(tmp_path):
     one_by_one = run("single.jsonl")
     run("batched.jsonl", "--batch", "3", "--limit", "2")
     side_by_side = run("batched.jsonl", "--batch", "3", "--resume")
-    assert side_by_side.keys() == one_by_one.keys() and len(side_by_side) == 12
+    assert side_by_side.keys() == one_by_one.keys() and len(side_by_side) == 16
     assert summarize(list(side_by_side.values()), ["full"])[0]["ms_per_token"] is None
     times = ("prefill_seconds", "decode_seconds", "ms_per_token")
     for key, record in side_by_side.items():
@@ -301,7 +327,10 @@ def test_side_by_side_on_the_default_model(tmp_path):
         (["--accept", "sample"], "--accept: expected"),
         (["--batch", "0"], "--batch: expected"),
         (["--batch", "2", "--period", "auto"], "--batch: more than 1 needs"),
-        (["--batch", "2", "--tree-width", "3"], "--batch: more than 1 needs"),
+        (["--batch", "2", "--modes", "full,sirius-c:period=auto"], "--batch: more than 1 needs"),
+        (["--modes", "sirius-c:width=2"], "modes: expected settings among"),
+        (["--skip", "-1"], "--skip: expected at least 0"),
+        (["--skip", "1"], "--skip: expected less than the 1 items"),
         (["--density", "0"], "density: expected"),
         (["--data", "nowhere"], "data: no "),
         (["--out", "no/such/folder.jsonl"], "--out: no folder"),

@@ -9,7 +9,7 @@ from test_evaluation import CSQA, write
 from sirius_ext import SiriusConfig, cli
 from sirius_ext.evaluation import study
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.runner import read_results
+from sirius_ext.evaluation.runner import config_of, read_results
 
 BASE = SiriusConfig(sparsity="fsparse", period=4)
 
@@ -21,20 +21,14 @@ def plan(data, **values):
 
 def decode(asked, items, results):
     """A run that is right where the threshold is low, and says what it was asked for."""
-    for item in items:
-        for mode in asked.modes:
+    for mode in asked.modes:
+        config = config_of(mode, asked.base)
+        for item in items:
             if (mode, item.id) not in results.done():
-                right = mode == "full" or asked.base.threshold < 0.2
+                right = mode == "full" or config.threshold < 0.2
                 stats = {"density": 0.6, "decode_seconds": 1.0, "periods": [[3, 3, 4, False]]}
-                record = {
-                    "mode": mode,
-                    "id": item.id,
-                    "correct": right,
-                    "scores": {"exact": right},
-                    "tokens": [1],
-                    "stats": stats,
-                }
-                results.add({**record, "base": asked.base.threshold})
+                record = {"mode": mode, "id": item.id, "correct": right, "scores": {"exact": right}, "tokens": [1]}
+                results.add({**record, "stats": stats, "asked": [config.threshold, config.period]})
 
 
 def test_study(tmp_path):
@@ -43,20 +37,26 @@ def test_study(tmp_path):
     rows = study.study(plan(tmp_path, limit=2), "threshold", (0.1, 0.3), out, decode)
     assert [(row["mode"], row["value"], row["accuracy"], row["items"]) for row in rows] == [
         ("full", None, 1, 2),
-        ("0.1", 0.1, 1, 2),
-        ("0.3", 0.3, 0, 2),
+        ("sirius-c", 0.1, 1, 2),
+        ("sirius-c:threshold=0.3", 0.3, 0, 2),
     ]
     assert rows[1]["effective_density"] == pytest.approx((3 * 0.6 + 1) / 4) and rows[2]["lost"] == 2
-    files = ["full.jsonl", "sirius-c-threshold-0.1.jsonl", "sirius-c-threshold-0.3.jsonl"]
-    assert sorted(file.name for file in out.iterdir()) == files
-    assert [record["base"] for record in read_results(out / files[2])[1]] == [0.3, 0.3]
+    (file,) = out.iterdir()
+    assert [record["asked"] for record in read_results(file)[1][2:]] == [[0.1, 4], [0.1, 4], [0.3, 4], [0.3, 4]]
 
     # More items and another value: only what is missing is decoded.
-    before = (out / files[1]).read_text()
+    before = file.read_text()
     rows = study.study(plan(tmp_path), "threshold", (0.1, 0.05), out, decode)
-    assert (out / files[1]).read_text().startswith(before) and [row["items"] for row in rows] == [4, 4, 4]
+    assert file.read_text().startswith(before) and [row["items"] for row in rows] == [4, 4, 4]
+    assert len(read_results(file)[1]) == 6 + 2 + 2 + 4
     # Fewer items again: those are summed up.
     assert [row["items"] for row in study.study(plan(tmp_path, limit=1), "threshold", (0.1,), out, decode)] == [1, 1]
+    # Another study finds what they share: Full, and what has the settings that are not varied.
+    before = file.read_text()
+    rows = study.study(plan(tmp_path), "period", (4, 2), out, decode)
+    assert [(row["mode"], row["value"]) for row in rows] == [("full", None), ("sirius-c", 4), ("sirius-c:period=2", 2)]
+    assert file.read_text().startswith(before) and len(read_results(file)[1]) == 14 + 4
+    assert read_results(file)[1][-1]["asked"] == [0.1, 2]
     with pytest.raises(ValueError, match="^out: .*another period"):
         other = plan(tmp_path, base=dataclasses.replace(BASE, period=8))
         study.study(other, "threshold", (0.1,), out, decode)
@@ -66,7 +66,7 @@ def test_study(tmp_path):
     ("what", "values", "base", "message"),
     [
         ("threshold", (0.1,), {"accept": "match"}, "^--what: the threshold decides nothing"),
-        ("density", (0.5,), {"thresholds": "file"}, "^--thresholds: made for one density"),
+        ("density", (0.4,), {"thresholds": "file"}, "^--thresholds: made for one density"),
         ("period", (4, 4), {}, "^--values: expected one or several different"),
         ("period", (), {}, "^--values: expected one or several different.*none"),
         ("width", (2, 99), {}, "^tree_width: expected 1 to 16"),
@@ -75,14 +75,14 @@ def test_study(tmp_path):
 )
 def test_what_cannot_be_studied(what, values, base, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        study.vary(plan(tmp_path, base=dataclasses.replace(BASE, **base)), what, values)
+        study.vary(plan(tmp_path, base=dataclasses.replace(BASE, **base), modes=("sirius-f",)), what, values)
 
 
 @pytest.mark.parametrize("what", study.SETTINGS)
 def test_the_default_values_are_valid(what, tmp_path):
-    field = study.SETTINGS[what].field
-    plans = study.vary(plan(tmp_path), what, study.SETTINGS[what].values)
-    assert [getattr(each.base, field) for each in plans.values()] == list(study.SETTINGS[what].values)
+    setting, base = study.SETTINGS[what], plan(tmp_path).base
+    modes = study.vary(plan(tmp_path), what, setting.values)
+    assert list(modes.values()) == [getattr(config_of(mode, base), setting.field) for mode in modes] == list(setting.values)
 
 
 def test_command(tmp_path, capsys):

@@ -16,7 +16,7 @@ from .analyze import analyze, summary
 from .extras import need
 from .jobs import by_processes, by_ray, launched, processes
 from .plan import Plan
-from .runner import MODES, Results, config_of, merge, report, summarize
+from .runner import MODES, Results, config_of, merge, modes_in, report, summarize
 from .study import SETTINGS, Runner, plot, study
 from .tasks import TASKS, Item
 from .transcript import page, show, show_summary
@@ -37,7 +37,12 @@ def _add_eval(commands) -> None:
     suite.description = "Few-shot, generated answers. Each result goes to a file of JSON lines as soon as it is known."
     _add_task_options(suite)
     suite.add_argument("--out", metavar="FILE", type=Path, required=True)
-    suite.add_argument("--modes", type=lambda text: text.split(","), default=",".join(MODES), help="some of them")
+    suite.add_argument(
+        "--modes",
+        type=lambda text: text.split(","),
+        default=",".join(MODES),
+        help="some of these, also with settings of their own, as in sirius-c:period=8:threshold=0.2",
+    )
     _add_ways(suite)
     suite.add_argument("--shard", type=_shard, default="1/1", help="i/k: the i-th of k parts of the items")
     suite.add_argument("--resume", action="store_true", help="go on with what --out holds")
@@ -73,7 +78,7 @@ def _add_analyze(commands) -> None:
         "token, S goes on, and so forth until the answer is right or nothing is rejected."
     )
     _add_task_options(analysis)
-    analysis.add_argument("--items", type=lambda text: text.split(","), help="ids, in place of the first --limit")
+    analysis.add_argument("--items", type=lambda text: text.split(","), help="ids, in place of --skip and --limit")
     analysis.add_argument("--mode", choices=SPARSITIES, default=DEFAULTS.sparsity, help="the sparse model")
     add_sparsity_options(analysis)
     analysis.add_argument("--out", metavar="FILE", type=Path, required=True, help="the coloured transcripts, as HTML")
@@ -83,6 +88,7 @@ def _add_analyze(commands) -> None:
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--data", metavar="DIR", type=Path, help="folder of the tasks' files (default: the Hugging Face hub)")
+    parser.add_argument("--skip", type=int, default=0, help="items left out at the beginning, such as settings were chosen on")
     parser.add_argument("--limit", type=int, help="items at most")
     parser.add_argument("--shots", type=int, help="examples in the prompt (default: 5, or as many as there are)")
 
@@ -104,7 +110,7 @@ def _plan(options: argparse.Namespace, modes: tuple[str, ...], **more) -> Plan:
     # Thresholds are for FSparse; `config_of` drops them for CSparse.
     accept = getattr(options, "accept", None) or DEFAULTS.accept
     base = decoding_config(options, sparsity="fsparse", accept=accept)
-    names = ("model", "dtype", "device", "threads", "task", "data", "shots", "limit", "batch")
+    names = ("model", "dtype", "device", "threads", "task", "data", "shots", "skip", "limit", "batch")
     return Plan(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}, modes=tuple(modes), base=base, **more
     )
@@ -124,8 +130,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     run, records = merge(options.files)
-    modes = list(dict.fromkeys(record["mode"] for record in records))
-    report(_title(run), summarize(records, [mode for mode in MODES if mode in modes]), Console())
+    report(_title(run), summarize(records, modes_in(records)), Console())
     if options.out:
         check_folder("--out", options.out)
         Results.write(options.out, run, records)
@@ -158,7 +163,7 @@ def _analyze(options: argparse.Namespace) -> int:
     plan = _plan(options, (options.mode,))
     items = plan.items()
     if options.items:
-        by_id = {item.id: item for item in dataclasses.replace(plan, limit=None).items()}
+        by_id = {item.id: item for item in dataclasses.replace(plan, skip=0, limit=None).items()}
         unknown = [name for name in options.items if name not in by_id]
         if unknown:
             raise ValueError(f"--items: {plan.task} has no {', '.join(unknown)}; its first ids are {', '.join(list(by_id)[:3])}")

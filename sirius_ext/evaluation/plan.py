@@ -24,9 +24,11 @@ class Plan:
     model, dtype, device, threads: as `options.add_command` has them.
     data: the folder of the tasks' files; None is the Hugging Face hub.
     shots: examples in the prompt; None is 5, or as many as the task has.
+    skip: items left out at the beginning: those that settings were chosen on, say.
     limit: items at most.
     shard: (i, k), the i-th of k parts of the items, counted from 1.
     batch: items side by side: much faster, but nothing is timed then.
+    modes: as `runner.config_of` has them.
     base: the settings that the modes share.
 
     ValueError for an unknown mode or task, or a number out of its range.
@@ -41,6 +43,7 @@ class Plan:
     modes: tuple[str, ...]
     base: SiriusConfig
     shots: int | None = None
+    skip: int = 0
     limit: int | None = None
     shard: tuple[int, int] = (1, 1)
     batch: int = 1
@@ -48,8 +51,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.base.accept == "sample":
             raise ValueError("--accept: expected threshold or match, got sample; the tasks are decoded greedily")
-        for mode in self.modes:
-            config_of(mode, self.base)
+        configs = [config_of(mode, self.base) for mode in self.modes]
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         most = TASKS[self.task].max_shots
@@ -57,18 +59,22 @@ class Plan:
             object.__setattr__(self, "shots", min(SHOTS, most))
         if not 0 <= self.shots <= most:
             raise ValueError(f"--shots: expected 0 to {most} for {self.task}, got {self.shots}")
+        if self.skip < 0:
+            raise ValueError(f"--skip: expected at least 0, got {self.skip}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit: expected at least 1, got {self.limit}")
         if self.batch < 1:
             raise ValueError(f"--batch: expected at least 1, got {self.batch}")
-        if self.batch > 1 and (self.base.period == "auto" or self.base.tree_width > 1):
-            raise ValueError("--batch: more than 1 needs a fixed period and chains; --period auto and --tree-width go one by one")
+        if self.batch > 1 and any(config.period == "auto" for config in configs):
+            raise ValueError("--batch: more than 1 needs a fixed period; with --period auto, which measures, items go one by one")
 
     def items(self) -> list[Item]:
         """Of this part. ValueError or OSError if they cannot be had."""
         items = load_items(self.task) if self.data is None else load_task(self.task, self.data)[1]
+        if self.skip >= len(items):
+            raise ValueError(f"--skip: expected less than the {len(items)} items of {self.task}, got {self.skip}")
         index, count = self.shard
-        items = items[: self.limit][index - 1 :: count]
+        items = items[self.skip :][: self.limit][index - 1 :: count]
         if not items:
             raise ValueError(f"--shard: part {index} of {count} has no items")
         return items

@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from ..config import SiriusConfig
 from ..engine import GREEDY, Engine, prepare
+from ..options import parse_period
 from ..stats import Period, PromptStats, Stats
 from .batched import Batch, Seat
 from .statistics import mcnemar, wilson
@@ -36,12 +37,38 @@ MODES = {
 }
 
 
+# What may be set for one mode, behind its name, and how it is read.
+SETTINGS = {"density": float, "period": parse_period, "tree_width": int, "threshold": float, "score_temperature": float}
+
+
 def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
-    """ValueError for an unknown mode."""
-    if mode not in MODES:
+    """A mode's config: one of MODES, and behind colons what differs from the base, as in `sirius-c:period=8:threshold=0.2`.
+
+    ValueError for an unknown mode, or a setting that is none or not one of this mode's.
+    """
+    name, *texts = mode.split(":")
+    if name not in MODES:
         raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {mode!r}")
-    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    return SiriusConfig(**values | MODES[mode])
+    own = {}
+    for text in texts:
+        setting, _, value = text.partition("=")
+        usable = SETTINGS if name.startswith("sirius") else () if name == "full" else ("density",)
+        if setting not in usable:
+            raise ValueError(f"modes: expected settings among {', '.join(usable) or 'none'} for {name}, got {mode!r}")
+        try:
+            own[setting] = SETTINGS[setting](value)
+        except ValueError as error:
+            raise ValueError(f"modes: expected a number for {setting}, got {mode!r}") from error
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | MODES[name]
+    if "density" in own and values["thresholds"] is not None:
+        raise ValueError(f"--thresholds: made for one density, so not for {mode}")
+    return SiriusConfig(**values | own)
+
+
+def modes_in(records: Iterable[dict]) -> list[str]:
+    """The modes of records in the order of MODES, those with settings of their own behind the others of their name."""
+    found = dict.fromkeys(record["mode"] for record in records)
+    return sorted(found, key=lambda mode: (list(MODES).index(mode.split(":")[0]), ":" in mode))
 
 
 class Results:

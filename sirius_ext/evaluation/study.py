@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from .extras import need
 from .plan import Plan
-from .runner import Results, summarize
+from .runner import Results, config_of, summarize
 from .tasks import Item
 
 # Decodes what the results lack of a plan's items.
@@ -35,45 +36,35 @@ SETTINGS = {
 FULL = "full"
 
 
-def vary(plan: Plan, what: str, values: Sequence[float]) -> dict[float, Plan]:
-    """The plan with each value of a setting. ValueError for a value that the config refuses, or a study that cannot differ."""
+def vary(plan: Plan, what: str, values: Sequence[float]) -> dict[str, float]:
+    """The plan's one mode with each value of a setting: modes, and their values. A value that the plan has anyway is not named,
+    so that studies share it. ValueError for a value that the config refuses, or a study that cannot differ."""
     if what == "threshold" and plan.base.accept != "threshold":
         raise ValueError(f"--what: the threshold decides nothing with --accept {plan.base.accept}")
-    if what == "density" and plan.base.thresholds is not None:
-        raise ValueError("--thresholds: made for one density, so not for a study of densities")
     if not values or len(set(values)) < len(values):
         raise ValueError(f"--values: expected one or several different ones, got {', '.join(map(str, values)) or 'none'}")
-    field = SETTINGS[what].field
-    return {value: dataclasses.replace(plan, base=dataclasses.replace(plan.base, **{field: value})) for value in values}
+    (mode,), field = plan.modes, SETTINGS[what].field
+    modes = {mode if value == getattr(plan.base, field) else f"{mode}:{field}={value}": value for value in values}
+    for each in modes:
+        config_of(each, plan.base)
+    return modes
 
 
 def study(plan: Plan, what: str, values: Sequence[float], folder: Path, run: Runner) -> list[dict]:
-    """Decode the plan's items by the full model once, and in the plan's one mode with each value of a setting.
+    """Decode the plan's items by the full model, and in the plan's one mode with each value of a setting.
 
-    folder: gets `full.jsonl` and a file of results per value; what is there already is not done again. Returns the rows of
-    `runner.summarize`, Full's first; the other modes are the values as text, and each row has its `value`.
+    folder: gets `results.jsonl`, as eval writes it; what is there already, from whatever study, is not done again. Returns the
+    rows of `runner.summarize`, Full's first; each has its `value`.
     """
-    plans = vary(plan, what, values)
-    (mode,) = plan.modes
+    modes = vary(plan, what, values)
+    plan = dataclasses.replace(plan, modes=(FULL, *modes))
     items = plan.items()
     folder.mkdir(parents=True, exist_ok=True)
-    records = _run(dataclasses.replace(plan, modes=(FULL,)), items, folder / "full.jsonl", run)
-    names = {str(value): value for value in plans}
-    for name, value in names.items():
-        found = _run(plans[value], items, folder / f"{mode}-{what}-{name}.jsonl", run)
-        records = records + [{**record, "mode": name} for record in found]
-    chosen = {item.id for item in items}
-    rows = summarize([record for record in records if record["id"] in chosen], [FULL, *names])
-    return [{**row, "value": names.get(row["mode"])} for row in rows]
-
-
-def _run(plan: Plan, items: list[Item], file: Path, run: Runner) -> list[dict]:
-    results = Results(file, plan.record(), resume=True)
-    try:
+    with contextlib.closing(Results(folder / "results.jsonl", plan.record(), resume=True)) as results:
         run(plan, items, results)
-    finally:
-        results.close()
-    return results.records
+    chosen = {item.id for item in items}
+    rows = summarize([record for record in results.records if record["id"] in chosen], plan.modes)
+    return [{**row, "value": modes.get(row["mode"])} for row in rows]
 
 
 def plot(rows: Sequence[dict], what: str, title: str, file: Path) -> None:
