@@ -27,23 +27,8 @@ class Model : public Weights {
   void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache,
             Address v_cache, int sparsity, Address neurons, Address thresholds, int kept, Address logits, Address argmax,
             Address workspace, int num_rows, int first_slot, int prefix, int capacity, int threads) const {
-    const DecodeStepParams p{&get(),
-                             at<int32_t>(tokens),
-                             at<int32_t>(positions),
-                             at<float>(cos),
-                             at<float>(sin),
-                             at<uint64_t>(mask),
-                             mask_words,
-                             at(k_cache),
-                             at(v_cache),
-                             {Sparsity::Kind(sparsity), at<int32_t>(neurons), at<float>(thresholds), kept},
-                             at<float>(logits),
-                             at<int32_t>(argmax),
-                             at(workspace),
-                             num_rows,
-                             first_slot,
-                             prefix,
-                             capacity};
+    const DecodeStepParams p = params(tokens, positions, cos, sin, mask, mask_words, k_cache, v_cache, sparsity, neurons,
+                                      thresholds, kept, logits, argmax, workspace, num_rows, first_slot, prefix, capacity);
     cpu::with_team(threads, [&] { cpu::decode_step(p); });
   }
 };
@@ -187,11 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("accept", accept, Unlocked());
   m.def("kv_rewrite", kv_rewrite, Unlocked());
 
-  py::class_<Model>(m, "Model")
-      .def(py::init<int, int, int, int, int, int, int, float, float, Address, Address, Address,
-                    const std::vector<std::vector<Address>>&>())
-      .def("workspace", &Model::workspace)
-      .def("step", &Model::step, Unlocked());
+  py::class_<Model>(m, "Model").def(weights_init()).def("workspace", &Model::workspace).def("step", &Model::step, Unlocked());
 
 #if defined(SIRIUS_HAVE_CUDA)
   auto cuda = m.def_submodule("cuda");

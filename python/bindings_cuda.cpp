@@ -170,23 +170,8 @@ class Model : public Weights {
             Address v_cache, int sparsity, Address neurons, Address thresholds, int kept, Address logits, Address argmax,
             Address workspace, int num_rows, int first_slot, int capacity, Address base, Address alive, Address counters,
             Address stream) const {
-    const DecodeStepParams p{&get(),
-                             at<int32_t>(tokens),
-                             at<int32_t>(positions),
-                             at<float>(cos),
-                             at<float>(sin),
-                             at<uint64_t>(mask),
-                             mask_words,
-                             at(k_cache),
-                             at(v_cache),
-                             {Sparsity::Kind(sparsity), at<int32_t>(neurons), at<float>(thresholds), kept},
-                             at<float>(logits),
-                             at<int32_t>(argmax),
-                             at(workspace),
-                             num_rows,
-                             first_slot,
-                             0,
-                             capacity};
+    const DecodeStepParams p = params(tokens, positions, cos, sin, mask, mask_words, k_cache, v_cache, sparsity, neurons,
+                                      thresholds, kept, logits, argmax, workspace, num_rows, first_slot, 0, capacity);
     cuda::decode_step(p, {at<int32_t>(base), at<int32_t>(alive), at<int32_t>(counters)}, at(stream));
   }
 };
@@ -202,10 +187,8 @@ void tree_expand(Address logits, Address scores, float score_temperature, float 
 void accept(Address logits, Address drafts, Address parents, Address scores, float threshold, float score_temperature, bool match,
             Address likelihoods, Address argmax, Address path, Address accepted, int num_rows, int vocab, Address floats,
             Address counters, Address stream) {
-  cuda::accept(
-      {at<float>(logits), at<int32_t>(drafts), at<int32_t>(parents), at<float>(scores), threshold, score_temperature, match,
-       at<float>(likelihoods), at<int32_t>(argmax), at<int32_t>(path), at<int32_t>(accepted), nullptr, num_rows, vocab},
-      nullptr, workspace_at(floats, counters), at(stream));
+  accept_within(logits, drafts, parents, scores, threshold, score_temperature, match, likelihoods, argmax, path, accepted,
+                num_rows, vocab, 0, floats, counters, stream);
 }
 
 }  // namespace
@@ -241,8 +224,7 @@ void bind_cuda(py::module_& m) {
   m.def("advance", advance, Unlocked());
 
   py::class_<Model>(m, "Model", py::module_local())
-      .def(py::init<int, int, int, int, int, int, int, float, float, Address, Address, Address,
-                    const std::vector<std::vector<Address>>&>())
+      .def(weights_init())
       .def("workspace", &Model::workspace)
       .def("step", &Model::step, Unlocked());
 }

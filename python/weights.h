@@ -1,6 +1,8 @@
 // The addresses of a model's weights, for both backends.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <vector>
 
 #include "../csrc/params.h"
@@ -43,7 +45,36 @@ class Weights {
 
   const sirius::ModelWeights& get() const { return weights_; }
 
+  // Of a pass over these weights.
+  sirius::DecodeStepParams params(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words,
+                                  Address k_cache, Address v_cache, int sparsity, Address neurons, Address thresholds, int kept,
+                                  Address logits, Address argmax, Address workspace, int num_rows, int first_slot, int prefix,
+                                  int capacity) const {
+    return {&weights_,
+            at<int32_t>(tokens),
+            at<int32_t>(positions),
+            at<float>(cos),
+            at<float>(sin),
+            at<uint64_t>(mask),
+            mask_words,
+            at(k_cache),
+            at(v_cache),
+            {sirius::Sparsity::Kind(sparsity), at<int32_t>(neurons), at<float>(thresholds), kept},
+            at<float>(logits),
+            at<int32_t>(argmax),
+            at(workspace),
+            num_rows,
+            first_slot,
+            prefix,
+            capacity};
+  }
+
  private:
   sirius::ModelWeights weights_{};
   std::vector<sirius::LayerWeights> layers_;
 };
+
+inline auto weights_init() {
+  return pybind11::init<int, int, int, int, int, int, int, float, float, Address, Address, Address,
+                        const std::vector<std::vector<Address>>&>();
+}

@@ -34,7 +34,7 @@ class CudaModel(Model):
         self._periods: dict[object, PeriodGraph] = {}
         self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept: where graphs find them
         self._thresholds: torch.Tensor | None = None
-        self._words = 0
+        self._taken: CSparse | FSparse | None = None  # what stands there
 
     def _extension(self) -> ModuleType:
         return devices.cuda_functions(self.device)
@@ -107,6 +107,11 @@ class CudaModel(Model):
         """Put a prompt's sets, or the thresholds, where passes find them. Returns what `run` takes."""
         if sparsity is None:
             return Kind.DENSE, 0, 0, 0
+        if sparsity is not self._taken:  # a text's passes all come with the same one
+            self._taken, self._arguments = sparsity, self._held(sparsity)
+        return self._arguments
+
+    def _held(self, sparsity: CSparse | FSparse) -> tuple[int, ...]:
         kind, _, thresholds, kept = sparsity.arguments()
         neurons = 0
         if kind == Kind.LISTED:

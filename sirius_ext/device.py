@@ -70,8 +70,9 @@ def _counters(device: torch.device, stream: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def emulated(functions: ModuleType) -> Iterator[None]:
-    """Within it, tensors on the CPU are computed on by the CUDA kernels of a module built with csrc/simt."""
+def emulated(functions: ModuleType | None) -> Iterator[None]:
+    """Within it, tensors on the CPU are computed on by the CUDA kernels of a module built with csrc/simt; with None, by the
+    CPU's."""
     global _emulator
     before, _emulator = _emulator, functions
     try:

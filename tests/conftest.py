@@ -82,7 +82,5 @@ def one_thread(_same_everywhere):
 @pytest.fixture(params=backends.ops.available_isas())
 def isa(request):
     """An instruction set that this CPU has, in use by every engine."""
-    before = backends.ops.isa()
-    backends.ops.set_isa(request.param)
-    yield request.param
-    backends.ops.set_isa(before)
+    with backends.using(f"cpu-{request.param}"):
+        yield request.param

@@ -169,7 +169,7 @@ def test_batch_invariance(place, dtype):
 def test_rules_of_the_host(place):
     """What the device cannot decide goes through the same passes: drawn tokens, processed logits, a period that adapts."""
     engine, ids = place.engine("mistral"), prompt(9)
-    with cpu_backend():
+    with device.emulated(None):  # the CPU backend
         twin = Engine(tiny("mistral"))
     for config, settings in (
         (SiriusConfig(period=4, accept="sample"), {"do_sample": True, "temperature": 0.8, "top_k": 0}),
@@ -179,18 +179,9 @@ def test_rules_of_the_host(place):
     ):
         seeds = [{"generator": seeded(3)} if settings.get("do_sample") else {} for _ in "ab"]
         tokens, _ = decode(engine, ids, config, 12, **settings, **seeds[0])
-        with cpu_backend():
+        with device.emulated(None):  # the CPU backend
             expected, _ = decode(twin, ids, config, 12, **settings, **seeds[1])
         assert tokens == expected, config
-
-
-@contextlib.contextmanager
-def cpu_backend():
-    before, device._emulator = device._emulator, None
-    try:
-        yield
-    finally:
-        device._emulator = before
 
 
 def test_ends(place):

@@ -172,20 +172,6 @@ __device__ __forceinline__ float warp_max(float value) {
   return warp_reduce(value, [](float a, float b) { return a > b ? a : b; });
 }
 
-// Over the block, in order of the warps; every thread gets the result. `memory`: one T for each warp; free to be used again
-// after.
-template <class T, class Op>
-__device__ __forceinline__ T block_reduce(T value, T* memory, Op op) {
-  const int warps = int(blockDim.x) / kWarp;
-  value = warp_reduce(value, op);
-  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  T total = memory[0];
-  for (int i = 1; i < warps; ++i) total = op(total, memory[i]);
-  __syncthreads();
-  return total;
-}
-
 // Whether this is the last of `blocks` blocks to arrive; true in all its threads or in none. What the others wrote before is then
 // visible. The counter starts at zero and is zero again when the last block has arrived. `memory`: one int of shared memory.
 __device__ __forceinline__ bool last_block(int32_t* counter, int blocks, int32_t* memory) {

@@ -129,13 +129,6 @@ __device__ __forceinline__ void for_each_sum(int rows, int input_rows, Body&& bo
     if (i % kTileRows < rows && i / kTileRows < input_rows) body(i % kTileRows, i / kTileRows);
 }
 
-// kernel<Columns>: sixteen columns are needed for more than eight rows of input.
-template <class Body>
-void with_columns(int num_rows, Body&& body) {
-  if (num_rows <= 8) return body(std::integral_constant<int, 8>());
-  return body(std::integral_constant<int, 16>());
-}
-
 inline dim3 dot_grid(int rows, int num_rows) { return dim3(ceil_div(rows, kTileRows), ceil_div(num_rows, kTileRows)); }
 
 // Whether every row of a [*, width] array of T can be read by 16-byte loads.

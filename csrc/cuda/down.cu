@@ -195,10 +195,7 @@ void down(const DownParams& p, const int32_t* num_neurons_at, Workspace workspac
                stream, p, num_neurons_at, workspace, first * kTileRows);
       };
       for (int first = 0; first < groups; first += together) {
-        if (p.num_rows <= 8)
-          start(std::integral_constant<int, 8>(), first);
-        else
-          start(std::integral_constant<int, 16>(), first);
+        with_columns(p.num_rows, [&](auto columns) { start(columns, first); });
       }
     });
   });

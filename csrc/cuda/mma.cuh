@@ -137,4 +137,11 @@ class Tile<float, Columns> {
   float sums_[2][Columns] = {};
 };
 
+// body(columns): sixteen are needed for more than eight rows of input.
+template <class Body>
+void with_columns(int num_rows, Body&& body) {
+  if (num_rows <= 8) return body(std::integral_constant<int, 8>());
+  return body(std::integral_constant<int, 16>());
+}
+
 }  // namespace sirius::cuda

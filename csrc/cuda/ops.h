@@ -24,7 +24,7 @@ struct Norm {
   float eps;
 };
 
-// out[0, :] as in LinearParams, for 1..16 rows of input at a time: each weight is read once per 16 rows.
+// Of p.matrices the first one alone. Each weight is read once for every 16 rows of input, here and below.
 void linear(const LinearParams& p, Norm norm, StreamHandle stream);
 void gate_up(const GateUpParams& p, Norm norm, StreamHandle stream);
 void gate(const GateParams& p, Norm norm, StreamHandle stream);
