@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 
+import accuracy
 import bench_ops
 import decode
 import latency
@@ -20,6 +21,8 @@ from dense import Dense
 from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig, _simt, device
+from sirius_ext.evaluation.runner import Results
+from sirius_ext.evaluation.tasks import TASKS
 
 CPU = torch.device("cpu")
 
@@ -325,3 +328,34 @@ def test_gpu_says_what_is_missing(tmp_path):
     done = run_gpu(tmp_path, 'case "$*" in *is_available*) exit 1;; esac', "test")
     assert done.returncode == 1 and "no CUDA device that torch can use" in done.stdout
     assert run_gpu(tmp_path, "", "everything").returncode == 2
+
+
+def test_accuracy_counts_items_that_all_modes_have(tmp_path, capsys, monkeypatch):
+    """Items before --skip and behind the first unfinished one do not count; the tasks of a model are also pooled."""
+    files = []
+    for task, ids in (("sports", "0123"), ("date", "012")):
+        write_examples(tmp_path, task, 6)
+        files.append(tmp_path / f"{task}.jsonl")
+        stats = {"density": 0.6, "decode_seconds": None, "periods": [[3, 2, 3, False]]}
+        records = [
+            {"mode": mode, "id": key, "correct": mode == "full" or key == "2", "scores": {}, "tokens": [1], "stats": stats}
+            for mode, keys in (("full", ids), ("sirius-c:period=4", ids[:-1] + "5"))
+            for key in keys
+        ]
+        Results.write(files[-1], {"task": task}, records)
+    out = tmp_path / "out.json"
+    arguments = [*(f"M={file}" for file in files), "--data", str(tmp_path), "--skip", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["accuracy.py", *arguments])
+    accuracy.main()
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["task"], run["items"]) for run in runs] == [("sports", 2), ("date", 1), ("sports + date", 3)]
+    assert [(row["mode"], row["accuracy"]) for row in runs[2]["results"]] == [("full", 1), ("sirius-c:period=4", 1 / 3)]
+    assert runs[2]["results"][1]["lost"] == 2
+    assert "| sirius-c:period=4 | 0.333 |" in capsys.readouterr().out
+
+
+def write_examples(folder, task, count):
+    file = folder / TASKS[task].path
+    file.parent.mkdir(exist_ok=True)
+    row = {"input": "a", "target_scores": {"plausible": 1, "implausible": 0}}
+    file.write_text(json.dumps({"examples": [row] * count}))

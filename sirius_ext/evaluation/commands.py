@@ -151,7 +151,8 @@ def _study(options: argparse.Namespace) -> int:
     rows = study(plan, options.what, values, options.out, _runner(options))
     run = {**plan.record(), SETTINGS[options.what].field: "varied"}
     title = f"{options.mode}, {_title(run)}"
-    report(title, rows, Console())
+    shown = [{**row, "mode": row["mode"] if row["value"] is None else str(row["value"])} for row in rows]
+    report(title, shown, Console())
     picture = options.out / f"{options.mode}-{options.what}.png"
     plot(rows, options.what, title, picture)
     picture.with_suffix(".json").write_text(json.dumps({"run": run, "rows": rows}, indent=1) + "\n", encoding="utf-8")

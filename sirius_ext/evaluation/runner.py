@@ -306,27 +306,27 @@ def report(title: str, rows: Sequence[dict], console: Console) -> None:
     """The summary as a table."""
     caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
     table = Table(title=title, caption=caption, padding=(0, 0))
-    columns = ("", "items", "accuracy", "95 %", "+/-", "p", "AAL", "density", "corrected", "ms/token")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
 
-    def shown(row: dict, name: str, form: str) -> str:
-        return "" if row.get(name) is None else format(row[name], form)
+    def shown(name: str, form: str) -> list[str]:
+        return ["" if row.get(name) is None else format(row[name], form) for row in rows]
 
-    for row in rows:
-        low, high = row["interval"]
-        table.add_row(
-            row["mode"],
-            str(row["items"]),
-            shown(row, "accuracy", ".3f"),
-            f"{low:.2f}-{high:.2f}",
-            f"+{row['gained']} -{row['lost']}" if "p" in row else "",
-            shown(row, "p", ".3f"),
-            shown(row, "average_advance_length", ".2f"),
-            shown(row, "effective_density", ".3f"),
-            shown(row, "corrected_fraction", ".1%"),
-            shown(row, "ms_per_token", ".0f"),
-        )
+    columns = {
+        "": [row["mode"].replace(":", "\n") for row in rows],
+        "items": shown("items", "d"),
+        "accuracy": shown("accuracy", ".3f"),
+        "95 %": ["{:.2f}-{:.2f}".format(*row["interval"]) for row in rows],
+        "+/-": [f"+{row['gained']} -{row['lost']}" if "p" in row else "" for row in rows],
+        "p": shown("p", ".3f"),
+        "AAL": shown("average_advance_length", ".2f"),
+        "density": shown("effective_density", ".3f"),
+        "corrected": shown("corrected_fraction", ".1%"),
+        "ms/token": shown("ms_per_token", ".0f"),
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in columns:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for cells in zip(*columns.values()):
+        table.add_row(*cells)
     console.print(table)
     failures = ", ".join(f"{row['mode']} {row['failed']}" for row in rows if row["failed"])
     if failures:
