@@ -2,9 +2,11 @@
 # make test    lint and the test suite
 # make bench   the benchmarks
 # make format  what lint asks for, where a tool can do it
-# Each sets up .venv first, if needed. PYTHON=python3.12 chooses the interpreter of a new .venv.
+# Each sets up .venv first, if needed. PYTHON=python3.12 chooses the interpreter of a new .venv; TEST_JOBS=4 runs the tests in
+# four processes.
 
 PYTHON ?= python3
+TEST_JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -20,7 +22,7 @@ demo: .venv/built
 test: export SIRIUS_SIMT := ON
 test: export SIRIUS_CUDA := $(or $(SIRIUS_CUDA),$(if $(NVCC),ON,AUTO))
 test: lint .venv/built-tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal
 
 bench: .venv/bench .venv/built
 	$(BIN)/python bench/bench_ops.py
