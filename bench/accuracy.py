@@ -1,7 +1,7 @@
 """A summary of result files of `python -m sirius_ext eval`, to be kept: JSON without the texts, and tables in Markdown.
 
 Of a run that was stopped the items count that come before the first unfinished one, so that none is left out for being long.
-The tasks of a model are also taken together.
+The tasks of a model are also taken together, in the modes that all of them have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main() -> None:
         parts = [run for run in runs if run["model"] == name]
         if len(parts) > 1:
             task = " + ".join(run["task"] for run in parts)
-            runs.append({"model": name, "task": task, **of_modes(sum((run["records"] for run in parts), []))})
+            common = set.intersection(*({record["mode"] for record in run["records"]} for run in parts))
+            pooled = [record for run in parts for record in run["records"] if record["mode"] in common]
+            runs.append({"model": name, "task": task, **of_modes(pooled)})
     for run in runs:
         run.pop("records", None)
         print(f"**{run['model']}, {run['task']}, {run['items']} items**\n\n{COLUMNS}\n|{'---|' * (COLUMNS.count('|') - 1)}")

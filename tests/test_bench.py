@@ -332,23 +332,26 @@ def test_gpu_says_what_is_missing(tmp_path):
 
 def test_accuracy_counts_items_that_all_modes_have(tmp_path, capsys, monkeypatch):
     """Items before --skip and behind the first unfinished one do not count; the tasks of a model are also pooled."""
-    files = []
-    for task, ids in (("sports", "0123"), ("date", "012")):
+    stats = {"density": 0.6, "decode_seconds": None, "periods": [[3, 2, 3, False]]}
+    done = {
+        "sports": {"full": "0123", "sirius-c:period=4": "0125"},
+        "date": {"full": "012", "csparse": "012", "sirius-c:period=4": "01"},
+    }
+    for task, modes in done.items():
         write_examples(tmp_path, task, 6)
-        files.append(tmp_path / f"{task}.jsonl")
-        stats = {"density": 0.6, "decode_seconds": None, "periods": [[3, 2, 3, False]]}
         records = [
             {"mode": mode, "id": key, "correct": mode == "full" or key == "2", "scores": {}, "tokens": [1], "stats": stats}
-            for mode, keys in (("full", ids), ("sirius-c:period=4", ids[:-1] + "5"))
+            for mode, keys in modes.items()
             for key in keys
         ]
-        Results.write(files[-1], {"task": task}, records)
+        Results.write(tmp_path / f"{task}.jsonl", {"task": task}, records)
     out = tmp_path / "out.json"
-    arguments = [*(f"M={file}" for file in files), "--data", str(tmp_path), "--skip", "1", "--out", str(out)]
+    arguments = [*(f"M={tmp_path / task}.jsonl" for task in done), "--data", str(tmp_path), "--skip", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["accuracy.py", *arguments])
     accuracy.main()
     runs = json.loads(out.read_text())["runs"]
     assert [(run["task"], run["items"]) for run in runs] == [("sports", 2), ("date", 1), ("sports + date", 3)]
+    assert [row["mode"] for row in runs[1]["results"]] == ["full", "csparse", "sirius-c:period=4"]
     assert [(row["mode"], row["accuracy"]) for row in runs[2]["results"]] == [("full", 1), ("sirius-c:period=4", 1 / 3)]
     assert runs[2]["results"][1]["lost"] == 2
     assert "| sirius-c:period=4 | 0.333 |" in capsys.readouterr().out

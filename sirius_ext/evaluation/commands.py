@@ -150,7 +150,7 @@ def _study(options: argparse.Namespace) -> int:
     plan = _plan(options, (options.mode,))
     rows = study(plan, options.what, values, options.out, _runner(options))
     run = {**plan.record(), SETTINGS[options.what].field: "varied"}
-    title = f"{options.mode}, {_title(run)}"
+    title = f"{options.mode} by {options.what}: {_title(run)}"
     shown = [{**row, "mode": row["mode"] if row["value"] is None else str(row["value"])} for row in rows]
     report(title, shown, Console())
     picture = options.out / f"{options.mode}-{options.what}.png"
