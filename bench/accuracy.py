@@ -13,9 +13,7 @@ from pathlib import Path
 
 from common import machine
 
-from sirius_ext.evaluation import load_task, modes_in, read_results, summarize
-
-COLUMNS = "| mode | accuracy | 95 % | +/- | p | AAL | effective density | corrected |"
+from sirius_ext.evaluation import columns_of, load_task, modes_in, read_results, summarize
 
 
 def main() -> None:
@@ -25,22 +23,16 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="as eval's")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True)
     options = parser.parse_args()
-    runs = []
+    runs, by_model = [], {}
     for name, file in options.files:
         run, records = finished(file, options.data, options.skip)
         runs.append({**run, "model": name, "skipped": options.skip, **of_modes(records)})
-        runs[-1]["records"] = [{**record, "id": f"{run['task']}/{record['id']}"} for record in records]
-    for name in dict.fromkeys(run["model"] for run in runs):
-        parts = [run for run in runs if run["model"] == name]
-        if len(parts) > 1:
-            task = " + ".join(run["task"] for run in parts)
-            common = set.intersection(*({record["mode"] for record in run["records"]} for run in parts))
-            pooled = [record for run in parts for record in run["records"] if record["mode"] in common]
-            runs.append({"model": name, "task": task, **of_modes(pooled)})
+        by_model.setdefault(name, {})[run["task"]] = records
+    for name, tasks in by_model.items():
+        if len(tasks) > 1:
+            runs.append({"model": name, "task": " + ".join(tasks), **of_modes(pooled(tasks))})
     for run in runs:
-        run.pop("records", None)
-        print(f"**{run['model']}, {run['task']}, {run['items']} items**\n\n{COLUMNS}\n|{'---|' * (COLUMNS.count('|') - 1)}")
-        print(*(line(row) for row in run["results"]), "", sep="\n")
+        print(f"**{run['model']}, {run['task']}, {run['items']} items**\n\n{markdown(run['results'])}\n")
     options.out.write_text(json.dumps({"benchmark": "accuracy", "machine": machine(), "runs": runs}, indent=1) + "\n")
 
 
@@ -59,22 +51,27 @@ def finished(file: Path, data: Path, skip: int) -> tuple[dict, list[dict]]:
     return run, [record for record in records if record["id"] in kept]
 
 
+def pooled(tasks: dict[str, list[dict]]) -> list[dict]:
+    """The records of several tasks, in the modes that all of them have."""
+    common = set.intersection(*(set(modes_in(records)) for records in tasks.values()))
+    return [
+        {**record, "id": f"{task}/{record['id']}"}
+        for task, records in tasks.items()
+        for record in records
+        if record["mode"] in common
+    ]
+
+
 def of_modes(records: list[dict]) -> dict:
     modes = modes_in(records)
     return {"items": len({record["id"] for record in records}), "results": summarize(records, modes)}
 
 
-def line(row: dict) -> str:
-    def shown(name: str, form: str) -> str:
-        return "" if row.get(name) is None else format(row[name], form)
-
-    low, high = row["interval"]
-    against = f"+{row['gained']} -{row['lost']}" if "p" in row else ""
-    corrects = row["mode"].startswith("sirius")
-    cells = [row["mode"], shown("accuracy", ".3f"), f"{low:.2f} to {high:.2f}"]
-    cells += [against, shown("p", ".3f"), shown("average_advance_length", ".2f"), shown("effective_density", ".3f")]
-    cells.append(shown("corrected_fraction", ".1%") if corrects else "")
-    return f"| {' | '.join(cells)} |"
+def markdown(rows: list[dict]) -> str:
+    columns = columns_of(rows)
+    del columns["items"]  # the heading has them
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values())]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Does the correction bring the answers back? Eleven tasks, few-shot and generated, decoded in several modes on the same
 items."""
 
-from .runner import MODES, Results, config_of, evaluate, modes_in, read_results, report, summarize
+from .runner import MODES, Results, columns_of, config_of, evaluate, modes_in, read_results, report, summarize
 from .tasks import TASKS, load_task
 
 __all__ = [
     "MODES",
     "TASKS",
     "Results",
+    "columns_of",
     "config_of",
     "evaluate",
     "load_task",

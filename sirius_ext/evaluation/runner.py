@@ -302,16 +302,14 @@ def _pooled(records: Sequence[dict]) -> dict:
     return row
 
 
-def report(title: str, rows: Sequence[dict], console: Console) -> None:
-    """The summary as a table."""
-    caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
-    table = Table(title=title, caption=caption, padding=(0, 0))
+def columns_of(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """The summary's cells as text, column by column; columns that no row has anything for are left out."""
 
     def shown(name: str, form: str) -> list[str]:
         return ["" if row.get(name) is None else format(row[name], form) for row in rows]
 
     columns = {
-        "": [row["mode"].replace(":", "\n") for row in rows],
+        "mode": [row["mode"] for row in rows],
         "items": shown("items", "d"),
         "accuracy": shown("accuracy", ".3f"),
         "95 %": ["{:.2f}-{:.2f}".format(*row["interval"]) for row in rows],
@@ -322,9 +320,17 @@ def report(title: str, rows: Sequence[dict], console: Console) -> None:
         "corrected": shown("corrected_fraction", ".1%"),
         "ms/token": shown("ms_per_token", ".0f"),
     }
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    return {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def report(title: str, rows: Sequence[dict], console: Console) -> None:
+    """The summary as a table."""
+    caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
+    table = Table(title=title, caption=caption, padding=(0, 0))
+    columns = columns_of(rows)
+    columns["mode"] = [mode.replace(":", "\n") for mode in columns["mode"]]
     for name in columns:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column("" if name == "mode" else name, justify="left" if name == "mode" else "right", no_wrap=True)
     for cells in zip(*columns.values()):
         table.add_row(*cells)
     console.print(table)
