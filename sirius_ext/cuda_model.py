@@ -190,8 +190,7 @@ class CudaModel(Model):
     def _attention_of(self, nodes: Nodes, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
         w, m = self.weights, len(x)
         normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
-        factors = ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
-        qkv = torch.cat([F.linear(normed, weight, bias) for weight, bias in factors], 1)
+        qkv = torch.cat([F.linear(normed, weight, bias) for weight, bias in layer.qkv], 1)
         shape = w.kv_heads, self.capacity, w.head_dim
         caches = self.k_cache[index].data_ptr(), self.v_cache[index].data_ptr()
         self.launch(

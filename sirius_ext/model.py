@@ -92,10 +92,7 @@ class Model:
     def _attention(self, x: torch.Tensor, layer: Layer, index: int, start: int) -> torch.Tensor:
         w, end = self.weights, start + len(x)
         normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
-        q, k, v = (
-            F.linear(normed, weight, bias).view(len(x), -1, w.head_dim).transpose(0, 1)
-            for weight, bias in ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
-        )
+        q, k, v = (F.linear(normed, weight, bias).view(len(x), -1, w.head_dim).transpose(0, 1) for weight, bias in layer.qkv)
         self.k_cache[index, :, start:end] = self._rotate(k, start)
         self.v_cache[index, :, start:end] = v
         attended = F.scaled_dot_product_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 
 import torch
 from torch import nn
@@ -60,6 +61,11 @@ class Layer:
     up: torch.Tensor  # [I, H]
     down: torch.Tensor  # [I, H]: down_proj transposed
 
+    @property
+    def qkv(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
+        """Weight and bias of the projections to q, k and v."""
+        return (self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias)
+
     def addresses(self) -> list[int]:
         """Every tensor's address in the order above, which is the order that the extension expects."""
         tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
@@ -115,7 +121,7 @@ class Weights:
         attention = sum(
             tensor.numel()
             for layer in self.layers
-            for tensor in (layer.q, layer.k, layer.v, layer.output, layer.q_bias, layer.k_bias, layer.v_bias, layer.output_bias)
+            for tensor in (*itertools.chain(*layer.qkv), layer.output, layer.output_bias)
             if tensor is not None
         )
         norms = (2 * len(self.layers) + 1) * self.hidden

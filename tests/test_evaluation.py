@@ -229,9 +229,11 @@ def test_results_survive(tmp_path):
     results.add({"mode": "full", "id": "b", "correct": False})
     results.close()
     assert [record["id"] for record in read_results(file)[1]] == ["a", "b"]
-    file.write_text("nonsense\n")
-    with pytest.raises(ValueError, match="not a file of results"):
-        Results(file, run, resume=True)
+    other = json.dumps({"mode": "dense", "id": "a", "correct": True})
+    for text in ("nonsense\n", f"{json.dumps({'run': run})}\n{other}\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="not a file of results"):
+            Results(file, run, resume=True)
 
 
 def test_summary():

@@ -293,10 +293,7 @@ class _Pass:
 
     def _attention(self, normed: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
         w = self._weights
-        q, k, v = (
-            ops.linear(normed, weight, bias).view(len(normed), -1, w.head_dim)
-            for weight, bias in ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
-        )
+        q, k, v = (ops.linear(normed, weight, bias).view(len(normed), -1, w.head_dim) for weight, bias in layer.qkv)
         q, k = self._rotate(q).view(len(q), w.kv_heads, self._group, w.head_dim), self._rotate(k)
         out, weight = torch.empty_like(q), torch.empty(q.shape[:-1])
         for rows, share, bias in zip(self._asked, self._shares, self._biases):

@@ -122,7 +122,7 @@ def read_results(file: Path) -> tuple[dict, list[dict]]:
     try:
         run, records = json.loads(lines[0])["run"], [json.loads(line) for line in lines[1:]]
         for record in records:
-            record["mode"], record["id"], record["correct"]
+            MODES[record["mode"].split(":")[0]], record["id"], record["correct"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file}: not a file of results ({type(error).__name__}: {error})") from error
     return run, records
