@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -104,6 +106,23 @@ def test_a_model_that_no_job_finds(tmp_path, arguments, capsys):
     assert cli.main([*arguments, "--model", "no/such-folder/", "--out", str(tmp_path / "out.jsonl"), "--jobs", "2"]) == 2
     error = capsys.readouterr().err
     assert "2 of 2 jobs did not finish (job 1: ModelLoadError: model:" in error and "--resume goes on" in error
+
+
+def test_workers_end_with_who_started_them(tmp_path, arguments):
+    """Killed, it cannot end them itself. Its output ends with the last process that has it."""
+    write("csqa", tmp_path, [{**CSQA, "id": str(i)} for i in range(1000)])
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "sirius_ext", *arguments, "--out", str(out), "--jobs", "2"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while not (out.exists() and texts(out)):
+            assert started.poll() is None, started.communicate()
+            time.sleep(0.1)
+        started.kill()
+        started.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 def test_under_a_launcher(tmp_path, arguments):

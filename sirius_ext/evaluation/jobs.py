@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import queue as queues
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,7 +107,14 @@ def by_processes(plan: Plan, items: list[Item], results: Results, count: int, co
 
 def _process(part: Part, queue) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us is interrupted too, and ends us
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
     work(part, queue)
+
+
+def _outlive_nobody() -> None:
+    """One that was killed cannot end us: nobody would keep what we send."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def by_ray(plan: Plan, items: list[Item], results: Results, count: int, console: Console) -> None:
