@@ -9,7 +9,7 @@ from test_default_model import in_bfloat16, loaded
 from test_evaluation import CSQA, write
 
 from sirius_ext import Engine, SiriusConfig, cli
-from sirius_ext.evaluation import transcript
+from sirius_ext.evaluation import commands, transcript
 from sirius_ext.evaluation.analyze import Analysis, Token, Transcript, analyze, summary
 from sirius_ext.evaluation.tasks import TASKS, Item, Verdict
 
@@ -120,3 +120,18 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert item["item"] == "2" and item["sparse"]["tokens"][0]["likelihood"] > 0
     assert cli.main([*arguments, "--items", "7"]) == 2
     assert "--items: csqa has no 7; its first ids are 0, 1, 2" in capsys.readouterr().err
+
+
+def test_what_a_stopped_run_leaves(tmp_path, monkeypatch):
+    write("csqa", tmp_path, [{**CSQA, "id": str(i)} for i in range(3)])
+    out, record, known = tmp_path / "out.html", tmp_path / "out.json", iter(made_up())
+
+    def stopped_after_the_first(*_):
+        if record.exists():
+            raise KeyboardInterrupt
+        return next(known)
+
+    monkeypatch.setattr(commands, "analyze", stopped_after_the_first)
+    arguments = ["analyze", "--task", "csqa", "--data", str(tmp_path), "--shots", "0", "--out", str(out), "--json", str(record)]
+    assert cli.main(arguments) == 130
+    assert out.read_text().endswith("</html>\n") and len(json.loads(record.read_text())["items"]) == 1

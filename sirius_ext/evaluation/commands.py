@@ -172,17 +172,18 @@ def _analyze(options: argparse.Namespace) -> int:
     check_folder("--out", options.out)
     check_folder("--json", options.json)
     engine, config = plan.engine(), config_of(options.mode, plan.base)
+    title = f"{plan.task}, {plan.model}, {options.mode}, density {config.density}, threshold {config.threshold}"
     console, analyses = Console(), []
     for item in items:
         analyses.append(analyze(engine, TASKS[plan.task], item, config, plan.shots))
         show(analyses[-1], console)
+        # After every item, so that a run that is stopped has not been for nothing.
+        options.out.write_text(page(analyses, title), encoding="utf-8")
+        if options.json:
+            record = {"summary": summary(analyses), "items": [dataclasses.asdict(analysis) for analysis in analyses]}
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     show_summary(analyses, console)
-    title = f"{plan.task}, {plan.model}, {options.mode}, density {config.density}, threshold {config.threshold}"
-    options.out.write_text(page(analyses, title), encoding="utf-8")
     print(f"written: {options.out}")
-    if options.json:
-        record = {"summary": summary(analyses), "items": [dataclasses.asdict(analysis) for analysis in analyses]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
