@@ -91,10 +91,10 @@ def plot(rows: Sequence[dict], what: str, title: str, file: Path) -> None:
     left.set_xticks([], minor=True)
     left.set_xlabel({"width": "tree width"}.get(what, what))
     left.set_ylabel("accuracy")
-    left.set_ylim(0, 1.05)
     right.set_ylabel("effective density")
-    right.set_ylim(0, 1.05 * max((1, *(each for each in densities if not math.isnan(each)))))
+    top = 1.05 * max((1, *(each for each in densities if not math.isnan(each))))
+    for axes in (left, right):  # one scale, so that the curves can be read against either
+        axes.set_ylim(0, top)
     left.set_title(title, fontsize="small")
-    lines = [axes.get_legend_handles_labels() for axes in (left, right)]
-    left.legend(*(sum(parts, []) for parts in zip(*lines)), fontsize="small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=150)
