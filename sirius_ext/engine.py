@@ -100,8 +100,8 @@ class Engine:
     ) -> Engine:
         """Load a Hugging Face id, a local folder, a GGUF file, or without a name the default model.
 
-        device: "cpu", "cuda", "cuda:1", ..., or a CUDA device's number; "auto" is a CUDA device where there is one that can be used,
-            and the CPU elsewhere.
+        device: "cpu", "cuda", "cuda:1", ..., or a CUDA device's number; "auto" is a CUDA device where there is one that can be
+            used, and the CPU elsewhere.
         dtype: of the weights: bfloat16, float16 or float32; "auto" is the checkpoint's own, and bfloat16 for a GGUF file.
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
