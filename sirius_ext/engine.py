@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +23,7 @@ from .device import has_cuda_kernels
 from .hub import load_model
 from .model import Model, model_of
 from .settings import Taken, check_surroundings, refuse_resolved, take
-from .stats import PromptStats, Stats
+from .stats import CostlyDrafts, PromptStats, Stats
 from .weights import Weights, restore
 
 BACKENDS = ("auto", "cpu", "cuda")
@@ -31,6 +32,7 @@ BACKENDS = ("auto", "cpu", "cuda")
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
+_advised: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def inside(model: object) -> PreTrainedModel:
@@ -274,8 +276,17 @@ def decode_batch(
         texts.append(text)
     if streamer is not None:
         streamer.end()
+    _advise(model, texts)
     sequences = _pad(input_ids, [text.tokens for text in texts], generation_config)
     return SiriusOutput(sequences=sequences, stats=Stats(text.stats for text in texts))
+
+
+def _advise(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
+    """Warn of a text that drafts made slower, once a model: a loop over many texts must not say it every time."""
+    advice = next((text.stats.advice for text in texts if text.stats.advice), None)
+    if advice and model not in _advised:
+        _advised.add(model)
+        warnings.warn(advice, CostlyDrafts, stacklevel=2)
 
 
 class _Processor:

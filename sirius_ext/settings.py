@@ -277,8 +277,10 @@ def _check_ids(arguments: dict) -> None:
     ids = arguments.get(name)
     if ids is None:
         return
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"input_ids: expected an integer tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"input_ids: expected an integer tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"input_ids: expected an integer tensor, got {ids.dtype}")
     if ids.dim() != 2 or len(ids) == 0:
         raise ValueError(f"input_ids: expected shape [batch, t], got {list(ids.shape)}")
     arguments[name] = ids.long()
