@@ -60,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     try:
         interrupts.raise_again()
-        arguments = sys.argv[1:] if arguments is None else arguments
-        check_text(arguments)
         with flushed():
+            arguments = sys.argv[1:] if arguments is None else arguments
+            check_text(arguments)
             if arguments[:1] == ["lm_eval"]:
                 return evaluation_commands.lm_eval(arguments[1:])
             options = parser.parse_args(arguments)
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, (RuntimeError, MemoryError)) else 2
     except KeyboardInterrupt:
         # A terminal has shown ^C, which is no line.
-        print("\n" if sys.stderr and sys.stderr.isatty() else "", "sirius_ext: interrupted", sep="", file=sys.stderr)
+        print("\n" if sys.stderr.isatty() else "", "sirius_ext: interrupted", sep="", file=sys.stderr)
         return 130
 
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = add_command(commands, "generate", _generate, "decode one prompt, streaming the text")
     prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", type=not_empty)
+    prompt.add_argument("--prompt", metavar="TEXT", type=not_empty, help="what the text goes on from")
     prompt.add_argument(
         "--prompt-file", metavar="FILE", type=input_text, help="read the prompt from a UTF-8 file; - is standard input"
     )
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add_setting(generate, "--top-p", "with --sample", SAMPLING["top_p"], type=number)
     purpose = "with --sample; the same seed gives the same text"
     add_setting(generate, "--seed", purpose, type=integer_in(0, 2**64 - 1))
-    generate.add_argument("--max-new-tokens", type=TOKENS, default=256, help="(default: %(default)s)")
+    generate.add_argument("--max-new-tokens", type=TOKENS, default=256, help="length of the text at most (default: %(default)s)")
     generate.add_argument(
         "--stop", metavar="STRING", type=not_empty, action="append", help="end the text behind this; may be given again"
     )
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_argument(
         "--density", type=number, default=DEFAULTS.density, help="fraction of MLP neurons to keep (default: %(default)s)"
     )
-    calibration.add_argument("--out", metavar="FILE", type=output_file, required=True)
+    calibration.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the thresholds")
 
     evaluation_commands.add(commands)
 
@@ -135,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--period", type=period, default=demo.PERIOD, help="tokens that one full pass verifies, or auto (default: %(default)s)"
     )
-    show.add_argument("--max-new-tokens", type=TOKENS, default=demo.MAX_NEW_TOKENS, help="(default: %(default)s)")
+    purpose = "length of each text at most (default: %(default)s)"
+    show.add_argument("--max-new-tokens", type=TOKENS, default=demo.MAX_NEW_TOKENS, help=purpose)
 
     info = commands.add_parser("info", help="version, backends, instruction sets, devices")
     info.set_defaults(command=_info, parser=info)

@@ -22,20 +22,20 @@ class Console(rich.console.Console):
 def flushed() -> Iterator[None]:
     """What is printed inside reaches its reader before the end, or raises here: at the interpreter's end it would be a message
     that cannot be caught."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the beginning: then print takes the other one
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: no text is lost to a terminal that knows fewer characters
     try:
         yield
     finally:
-        if sys.stdout is not None:  # closed from the beginning
-            sys.stdout.flush()
+        sys.stdout.flush()
 
 
 def drop_output() -> None:
     """What could not be written to stdout and stderr, and what is written to them from now on, goes nowhere."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:
-            continue
         try:
             stream.flush()
         except OSError:

@@ -117,6 +117,23 @@ def test_bad_data(name, tmp_path):
         load_task("chess", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("csqa", b"\xff\n"), ("csqa", b"[]\n"), ("humaneval", b"no gzip"), ("truthfulqa", b"Question\n\x00\n")],
+)
+def test_bytes_that_are_no_data(name, content, tmp_path):
+    write(name, tmp_path).write_bytes(content)
+    with pytest.raises(ValueError, match="^data: .*item 1 is malformed"):
+        load_task(name, tmp_path)
+
+
+def test_a_compressed_file_that_is_cut_off(tmp_path):
+    path = write("humaneval", tmp_path, FILES["humaneval"] * 50)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="^data: .*is malformed .EOFError"):
+        load_task("humaneval", tmp_path)
+
+
 def test_the_examples_are_judged_right():
     """Each answer in the prompts is one that the task's own rule reads."""
     for name in ("gsm8k", "aqua", "csqa", "strategyqa", "date", "sports", "mmlu_cot"):
@@ -258,7 +275,7 @@ STATS = {"density": 0.5, "decode_seconds": None, "periods": [[1, 1, 2, False]]}
         ([RIGHT_ONE, 3], "line 3: expected an object, got 3"),
         ([{**RIGHT_ONE, "mode": "dense"}], "line 2: expected one of full, .* as mode, got 'dense'"),
         ([{**RIGHT_ONE, "mode": None}], "line 2: expected one of full, .* as mode, got None"),
-        ([{**RIGHT_ONE, "id": 3}], "line 2: expected a text as id, got 3"),
+        ([{**RIGHT_ONE, "id": None}], "line 2: expected a text as id, got None"),
         ([{**RIGHT_ONE, "correct": 7}], "line 2: expected true or false as correct, got 7"),
         ([{**RIGHT_ONE, "scores": [1]}], "line 2: expected scores"),
         ([{**RIGHT_ONE, "stats": STATS}], "line 2 has no tokens"),

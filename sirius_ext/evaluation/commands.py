@@ -57,7 +57,7 @@ def _add_eval(commands) -> None:
     suite = add_command(commands, "eval", _eval, "accuracy of a task in several modes, on the same items")
     suite.description = "Few-shot, generated answers. Each result goes to a file of JSON lines as soon as it is known."
     _add_task_options(suite)
-    suite.add_argument("--out", metavar="FILE", type=output_file, required=True)
+    suite.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the results")
     suite.add_argument(
         "--modes",
         type=words,
@@ -85,10 +85,10 @@ def _add_study(commands) -> None:
     study.add_argument("--what", choices=SETTINGS, required=True, help="the setting that varies; the options below fix the rest")
     study.add_argument("--values", type=words, help="of the setting, with commas between them")
     modes = [mode for mode in MODES if mode.startswith("sirius")]
-    study.add_argument("--mode", choices=modes, default="sirius-c", help="(default: %(default)s)")
+    study.add_argument("--mode", choices=modes, default="sirius-c", help="what is studied (default: %(default)s)")
     _add_task_options(study)
     _add_ways(study)
-    study.add_argument("--out", metavar="FOLDER", type=output_folder, required=True)
+    study.add_argument("--out", metavar="FOLDER", type=output_folder, required=True, help="gets results, plot and table")
     add_decoding_options(study)
 
 
@@ -113,7 +113,7 @@ def _add_analyze(commands) -> None:
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS, required=True, help="whose items are decoded")
     parser.add_argument(
         "--data", metavar="DIR", type=input_folder, help="folder of the tasks' files (default: the Hugging Face hub)"
     )

@@ -165,7 +165,7 @@ def read_results(file: Path) -> tuple[dict, list[dict]]:
 def _check_record(record: dict) -> None:
     """ValueError or KeyError if it lacks what `summarize` reads, or has something else there."""
     _expect(str(record["mode"]).split(":")[0] in MODES, f"one of {', '.join(MODES)} as mode", record["mode"])
-    _expect(isinstance(record["id"], str), "a text as id", record["id"])
+    _expect(isinstance(record["id"], (str, int)), "a text as id", record["id"])
     _expect(isinstance(record["correct"], bool), "true or false as correct", record["correct"])
     scores = record.get("scores", {})
     _expect(isinstance(scores, dict) and all(isinstance(score, bool) for score in scores.values()), "scores", scores)
@@ -181,7 +181,8 @@ def _check_record(record: dict) -> None:
         )
         periods = stats["periods"]
         whole = isinstance(periods, list) and all(
-            isinstance(period, list) and len(period) == 4 and all(map(_is_number, period)) for period in periods
+            isinstance(period, list) and len(period) == 4 and all(isinstance(each, int) for each in period) and period[2] > 0
+            for period in periods
         )
         _expect(whole, "a list of [drafted, accepted, committed, cut] as periods", periods)
 
