@@ -162,15 +162,14 @@ def input_folder(text: str) -> Path:
 def output_file(text: str) -> Path:
     if text == "-":
         raise ValueError("expected a file, got -; ./- is one of that name")
-    path = Path(os.path.realpath(_path(text)))
+    path = _path(text)
     if path.is_dir():
         raise ValueError(f"expected a file, got the folder {text}")
-    if _exists(path):
-        if path.is_file():
-            path.open("ab").close()
-    else:
-        _try_folder(path.parent)
-    return Path(text)
+    if not _exists(path):
+        _try_folder(Path(os.path.realpath(path)).parent)
+    elif path.is_file():  # to open a pipe and close it would end it
+        path.open("ab").close()
+    return path
 
 
 @reads
@@ -182,11 +181,11 @@ def output_text(text: str) -> Path:
 @reads
 def output_folder(text: str) -> Path:
     """A folder, or one that can be made."""
-    path = Path(os.path.realpath(_path(text)))
+    path = _path(text)
     if _exists(path) and not path.is_dir():
         raise ValueError(f"expected a folder, got the file {text}")
-    _try_folder(path if path.is_dir() else path.parent)
-    return Path(text)
+    _try_folder(path if path.is_dir() else Path(os.path.realpath(path)).parent)
+    return path
 
 
 def _exists(path: Path) -> bool:

@@ -297,8 +297,11 @@ def test_paths_that_are_no_plain_files(here):
     """They are not tried: a pipe that is opened twice is another one."""
     os.mkfifo("pipe")
     os.symlink("nowhere", "link")
-    for name in ("pipe", "link", "/dev/null"):
+    read, written = os.pipe()  # as the shell's >(command)
+    for name in ("pipe", "link", "/dev/null", f"/dev/fd/{written}"):
         assert str(output_file(name)) == name
+    os.close(read)
+    os.close(written)
     assert not (here / "nowhere").exists()
 
 

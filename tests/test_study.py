@@ -100,7 +100,8 @@ def test_command(tmp_path, capsys):
     picture = (out / "sirius-f-width.png").read_bytes()
     files = {file: file.read_text() for file in out.glob("*.jsonl")}
     capsys.readouterr()
-    assert cli.main(arguments) == 0 and capsys.readouterr().err == ""  # nothing is left: no model is loaded, no bar shown
+    for more in ([], ["--jobs", "2"]):  # nothing is left: no model is loaded, no bar shown
+        assert cli.main([*arguments, *more]) == 0 and capsys.readouterr().err == ""
     assert {file: file.read_text() for file in out.glob("*.jsonl")} == files
     assert picture == (out / "sirius-f-width.png").read_bytes()
     assert cli.main([*arguments, "--values", "two"]) == 2
