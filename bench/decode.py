@@ -23,12 +23,12 @@ from rich.table import Table
 from shapes import SHAPES, shape_of
 
 from sirius_ext import Engine, SiriusConfig, Stats
-from sirius_ext.demo import TimedStreamer
 from sirius_ext.engine import GREEDY, check_device, prepare, release
 from sirius_ext.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
+from sirius_ext.streamer import KeepingStreamer
 
 
-class Silent(TimedStreamer):
+class Silent(KeepingStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         pass
 

@@ -1,5 +1,6 @@
 """Sirius: contextual sparsity with correction, a decode backend for Hugging Face `transformers`."""
 
+from . import interrupts  # noqa: F401 - before the imports that take seconds # isort: skip
 import torch  # noqa: F401 - first, so that the extension shares torch's OpenMP threads
 
 from .config import SiriusConfig

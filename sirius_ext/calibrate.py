@@ -77,6 +77,15 @@ def check_density(density: float) -> None:
 
 def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -> torch.Tensor:
     """The thresholds of a file, float32 [layers]. ValueError if it is not one, or made for another model or density."""
+    values, model = read_thresholds(file, density)
+    if model != weights.fingerprint() or len(values) != len(weights.layers):
+        raise ValueError(f"thresholds: {file} was made for another model; calibrate this one")
+    return values
+
+
+def read_thresholds(file: str | os.PathLike, density: float) -> tuple[torch.Tensor, str]:
+    """The thresholds of a file, float32 [layers], and the model's fingerprint. ValueError if it is not one, or made for another
+    density."""
     try:
         record = json.loads(Path(file).read_text())
         if record["format"] != FORMAT:
@@ -87,13 +96,12 @@ def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -
             raise ValueError("a threshold is not a number of at least 0")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"thresholds: no file {file}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"thresholds: {file} is not a file of `python -m sirius_ext calibrate` ({error})") from error
-    if model != weights.fingerprint() or len(values) != len(weights.layers):
-        raise ValueError(f"thresholds: {file} was made for another model; calibrate this one")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"thresholds: {file} is not a file of `python -m sirius_ext calibrate` ({why})") from error
     if made_for != density:
         raise ValueError(f"thresholds: {file} was made for density {made_for}, but density is {density}")
-    return values
+    return values, model
 
 
 class _Histograms:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import platform
 import sys
@@ -12,150 +11,219 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import Progress
-from transformers import TextStreamer
 
-from . import __version__, demo, ops
+from . import __version__, demo, interrupts, ops
+from .arguments import (
+    Parser,
+    as_option,
+    check_distinct,
+    check_text,
+    input_text,
+    integer_in,
+    not_empty,
+    number,
+    output_file,
+    output_text,
+    period,
+    reason,
+)
 from .calibrate import calibrate, check_density
 from .config import SPARSITIES, SiriusConfig
 from .device import has_cuda_kernels
 from .engine import GREEDY, encode, prepare
 from .evaluation import commands as evaluation_commands
-from .options import DEFAULTS, add_command, add_decoding_options, check_folder, decoding_config, engine_of, parse_period
+from .options import (
+    DEFAULTS,
+    add_command,
+    add_decoding_options,
+    add_setting,
+    check_used,
+    decoding_config,
+    engine_of,
+    used_by,
+)
 from .stats import Stats
+from .streamer import KeepingStreamer
+from .terminal import BROKEN_PIPE, Console, drop_output, flushed
 
 # "csparse" and "fsparse" decode with that sparse model alone.
 MODES = ("full", *SPARSITIES, "sirius")
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}  # and what is drawn with where they are not given
+COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
+TOKENS = integer_in(1, 2**31 - 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. A wrong argument is one line on stderr and exit status 2; an interrupt is status 130."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["lm_eval"]:
-        command = functools.partial(evaluation_commands.lm_eval, arguments[1:])
-    else:
-        options = _parser().parse_args(arguments)
-        command = functools.partial(options.command, options)
+    """Run one command. A wrong argument is one line on stderr and exit status 2, a machine that is too small status 1, an
+    interrupt 130, and a reader of the output that has left 141."""
+    parser = _parser()
     try:
-        return command()
-    except (ValueError, TypeError, OSError) as error:
-        print(f"sirius_ext: error: {error}", file=sys.stderr)
-        return 2
+        interrupts.raise_again()
+        with flushed():
+            arguments = sys.argv[1:] if arguments is None else arguments
+            check_text(arguments)
+            if arguments[:1] == ["lm_eval"]:
+                return evaluation_commands.lm_eval(arguments[1:])
+            options = parser.parse_args(arguments)
+            parser = options.parser
+            return options.command(options)
+    except BrokenPipeError:
+        drop_output()
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        drop_output()
+        print(f"sirius_ext: error: {as_option(reason(error), parser)}", file=sys.stderr)
+        return 1 if isinstance(error, (RuntimeError, MemoryError)) else 2
     except KeyboardInterrupt:
-        print("\nsirius_ext: interrupted", file=sys.stderr)
+        # A terminal has shown ^C, which is no line.
+        print("\n" if sys.stderr.isatty() else "", "sirius_ext: interrupted", sep="", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sirius_ext", description="Decode language models with contextual sparsity and correction."
+    parser = Parser(
+        prog="sirius" if Path(sys.argv[0]).stem == "sirius" else "python -m sirius_ext",
+        description="Decode language models with contextual sparsity and correction.",
     )
+    parser.add_argument("--version", action="version", version=f"sirius_ext {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = add_command(commands, "generate", _generate, "decode one prompt, streaming the text")
     prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="read the prompt from a UTF-8 file; - is standard input")
+    prompt.add_argument("--prompt", metavar="TEXT", type=not_empty, help="what the text goes on from")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", type=input_text, help="read the prompt from a UTF-8 file; - is standard input"
+    )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    generate.add_argument("--mode", choices=MODES, default="sirius")
-    generate.add_argument("--sparsity", choices=SPARSITIES, default=DEFAULTS.sparsity, help="neurons per prompt, or per token")
-    add_decoding_options(generate)
+    generate.add_argument(
+        "--mode", choices=MODES, default="sirius", help="full and the sparse models decode alone (default: %(default)s)"
+    )
+    add_setting(generate, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
+    add_decoding_options(generate, f"{DEFAULTS.accept}, with --sample sample")
     generate.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    generate.add_argument("--temperature", type=float, default=1.0, help="with --sample")
-    generate.add_argument("--top-k", type=int, default=50, help="with --sample; 0 is no limit")
-    generate.add_argument("--top-p", type=float, default=1.0, help="with --sample")
-    generate.add_argument("--seed", type=int, help="with --sample; the same seed gives the same text")
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.add_argument("--stop", metavar="STRING", action="append", help="end the text behind this; may be given again")
-    generate.add_argument("--json", metavar="FILE", type=Path, help="write config, text, token ids and stats")
+    add_setting(generate, "--temperature", "with --sample", SAMPLING["temperature"], type=number)
+    add_setting(generate, "--top-k", "with --sample; 0 is no limit", SAMPLING["top_k"], type=integer_in(0, 2**31 - 1))
+    add_setting(generate, "--top-p", "with --sample", SAMPLING["top_p"], type=number)
+    purpose = "with --sample; the same seed gives the same text"
+    add_setting(generate, "--seed", purpose, type=integer_in(0, 2**64 - 1))
+    generate.add_argument("--max-new-tokens", type=TOKENS, default=256, help="length of the text at most (default: %(default)s)")
+    generate.add_argument(
+        "--stop", metavar="STRING", type=not_empty, action="append", help="end the text behind this; may be given again"
+    )
+    generate.add_argument(
+        "--json",
+        metavar="FILE",
+        type=output_text,
+        help="write config, text, token ids and stats; - is standard output, and the text goes to standard error",
+    )
 
     calibration = add_command(commands, "calibrate", _calibrate, "thresholds for fsparse, from a text")
     calibration.description = (
         "Per-layer thresholds for --sparsity fsparse. The last fifth of the text is held back to try them on."
     )
-    calibration.add_argument("--text", metavar="FILE", type=Path, required=True, help="UTF-8; - is standard input")
-    calibration.add_argument("--density", type=float, default=DEFAULTS.density, help="fraction of MLP neurons to keep")
-    calibration.add_argument("--out", metavar="FILE", type=Path, required=True)
+    calibration.add_argument("--text", metavar="FILE", type=input_text, required=True, help="UTF-8; - is standard input")
+    calibration.add_argument(
+        "--density", type=number, default=DEFAULTS.density, help="fraction of MLP neurons to keep (default: %(default)s)"
+    )
+    calibration.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the thresholds")
 
     evaluation_commands.add(commands)
 
     show = add_command(commands, "demo", _demo, "transformers, Full, CSparse and Sirius side by side")
-    show.add_argument("--density", type=float, default=demo.DENSITY, help="fraction of MLP neurons kept")
-    show.add_argument("--period", type=parse_period, default=demo.PERIOD, help="tokens that one full pass verifies")
-    show.add_argument("--max-new-tokens", type=int, default=demo.MAX_NEW_TOKENS)
+    show.add_argument("--density", type=number, default=demo.DENSITY, help="fraction of MLP neurons kept (default: %(default)s)")
+    show.add_argument(
+        "--period", type=period, default=demo.PERIOD, help="tokens that one full pass verifies, or auto (default: %(default)s)"
+    )
+    purpose = "length of each text at most (default: %(default)s)"
+    show.add_argument("--max-new-tokens", type=TOKENS, default=demo.MAX_NEW_TOKENS, help=purpose)
 
     info = commands.add_parser("info", help="version, backends, instruction sets, devices")
-    info.set_defaults(command=_info)
+    info.set_defaults(command=_info, parser=info)
     return parser
 
 
 def _generate(options: argparse.Namespace) -> int:
-    alone = options.mode in SPARSITIES
-    config = decoding_config(
-        options,
-        mode="sparse" if alone else options.mode,
-        sparsity=options.mode if alone else options.sparsity,
-        accept=options.accept or ("sample" if options.sample else DEFAULTS.accept),
-    )
-    if config.mode == "sirius" and options.sample != (config.accept == "sample"):
-        raise ValueError(f"--accept: {config.accept} and {'' if options.sample else 'no '}--sample do not go together")
+    config = _config(options)
     sampling, generator = _sampling(options)
-    _check_tokens(options)
-    check_folder("--json", options.json)
-    prompt = _prompt(options)
+    check_distinct(json=options.json, prompt_file=options.prompt_file, thresholds=getattr(options, "thresholds", None))
+    prompt = options.prompt or _read("prompt_file", options.prompt_file)
     engine = engine_of(options, config)
     inputs = encode(engine.tokenizer, prompt, options.chat)
-    streamer = TextStreamer(engine.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    out = engine.generate(
-        **inputs,
-        streamer=streamer,
-        max_new_tokens=options.max_new_tokens,
-        stop_strings=options.stop,
-        generator=generator,
-        **sampling,
-    )
+    length, context = inputs["input_ids"].shape[1], prepare(engine.model).weights.context
+    if length >= context:
+        raise ValueError(f"prompt: it has {length} tokens; the model's context holds {context}, one for the answer")
+    streamer = KeepingStreamer(engine.tokenizer, stderr=str(options.json) == "-")
+
+    def keep(stats: Stats | None) -> None:
+        if options.json is not None:
+            record = {
+                "model": options.model,
+                "dtype": options.dtype,
+                "config": dataclasses.asdict(config) | {"thresholds": config.thresholds and str(config.thresholds)},
+                "sampling": {**sampling, "seed": getattr(options, "seed", None)},
+                "prompt": prompt,
+                "text": engine.tokenizer.decode(streamer.tokens, skip_special_tokens=True),
+                "token_ids": streamer.tokens,
+                "interrupted": stats is None,
+                "stats": None if stats is None else stats.to_dict(),
+            }
+            text = json.dumps(record, indent=1) + "\n"
+            if str(options.json) == "-":
+                print(text, end="")
+            else:
+                options.json.write_text(text, encoding="utf-8")
+
+    settings = {"max_new_tokens": options.max_new_tokens, "stop_strings": options.stop, "generator": generator, **sampling}
+    try:
+        out = engine.generate(**inputs, streamer=streamer, **settings)
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        if isinstance(stop, KeyboardInterrupt):
+            streamer.end()  # prints what it has held back
+        keep(None)
+        raise
     print(summary(out.stats), file=sys.stderr)
-    if options.json:
-        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        record = {
-            "model": options.model,
-            "dtype": options.dtype,
-            "config": dataclasses.asdict(config) | {"thresholds": options.thresholds and str(options.thresholds)},
-            "sampling": {**sampling, "seed": options.seed},
-            "prompt": prompt,
-            "text": engine.tokenizer.decode(tokens, skip_special_tokens=True),
-            "token_ids": tokens,
-            "stats": out.stats.to_dict(),
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    keep(out.stats)
     return 0
+
+
+def _config(options: argparse.Namespace) -> SiriusConfig:
+    """ValueError for settings that contradict each other."""
+    by, values = f"--mode {options.mode}", {"mode": options.mode}
+    if options.mode in SPARSITIES:
+        if getattr(options, "sparsity", options.mode) != options.mode:
+            raise ValueError(f"sparsity: --mode {options.mode} decodes with {options.mode} alone, got {options.sparsity}")
+        values = {"mode": "sparse", "sparsity": options.mode}
+    accept = getattr(options, "accept", "sample" if options.sample else DEFAULTS.accept)
+    if options.mode == "sirius":
+        if options.sample != (accept == "sample"):
+            raise ValueError(f"accept: {accept} and {'' if options.sample else 'no '}--sample do not go together")
+        by += f" --sparsity {getattr(options, 'sparsity', DEFAULTS.sparsity)} --accept {accept}"
+    # First what is used, so that no other setting is named for it.
+    used = SiriusConfig(**{"sparsity": getattr(options, "sparsity", DEFAULTS.sparsity), **values}, accept=accept)
+    check_used(options, used_by(used), by)
+    return decoding_config(options, **values, accept=accept)
 
 
 def _sampling(options: argparse.Namespace) -> tuple[dict, torch.Generator | None]:
     """What generate takes, and what draws."""
     if not options.sample:
-        if options.seed is not None:
-            raise ValueError("--seed: it needs --sample; greedy decoding draws nothing")
+        for name in SAMPLING:
+            if hasattr(options, name):
+                raise ValueError(f"{name}: it needs --sample; greedy decoding draws nothing")
         return GREEDY, None
-    if not options.temperature > 0:
-        raise ValueError(f"--temperature: expected more than 0, got {options.temperature}")
-    if options.top_k < 0:
-        raise ValueError(f"--top-k: expected at least 0, got {options.top_k}")
-    if not 0 < options.top_p <= 1:
-        raise ValueError(f"--top-p: expected more than 0 and at most 1, got {options.top_p}")
-    settings = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    settings = {name: getattr(options, name, default) for name, default in SAMPLING.items()}
+    seed = settings.pop("seed")
+    if not COLDEST <= settings["temperature"] < float("inf"):
+        raise ValueError(f"temperature: expected a finite number of at least {COLDEST:f}, got {settings['temperature']}")
+    if not 0 < settings["top_p"] <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {settings['top_p']}")
     generator = torch.Generator()
-    if options.seed is None:
+    if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(options.seed)
-    return settings, generator
-
-
-def _check_tokens(options: argparse.Namespace) -> None:
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens: expected at least 1, got {options.max_new_tokens}")
+        generator.manual_seed(seed)
+    return {"do_sample": True, **settings}, generator
 
 
 def summary(stats: Stats) -> str:
@@ -174,32 +242,34 @@ def summary(stats: Stats) -> str:
     return "; ".join(parts)
 
 
-def _prompt(options: argparse.Namespace) -> str:
-    prompt = options.prompt if options.prompt is not None else _read("--prompt-file", options.prompt_file)
-    if not prompt:
-        raise ValueError("--prompt: the prompt is empty")
-    return prompt
-
-
 def _read(name: str, file: Path) -> str:
+    """A text that is not empty. A byte order mark at its beginning is not part of it."""
     if str(file) == "-":
-        return sys.stdin.read()
+        if sys.stdin is None:
+            raise ValueError(f"{name}: standard input is closed")
+        content, called = sys.stdin.buffer.read(), "standard input"
+    else:
+        content, called = file.read_bytes(), str(file)
     try:
-        return file.read_text(encoding="utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: {file} is not UTF-8 text ({error.reason})") from error
+        raise ValueError(f"{name}: {called} is not UTF-8 text (byte {error.start}: {error.reason})") from error
+    if not text:
+        raise ValueError(f"{name}: {called} is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
 def _calibrate(options: argparse.Namespace) -> int:
     check_density(options.density)
-    check_folder("--out", options.out)
-    text = _read("--text", options.text)
+    check_distinct(text=options.text, out=options.out)
+    text = _read("text", options.text)
     engine = engine_of(options, DEFAULTS)
     if engine.tokenizer is None:
-        raise ValueError("--model: it has no tokenizer, so a text cannot be read")
+        raise ValueError("model: it has no tokenizer, so a text cannot be read")
     tokens = engine.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     model = prepare(engine.model)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("calibrating", total=len(tokens))
         found = calibrate(model, tokens, options.density, lambda read: bar.update(task, completed=read))
     found.save(options.out)
@@ -212,7 +282,6 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    _check_tokens(options)
     config = SiriusConfig(density=options.density, period=options.period)
     return demo.run(engine_of(options, config), options.model, options.max_new_tokens)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import time
 from dataclasses import dataclass, field, replace
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from transformers import TextStreamer
 
 from .config import SiriusConfig
 from .engine import GREEDY, Engine, encode, release
 from .stats import PromptStats, Stats
+from .streamer import KeepingStreamer
+from .terminal import Console
 
 # Measured (bench/results): with these, correction under `threshold` gains a little even on a model as small as the default one.
 DENSITY = 0.7
@@ -45,24 +44,13 @@ class Row:
     stats: list[PromptStats] = field(default_factory=list)
 
     @property
-    def tokens_per_second(self) -> float:
-        return sum(len(text) - 1 for text in self.texts) / self.seconds
+    def tokens_per_second(self) -> float | None:
+        """None where no text has a second token, or they came all at once: nothing was timed then."""
+        return sum(len(text) - 1 for text in self.texts) / self.seconds if self.seconds else None
 
-
-class TimedStreamer(TextStreamer):
-    """Prints the text as it comes, and keeps the tokens and the times of the first and the last."""
-
-    def __init__(self, tokenizer) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.tokens: list[int] = []
-        self.first = self.last = None
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
-            self.tokens += value.flatten().tolist()
-        super().put(value)
+    def speed_to(self, other: Row) -> float | None:
+        mine, its = self.tokens_per_second, other.tokens_per_second
+        return mine / its if mine is not None and its else None
 
 
 def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
@@ -85,7 +73,7 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
         _decode(engine, row.config, warm_up, 2, None)
         for title, inputs in prompts.items():
             console.print(f"\n[bold]{row.name}[/bold]: {title}")
-            streamer = TimedStreamer(engine.tokenizer)
+            streamer = KeepingStreamer(engine.tokenizer)
             out = _decode(engine, row.config, inputs, max_new_tokens, streamer)
             row.texts.append(streamer.tokens)
             row.seconds += streamer.last - streamer.first
@@ -101,7 +89,7 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
     return 0 if equal else 1
 
 
-def _decode(engine: Engine, config: SiriusConfig | None, inputs: dict, max_new_tokens: int, streamer: TimedStreamer | None):
+def _decode(engine: Engine, config: SiriusConfig | None, inputs: dict, max_new_tokens: int, streamer: KeepingStreamer | None):
     settings = dict(max_new_tokens=max_new_tokens, streamer=streamer, **GREEDY)
     if config is None:
         return engine.model.generate(**inputs, **settings)
@@ -123,15 +111,19 @@ def _table(model: str, rows: list[Row]) -> Table:
         corrected = stats is not None and stats.average_advance_length is not None
         table.add_row(
             row.name,
-            f"{row.tokens_per_second:.1f}",
-            f"{row.tokens_per_second / transformers.tokens_per_second:.2f}",
-            f"{row.tokens_per_second / full.tokens_per_second:.2f}",
+            _shown(row.tokens_per_second, ".1f"),
+            _shown(row.speed_to(transformers), ".2f"),
+            _shown(row.speed_to(full), ".2f"),
             f"{stats.average_advance_length:.2f}" if corrected else "",
             f"{stats.effective_density if corrected else stats.density:.3f}" if stats else "",
             f"{stats.corrected_fraction:.1%}" if corrected else "",
             f"{_kept(full.texts, row.texts):.0%}",
         )
     return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _kept(full: list[list[int]], texts: list[list[int]]) -> float:

@@ -3,67 +3,125 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Container
 
 import torch
 
+from .arguments import input_file, integer, number, period, reads
+from .calibrate import read_thresholds
 from .config import ACCEPT_RULES, SiriusConfig
 from .engine import Engine
 from .hub import DEFAULT_MODEL, parse_dtype
 
 DEFAULTS = SiriusConfig()
+THREADS_PER_CPU = 4  # at most: more of them only wait for each other
+FIELDS = ("sparsity", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold")
 
 
 def add_command(commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
     """A command that works with a model; `run` returns the exit status."""
-    parser = commands.add_parser(name, help=purpose, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(command=run)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser = commands.add_parser(name, help=purpose)
+    parser.set_defaults(command=run, parser=parser)
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file (default: %(default)s)")
+    add(
+        "--device",
+        type=_device,
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)",
+    )
+    add("--dtype", type=_dtype, default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
 
 
+def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, default: object = None, **how) -> None:
+    """An option whose value the namespace has only if it was given: a setting that nothing uses can then be refused."""
+    shown = "" if default is None else f" (default: {default})"
+    parser.add_argument(name, default=argparse.SUPPRESS, help=purpose + shown, **how)
+
+
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--density", type=float, default=DEFAULTS.density, help="fraction of MLP neurons kept")
-    parser.add_argument("--thresholds", metavar="FILE", type=Path, help="of `calibrate`, for fsparse: in place of a fixed number")
-    parser.add_argument("--threshold", type=float, default=DEFAULTS.threshold, help="least likelihood of a kept token")
+    add_setting(parser, "--density", "fraction of MLP neurons kept", DEFAULTS.density, type=number)
+    purpose = "of `calibrate`, for fsparse: in place of a fixed number"
+    add_setting(parser, "--thresholds", purpose, metavar="FILE", type=input_file)
+    add_setting(parser, "--threshold", "least likelihood of a kept token", DEFAULTS.threshold, type=number)
 
 
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+def add_decoding_options(parser: argparse.ArgumentParser, accept: str = DEFAULTS.accept) -> None:
+    """accept: what is said of its default."""
     add_sparsity_options(parser)
-    parser.add_argument(
-        "--period", type=parse_period, default=DEFAULTS.period, help="tokens that one full pass verifies, or auto"
-    )
-    parser.add_argument("--tree-width", type=int, default=DEFAULTS.tree_width, help="branches of a draft; 1 is a chain")
-    parser.add_argument("--prune", action="store_true", help="a leaf that is sure of its next token proposes no other")
-    parser.add_argument("--accept", choices=ACCEPT_RULES, help="threshold, or with --sample sample, unless given")
+    add_setting(parser, "--period", "tokens that one full pass verifies, or auto", DEFAULTS.period, type=period)
+    add_setting(parser, "--tree-width", "branches of a draft; 1 is a chain", DEFAULTS.tree_width, type=integer)
+    add_setting(parser, "--prune", "a leaf that is sure of its next token proposes no other", action="store_true")
+    add_setting(parser, "--accept", "the rule by which drafted tokens are kept", accept, choices=ACCEPT_RULES)
+
+
+def decoding_config(options: argparse.Namespace, **values) -> SiriusConfig:
+    """Of the settings that were given, and other values, which go before."""
+    given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
+    config = SiriusConfig(**given | values)
+    if "thresholds" in given:
+        read_thresholds(given["thresholds"], config.density)
+    return config
+
+
+def used_by(config: SiriusConfig) -> set[str]:
+    """The settings that make a difference to what a config decodes."""
+    used = set()
+    if config.mode != "full":
+        used |= {"sparsity", "density"} | ({"thresholds"} if config.sparsity == "fsparse" else set())
+    if config.mode == "sirius":
+        used |= {"period", "tree_width", "prune", "accept"} | ({"threshold"} if config.accept == "threshold" else set())
+    return used
+
+
+def check_used(options: argparse.Namespace, used: Container[str], by: str) -> None:
+    """ValueError for a setting that was given and is not used: who gave it expects something else than will happen."""
+    for name in FIELDS:
+        if hasattr(options, name) and name not in used:
+            raise ValueError(f"{name}: {by} does not use it")
 
 
 def engine_of(options, config: SiriusConfig) -> Engine:
     """options: anything with what `add_command` adds: model, device, dtype and threads."""
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(check_threads(options.threads))
     return Engine.from_pretrained(options.model, config, options.device, parse_dtype(options.dtype))
 
 
-def parse_period(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def most_threads() -> int:
+    return THREADS_PER_CPU * (os.cpu_count() or 1)
 
 
-def decoding_config(options: argparse.Namespace, **values) -> SiriusConfig:
-    """From the options that `add_decoding_options` or `add_sparsity_options` added, and other values."""
-    if options.thresholds is not None and not options.thresholds.is_file():
-        raise ValueError(f"--thresholds: no file {options.thresholds}")
-    names = ("density", "thresholds", "period", "tree_width", "prune", "threshold")
-    return SiriusConfig(**{name: getattr(options, name) for name in names if hasattr(options, name)}, **values)
+def check_threads(count: int) -> int:
+    """The same count. ValueError for one that this machine cannot serve."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most_threads():
+        expected = f"1 to {most_threads()} ({THREADS_PER_CPU} for each CPU)"
+        raise ValueError(f"threads: expected {expected}, got {count!r}")
+    return count
 
 
-def check_folder(name: str, file: Path | None) -> None:
-    """Before the work, not behind it."""
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(f"{name}: no folder {file.absolute().parent}")
+@reads
+def _threads(text: str) -> int:
+    return _unnamed(check_threads, integer(text))
+
+
+@reads
+def _dtype(text: str) -> str:
+    _unnamed(parse_dtype, text)
+    return text
+
+
+def _device(text: str) -> str:
+    """torch's number of a CUDA device is its name too."""
+    return f"cuda:{text}" if text.isdecimal() else text
+
+
+def _unnamed(check: Callable, value):
+    """What the check returns. Its message does not name the setting again: argparse has done so."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise ValueError(str(error).partition(": ")[2]) from error

@@ -1,5 +1,6 @@
 """The command line: in this process on the default model, and in a fresh one where only that can show it."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from sirius_ext import cli, demo, ops
+from sirius_ext.streamer import KeepingStreamer
 
 PROMPT = "The three primary colours are"
 
@@ -102,82 +104,39 @@ def test_calibrate_writes_thresholds_that_generate_takes(capsys, tmp_path, text)
     status, out, err = run(capsys, *arguments, "--sparsity", "fsparse")
     assert status == 2 and out == "" and "was made for density 0.4, but density is 0.5" in err
     status, _, err = run(capsys, *arguments, "--density", "0.4")
-    assert status == 2 and 'thresholds: they need sparsity="fsparse"' in err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--out", "no-such-folder/t.json"], "--out: no folder"),
-        (["--text", "no-such-file"], "no-such-file"),
-        (["--model", "no/such/model/anywhere"], "model: 'no/such/model/anywhere' does not exist"),
-    ],
-)
-def test_calibrate_errors_are_one_line(capsys, tmp_path, text, arguments, message):
-    status, out, err = run(capsys, "calibrate", "--text", str(text), "--out", str(tmp_path / "t.json"), *arguments)
-    assert status == 2 and out == "" and not (tmp_path / "t.json").exists()
-    assert err.startswith("sirius_ext: error: ") and message in err and err.count("\n") == 1
-
-
-def test_calibrate_needs_a_text_of_some_length_and_a_density(capsys, tmp_path, text):
-    (tmp_path / "short").write_text("Too short.")
-    status, _, err = run(capsys, "calibrate", "--text", str(tmp_path / "short"), "--out", str(tmp_path / "t.json"))
-    assert status == 2 and "text: expected at least 64 tokens, got" in err
-    status, _, err = run(capsys, "calibrate", "--text", str(text), "--density", "1", "--out", str(tmp_path / "t.json"))
-    assert status == 2 and "density: expected more than 0 and less than 1, got 1.0" in err
-    assert not (tmp_path / "t.json").exists()
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    status, _, err = run(capsys, "calibrate", "--text", str(tmp_path / "binary"), "--out", str(tmp_path / "t.json"))
-    assert status == 2 and "--text: " in err and "is not UTF-8" in err
+    assert status == 2 and "--thresholds: --mode sirius --sparsity csparse --accept threshold does not use it" in err
 
 
 def test_threads(capsys):
     assert run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--threads", "1")[0] == 0
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--prompt", ""], "prompt"),
-        (["--prompt", "x", "--period", "0"], "period: expected 1 to"),
-        (["--prompt", "x", "--density", "0"], "density: expected"),
-        (["--prompt", "x", "--threshold", "2"], "threshold: expected"),
-        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: expected"),
-        (["--prompt", "x", "--period", "257"], 'period: expected 1 to 256 or "auto"'),
-        (["--prompt", "x", "--tree-width", "17"], "tree_width: expected 1 to 16"),
-        (["--prompt", "x", "--prune"], "prune: a chain has nothing to prune"),
-        (["--prompt", "x", "--seed", "1"], "--seed: it needs --sample"),
-        (["--prompt", "x", "--sample", "--temperature", "0"], "--temperature: expected"),
-        (["--prompt", "x", "--sample", "--top-k", "-1"], "--top-k: expected"),
-        (["--prompt", "x", "--sample", "--top-p", "0"], "--top-p: expected"),
-        (["--prompt", "x", "--sample", "--accept", "match"], "--accept: match and --sample do not go together"),
-        (["--prompt", "x", "--accept", "sample"], "--accept: sample and no --sample do not go together"),
-        (["--prompt", "x", "--thresholds", "nowhere", "--sparsity", "fsparse"], "--thresholds: no file nowhere"),
-        (["--prompt", "x", "--threads", "0"], "--threads: expected"),
-        (["--prompt", "x", "--dtype", "int8"], "dtype: expected one of"),
-        (["--prompt", "x", "--device", "cuda"], "device: 'cuda'"),
-        (["--prompt", "x", "--device", "mps"], "device: 'mps' is not supported"),
-        (["--prompt", "x", "--model", "no/such/model/anywhere"], "model: 'no/such/model/anywhere' does not exist"),
-        (["--prompt-file", "no-such-file"], "no-such-file"),
-        (["--prompt", "x", "--json", "no-such-folder/out.json"], "--json: no folder"),
-    ],
-)
-def test_errors_are_one_line(capsys, arguments, message):
-    status, out, err = run(capsys, "generate", *arguments)
-    assert status == 2 and out == ""
-    assert err.startswith("sirius_ext: error: ") and message in err and err.count("\n") == 1
+def test_json_on_standard_output(capsys, monkeypatch):
+    """Nothing else goes there. A byte order mark and a Windows line's end do not get into a prompt."""
+    prompt = b"\xef\xbb\xbfOne line.\r\nThe three primary colours are"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt), encoding="ascii"))
+    status, out, err = run(capsys, "generate", "--prompt-file", "-", "--json", "-", "--max-new-tokens", "6")
+    record = json.loads(out)
+    assert status == 0 and record["prompt"] == "One line.\nThe three primary colours are"
+    assert record["text"].strip() in err and record["interrupted"] is False
 
 
-def test_prompt_and_prompt_file_exclude_each_other(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["generate", "--prompt", "x", "--prompt-file", "y"])
-    assert "not allowed with" in capsys.readouterr().err
+@pytest.mark.parametrize("stop, status", [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_a_text_that_is_stopped_is_kept(capsys, monkeypatch, tmp_path, stop, status):
+    file, put = tmp_path / "out.json", KeepingStreamer.put
 
+    def stop_behind_five(self, value):
+        put(self, value)
+        if len(self.tokens) >= 5:
+            raise stop
 
-def test_prompt_file_that_is_not_text(capsys, tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    status, _, err = run(capsys, "generate", "--prompt-file", str(tmp_path / "binary"))
-    assert status == 2 and "is not UTF-8" in err
+    monkeypatch.setattr(KeepingStreamer, "put", stop_behind_five)
+    arguments = ["generate", "--prompt", PROMPT, "--mode", "full", "--max-new-tokens", "20", "--json", str(file)]
+    found, out, err = run(capsys, *arguments)
+    record = json.loads(file.read_text())
+    assert found == status and len(record["token_ids"]) == 5 and record["interrupted"] is True and record["stats"] is None
+    if status == 130:
+        assert out == record["text"] + "\n" and err.endswith("sirius_ext: interrupted\n")
 
 
 def test_info(capsys):
@@ -195,6 +154,12 @@ def test_demo_ends_with_a_table_and_match_equals_full(capsys, monkeypatch):
     assert "Sirius under `match` gave exactly Full's text." in out
     for row in ("transformers", "Full", "CSparse", "Sirius, threshold", "Sirius, match"):
         assert row in out
+
+
+def test_a_demo_of_one_token_has_no_speed(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "PROMPTS", {"a prompt": PROMPT})
+    status, out, _ = run(capsys, "demo", "--max-new-tokens", "1")
+    assert status == 0 and "Sirius, match" in out and "100%" in out
 
 
 def fresh(code, **environment):

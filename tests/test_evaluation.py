@@ -117,6 +117,23 @@ def test_bad_data(name, tmp_path):
         load_task("chess", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("csqa", b"\xff\n"), ("csqa", b"[]\n"), ("humaneval", b"no gzip"), ("truthfulqa", b"Question\n\x00\n")],
+)
+def test_bytes_that_are_no_data(name, content, tmp_path):
+    write(name, tmp_path).write_bytes(content)
+    with pytest.raises(ValueError, match="^data: .*item 1 is malformed"):
+        load_task(name, tmp_path)
+
+
+def test_a_compressed_file_that_is_cut_off(tmp_path):
+    path = write("humaneval", tmp_path, FILES["humaneval"] * 50)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="^data: .*is malformed .EOFError"):
+        load_task("humaneval", tmp_path)
+
+
 def test_the_examples_are_judged_right():
     """Each answer in the prompts is one that the task's own rule reads."""
     for name in ("gsm8k", "aqua", "csqa", "strategyqa", "date", "sports", "mmlu_cot"):
@@ -202,7 +219,8 @@ def test_modes_with_settings():
         "full:density=0.5": "settings among none for full",
         "sirius-c:period": "expected a number for period",
         "sirius-c:period=half": "expected a number for period",
-        "sirius-c:period=0": "^period: expected 1 to",
+        "sirius-c:period=0": "^modes: sirius-c:period=0: period: expected 1 to",
+        "sirius-c:period=4:period=8": "^modes: expected period once",
     }
     for mode, message in bad.items():
         with pytest.raises(ValueError, match=message):
@@ -229,11 +247,57 @@ def test_results_survive(tmp_path):
     results.add({"mode": "full", "id": "b", "correct": False})
     results.close()
     assert [record["id"] for record in read_results(file)[1]] == ["a", "b"]
-    other = json.dumps({"mode": "dense", "id": "a", "correct": True})
-    for text in ("nonsense\n", f"{json.dumps({'run': run})}\n{other}\n"):
-        file.write_text(text)
-        with pytest.raises(ValueError, match="not a file of results"):
-            Results(file, run, resume=True)
+
+
+def test_a_run_without_results_leaves_no_file(tmp_path):
+    results = Results(tmp_path / "out.jsonl", {}, resume=False)
+    results.close()
+    assert not list(tmp_path.iterdir())
+
+
+RIGHT_ONE = {"mode": "full", "id": "a", "correct": True}
+STATS = {"density": 0.5, "decode_seconds": None, "periods": [[1, 1, 2, False]]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "it is empty"),
+        (b"\xff\xfe\x00\n", "it is not UTF-8 text"),
+        ('{"run": {}', "its only line is cut off"),
+        ("nonsense\n", "line 1: Expecting value"),
+        ("[]\n", "line 1: expected an object, got []"),
+        ("{}\n", "line 1 has no run"),
+        ('{"run": 3}\n', "line 1: expected an object as run, got 3"),
+        ([{"id": "a", "correct": True}], "line 2 has no mode"),
+        ([{"mode": "full", "correct": True}], "line 2 has no id"),
+        ([{"mode": "full", "id": "a"}], "line 2 has no correct"),
+        ([RIGHT_ONE, 3], "line 3: expected an object, got 3"),
+        ([{**RIGHT_ONE, "mode": "dense"}], "line 2: expected one of full, .* as mode, got 'dense'"),
+        ([{**RIGHT_ONE, "mode": None}], "line 2: expected one of full, .* as mode, got None"),
+        ([{**RIGHT_ONE, "id": None}], "line 2: expected a text as id, got None"),
+        ([{**RIGHT_ONE, "correct": 7}], "line 2: expected true or false as correct, got 7"),
+        ([{**RIGHT_ONE, "scores": [1]}], "line 2: expected scores"),
+        ([{**RIGHT_ONE, "stats": STATS}], "line 2 has no tokens"),
+        ([{**RIGHT_ONE, "tokens": [], "stats": 3}], "line 2: expected an object as stats, got 3"),
+        ([{**RIGHT_ONE, "tokens": 3, "stats": STATS}], "line 2: expected a list as tokens, got 3"),
+        ([{**RIGHT_ONE, "tokens": [], "stats": {**STATS, "density": "x"}}], "line 2: expected a number as density, got 'x'"),
+        ([{**RIGHT_ONE, "tokens": [], "stats": {**STATS, "decode_seconds": "x"}}], "line 2: expected a number as decode_seconds"),
+        (
+            [{**RIGHT_ONE, "tokens": [], "stats": {**STATS, "periods": [[1]]}}],
+            "line 2: expected a list of .* as periods",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_file_of_results(content, message, tmp_path):
+    """Of a list, each is a line behind the first, which says what was run."""
+    file = tmp_path / "out.jsonl"
+    if isinstance(content, list):
+        content = "".join(json.dumps(line) + "\n" for line in ({"run": {}}, *content))
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"out.jsonl: not a file of results: {message.replace('[]', '.*')}"):
+        read_results(file)
 
 
 def test_summary():
@@ -317,29 +381,3 @@ def test_side_by_side_on_the_default_model(tmp_path):
         if "stats" in record:
             assert all(record["stats"].pop(name) is None and twin["stats"].pop(name) > 0 for name in times)
             assert record["stats"] == twin["stats"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--modes", "full,dense"], "modes: expected"),
-        (["--shots", "9"], "--shots: expected 0 to 5"),
-        (["--limit", "0"], "--limit: expected"),
-        (["--shard", "2/2"], "--shard: part 2 of 2 has no items"),
-        (["--accept", "sample"], "--accept: expected"),
-        (["--batch", "0"], "--batch: expected"),
-        (["--batch", "2", "--period", "auto"], "--batch: more than 1 needs"),
-        (["--batch", "2", "--modes", "full,sirius-c:period=auto"], "--batch: more than 1 needs"),
-        (["--modes", "sirius-c:width=2"], "modes: expected settings among"),
-        (["--skip", "-1"], "--skip: expected at least 0"),
-        (["--skip", "1"], "--skip: expected less than the 1 items"),
-        (["--density", "0"], "density: expected"),
-        (["--data", "nowhere"], "data: no "),
-        (["--out", "no/such/folder.jsonl"], "--out: no folder"),
-    ],
-)
-def test_bad_options(options, message, tmp_path, capsys):
-    write("csqa", tmp_path)
-    arguments = ["eval", "--task", "csqa", "--data", str(tmp_path), "--out", str(tmp_path / "out.jsonl")]
-    assert cli.main([*arguments, *options]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()

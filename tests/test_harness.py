@@ -12,6 +12,7 @@ import torch
 from test_default_model import in_float32, loaded
 
 from sirius_ext import Engine, cli
+from sirius_ext.calibrate import Thresholds
 
 TEXT = "The capital of France is Paris. The capital of Italy is Rome."
 
@@ -121,11 +122,36 @@ def test_sampling(harness):
     assert sampling.generate_until(request, disable_tqdm=True)[0] and not sampling.failed
 
 
-def test_wrong_arguments(harness):
-    with pytest.raises(ValueError, match="^model_args: expected some of mode, .*got densty"):
-        lm(harness, densty=0.5)
-    with pytest.raises(ValueError, match="^loglikelihood: expected one of full, sparse, got 'both'"):
-        lm(harness, loglikelihood="both")
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"densty": 0.5}, "^model_args: expected some of pretrained, .*, mode, .*got densty"),
+        ({"loglikelihood": "both"}, "^loglikelihood: expected one of full, sparse, got 'both'"),
+        ({"loglikelihood": 3}, "^loglikelihood: expected one of full, sparse, got 3"),
+        ({"density": "half"}, "^density: expected a number, got 'half'"),
+        ({"threads": "all"}, "^threads: expected 1 to .*, got 'all'"),
+        ({"threads": 100000}, "^threads: expected 1 to .*, got 100000"),
+        ({"threads": True}, "^threads: expected 1 to .*, got True"),
+        ({"max_gen_toks": 0}, "^max_gen_toks: expected an integer of at least 1, got 0"),
+        ({"max_gen_toks": "many"}, "^max_gen_toks: expected an integer of at least 1, got 'many'"),
+        ({"pretrained": 5}, "^pretrained: expected a Hugging Face id, .* got 5"),
+        ({"dtype": 5}, "^dtype: expected one of .* got 5"),
+        ({"device": True}, "^device: expected .* got True"),
+        ({"thresholds": __file__, "sparsity": "fsparse"}, "^thresholds: .* is not a file of"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(harness, monkeypatch, values, message):
+    """Before the model is loaded."""
+    monkeypatch.setattr("sirius_ext.engine.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        harness.SiriusLM(**values)
+
+
+def test_thresholds_for_another_model(harness, tmp_path):
+    Thresholds(0.5, [0.1], [0.5], (64, 12), "another").save(tmp_path / "thresholds.json")
+    with pytest.raises(ValueError, match="^thresholds: .* was made for another model"):
+        lm(harness, sparsity="fsparse", thresholds=str(tmp_path / "thresholds.json"))
 
 
 def test_chat(harness):

@@ -66,11 +66,11 @@ def test_study(tmp_path):
     ("what", "values", "base", "message"),
     [
         ("threshold", (0.1,), {"accept": "match"}, "^--what: the threshold decides nothing"),
-        ("density", (0.4,), {"thresholds": "file"}, "^--thresholds: made for one density"),
+        ("density", (0.4,), {"thresholds": "file"}, "^--values: 0.4: --thresholds: made for one density"),
         ("period", (4, 4), {}, "^--values: expected one or several different"),
         ("period", (), {}, "^--values: expected one or several different.*none"),
-        ("width", (2, 99), {}, "^tree_width: expected 1 to 16"),
-        ("threshold", (1.5,), {}, "^threshold: expected 0 to 1"),
+        ("width", (2, 99), {}, "^--values: 99: tree_width: expected 1 to 16"),
+        ("threshold", (1.5,), {}, "^--values: 1.5: threshold: expected 0 to 1"),
     ],
 )
 def test_what_cannot_be_studied(what, values, base, message, tmp_path):
@@ -99,7 +99,10 @@ def test_command(tmp_path, capsys):
     assert (out / "sirius-f-width.png").read_bytes().startswith(b"\x89PNG")
     picture = (out / "sirius-f-width.png").read_bytes()
     files = {file: file.read_text() for file in out.glob("*.jsonl")}
-    assert cli.main(arguments) == 0 and {file: file.read_text() for file in out.glob("*.jsonl")} == files
+    capsys.readouterr()
+    for more in ([], ["--jobs", "2"]):  # nothing is left: no model is loaded, no bar shown
+        assert cli.main([*arguments, *more]) == 0 and capsys.readouterr().err == ""
+    assert {file: file.read_text() for file in out.glob("*.jsonl")} == files
     assert picture == (out / "sirius-f-width.png").read_bytes()
     assert cli.main([*arguments, "--values", "two"]) == 2
     assert "--values: expected numbers for width, got two" in capsys.readouterr().err

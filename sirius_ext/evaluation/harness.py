@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -17,10 +18,11 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..calibrate import load_thresholds
+from ..calibrate import load_thresholds, read_thresholds
 from ..config import SiriusConfig
 from ..engine import GREEDY, Engine, prepare
 from ..hub import parse_dtype
+from ..options import check_threads
 from ..reading import Reader
 from ..sparsity import sparsity_of
 from ..stats import Stats
@@ -44,7 +46,7 @@ class SiriusLM(TemplateLM):
         self,
         pretrained: str | Engine | None = None,
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        device: str | int = "cpu",
         threads: int | None = None,
         loglikelihood: str | None = None,
         max_gen_toks: int = 256,
@@ -56,14 +58,24 @@ class SiriusLM(TemplateLM):
         names = [field.name for field in dataclasses.fields(SiriusConfig)]
         unknown = sorted(set(config) - set(names))
         if unknown:
-            raise ValueError(f"model_args: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+            own = ("pretrained", "dtype", "device", "threads", "loglikelihood", "max_gen_toks")
+            raise ValueError(f"model_args: expected some of {', '.join((*own, *names))}, got {', '.join(unknown)}")
         self.config = SiriusConfig(**config)
         self.scorer = loglikelihood or ("sparse" if self.config.mode == "sparse" else "full")
         if self.scorer not in SCORERS:
             raise ValueError(f"loglikelihood: expected one of {', '.join(SCORERS)}, got {loglikelihood!r}")
+        if self.config.thresholds is not None:
+            read_thresholds(self.config.thresholds, self.config.density)
+        # lm-eval makes numbers and booleans of what looks like them.
+        if pretrained is not None and not isinstance(pretrained, (str, os.PathLike, Engine)):
+            raise TypeError(f"pretrained: expected a Hugging Face id, a folder or a GGUF file, got {pretrained!r}")
+        if isinstance(max_gen_toks, bool) or not isinstance(max_gen_toks, int) or max_gen_toks < 1:
+            raise ValueError(f"max_gen_toks: expected an integer of at least 1, got {max_gen_toks!r}")
         if threads is not None:
-            torch.set_num_threads(threads)
-        if device.startswith("cuda") and not torch.cuda.is_available():
+            torch.set_num_threads(check_threads(threads))
+        if isinstance(device, int) and not isinstance(device, bool):
+            device = f"cuda:{device}"
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
             _log.warning("no CUDA device that torch can use: decoding on the CPU")  # lm-eval asks for CUDA by itself
             device = "cpu"
         ready = isinstance(pretrained, Engine)
@@ -73,6 +85,9 @@ class SiriusLM(TemplateLM):
             raise ValueError("pretrained: it has no tokenizer, so a task's texts cannot be read")
         self.max_gen_toks = max_gen_toks
         self.weights = prepare(self.engine.model).weights
+        if self.config.thresholds is not None:
+            # For this model? Otherwise every request would fail, one by one.
+            load_thresholds(self.config.thresholds, self.weights, self.config.density)
         self._stop = functools.lru_cache(self._stop)
         self.prompts, self.failed, self.truncated = [], 0, 0
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
+from ..arguments import reason
 from .extras import need
 from .plan import Plan
 from .runner import Results, merge, progress_bar, running
@@ -65,12 +66,12 @@ def work(part: Part, queue) -> None:
         part.plan.carry_out(part.plan.engine(), part.items, _Sender(part, queue), Console(quiet=True))
         queue.put(End(part.number))
     except Exception as error:  # whatever it is, it must be told
-        queue.put(End(part.number, f"{type(error).__name__}: {error}"))
+        queue.put(End(part.number, f"{type(error).__name__}: {reason(error)}"))
 
 
 def split(plan: Plan, items: list[Item], done: set[tuple[str, str]], count: int, threads: int) -> list[Part]:
     """At most `count` parts of the items that are not done in every mode; item i goes to part i modulo their number."""
-    left = [item for item in items if any((mode, item.id) not in done for mode in plan.modes)]
+    left = plan.left(items, done)
     count = min(count, len(left))
     plan = dataclasses.replace(plan, threads=plan.threads or max(1, threads // max(1, count)))
     return [Part(number, plan, left[number::count], done) for number in range(count)]
@@ -142,7 +143,7 @@ def by_ray(plan: Plan, items: list[Item], results: Results, count: int, console:
                         ray.get(task)
                         yield End(number, "it ended without a word")
                     except ray.exceptions.RayError as error:
-                        yield End(number, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                        yield End(number, f"{type(error).__name__}: {reason(error)}")
 
         _keep(parts, queue, results, dead, console)
     finally:

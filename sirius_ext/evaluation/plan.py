@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..calibrate import load_thresholds
 from ..config import SiriusConfig
-from ..engine import Engine
+from ..engine import Engine, prepare
 from ..options import engine_of
 from .hub_data import load_items
 from .runner import Results, config_of, evaluate
@@ -52,6 +53,8 @@ class Plan:
         if self.base.accept == "sample":
             raise ValueError("--accept: expected threshold or match, got sample; the tasks are decoded greedily")
         configs = [config_of(mode, self.base) for mode in self.modes]
+        if len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"modes: expected each once, got {', '.join(self.modes)}")
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         most = TASKS[self.task].max_shots
@@ -67,6 +70,10 @@ class Plan:
             raise ValueError(f"--batch: expected at least 1, got {self.batch}")
         if self.batch > 1 and any(config.period == "auto" for config in configs):
             raise ValueError("--batch: more than 1 needs a fixed period; with --period auto, which measures, items go one by one")
+        if self.batch > 1 and self.device.startswith("cuda"):
+            raise ValueError(f"--batch: more than 1 is decoded by the CPU, but the device is {self.device}; use --device cpu")
+        if self.batch > 1 and self.device == "auto":
+            object.__setattr__(self, "device", "cpu")
 
     def items(self) -> list[Item]:
         """Of this part. ValueError or OSError if they cannot be had."""
@@ -92,7 +99,14 @@ class Plan:
         engine = engine_of(self, self.base)
         if engine.tokenizer is None:
             raise ValueError("--model: it has no tokenizer, so questions cannot be read")
+        if self.base.thresholds is not None:
+            # For this model? Otherwise every item would fail, one by one.
+            load_thresholds(self.base.thresholds, prepare(engine.model).weights, self.base.density)
         return engine
+
+    def left(self, items: list[Item], done: set[tuple[str, str]]) -> list[Item]:
+        """Those that are not done in every mode. done: (mode, id) of what is known."""
+        return [item for item in items if any((mode, item.id) not in done for mode in self.modes)]
 
     def carry_out(self, engine: Engine, items: list[Item], results: Results, console: Console) -> None:
         """Decode what `results` lacks, in this process."""

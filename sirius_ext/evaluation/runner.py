@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import reprlib
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -19,9 +20,9 @@ from rich.table import Table
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from ..arguments import parse_period
 from ..config import SiriusConfig
 from ..engine import GREEDY, Engine, prepare
-from ..options import parse_period
 from ..stats import Period, PromptStats, Stats
 from .batched import Batch, Seat
 from .statistics import mcnemar, wilson
@@ -53,6 +54,8 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
     for text in texts:
         setting, _, value = text.partition("=")
         usable = SETTINGS if name.startswith("sirius") else () if name == "full" else ("density",)
+        if setting in own:
+            raise ValueError(f"modes: expected {setting} once, got {mode!r}")
         if setting not in usable:
             raise ValueError(f"modes: expected settings among {', '.join(usable) or 'none'} for {name}, got {mode!r}")
         try:
@@ -62,7 +65,10 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | MODES[name]
     if "density" in own and values["thresholds"] is not None:
         raise ValueError(f"--thresholds: made for one density, so not for {mode}")
-    return SiriusConfig(**values | own)
+    try:
+        return SiriusConfig(**values | own)
+    except ValueError as error:
+        raise ValueError(f"modes: {mode}: {error}" if own else str(error)) from error
 
 
 def modes_in(records: Iterable[dict]) -> list[str]:
@@ -72,7 +78,8 @@ def modes_in(records: Iterable[dict]) -> list[str]:
 
 
 class Results:
-    """A file of JSON lines: first what was run, then one line for each item and mode, written as soon as it is known.
+    """A file of JSON lines: first what was run, then one line for each item and mode, written as soon as it is known. A run that
+    finds nothing out, because there is no such model say, leaves no file.
 
     known: records that another file holds; they are not done again. ValueError if the file exists and is not to be resumed, or
     was made by another run; a last line that was cut off is dropped.
@@ -81,15 +88,13 @@ class Results:
     def __init__(self, file: Path, run: dict, resume: bool, known: Iterable[dict] = ()) -> None:
         self.records: list[dict] = []
         self._known = list(known)
+        self._path, self._run, self._file = file, run, None
         if file.exists() and not resume:
             raise ValueError(f"out: {file} exists; resume it, or choose another name")
-        if file.exists() and file.stat().st_size:
+        if _has_content(file):
             first, self.records = read_results(file)
-            check_run(file, first, run)
-            _drop_half_a_line(file)
-        else:
-            self.write(file, run, [])
-        self._file = file.open("a", encoding="utf-8")
+            if different := _difference(first, run):
+                raise ValueError(f"out: {file} was made with another {different}; choose another name")
 
     @staticmethod
     def write(file: Path, run: dict, records: Iterable[dict]) -> None:
@@ -99,15 +104,29 @@ class Results:
         new.replace(file)
 
     def add(self, record: dict) -> None:
+        if self._file is None:
+            self._open()
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+    def _open(self) -> None:
+        if _has_content(self._path):
+            _drop_half_a_line(self._path)
+        else:
+            self.write(self._path, self._run, [])
+        self._file = self._path.open("a", encoding="utf-8")
 
     def done(self) -> set[tuple[str, str]]:
         return {(record["mode"], record["id"]) for record in (*self._known, *self.records)}
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 
 def _drop_half_a_line(file: Path) -> None:
@@ -116,23 +135,70 @@ def _drop_half_a_line(file: Path) -> None:
 
 
 def read_results(file: Path) -> tuple[dict, list[dict]]:
-    """What was run, and the records of a results file, but for a last line that was cut off. ValueError if it is none."""
-    text = file.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()
+    """What was run, and the records of a results file, but for a last line that was cut off. ValueError that names the line if it
+    is none."""
     try:
-        run, records = json.loads(lines[0])["run"], [json.loads(line) for line in lines[1:]]
-        for record in records:
-            MODES[record["mode"].split(":")[0]], record["id"], record["correct"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{file}: not a file of results ({type(error).__name__}: {error})") from error
-    return run, records
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a file of results: it is not UTF-8 text ({error.reason})") from error
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    if not lines:
+        raise ValueError(f"{file}: not a file of results: {'its only line is cut off' if text else 'it is empty'}")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            _expect(isinstance(record, dict), "an object", record)
+            if number == 1:
+                record = record["run"]
+                _expect(isinstance(record, dict), "an object as run", record)
+            else:
+                _check_record(record)
+        except KeyError as error:
+            raise ValueError(f"{file}: not a file of results: line {number} has no {error.args[0]}") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: not a file of results: line {number}: {error}") from error
+        found.append(record)
+    return found[0], found[1:]
 
 
-def check_run(file: Path, found: dict, run: dict) -> None:
-    """ValueError if a file's run is not this one."""
-    different = sorted(key for key in {*run, *found} if run.get(key) != found.get(key))
-    if different:
-        raise ValueError(f"out: {file} was made with another {', '.join(different)}; choose another name")
+def _check_record(record: dict) -> None:
+    """ValueError or KeyError if it lacks what `summarize` reads, or has something else there."""
+    _expect(str(record["mode"]).split(":")[0] in MODES, f"one of {', '.join(MODES)} as mode", record["mode"])
+    _expect(isinstance(record["id"], (str, int)), "a text as id", record["id"])
+    _expect(isinstance(record["correct"], bool), "true or false as correct", record["correct"])
+    scores = record.get("scores", {})
+    _expect(isinstance(scores, dict) and all(isinstance(score, bool) for score in scores.values()), "scores", scores)
+    if "stats" in record:
+        stats = record["stats"]
+        _expect(isinstance(stats, dict), "an object as stats", stats)
+        _expect(isinstance(record["tokens"], list), "a list as tokens", record["tokens"])
+        _expect(_is_number(stats["density"]), "a number as density", stats["density"])
+        _expect(
+            stats["decode_seconds"] is None or _is_number(stats["decode_seconds"]),
+            "a number as decode_seconds",
+            stats["decode_seconds"],
+        )
+        periods = stats["periods"]
+        whole = isinstance(periods, list) and all(
+            isinstance(period, list) and len(period) == 4 and all(isinstance(each, int) for each in period) and period[2] > 0
+            for period in periods
+        )
+        _expect(whole, "a list of [drafted, accepted, committed, cut] as periods", periods)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _expect(true: bool, what: str, value: object) -> None:
+    if not true:
+        raise ValueError(f"expected {what}, got {reprlib.repr(value)}")
+
+
+def _difference(found: dict, run: dict) -> str:
+    """What two runs do not have in common."""
+    return ", ".join(sorted(key for key in {*run, *found} if run.get(key) != found.get(key)))
 
 
 def merge(files: Sequence[Path], run: dict | None = None) -> tuple[dict, list[dict]]:
@@ -144,7 +210,8 @@ def merge(files: Sequence[Path], run: dict | None = None) -> tuple[dict, list[di
     for file in files:
         first, records = read_results(file)
         run = first if run is None else run
-        check_run(file, first, run)
+        if different := _difference(first, run):
+            raise ValueError(f"{file} was made with another {different}, so it does not go with the others")
         for record in records:
             key = (record["mode"], record["id"])
             if key not in found or "error" in found[key]:

@@ -45,8 +45,11 @@ def vary(plan: Plan, what: str, values: Sequence[float]) -> dict[str, float]:
         raise ValueError(f"--values: expected one or several different ones, got {', '.join(map(str, values)) or 'none'}")
     (mode,), field = plan.modes, SETTINGS[what].field
     modes = {mode if value == getattr(plan.base, field) else f"{mode}:{field}={value}": value for value in values}
-    for each in modes:
-        config_of(each, plan.base)
+    for each, value in modes.items():
+        try:
+            config_of(each, plan.base)
+        except ValueError as error:
+            raise ValueError(f"--values: {value}: {str(error).removeprefix(f'modes: {each}: ')}") from error
     return modes
 
 

@@ -71,7 +71,7 @@ def collect(source: str, read: Callable[[], Iterator[Item]]) -> list[Item]:
     items = []
     try:
         items.extend(read())
-    except (ValueError, KeyError, IndexError, TypeError, StopIteration, AttributeError, OSError) as error:
+    except Exception as error:  # of JSON, CSV and gzip, and of whatever stands where a text or a list should
         raise ValueError(f"data: {source}: item {len(items) + 1} is malformed ({type(error).__name__}: {error})") from error
     if not items:
         raise ValueError(f"data: {source} has no items")

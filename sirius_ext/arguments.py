@@ -1,0 +1,218 @@
+"""How the command line reads its arguments. Whatever is wrong with one is a ValueError whose message begins with its name."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import reprlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises a ValueError where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def as_option(message: str, parser: argparse.ArgumentParser) -> str:
+    """Inside, a setting is named as Python has it, at the beginning of the message: `tree_width: ...`. Here it is the parser's
+    option, if it has one of that name: `--tree-width: ...`."""
+    name, colon, rest = message.partition(":")
+    option = "--" + name.replace("_", "-")
+    return f"{option}:{rest}" if option in re.findall(r"--[\w-]+", parser.format_usage()) else message
+
+
+def check_text(arguments: list[str]) -> None:
+    """ValueError for one that is not UTF-8: Python hands its bytes on as characters that can be neither read nor written."""
+    for at, argument in enumerate(arguments):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            option, equals, value = argument.partition("=")
+            name, bad = (arguments[at - 1] if at else "", argument)
+            if equals and option.startswith("--"):
+                name, bad = option, value
+            if not name.startswith("--"):
+                name = f"argument {at + 1}"
+            raise ValueError(f"{name}: expected UTF-8, got the bytes {_short.repr(os.fsencode(bad))}") from error
+
+
+def reads(parse: Callable) -> Callable:
+    """What `add_argument` takes as a type. argparse replaces the message of a ValueError by one that names the function; this
+    keeps it."""
+
+    @functools.wraps(parse)
+    def read(text: str):
+        try:
+            return parse(text)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(reason(error)) from error
+
+    return read
+
+
+def reason(error: BaseException) -> str:
+    """An exception's whole message on one line, but for one of many lines, which would be no easier to read."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (" " if len(lines) <= 6 else "\n").join(lines) or type(error).__name__
+
+
+def _number(text: str, kind: type, what: str):
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"expected {what}, got {_short.repr(text)}") from error
+
+
+@reads
+def integer(text: str) -> int:
+    return _number(text, int, "an integer")
+
+
+@reads
+def number(text: str) -> float:
+    return _number(text, float, "a number")
+
+
+def integer_in(least: int, most: int) -> Callable[[str], int]:
+    @reads
+    def read(text: str) -> int:
+        value = integer(text)
+        if not least <= value <= most:
+            raise ValueError(f"expected {least} to {most}, got {_short.repr(value)}")
+        return value
+
+    return read
+
+
+def parse_period(text: str) -> int | str:
+    return text if text == "auto" else _number(text, int, "an integer or auto")
+
+
+period = reads(parse_period)
+
+
+@reads
+def words(text: str) -> list[str]:
+    """With commas between them."""
+    found = text.split(",")
+    if "" in found:
+        raise ValueError(f"expected one or several with commas between them, got {_short.repr(text)}")
+    for word in found:
+        if found.count(word) > 1:
+            raise ValueError(f"expected each once, got {word} {found.count(word)} times")
+    return found
+
+
+@reads
+def not_empty(text: str) -> str:
+    if not text:
+        raise ValueError("expected some text, got none")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------------- paths
+# Tried as they are read, so that nothing is lost by a wrong one: not even the time that a model takes to load.
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("expected a path, got an empty one")
+    return Path(text)
+
+
+@reads
+def input_file(text: str) -> Path:
+    path = _path(text)
+    if path.is_dir():
+        raise ValueError(f"expected a file, got the folder {text}")
+    if not path.exists():
+        raise ValueError(f"no file {text}")
+    if path.is_file():  # a pipe could be read only once
+        path.open("rb").close()
+    return path
+
+
+@reads
+def input_text(text: str) -> Path:
+    """A file, or - for standard input."""
+    return Path(text) if text == "-" else input_file(text)
+
+
+@reads
+def input_folder(text: str) -> Path:
+    path = _path(text)
+    if not path.is_dir():
+        raise ValueError(f"expected a folder, got the file {text}" if path.exists() else f"no folder {text}")
+    return path
+
+
+@reads
+def output_file(text: str) -> Path:
+    if text == "-":
+        raise ValueError("expected a file, got -; ./- is one of that name")
+    path = _path(text)
+    if path.is_dir():
+        raise ValueError(f"expected a file, got the folder {text}")
+    if not _exists(path):
+        _try_folder(Path(os.path.realpath(path)).parent)
+    elif path.is_file():  # to open a pipe and close it would end it
+        path.open("ab").close()
+    return path
+
+
+@reads
+def output_text(text: str) -> Path:
+    """A file, or - for standard output."""
+    return Path(text) if text == "-" else output_file(text)
+
+
+@reads
+def output_folder(text: str) -> Path:
+    """A folder, or one that can be made."""
+    path = _path(text)
+    if _exists(path) and not path.is_dir():
+        raise ValueError(f"expected a folder, got the file {text}")
+    _try_folder(path if path.is_dir() else Path(os.path.realpath(path)).parent)
+    return path
+
+
+def _exists(path: Path) -> bool:
+    """OSError for a name that no file can have."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _try_folder(folder: Path) -> None:
+    """By a file without a name: what is permitted says little about a full or a read-only disk, and another process may look for
+    a file of the name that is wanted."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"no file can be written in {folder}: {error.strerror}") from error
+
+
+def check_distinct(**files: Path | None) -> None:
+    """ValueError if two options name the same file, whose content one of them would cost. files: by their options' names."""
+    known: dict[str, str] = {}
+    for name, file in files.items():
+        if file is not None and str(file) != "-":
+            other = known.setdefault(os.path.realpath(file), name)
+            if other != name:
+                raise ValueError(f"{name}: expected another file than that of --{other.replace('_', '-')}, got {file} for both")

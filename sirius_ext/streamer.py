@@ -1,0 +1,32 @@
+"""The text as it comes, and its tokens, so that they are known if it is stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from transformers import TextStreamer
+
+
+class KeepingStreamer(TextStreamer):
+    """Prints the text, without its prompt, and keeps the tokens and the times of the first and the last.
+
+    stderr: prints it there.
+    """
+
+    def __init__(self, tokenizer, stderr: bool = False) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tokens: list[int] = []
+        self.first = self.last = None
+        self._stderr = stderr
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.tokens += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, flush=True, end="\n" if stream_end else "", file=sys.stderr if self._stderr else sys.stdout)

@@ -1,0 +1,89 @@
+"""What only a process of its own shows: readers that leave, Ctrl-C, bytes that are no text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "sirius_ext"]
+TEXT = ["generate", "--prompt", "Tell me a long story.", "--chat", "--mode", "full", "--max-new-tokens", "2000"]
+
+
+def start(command, **how):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+
+def first_letters(process):
+    """Once the text has begun."""
+    return process.stdout.read(3)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["report", "results"]], ids=str)
+def test_a_reader_that_is_gone(tmp_path, arguments):
+    lines = ({"run": {"task": "csqa"}}, {"mode": "full", "id": "a", "correct": True})
+    (tmp_path / "results").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    read, written = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=written,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+    finally:
+        os.close(written)
+    assert (done.returncode, done.stderr) in ((0, b""), (141, b""))
+
+
+def test_a_reader_that_leaves(tmp_path):
+    file = tmp_path / "out.json"
+    process = start([*COMMAND, *TEXT, "--json", str(file)])
+    assert first_letters(process)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=120) == 141 and "Traceback" not in error and "rror" not in error
+    assert json.loads(file.read_text())["interrupted"]
+
+
+def test_an_interrupt_in_the_middle_of_a_text(tmp_path):
+    """The terminal's line is ended, and the tokens are kept."""
+    file = tmp_path / "out.json"
+    process = start([*COMMAND, *TEXT, "--json", str(file)])
+    begun = first_letters(process)
+    process.send_signal(signal.SIGINT)
+    out, error = process.stdout.read(), process.stderr.read()
+    assert process.wait(timeout=120) == 130
+    record = json.loads(file.read_text())
+    assert error.endswith("sirius_ext: interrupted\n") and "Traceback" not in error
+    assert begun + out == record["text"] + "\n"
+    assert record["interrupted"] and 0 < len(record["token_ids"]) < 2000
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_an_interrupt_while_torch_is_imported(tmp_path, way):
+    """Ended by the signal, as shells show by 130. The script is what pip makes of an entry point."""
+    command = COMMAND[1:]
+    if way == "script":
+        (tmp_path / "sirius").write_text("import sys\nfrom sirius_ext.cli import main\nsys.exit(main())\n")
+        command = [str(tmp_path / "sirius")]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    process = start([sys.executable, "-v", *command, "info"], env={**os.environ, "PYTHONPATH": path})
+    for line in process.stderr:
+        if line.startswith("import 'torch."):
+            break
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode in (-signal.SIGINT, 130) and out == "" and "Traceback" not in error
+
+
+def test_bytes_that_are_no_text():
+    done = subprocess.run([*COMMAND, "generate", "--prompt", b"a\xff"], capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == b"sirius_ext: error: --prompt: expected UTF-8, got the bytes b'a\\xff'\n" and not done.stdout
