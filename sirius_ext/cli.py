@@ -7,6 +7,7 @@ import dataclasses
 import json
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from .options import (
     engine_of,
     used_by,
 )
-from .stats import Stats
+from .stats import CostlyDrafts, Stats
 from .streamer import KeepingStreamer
 from .terminal import BROKEN_PIPE, Console, drop_output, flushed
 
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     try:
         interrupts.raise_again()
+        warnings.simplefilter("ignore", CostlyDrafts)  # `generate` says it in a line, and tables have the effective density
         with flushed():
             arguments = sys.argv[1:] if arguments is None else arguments
             check_text(arguments)
@@ -183,6 +185,8 @@ def _generate(options: argparse.Namespace) -> int:
         keep(None)
         raise
     print(summary(out.stats), file=sys.stderr)
+    if out.stats.advice:
+        print(f"sirius_ext: {out.stats.advice}", file=sys.stderr)
     keep(out.stats)
     return 0
 

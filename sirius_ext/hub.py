@@ -113,12 +113,16 @@ def load_model(
     name = DEFAULT_MODEL if name is None else os.fspath(name)
     path = Path(name).expanduser()
     is_default = name.lower() == DEFAULT_MODEL
-    if is_default or path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), bool(name) and path.is_dir()
+    except OSError as error:  # too long a name, say
+        raise ModelLoadError(f"model: {name!r} cannot be looked for: {error.strerror}") from error
+    if is_default or is_file:
         file = default_model_path(progress) if is_default else path
         dtype = torch.bfloat16 if dtype == "auto" else dtype
         folder = _converted(file, name, dtype, progress)
         return _load(str(folder), name, dtype, progress)
-    if name and path.is_dir():
+    if is_folder:
         if not (path / "config.json").is_file():
             hint = next((f"; name the file itself: {file}" for file in sorted(path.glob("*.gguf"))), "")
             raise ModelLoadError(f"model: the folder {name!r} has no config.json{hint}")

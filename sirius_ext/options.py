@@ -31,7 +31,12 @@ def add_command(commands, name: str, run: Callable[[argparse.Namespace], int], p
         default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)",
     )
-    add("--dtype", type=_dtype, default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    add(
+        "--dtype",
+        type=_dtype,
+        default="bfloat16",
+        help="bfloat16, float16, float32, or auto: the checkpoint's (default: %(default)s)",
+    )
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
 

@@ -77,6 +77,11 @@ def test_bad_models(folder, damage):
     assert "\n" not in str(error.value)
 
 
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(hub.ModelLoadError, match="^model: 'x.*' cannot be looked for: File name too long"):
+        hub.load_model("x" * 300, progress=False)
+
+
 def test_settings_of_a_newer_transformers_in_a_models_own_file(folder):
     """What this transformers does not know it ignores, and so do we: it was not asked for in this call."""
     file = folder / "generation_config.json"

@@ -179,3 +179,12 @@ def test_an_unknown_instruction_set_is_refused():
     assert result.returncode != 0 and "SIRIUS_ISA: expected one of" in result.stderr and "sse9" in result.stderr
     with pytest.raises(ValueError, match="expected one of"):
         ops.set_isa("sse9")
+
+
+def test_a_costly_text_says_so_in_one_line(capsys):
+    """And one that is not says nothing."""
+    arguments = ["generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--accept", "match"]
+    _, _, err = run(capsys, *arguments, "--density", "0.05")
+    (line,) = [line for line in err.splitlines() if line.startswith("sirius_ext: this text read more than the full model alone")]
+    assert "suits it" in line and "CostlyDrafts" not in err
+    assert "this text read more" not in run(capsys, *arguments, "--density", "1")[2]
