@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..config import SiriusConfig
-from ..model import CACHE_GRAIN, PREFILL_CHUNK
+from ..model import CACHE_GRAIN, PREFILL_CHUNK, Model
 from ..sparsity import CSparse, FSparse
 from ..tree import Tree
 from ..weights import Layer, Weights
@@ -132,10 +132,20 @@ class Seat:
         visible = None if bool(bits.all()) else torch.cat((torch.ones(len(tokens), before, dtype=torch.bool), bits), 1)
         rows = _Rows(self.keys, self.values, tokens.long(), positions.long(), slot, visible, len(tokens), sparsity)
         logits = self._batch.compute(rows)
-        best = logits.argmax(-1).to(torch.int32)
-        if argmax is not None:
-            best = argmax.copy_(best)
-        return logits, best
+        return logits, ops.argmax(logits, out=argmax)
+
+    def fault(self, tokens: torch.Tensor, start: int, sparsity: CSparse | FSparse | None = None) -> str | None:
+        """As `Model.fault`, by a model with a cache of its own."""
+        model, shared = Model(self.weights), self._batch.shared
+        model.reserve(start + len(tokens), 1)
+        for cache, of_prefix, own in (
+            (model.k_cache, self._batch._keys, self.keys),
+            (model.v_cache, self._batch._values, self.values),
+        ):
+            if start:
+                cache[:, :, :shared] = of_prefix
+                cache[:, :, shared:start] = own[:, :, : start - shared]
+        return model.fault(tokens, start, sparsity)
 
     def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> None:
         """As `Model.replay`: the texts wait for each other after every pass."""
