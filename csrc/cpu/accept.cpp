@@ -36,8 +36,8 @@ void accept(const AcceptParams& p) {
 void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax) {
   const Range range = share(num_rows);
   for (int i = range.begin; i < range.end; ++i) {
-    float max, sum;
-    kernels(Dtype::f32).logit_stats(logits + size_t(i) * vocab, vocab, 1.0f, true, &max, argmax + i, &sum);
+    float max;
+    kernels(Dtype::f32).logit_stats(logits + size_t(i) * vocab, vocab, 1.0f, true, &max, argmax + i, nullptr);
   }
 }
 

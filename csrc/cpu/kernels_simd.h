@@ -268,7 +268,7 @@ inline void logit_stats(const float* logits, int n, float inverse_temperature, b
       while (x[c] != here) ++c;
       index = begin + c;
     }
-    if (peak == lowest) continue;  // nothing to add up yet
+    if (!sum_out || peak == lowest) continue;  // nothing to add up, or not yet
     Vec total = Vec::set(0.0f);
     for (int c = 0; c + Vec::width <= length; c += Vec::width)
       total = total + exp((Vec::load(x + c) - Vec::set(peak)) * Vec::set(inverse_temperature));
@@ -278,7 +278,7 @@ inline void logit_stats(const float* logits, int n, float inverse_temperature, b
   const bool found = reduce_add(faults) == 0.0f && peak > lowest;
   *max_out = peak;
   *argmax = found ? index : -1;
-  *sum_out = found ? sum : std::numeric_limits<float>::quiet_NaN();
+  if (sum_out) *sum_out = found ? sum : std::numeric_limits<float>::quiet_NaN();
 }
 
 template <class T>
