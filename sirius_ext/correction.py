@@ -208,7 +208,7 @@ class _Decoding:
         )
         best = best.tolist()
         if -1 in best:
-            raise self._not_finite(nodes.start + best.index(-1), sparsity)
+            raise self._not_finite([nodes.start + row for row, token in enumerate(best) if token < 0], sparsity)
         if not self.process:
             return Logits(logits)
         logits = Logits(logits, lambda row, each: self.process(self._text_to(nodes.start + row), each))
@@ -216,10 +216,11 @@ class _Decoding:
             argmax[0] = logits[0].argmax()
         return logits
 
-    def _not_finite(self, node: int, sparsity: CSparse | FSparse | None) -> ValueError:
-        """The error for the logits of a node, which F gave, or with a sparsity S."""
-        branch = self.tree.tokens[[0, *self.tree.path(node)]].long()
-        where = self.model.fault(branch, self.length, sparsity)
+    def _not_finite(self, nodes: list[int], sparsity: CSparse | FSparse | None) -> ValueError:
+        """The error for the logits of some nodes, which F gave, or with a sparsity S: of the first whose fault can be found."""
+        branches = [self.tree.tokens[[0, *self.tree.path(node)]].long() for node in nodes]
+        found = ((branch, self.model.fault(branch, self.length, sparsity)) for branch in branches)
+        branch, where = next((each for each in found if each[1] is not None), (branches[0], None))
         corrects = self.config.mode == "sirius"
         if sparsity is None:
             reader = "a verification (full model)" if corrects else "a step of the full model"

@@ -44,6 +44,7 @@ class Model:
         self.costs = Costs()
         self.alphas: dict[object, float] = {}  # how often S was right in the last text, by what it was and who judged
         self._rows = 0
+        self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._handle = self._extension().Model(*weights.arguments())
 
     def _extension(self) -> ModuleType:
@@ -80,12 +81,13 @@ class Model:
 
         tokens: int64 [t], 1 <= t <= capacity.
         observer: sees every layer's gates.
-        Returns the logits behind the last token, float32 [V].
+        Returns the logits behind the last token, float32 [V]; they are not finite if a query or key of any token is not.
         """
+        self._hidden = torch.zeros((), device=self.device)
         for start in range(0, len(tokens), PREFILL_CHUNK):
             # Of the activations only what the last layer makes is kept.
             (x,) = collections.deque(self._layers(tokens[start : start + PREFILL_CHUNK], start, observer), maxlen=1)
-        return self._head(self._last_norm(x))
+        return self._head(self._last_norm(x)) + self._hidden
 
     def _layers(
         self,
@@ -115,17 +117,19 @@ class Model:
     def fault(self, tokens: torch.Tensor, start: int, sparsity: CSparse | FSparse | None = None) -> str | None:
         """Where the first values arise that are not finite, when tokens, int64 [t], are read once more behind the `start` ones
         before them, whose cache entries are finite. None if there are none in torch, which rounds differently."""
-        layers = len(self.weights.layers)
+        layers, self._hidden = len(self.weights.layers), torch.zeros((), device=self.device)
         # S reads token by token, as it drafts: FSparse chooses for a pass.
         chunk = PREFILL_CHUNK if sparsity is None else 1
         for begin in range(0, len(tokens), chunk):
             part = tokens[begin : begin + chunk]
             for count, x in enumerate(self._layers(part, start + begin, sparsity=sparsity)):
                 # Later rows attend to what a layer makes of all rows, but behind the last layer only the last row goes on.
-                odd = ~(x[-1:] if count == layers else x).isfinite().all(-1)
-                if not bool(odd.any()) or (count == layers and begin + chunk < len(tokens)):
-                    continue
-                return f"layer {count - 1} of {layers}" if count else f"the embedding of token {int(part[odd.cpu()][0])}"
+                goes_on = x if count < layers else x[-1:] if begin + chunk >= len(tokens) else x[:0]
+                odd = ~goes_on.isfinite().all(-1)
+                if count == 0 and bool(odd.any()):
+                    return f"the embedding of token {int(part[odd.cpu()][0])}"
+                if bool(odd.any()) or not bool(self._hidden.isfinite()):
+                    return f"layer {count - 1} of {layers}"
         normed = self._last_norm(x)
         if not bool(normed.isfinite().all()):
             return "the final norm"
@@ -135,10 +139,14 @@ class Model:
         w, end = self.weights, start + len(x)
         normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
         q, k, v = (F.linear(normed, weight, bias).view(len(x), -1, w.head_dim).transpose(0, 1) for weight, bias in layer.qkv)
-        self.k_cache[index, :, start:end] = self._rotate(k, start)
+        q, k = self._rotate(q, start), self._rotate(k, start)
+        # Where scores are NaN or infinite, torch's attention may give numbers all the same. Zero times a number is zero, and zero
+        # times what is none is NaN.
+        self._hidden += 0 * (q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32))
+        self.k_cache[index, :, start:end] = k
         self.v_cache[index, :, start:end] = v
         attended = F.scaled_dot_product_attention(
-            self._rotate(q, start)[None],
+            q[None],
             self.k_cache[index, :, :end][None],
             self.v_cache[index, :, :end][None],
             attn_mask=None if start == 0 else torch.ones(len(x), end, dtype=torch.bool, device=self.device).tril(start),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..config import SiriusConfig
-from ..model import CACHE_GRAIN, PREFILL_CHUNK, Model
+from ..model import CACHE_GRAIN, PREFILL_CHUNK, Model, not_finite
 from ..sparsity import CSparse, FSparse
 from ..tree import Tree
 from ..weights import Layer, Weights
@@ -165,6 +165,7 @@ class Batch:
     """Texts that share passes.
 
     prefix: what all texts begin with, int64 [t]; may be empty. It is read once, and all rows of a pass look at it together.
+        ValueError if F's logits behind it are not finite.
     """
 
     def __init__(self, weights: Weights, prefix: torch.Tensor) -> None:
@@ -180,7 +181,12 @@ class Batch:
         if len(prefix):
             keys, values, seen = _cache(weights, len(prefix)), _cache(weights, len(prefix)), self.new_statistic()
             visible = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
-            self._compute([_Rows(keys, values, prefix, torch.arange(len(prefix)), 0, visible, 1, seen_by=seen)])
+            rows = _Rows(keys, values, prefix, torch.arange(len(prefix)), 0, visible, 1, seen_by=seen)
+            self._compute([rows])
+            if not bool(rows.logits.isfinite().all()):
+                model = Model(weights)
+                model.reserve(len(prefix), 1)
+                raise not_finite(len(prefix), 0, "the prefill (full model)", model.fault(prefix, 0))
             self._keys, self._values, self._seen, self.shared = keys, values, seen, len(prefix)
 
     def _compute(self, asked: list[_Rows]) -> None:
@@ -306,11 +312,14 @@ class _Pass:
         q, k, v = (ops.linear(normed, weight, bias).view(len(normed), -1, w.head_dim) for weight, bias in layer.qkv)
         q, k = self._rotate(q).view(len(q), w.kv_heads, self._group, w.head_dim), self._rotate(k)
         out, weight = torch.empty_like(q), torch.empty(q.shape[:-1])
+        # As in `Model._attention`: 0, or NaN for a row whose query or key is not finite.
+        hidden = 0 * (q.sum((1, 2, 3), dtype=torch.float32) + k.sum((1, 2), dtype=torch.float32))
         for rows, share, bias in zip(self._asked, self._shares, self._biases):
             keys, values = rows.keys[index], rows.values[index]
             keys[:, rows.slot : rows.end] = k[share].transpose(0, 1)
             values[:, rows.slot : rows.end] = v[share].transpose(0, 1)
             out[share], weight[share] = _attend(q[share], keys[:, : rows.end], values[:, : rows.end], bias)
+            out[share] += hidden[share].sum()
         if self._keys.shape[2]:
             of_prefix, its_weight = _attend(q, self._keys[index], self._values[index])
             share = torch.sigmoid(its_weight - weight)[..., None]
