@@ -504,8 +504,7 @@ def test_what_cannot_be_repeated():
 
 
 def test_long_prompts():
-    """Longer than a pass of the prefill: the chunk with the fault is not the last one, and what only it makes behind the last
-    layer concerns nobody."""
+    """Longer than a pass of the prefill: the chunk with the fault is not the last one."""
     with torch.no_grad():
         transformer = tiny(NAME, max_position_embeddings=2048)
         model, ids = prepare(transformer), torch.cat((prompt(600)[0], IDS))
@@ -516,6 +515,23 @@ def test_long_prompts():
         transformer.model.embed_tokens.weight[3] = math.nan
         assert not model.prefill(ids).isfinite().any()
         assert model.fault(ids, 0) == "the embedding of token 3"
+
+
+def test_what_nobody_reads():
+    """Behind the last layer only the last token goes on: what is not finite in the others does no harm."""
+    model = prepare(tiny(NAME, max_position_embeddings=2048))
+    mlp, ids = model._mlp, torch.cat((prompt(600)[0], IDS))
+
+    def overflow(x, layer, index, observer=None):
+        out = mlp(x, layer, index, observer)
+        if index == LAYERS - 1 and len(x) > 1:
+            out[-2] = math.inf
+        return out
+
+    model._mlp = overflow
+    model.reserve(700, 1)
+    with torch.no_grad():
+        assert model.prefill(ids).isfinite().all() and model.fault(ids, 0) is None
 
 
 # ------------------------------------------------------------------------------------------------------- reading, many texts
@@ -591,3 +607,22 @@ def test_side_by_side(prefix):
 
     Batch(prepare(transformer).weights, prompts[0][0, :prefix]).run([read], 1)
     assert seen == [result(bad, configs[1])] * 2 and "the prefill" in seen[0]
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_side_by_side_nothing_is_hidden(part, layer):
+    """Torch's attention may make numbers of scores that are none: neither in a prefix nor in a text does it matter."""
+    with torch.no_grad():
+        transformer = tiny(NAME)
+        getattr(transformer.model.layers[layer].self_attn, f"{part}_proj").weight[5] = math.inf
+    engine, ids = Engine(transformer), IDS[None]
+    message = f"in the prefill .full model.; .* come from layer {layer} of {LAYERS}"
+    with pytest.raises(ValueError, match=f"^model: .* position 4 .4 of the prompt .* {message}"):
+        Batch(prepare(transformer).weights, IDS[:4])
+
+    def job(seat):
+        with seat, pytest.raises(ValueError, match=f"^model: .* position 7 .7 of the prompt .* {message}"):
+            engine.generate(ids, max_new_tokens=3, passes=seat)
+
+    Batch(prepare(transformer).weights, IDS[:0]).run([job], 1)
