@@ -16,7 +16,7 @@ from sirius_ext.engine import prepare
 from sirius_ext.evaluation.batched import Batch
 from sirius_ext.graphs import Nodes
 from sirius_ext.reading import ROWS, Reader
-from sirius_ext.sparsity import sparsity_of
+from sirius_ext.sparsity import CSparse, FSparse, sparsity_of
 
 FAULTS = [math.nan, -math.nan, math.inf, -math.inf]
 VOCABS = [1, 2, 31, 64, 1134, 9001]
@@ -339,6 +339,8 @@ def test_a_token_whose_embedding_is_nan(place, values):
         row.copy_(before)
         again = Tokens(COUNT)
         assert decode(transformer, values, again) is None and again.tokens == good
+        # The mark in device memory is not that of the text before, which would leave all periods to the host.
+        assert not any(period.record.fault for period in getattr(prepare(transformer), "_periods", {}).values())
 
 
 @pytest.mark.parametrize("place", CUDA_PLACES)
@@ -355,6 +357,22 @@ def test_a_period_on_the_device_says_what_the_host_says(place, graphs, values, m
             transformer.model.embed_tokens.weight[token] = math.nan
             found.append((decode(transformer, values, text), text.tokens))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("place", CUDA_PLACES)
+def test_a_period_ends_with_the_draft_that_has_a_fault(place, monkeypatch):
+    """Whatever F says to it."""
+    launch = CudaModel.launch
+
+    def unmarked(self, name, *arguments, **named):
+        launch(self, name, *(arguments if name != "accept_within" else [*arguments[:-1], 0]), **named)
+
+    monkeypatch.setattr(CudaModel, "launch", unmarked)
+    with at(place) as where:
+        transformer = tiny(NAME).to(where)
+        text = Changing(COUNT, 6, lambda: transformer.lm_head.weight.data[0].fill_(math.nan))
+        found = decode(transformer, {"period": 4, "tree_width": 3}, text)
+        assert found[2:] == ("a draft (sparse model)", "the LM head") and found[1] == len(text.tokens)
 
 
 def projection(layer, part):
@@ -488,6 +506,30 @@ def test_processors(place, values):
         assert decode(transformer, values, Tokens(COUNT), process)[3] == f"the embedding of token {token}"
 
 
+def test_what_is_read_again_as_the_sparse_model():
+    model = prepare(tiny(NAME))
+    model.reserve(20, 1)
+    with torch.no_grad():
+        for sparsity in (CSparse(LAYERS, model.weights.intermediate, 0.3), FSparse(model.weights.intermediate, 0.3)):
+            model.prefill(IDS, sparsity)
+            part = torch.tensor([3, 4])
+            kept = sparsity.neurons[1].tolist() if isinstance(sparsity, CSparse) else []
+            neuron = next(i for i in range(model.weights.intermediate) if i not in kept)
+            up = model.weights.layers[1].up
+            before = up.clone()
+            if kept:
+                up[neuron] = math.nan
+                assert model.fault(part, len(IDS), sparsity) is None
+                up[kept[0]] = math.nan
+            else:
+                assert model.fault(part, len(IDS), sparsity) is None
+                up.fill_(math.nan)
+            assert model.fault(part, len(IDS), sparsity) == model.fault(part, len(IDS)) == f"layer 1 of {LAYERS}"
+            up.copy_(before)
+        never = FSparse(model.weights.intermediate, 0.3, torch.full((LAYERS,), 1e9))
+        assert model.fault(part, len(IDS), never) is None
+
+
 def test_what_cannot_be_repeated():
     """Read again, all is well: the error says that it does not know."""
     with torch.no_grad():
@@ -611,10 +653,11 @@ def test_side_by_side(prefix):
 
 @pytest.mark.parametrize("part", ["q", "k"])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_side_by_side_nothing_is_hidden(part, layer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_side_by_side_nothing_is_hidden(dtype, part, layer):
     """Torch's attention may make numbers of scores that are none: neither in a prefix nor in a text does it matter."""
     with torch.no_grad():
-        transformer = tiny(NAME)
+        transformer = tiny(NAME, dtype)
         getattr(transformer.model.layers[layer].self_attn, f"{part}_proj").weight[5] = math.inf
     engine, ids = Engine(transformer), IDS[None]
     message = f"in the prefill .full model.; .* come from layer {layer} of {LAYERS}"

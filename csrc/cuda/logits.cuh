@@ -94,9 +94,7 @@ __device__ __forceinline__ int logit_index(int i) {
 
 // A fault is larger than every logit, so that a row that has one shows it as its largest: NaN becomes one, plus infinity is one,
 // and minus infinity becomes one in `raw` logits, which nothing has processed.
-__device__ __forceinline__ float logit_or_fault(float x, bool raw) {
-  return raw && x == kLowest ? kFault : fminf(x, kFault);  // of a number and NaN, fminf gives the number
-}
+__device__ __forceinline__ float logit_or_fault(float x, bool raw) { return (raw ? fabsf(x) : x) < kFault ? x : kFault; }
 
 // This thread's share of row blockIdx.y; minus infinity behind its end.
 template <bool Aligned>
