@@ -31,7 +31,8 @@ __device__ void propose(const TreeExpandParams& p, int32_t* fault, const ExpandP
   if (lane >= p.width) return;
   const float likelihood = (value_of(found) - stats.max) * inverse_temperature - logf(stats.sum) + p.scores[leaf];
   const int at = leaf * p.width + lane;
-  keys[at] = found != 0 && lane < count && stats.argmax >= 0 ? possible_key(likelihood, at) : 0;
+  // Beside a fault, which is infinite, no likelihood is possible.
+  keys[at] = found != 0 && lane < count ? possible_key(likelihood, at) : 0;
   tokens[at] = index_of(found);
 }
 
