@@ -132,7 +132,8 @@ struct TreeMaskParams {
   int num_nodes, mask_words;
 };
 
-// Every leaf proposes its `width` likeliest tokens; of all proposals the `width` of largest cumulative log-likelihood stay.
+// Every leaf proposes its `width` likeliest tokens; of all proposals the `width` of largest cumulative log-likelihood stay. A
+// leaf with a logit that is NaN or plus infinity proposes nothing, nor does one all of whose logits are minus infinity.
 struct TreeExpandParams {
   const float* logits;  // [num_leaves, vocab]
   const float* scores;  // [num_leaves]: cumulative log-likelihoods
@@ -156,7 +157,8 @@ struct AcceptParams {
   float threshold, score_temperature;
   bool match;          // accept only the argmax; threshold is not used
   float* likelihoods;  // [num_rows - 1]
-  int32_t* argmax;     // [num_rows]
+  int32_t* argmax;     // [num_rows]; -1 where a logit is NaN or plus infinity, or all are minus infinity. What follows such a row
+                       // is not accepted, and its likelihood is NaN
   int32_t* path;       // [num_rows - 1]: the nodes of the accepted run, from the first on
   int32_t* accepted;   // [1]: the run's length
   float* workspace;    // [2, num_rows]
@@ -210,7 +212,7 @@ struct DecodeStepParams {
   void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
   Sparsity sparsity;
   float* logits;    // [num_rows, vocab]
-  int32_t* argmax;  // [num_rows]
+  int32_t* argmax;  // [num_rows]; -1 where a logit is not finite
   void* workspace;  // [decode_workspace(...)] bytes
   int num_rows, first_slot, prefix, capacity;
 };

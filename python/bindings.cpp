@@ -143,6 +143,10 @@ void accept(Address logits, Address drafts, Address parents, Address scores, flo
   cpu::with_team(threads, [&] { cpu::accept(p); });
 }
 
+void argmax(Address logits, int num_rows, int vocab, Address out, int threads) {
+  cpu::with_team(threads, [&] { cpu::argmax(at<float>(logits), num_rows, vocab, at<int32_t>(out)); });
+}
+
 void kv_rewrite(int dtype, Address k_cache, Address v_cache, Address path, int start, int length, int layers, int kv_heads,
                 int capacity, int head_dim, int threads) {
   const KvRewriteParams p{Dtype(dtype), at(k_cache), at(v_cache), at<int32_t>(path), {kv_heads, capacity, head_dim},
@@ -170,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tree_attention", tree_attention, Unlocked());
   m.def("tree_expand", tree_expand, Unlocked());
   m.def("accept", accept, Unlocked());
+  m.def("argmax", argmax, Unlocked());
   m.def("kv_rewrite", kv_rewrite, Unlocked());
 
   py::class_<Model>(m, "Model").def(weights_init()).def("workspace", &Model::workspace).def("step", &Model::step, Unlocked());

@@ -74,6 +74,10 @@ void tree_mask(Address parents, Address mask, int num_nodes, int mask_words, Add
   cuda::tree_mask({at<int32_t>(parents), at<uint64_t>(mask), num_nodes, mask_words}, at(stream));
 }
 
+void argmax(Address logits, int num_rows, int vocab, Address out, Address floats, Address counters, Address stream) {
+  cuda::argmax(at<float>(logits), num_rows, vocab, at<int32_t>(out), workspace_at(floats, counters), at(stream));
+}
+
 void kv_rewrite(int dtype, Address k_cache, Address v_cache, Address path, int start, int length, int layers, int kv_heads,
                 int capacity, int head_dim, Address, Address, Address stream) {
   const KvRewriteParams p{Dtype(dtype), at(k_cache), at(v_cache), at<int32_t>(path), {kv_heads, capacity, head_dim},
@@ -134,11 +138,11 @@ void tree_attention_from(int dtype, Address q, int q_stride, Address k_cache, Ad
 
 void accept_within(Address logits, Address drafts, Address parents, Address scores, float threshold, float score_temperature,
                    bool match, Address likelihoods, Address argmax, Address path, Address accepted, int num_rows, int vocab,
-                   Address limit, Address floats, Address counters, Address stream) {
+                   Address limit, Address fault, Address floats, Address counters, Address stream) {
   cuda::accept(
       {at<float>(logits), at<int32_t>(drafts), at<int32_t>(parents), at<float>(scores), threshold, score_temperature, match,
        at<float>(likelihoods), at<int32_t>(argmax), at<int32_t>(path), at<int32_t>(accepted), nullptr, num_rows, vocab},
-      at<int32_t>(limit), workspace_at(floats, counters), at(stream));
+      at<int32_t>(limit), at<int32_t>(fault), workspace_at(floats, counters), at(stream));
 }
 
 void kv_rewrite_from(int dtype, Address k_cache, Address v_cache, Address path, int start, int layers, int kv_heads, int capacity,
@@ -176,19 +180,26 @@ class Model : public Weights {
   }
 };
 
+void tree_expand_within(Address logits, Address scores, float score_temperature, float prune, Address tokens, Address parents,
+                        Address new_scores, Address count, int num_leaves, int vocab, int width, Address fault, Address floats,
+                        Address counters, Address stream) {
+  cuda::tree_expand({at<float>(logits), at<float>(scores), score_temperature, prune, at<int32_t>(tokens), at<int32_t>(parents),
+                     at<float>(new_scores), at<int32_t>(count), nullptr, nullptr, num_leaves, vocab, width},
+                    at<int32_t>(fault), workspace_at(floats, counters), at(stream));
+}
+
 void tree_expand(Address logits, Address scores, float score_temperature, float prune, Address tokens, Address parents,
                  Address new_scores, Address count, int num_leaves, int vocab, int width, Address floats, Address counters,
                  Address stream) {
-  cuda::tree_expand({at<float>(logits), at<float>(scores), score_temperature, prune, at<int32_t>(tokens), at<int32_t>(parents),
-                     at<float>(new_scores), at<int32_t>(count), nullptr, nullptr, num_leaves, vocab, width},
-                    workspace_at(floats, counters), at(stream));
+  tree_expand_within(logits, scores, score_temperature, prune, tokens, parents, new_scores, count, num_leaves, vocab, width, 0,
+                     floats, counters, stream);
 }
 
 void accept(Address logits, Address drafts, Address parents, Address scores, float threshold, float score_temperature, bool match,
             Address likelihoods, Address argmax, Address path, Address accepted, int num_rows, int vocab, Address floats,
             Address counters, Address stream) {
   accept_within(logits, drafts, parents, scores, threshold, score_temperature, match, likelihoods, argmax, path, accepted,
-                num_rows, vocab, 0, floats, counters, stream);
+                num_rows, vocab, 0, 0, floats, counters, stream);
 }
 
 }  // namespace
@@ -214,10 +225,13 @@ void bind_cuda(py::module_& m) {
   m.def("tree_expand_workspace", cuda::tree_expand_workspace);
   m.def("accept", accept, Unlocked());
   m.def("accept_workspace", cuda::accept_workspace);
+  m.def("argmax", argmax, Unlocked());
+  m.def("argmax_workspace", cuda::accept_workspace);
   m.def("kv_rewrite", kv_rewrite, Unlocked());
 
   m.def("rope_kv_write_from", rope_kv_write_from, Unlocked());
   m.def("tree_attention_from", tree_attention_from, Unlocked());
+  m.def("tree_expand_within", tree_expand_within, Unlocked());
   m.def("accept_within", accept_within, Unlocked());
   m.def("kv_rewrite_from", kv_rewrite_from, Unlocked());
   m.def("grow", grow, Unlocked());

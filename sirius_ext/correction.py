@@ -12,7 +12,7 @@ import torch
 from .adaptive import FIRST_ALPHA, AdaptivePeriod
 from .config import SiriusConfig
 from .graphs import PeriodGraph, profiled
-from .model import Model, model_of
+from .model import Model, model_of, not_finite
 from .sampling import Logits, rule_of
 from .sparsity import CSparse, FSparse, sparse_density, sparsity_of
 from .stats import Period, PromptStats
@@ -50,7 +50,10 @@ class Options:
 
 
 def generate(model: Model, prompt: torch.Tensor, config: SiriusConfig, text: Text, options: Options | None = None) -> PromptStats:
-    """Decode one prompt, int64 [t], into `text`. The caller has checked that prompt and limit fit the context."""
+    """Decode one prompt, int64 [t], into `text`. The caller has checked that prompt and limit fit the context.
+
+    ValueError if logits of F or S are not finite. What was committed before stays; the model can go on with another prompt.
+    """
     if not model.lock.acquire(blocking=False):
         # A text inside a text (a streamer that decodes, another thread) gets a cache of its own.
         return generate(model_of(model.weights), prompt, config, text, options)
@@ -93,6 +96,8 @@ class _Decoding:
         started = time.perf_counter()
         with profiled(self.model.weights.device, "prefill"):
             logits = self.model.prefill(self.prompt, self.sparsity)
+        if not bool(logits.isfinite().all()):
+            raise not_finite(self.length, 0, "the prefill (full model)", self.model.fault(self.prompt, 0))
         if self.process:
             self.ids[: self.length] = self.prompt
             logits = self.process(self.prompt, logits)
@@ -127,6 +132,8 @@ class _Decoding:
         period.begin(int(self.tree.tokens[0]), self.length, text.limit - stats.tokens)
         for record in period.periods():
             seen = time.perf_counter()
+            if record.fault:
+                return  # the host goes over this period again, pass by pass, and says where the fault is
             entry, tokens = period.read(record)
             self.length += len(tokens)
             entry.committed = self._commit(tokens)
@@ -190,7 +197,7 @@ class _Decoding:
     def _pass(self, nodes: slice, sparsity: CSparse | FSparse | None = None, argmax: torch.Tensor | None = None) -> Logits:
         """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given."""
         tree = self.tree
-        logits, _ = self.model.step(
+        logits, best = self.model.step(
             tree.tokens[nodes],
             tree.positions(nodes),
             tree.mask[nodes],
@@ -199,12 +206,27 @@ class _Decoding:
             sparsity=sparsity,
             argmax=argmax,
         )
+        best = best.tolist()
+        if -1 in best:
+            raise self._not_finite([nodes.start + row for row, token in enumerate(best) if token < 0], sparsity)
         if not self.process:
             return Logits(logits)
         logits = Logits(logits, lambda row, each: self.process(self._text_to(nodes.start + row), each))
         if argmax is not None:
             argmax[0] = logits[0].argmax()
         return logits
+
+    def _not_finite(self, nodes: list[int], sparsity: CSparse | FSparse | None) -> ValueError:
+        """The error for the logits of some nodes, which F gave, or with a sparsity S: of the first whose fault can be found."""
+        branches = [self.tree.tokens[[0, *self.tree.path(node)]].long() for node in nodes]
+        found = ((branch, self.model.fault(branch, self.length, sparsity)) for branch in branches)
+        branch, where = next((each for each in found if each[1] is not None), (branches[0], None))
+        corrects = self.config.mode == "sirius"
+        if sparsity is None:
+            reader = "a verification (full model)" if corrects else "a step of the full model"
+        else:
+            reader = "a draft (sparse model)" if corrects else "a step of the sparse model"
+        return not_finite(len(self.prompt), self.length + len(branch) - len(self.prompt), reader, where)
 
     def _text_to(self, node: int) -> torch.Tensor:
         """Prompt, committed tokens and the branch that ends with `node`, int64."""

@@ -137,7 +137,7 @@ class CudaModel(Model):
         """Launch one pass over some nodes of the tree whose root stands at slot `base`.
 
         sparsity: what `take` returned.
-        argmax: int32 [m], gets every row's.
+        argmax: int32 [m], gets every row's; -1 where a logit is not finite.
         alive: int32 [1]; only so many rows count in FSparse's choice.
         Returns the logits, float32 [m, V], which the next pass overwrites.
         """
@@ -171,7 +171,7 @@ class CudaModel(Model):
     def _run_many(self, nodes: Nodes, argmax: torch.Tensor | None) -> torch.Tensor:
         """F over more rows than our kernels are for: torch multiplies, our kernels rotate, write and attend."""
         w, m = self.weights, len(nodes.tokens)
-        x = F.embedding(nodes.tokens, w.embedding)
+        x = F.embedding(nodes.tokens.clamp(min=0), w.embedding)  # -1 stands behind logits that are not finite
         for index, layer in enumerate(w.layers):
             x = x + self._attention_of(nodes, x, layer, index)
             x = self._mlp(x, layer, index)
@@ -184,7 +184,7 @@ class CudaModel(Model):
         else:
             torch.mm(normed.float(), w.lm_head.float().t(), out=logits)
         if argmax is not None:
-            argmax.copy_(logits.argmax(-1))
+            self.launch("argmax", logits.data_ptr(), m, w.vocab, argmax.data_ptr())
         return logits
 
     def _attention_of(self, nodes: Nodes, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:

@@ -94,15 +94,15 @@ class Replay:
 class Record:
     """What the host learns of a period: views of one int32 array, so that one copy brings all of it.
 
-    accepted, limit: [1], the accepted run and the longest that there could be. counts: [depth], nodes of each depth that were
-    drafted. path: [depth + 1], the accepted nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32
-    [nodes - 1].
+    accepted, limit: [1], the accepted run and the longest that there could be. fault: [1], not 0 once logits of S or F were not
+    finite; the rest then says nothing. counts: [depth], nodes of each depth that were drafted. path: [depth + 1], the accepted
+    nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32 [nodes - 1].
     """
 
     def __init__(self, depth: int, nodes: int, device: torch.device) -> None:
-        self.memory = torch.zeros(2 + depth + depth + 1 + nodes + nodes - 1, dtype=torch.int32, device=device)
-        sizes = (1, 1, depth, depth + 1, nodes, nodes - 1)
-        self.accepted, self.limit, self.counts, self.path, self.tokens, likelihoods = self.memory.split(sizes)
+        sizes = (1, 1, 1, depth, depth + 1, nodes, nodes - 1)
+        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.accepted, self.limit, self.fault, self.counts, self.path, self.tokens, likelihoods = self.memory.split(sizes)
         self.likelihoods = likelihoods.view(torch.float32)
 
 
@@ -153,7 +153,7 @@ class PeriodGraph:
         self._rows = torch.zeros(self.width, **integers)
         self._argmax = torch.zeros(nodes, **integers)
         self._remaining, self._limit, self._root, self._kept = (torch.zeros(1, **integers) for _ in range(4))
-        self._state = (self.record.tokens, model.base, self._remaining, self._limit)
+        self._state = (self.record.tokens, self.record.fault, model.base, self._remaining, self._limit)
         self._replay = Replay(
             self._launch, device, model.graph_mode == "period", f"a period of {depth + 1} and width {self.width}", self._state
         )
@@ -164,6 +164,7 @@ class PeriodGraph:
     def begin(self, token: int, length: int, remaining: int) -> None:
         """A text whose last committed token, x0, will stand at slot `length`, and that may take so many more tokens."""
         self.record.tokens[:1].fill_(token)
+        self.record.fault.zero_()
         self._model.base.fill_(length)
         self._remaining.fill_(remaining)
         self._limit.fill_(max(0, min(self.depth, remaining - 1)))
@@ -227,9 +228,9 @@ class PeriodGraph:
         logits = model.run(nodes, self._draft_by, alive=record.counts[depth - 1 : depth] if depth else None)
         grown = slice(new, new + width)
         model.launch(
-            "tree_expand", logits.data_ptr(), self._scores[start:].data_ptr(), self._config.score_temperature, self._prune,
+            "tree_expand_within", logits.data_ptr(), self._scores[start:].data_ptr(), self._config.score_temperature, self._prune,
             record.tokens[grown].data_ptr(), self._rows.data_ptr(), self._scores[grown].data_ptr(),
-            record.counts[depth:].data_ptr(), stop - start, model.weights.vocab, width,
+            record.counts[depth:].data_ptr(), stop - start, model.weights.vocab, width, record.fault.data_ptr(),
         )  # fmt: skip
         model.launch(
             "grow", self._rows.data_ptr(), self._parents.data_ptr(), self._mask.data_ptr(), new, start, width, self._mask.shape[1]
@@ -242,7 +243,7 @@ class PeriodGraph:
             "accept_within", logits.data_ptr(), record.tokens[1:].data_ptr(), self._parents.data_ptr() if tree else 0,
             self._scores.data_ptr() if tree else 0, config.threshold, config.score_temperature, config.accept == "match",
             record.likelihoods.data_ptr(), self._argmax.data_ptr(), record.path[1:].data_ptr(), record.accepted.data_ptr(),
-            len(record.tokens), model.weights.vocab, self._limit.data_ptr(),
+            len(record.tokens), model.weights.vocab, self._limit.data_ptr(), record.fault.data_ptr(),
         )  # fmt: skip
 
     def _interleave(self) -> None:

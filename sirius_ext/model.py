@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Protocol
 
@@ -42,6 +44,7 @@ class Model:
         self.costs = Costs()
         self.alphas: dict[object, float] = {}  # how often S was right in the last text, by what it was and who judged
         self._rows = 0
+        self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._handle = self._extension().Model(*weights.arguments())
 
     def _extension(self) -> ModuleType:
@@ -78,25 +81,72 @@ class Model:
 
         tokens: int64 [t], 1 <= t <= capacity.
         observer: sees every layer's gates.
-        Returns the logits behind the last token, float32 [V].
+        Returns the logits behind the last token, float32 [V]; they are not finite if a query or key of any token is not.
         """
-        w, tokens = self.weights, tokens.to(self.device)
+        self._hidden = torch.zeros((), device=self.device)
         for start in range(0, len(tokens), PREFILL_CHUNK):
-            x = F.embedding(tokens[start : start + PREFILL_CHUNK], w.embedding)
-            for index, layer in enumerate(w.layers):
-                x = x + self._attention(x, layer, index, start)
-                x = self._mlp(x, layer, index, observer)
+            # Of the activations only what the last layer makes is kept.
+            (x,) = collections.deque(self._layers(tokens[start : start + PREFILL_CHUNK], start, observer), maxlen=1)
+        return self._head(self._last_norm(x)) + self._hidden
+
+    def _layers(
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        observer: Observer | None = None,
+        sparsity: CSparse | FSparse | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Tokens, int64 [t], behind `start` others through F, or with a sparsity through S, in torch: their embeddings, then what
+        each layer makes of them, T [t, H]."""
+        x = F.embedding(tokens.to(self.device), self.weights.embedding)
+        yield x
+        for index, layer in enumerate(self.weights.layers):
+            x = x + self._attention(x, layer, index, start)
+            x = self._mlp(x, layer, index, observer) if sparsity is None else self._sparse_mlp(x, layer, index, sparsity)
+            yield x
+
+    def _last_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the last row, T [1, H]."""
+        return F.rms_norm(x[-1:], (self.weights.hidden,), self.weights.final_norm, self.weights.eps)
+
+    def _head(self, normed: torch.Tensor) -> torch.Tensor:
+        """The logits of one row, float32 [V]."""
         # Our own LM head: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
-        return ops.linear(F.rms_norm(x[-1:], (w.hidden,), w.final_norm, w.eps), w.lm_head, out_dtype=torch.float32)[0]
+        return ops.linear(normed, self.weights.lm_head, out_dtype=torch.float32)[0]
+
+    def fault(self, tokens: torch.Tensor, start: int, sparsity: CSparse | FSparse | None = None) -> str | None:
+        """Where the first values arise that are not finite, when tokens, int64 [t], are read once more behind the `start` ones
+        before them, whose cache entries are finite. None if there are none in torch, which rounds differently."""
+        layers, self._hidden = len(self.weights.layers), torch.zeros((), device=self.device)
+        # S reads token by token, as it drafts: FSparse chooses for a pass.
+        chunk = PREFILL_CHUNK if sparsity is None else 1
+        for begin in range(0, len(tokens), chunk):
+            part = tokens[begin : begin + chunk]
+            for count, x in enumerate(self._layers(part, start + begin, sparsity=sparsity)):
+                # Later rows attend to what a layer makes of all rows, but behind the last layer only the last row goes on.
+                goes_on = x if count < layers else x[-1:] if begin + chunk >= len(tokens) else x[:0]
+                odd = ~goes_on.isfinite().all(-1)
+                if count == 0 and bool(odd.any()):
+                    return f"the embedding of token {int(part[odd.cpu()][0])}"
+                if bool(odd.any()) or not bool(self._hidden.isfinite()):
+                    return f"layer {count - 1} of {layers}"
+        normed = self._last_norm(x)
+        if not bool(normed.isfinite().all()):
+            return "the final norm"
+        return None if bool(self._head(normed).isfinite().all()) else "the LM head"
 
     def _attention(self, x: torch.Tensor, layer: Layer, index: int, start: int) -> torch.Tensor:
         w, end = self.weights, start + len(x)
         normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
         q, k, v = (F.linear(normed, weight, bias).view(len(x), -1, w.head_dim).transpose(0, 1) for weight, bias in layer.qkv)
-        self.k_cache[index, :, start:end] = self._rotate(k, start)
+        q, k = self._rotate(q, start), self._rotate(k, start)
+        # Where scores are NaN or infinite, torch's attention may give numbers all the same. Zero times a number is zero, and zero
+        # times what is none is NaN.
+        self._hidden += 0 * (q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32))
+        self.k_cache[index, :, start:end] = k
         self.v_cache[index, :, start:end] = v
         attended = F.scaled_dot_product_attention(
-            self._rotate(q, start)[None],
+            q[None],
             self.k_cache[index, :, :end][None],
             self.v_cache[index, :, :end][None],
             attn_mask=None if start == 0 else torch.ones(len(x), end, dtype=torch.bool, device=self.device).tril(start),
@@ -112,6 +162,14 @@ class Model:
         if observer is not None:
             observer.observe(index, gates, z)
         return torch.addmm(x, z, layer.down)
+
+    def _sparse_mlp(self, x: torch.Tensor, layer: Layer, index: int, sparsity: CSparse | FSparse) -> torch.Tensor:
+        normed = F.rms_norm(x, (self.weights.hidden,), layer.post_norm, self.weights.eps)
+        gates = ops.gate(normed, layer.gate)
+        kept = sparsity.neurons[index] if isinstance(sparsity, CSparse) else sparsity.choose(index, gates)
+        if len(kept) == 0:  # no gate reaches FSparse's threshold
+            return x
+        return ops.down(ops.up(normed, layer.up, gates, kept), layer.down, kept, x)
 
     def _rotate(self, heads: torch.Tensor, start: int) -> torch.Tensor:
         """heads: T [heads, t, D] at positions start, start + 1, ..."""
@@ -136,7 +194,8 @@ class Model:
         mask: int64 [m, words] (`ops.tree_mask`); row i sees slots [0, prefix) and the slots prefix + b for the bits b of mask[i].
         first_slot: row i's key and value go to slot first_slot + i.
         argmax: int32 [m], where the argmax goes; without it to the model's own.
-        Returns logits float32 [m, V] and their argmax int32 [m]; what is the model's own, later passes overwrite.
+        Returns logits float32 [m, V] and their argmax int32 [m], -1 where a logit is not finite; what is the model's own, later
+        passes overwrite.
         """
         m = len(tokens)
         logits, argmax = self._logits[:m], self._argmax[:m] if argmax is None else argmax
@@ -171,6 +230,21 @@ class Model:
         if path and path[-1] != len(path):
             places = torch.tensor([0, *path], dtype=torch.int32, device=self.device)
             ops.kv_rewrite(self.k_cache, self.v_cache, root, places)
+
+
+def not_finite(prompt: int, new: int, reader: str, where: str | None) -> ValueError:
+    """The error for logits that are not finite.
+
+    prompt, new: tokens before the one that they were to choose.
+    reader: the pass that gave them.
+    where: as `Model.fault` has it.
+    """
+    source = "in which layer is not known" if where is None else f"the first values that are not come from {where}"
+    return ValueError(
+        f"model: the logits for position {prompt + new} ({prompt} of the prompt and {new} new tokens before it) are not finite "
+        f"(NaN or infinite), in {reader}; {source}. Are there NaNs in the weights? If they are float16, a value beyond 65504 "
+        "becomes infinite: try bfloat16 or float32"
+    )
 
 
 def model_of(weights: Weights) -> Model:

@@ -431,7 +431,7 @@ def tree_expand(
     their scores float32 [c].
 
     A token of likelihood zero is not proposed. Of equal scores the lower row, then the larger logit, then the lower token is
-    likelier.
+    likelier. A leaf with a logit that is NaN or plus infinity proposes nothing; minus infinity is a token that is impossible.
     """
     pl = _check("logits", logits, torch.float32, None, None)
     leaves, vocab = logits.shape
@@ -476,7 +476,8 @@ def accept(
     Returns the likelihoods float32 [n - 1], the argmax of every row int32 [n] (the first of equals) and the nodes of the longest
     accepted run, int32 [a]. Of equally long ones it is the one whose last node has the larger score, then the first.
 
-    F's own token is the argmax of the run's last row.
+    F's own token is the argmax of the run's last row. A row with a logit that is NaN or plus infinity has the argmax -1, and so
+    has one all of whose logits are minus infinity; what was proposed after it has a likelihood of NaN and is not accepted.
     """
     pl = _check("logits", logits, torch.float32, None, None)
     n, vocab = logits.shape
@@ -497,6 +498,22 @@ def accept(
         argmax.data_ptr(), path.data_ptr(), accepted.data_ptr(), n, vocab, workspace=(n, vocab),
     )  # fmt: skip
     return likelihoods, argmax, path[: int(accepted)]
+
+
+@_on_one_device
+def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The likeliest token of every row of logits that nothing has processed; -1 where a logit is NaN or infinite.
+
+    logits: float32 [m, V].
+    Returns int32 [m], the first of equals.
+    """
+    pl = _check("logits", logits, torch.float32, None, None)
+    m, vocab = logits.shape
+    _positive("logits: rows", m)
+    _positive("logits: vocabulary", vocab)
+    out, po = _output(out, logits.device, torch.int32, m)
+    run(logits.device, "argmax", pl, m, vocab, po, workspace=(m, vocab))
+    return out
 
 
 def _check_temperature(score_temperature: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import ops
-from .model import model_of
+from .model import model_of, not_finite
 from .sparsity import CSparse, FSparse
 from .weights import Weights
 
@@ -17,7 +17,7 @@ class Reader:
 
     tokens: of the text, int32 [t], in the host's memory.
     next: the logits behind them, float32 [V], on the model's device.
-    Both are there once `prefill` was called.
+    Both are there once `prefill` was called. ValueError wherever the logits of F or S are not finite.
     """
 
     def __init__(self, weights: Weights, capacity: int) -> None:
@@ -32,9 +32,11 @@ class Reader:
         self._sparsity = sparsity
         # FSparse chooses for a pass, not for a row: a token's neurons are its own only when it is alone.
         self._rows = 1 if isinstance(sparsity, FSparse) else ROWS
-        self.tokens = prompt.int()
-        self.next = self._behind_prompt = self._model.prefill(prompt, sparsity)
-        self._prompt = len(prompt)
+        logits = self._model.prefill(prompt, sparsity)
+        if not bool(logits.isfinite().all()):
+            raise not_finite(len(prompt), 0, "the prefill (full model)", self._model.fault(prompt, 0))
+        self.next = self._behind_prompt = logits
+        self.tokens, self._prompt = prompt.int(), len(prompt)
 
     def score(self, tokens: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Go on with tokens, int32 [m]. Returns, in the host's memory, the logarithm of each one's likelihood,
@@ -63,9 +65,15 @@ class Reader:
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         start, m = len(self.tokens), len(tokens)
         positions = torch.arange(start, start + m, dtype=torch.int32)
-        logits, _ = self._model.step(
+        logits, best = self._model.step(
             tokens.contiguous(), positions, self._mask[:m], prefix=start, first_slot=start, sparsity=self._sparsity
         )
+        best = best.tolist()
+        if -1 in best:
+            read = best.index(-1) + 1
+            where = self._model.fault(tokens[:read].long(), start, self._sparsity)
+            reader = f"reading (the {'sparse' if self._sparsity else 'full'} model)"
+            raise not_finite(self._prompt, start + read - self._prompt, reader, where)
         self.tokens = torch.cat((self.tokens, tokens))
         return logits
 

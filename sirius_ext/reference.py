@@ -264,7 +264,8 @@ def tree_expand(
     logits: float32 [leaves, V] of S.
     scores: float32 [leaves].
     prune: a leaf whose likeliest token has a larger likelihood proposes no other.
-    Returns tokens int32 [c], the rows of their leaves int32 [c] and scores float32 [c], likeliest first.
+    Returns tokens int32 [c], the rows of their leaves int32 [c] and scores float32 [c], likeliest first. A leaf with a logit that
+    is NaN or plus infinity proposes nothing: its likelihoods are NaN.
     """
     candidates = []
     for leaf, row in enumerate(torch.log_softmax(logits / score_temperature, dim=-1)):
@@ -296,12 +297,14 @@ def accept(
     parents: int32 [n]; without it a chain.
     scores: float32 [n], cumulative log-likelihoods.
     Returns likelihoods float32 [n - 1], argmax of every row int32 [n] (the first of equals) and the nodes of the longest
-    accepted run int32 [a]; of equally long ones that of the larger score, then the first.
+    accepted run int32 [a]; of equally long ones that of the larger score, then the first. A row without probabilities, since it
+    holds NaN or plus infinity or nothing but minus infinity, has the argmax -1; what follows it has a likelihood of NaN.
     """
     parents = list(range(-1, len(logits) - 1)) if parents is None else parents.tolist()
     scores = [0.0] * len(logits) if scores is None else scores.tolist()
     probabilities = torch.softmax(logits / score_temperature, dim=-1)
     argmax = logits.argmax(dim=-1).to(torch.int32)  # documented to take the first of equals
+    argmax[~(logits < math.inf).all(-1) | (logits == -math.inf).all(-1)] = -1
     likelihoods, runs, best = [], [[]], []
     for node in range(1, len(logits)):
         parent, token = parents[node], int(drafts[node - 1])
@@ -312,6 +315,17 @@ def accept(
         if run and (len(run) > len(best) or (len(run) == len(best) and scores[node] > scores[best[-1]])):
             best = run
     return torch.tensor(likelihoods), argmax, torch.tensor(best, dtype=torch.int32)
+
+
+def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The likeliest token of every row; -1 where a logit is NaN or infinite.
+
+    logits: float32 [m, V].
+    Returns int32 [m], the first of equals.
+    """
+    best = logits.argmax(-1).to(torch.int32)
+    best[~logits.isfinite().all(-1)] = -1
+    return best if out is None else out.copy_(best)
 
 
 def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: torch.Tensor) -> None:

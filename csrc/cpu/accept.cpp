@@ -12,7 +12,7 @@ void accept(const AcceptParams& p) {
   float *max = p.workspace, *sum = max + p.num_rows;
   const Range range = share(p.num_rows);
   for (int i = range.begin; i < range.end; ++i)
-    k.logit_stats(p.logits + size_t(i) * p.vocab, p.vocab, inverse_temperature, max + i, p.argmax + i, sum + i);
+    k.logit_stats(p.logits + size_t(i) * p.vocab, p.vocab, inverse_temperature, false, max + i, p.argmax + i, sum + i);
   sync();
   if (member.id != 0) return;
 
@@ -31,6 +31,14 @@ void accept(const AcceptParams& p) {
   }
   *p.accepted = run[best];
   for (int i = best, at = run[best] - 1; at >= 0; i = p.parents ? p.parents[i] : i - 1) p.path[at--] = i;
+}
+
+void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax) {
+  const Range range = share(num_rows);
+  for (int i = range.begin; i < range.end; ++i) {
+    float max;
+    kernels(Dtype::f32).logit_stats(logits + size_t(i) * vocab, vocab, 1.0f, true, &max, argmax + i, nullptr);
+  }
 }
 
 }  // namespace sirius::cpu

@@ -112,10 +112,7 @@ void decode_step(const DecodeStepParams& p) {
   const void* normed = norm(m, w.x, m.final_norm, p.num_rows);
   linear({m.dtype, normed, &lm_head, 1, nullptr, p.logits, true, p.num_rows, m.hidden, m.vocab});
   sync();
-  for (int j = rows.begin; j < rows.end; ++j) {
-    float max, sum;
-    kernels(Dtype::f32).logit_stats(p.logits + size_t(j) * m.vocab, m.vocab, 1.0f, &max, p.argmax + j, &sum);
-  }
+  argmax(p.logits, p.num_rows, m.vocab, p.argmax);
 }
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {

@@ -47,7 +47,9 @@ struct Kernels {
   void (*softmax)(const float* scores, int n, float scale, void* p, float* max, float* sum);
 
   // One pass over a row of logits: the first largest value, its index, and sum_i exp((logits[i] - max) * inverse_temperature).
-  void (*logit_stats)(const float* logits, int n, float inverse_temperature, float* max, int32_t* argmax, float* sum);
+  // Where one of them is NaN or plus infinity, or all are minus infinity, the index is -1 and the sum NaN. In `raw` logits, which
+  // nothing has processed, minus infinity is no more allowed than the others. `sum` may be null.
+  void (*logit_stats)(const float* logits, int n, float inverse_temperature, bool raw, float* max, int32_t* argmax, float* sum);
 };
 
 const Kernels& kernels_scalar(Dtype dtype);

@@ -238,8 +238,12 @@ void softmax(const float* scores, int n, float scale, void* p, float* max_out, f
   *sum_out = reduce_add(total);
 }
 
-inline void logit_stats(const float* logits, int n, float inverse_temperature, float* max_out, int32_t* argmax, float* sum_out) {
+inline void logit_stats(const float* logits, int n, float inverse_temperature, bool raw, float* max_out, int32_t* argmax,
+                        float* sum_out) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
+  // Zero times a number is zero, and times what is none it is NaN. Minus infinity becomes a number first where it is allowed.
+  const Vec least = Vec::set(raw ? lowest : std::numeric_limits<float>::lowest()), zero = Vec::set(0.0f);
+  Vec faults = zero;
   constexpr int block = 1024;  // 4 KB: read once from memory, then twice from L1
   float peak = lowest, sum = 0.0f;
   int index = 0;
@@ -247,7 +251,15 @@ inline void logit_stats(const float* logits, int n, float inverse_temperature, f
     const int length = n - begin < block ? n - begin : block;
     const float* x = logits + begin;
     Vec top = Vec::set(lowest);
-    for (int c = 0; c < length; c += Vec::width) top = max(load_upto(x + c, length - c, lowest), top);
+    for (int c = 0; c + Vec::width <= length; c += Vec::width) {
+      const Vec v = Vec::load(x + c);
+      top = max(v, top);
+      faults = fma(max(least, v), zero, faults);  // `max` gives its second operand when one is NaN
+    }
+    if (const int rest = length % Vec::width) {
+      top = max(load_part(x + length - rest, rest, lowest), top);
+      faults = fma(max(least, load_part(x + length - rest, rest)), zero, faults);
+    }
     const float here = reduce_max(top);
     if (here > peak) {
       sum *= peak == lowest ? 0.0f : std::exp((peak - here) * inverse_temperature);
@@ -256,15 +268,17 @@ inline void logit_stats(const float* logits, int n, float inverse_temperature, f
       while (x[c] != here) ++c;
       index = begin + c;
     }
+    if (!sum_out || peak == lowest) continue;  // nothing to add up, or not yet
     Vec total = Vec::set(0.0f);
     for (int c = 0; c + Vec::width <= length; c += Vec::width)
       total = total + exp((Vec::load(x + c) - Vec::set(peak)) * Vec::set(inverse_temperature));
     sum += reduce_add(total);
     for (int c = length / Vec::width * Vec::width; c < length; ++c) sum += std::exp((x[c] - peak) * inverse_temperature);
   }
+  const bool found = reduce_add(faults) == 0.0f && peak > lowest;
   *max_out = peak;
-  *argmax = index;
-  *sum_out = sum;
+  *argmax = found ? index : -1;
+  if (sum_out) *sum_out = found ? sum : std::numeric_limits<float>::quiet_NaN();
 }
 
 template <class T>

@@ -19,6 +19,7 @@ void tree_mask(const TreeMaskParams& p);
 void tree_attention(const AttentionParams& p);  // synchronizes inside
 void tree_expand(const TreeExpandParams& p);    // synchronizes inside
 void accept(const AcceptParams& p);             // synchronizes inside
+void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax);
 void kv_rewrite(const KvRewriteParams& p);
 void decode_step(const DecodeStepParams& p);  // synchronizes inside
 

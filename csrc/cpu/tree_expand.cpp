@@ -40,11 +40,11 @@ void tree_expand(const TreeExpandParams& p) {
     float* likelihoods = p.likelihoods + size_t(leaf) * p.width;
     float max, sum;
     int32_t argmax;
-    k.logit_stats(logits, p.vocab, inverse_temperature, &max, &argmax, &sum);
+    k.logit_stats(logits, p.vocab, inverse_temperature, false, &max, &argmax, &sum);
+    std::fill_n(likelihoods, p.width, impossible);
+    if (argmax < 0) continue;  // nothing can follow this leaf; and where there is a NaN, numbers have no order
     int count = largest(logits, p.vocab, p.width, candidates);
     if (1.0f / sum > p.prune) count = 1;
-    std::fill_n(likelihoods, p.width, impossible);
-    if (max == impossible) continue;  // nothing can follow this leaf
     for (int i = 0; i < count; ++i)
       likelihoods[i] = (logits[candidates[i]] - max) * inverse_temperature - std::log(sum) + p.scores[leaf];
   }

@@ -10,6 +10,7 @@
 namespace sirius::cuda {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr float kFault = std::numeric_limits<float>::infinity();  // what takes the place of a logit that is none
 
 // ----------------------------------------------------------------------------------------------------------------- keys
 
@@ -91,9 +92,13 @@ __device__ __forceinline__ int logit_index(int i) {
   return int(blockIdx.x) * kLogitsPerPart + (warp * kLogitVecs + i / size) * kWarp * size + lane * size + i % size;
 }
 
+// A fault is larger than every logit, so that a row that has one shows it as its largest: NaN becomes one, plus infinity is one,
+// and minus infinity becomes one in `raw` logits, which nothing has processed.
+__device__ __forceinline__ float logit_or_fault(float x, bool raw) { return (raw ? fabsf(x) : x) < kFault ? x : kFault; }
+
 // This thread's share of row blockIdx.y; minus infinity behind its end.
 template <bool Aligned>
-__device__ __forceinline__ void load_logits(const float* logits, int vocab, float (&x)[kLogitsPerThread]) {
+__device__ __forceinline__ void load_logits(const float* logits, int vocab, bool raw, float (&x)[kLogitsPerThread]) {
   constexpr int size = Vec<float>::size;
   const float* row = logits + size_t(blockIdx.y) * vocab;
 #pragma unroll
@@ -104,7 +109,7 @@ __device__ __forceinline__ void load_logits(const float* logits, int vocab, floa
 #pragma unroll
     for (int j = 0; j < size; ++j) {
       if constexpr (!Aligned) part.v[j] = row[min(logit_index(i + j), vocab - 1)];
-      x[i + j] = logit_index(i + j) < vocab ? part.v[j] : kLowest;
+      x[i + j] = logit_index(i + j) < vocab ? logit_or_fault(part.v[j], raw) : kLowest;
     }
   }
 }
@@ -113,8 +118,8 @@ __device__ __forceinline__ void load_logits(const float* logits, int vocab, floa
 
 struct LogitStats {
   float max;
-  int32_t argmax;  // the first of equals
-  float sum;       // of exp((logit - max) / tau), if `Sums`; 0 where every logit is minus infinity
+  int32_t argmax;  // the first of equals; of a whole row, -1 where there is none: a fault, or nothing but minus infinity
+  float sum;       // of exp((logit - max) / tau), if `Sums`; 0 where every logit is minus infinity, NaN with a fault
 };
 
 __device__ __forceinline__ LogitStats no_logits() { return {kLowest, INT32_MAX, 0.0f}; }
@@ -169,7 +174,9 @@ __device__ LogitStats row_stats(const LogitStats* parts, int count, float invers
     if (larger) mine = part;
     if (Sums && low.max > kLowest) mine.sum += low.sum * expf((low.max - mine.max) * inverse_temperature);
   }
-  return warp_stats<Sums>(mine, inverse_temperature);
+  LogitStats out = warp_stats<Sums>(mine, inverse_temperature);
+  if (out.max == kLowest || out.max == kFault) out.argmax = -1;
+  return out;
 }
 
 }  // namespace sirius::cuda

@@ -60,15 +60,18 @@ size_t attention_workspace(int num_rows, int heads, int head_dim, int capacity);
 
 // A leaf whose score is -inf proposes nothing. What stands from *p.count on: tokens and parents 0, scores -inf.
 // p.candidates and p.likelihoods are not used.
-void tree_expand(const TreeExpandParams& p, Workspace workspace, StreamHandle stream);
+// fault: [1] or null. With it the logits are the model's own, so that minus infinity is a fault too, and it becomes 1 if there is
+// one behind a leaf whose score is not -inf.
+void tree_expand(const TreeExpandParams& p, int32_t* fault, Workspace workspace, StreamHandle stream);
 size_t tree_expand_workspace(int num_leaves, int vocab, int width);
 
 // limit: [1], the longest run to accept; or null for any length. With a limit, a node whose score is -inf counts as not drafted.
+// fault: as in tree_expand; a draft of -1, which is argmax's, is a fault too. Nodes that were not drafted have none.
 // p.workspace is not used.
-void accept(const AcceptParams& p, const int32_t* limit, Workspace workspace, StreamHandle stream);
+void accept(const AcceptParams& p, const int32_t* limit, int32_t* fault, Workspace workspace, StreamHandle stream);
 size_t accept_workspace(int num_rows, int vocab);
 
-// argmax[i] of logits[i, :], the first of equals. The workspace is that of accept.
+// argmax[i] of logits[i, :], the first of equals; -1 where a logit is not finite. The workspace is that of accept.
 void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax, Workspace workspace, StreamHandle stream);
 
 // base: [1], added to p.start; or null for 0. length: [1], in place of p.length; or null.

@@ -4,9 +4,10 @@
 namespace sirius::cuda {
 namespace {
 
-// grid: [num_rows]; one block a row, moved as it is
+// grid: [num_rows]; one block a row, moved as it is. A token of -1 was chosen from logits that are not finite: the host does not
+// know yet when it is embedded, and does not look at what comes of it.
 __global__ void embed_kernel(const char* table, const int32_t* tokens, size_t bytes, char* out) {
-  const char* from = table + size_t(tokens[blockIdx.x]) * bytes;
+  const char* from = table + size_t(max(tokens[blockIdx.x], 0)) * bytes;
   char* to = out + size_t(blockIdx.x) * bytes;
   if (bytes % 16 == 0 && aligned16(table) && aligned16(out)) {
     for (size_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)

@@ -21,10 +21,6 @@ void select_alive(Address gates, Address threshold, Address neurons, Address cou
                at<int32_t>(alive), {at<float>(floats), at<int32_t>(counters)}, nullptr);
 }
 
-void argmax(Address logits, int num_rows, int vocab, Address argmax, Address floats, Address counters, Address) {
-  cuda::argmax(at<float>(logits), num_rows, vocab, at<int32_t>(argmax), {at<float>(floats), at<int32_t>(counters)}, nullptr);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
@@ -32,5 +28,4 @@ PYBIND11_MODULE(_simt, m) {
   m.def("run_fault", simt::run_fault);
   bind_cuda(m);
   m.def("select_alive", select_alive);
-  m.def("argmax", argmax);
 }

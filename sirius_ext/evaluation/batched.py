@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..config import SiriusConfig
-from ..model import CACHE_GRAIN, PREFILL_CHUNK
+from ..model import CACHE_GRAIN, PREFILL_CHUNK, Model, not_finite
 from ..sparsity import CSparse, FSparse
 from ..tree import Tree
 from ..weights import Layer, Weights
@@ -132,10 +132,20 @@ class Seat:
         visible = None if bool(bits.all()) else torch.cat((torch.ones(len(tokens), before, dtype=torch.bool), bits), 1)
         rows = _Rows(self.keys, self.values, tokens.long(), positions.long(), slot, visible, len(tokens), sparsity)
         logits = self._batch.compute(rows)
-        best = logits.argmax(-1).to(torch.int32)
-        if argmax is not None:
-            best = argmax.copy_(best)
-        return logits, best
+        return logits, ops.argmax(logits, out=argmax)
+
+    def fault(self, tokens: torch.Tensor, start: int, sparsity: CSparse | FSparse | None = None) -> str | None:
+        """As `Model.fault`, by a model with a cache of its own."""
+        model, shared = Model(self.weights), self._batch.shared
+        model.reserve(start + len(tokens), 1)
+        for cache, of_prefix, own in (
+            (model.k_cache, self._batch._keys, self.keys),
+            (model.v_cache, self._batch._values, self.values),
+        ):
+            if start:
+                cache[:, :, :shared] = of_prefix
+                cache[:, :, shared:start] = own[:, :, : start - shared]
+        return model.fault(tokens, start, sparsity)
 
     def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> None:
         """As `Model.replay`: the texts wait for each other after every pass."""
@@ -155,6 +165,7 @@ class Batch:
     """Texts that share passes.
 
     prefix: what all texts begin with, int64 [t]; may be empty. It is read once, and all rows of a pass look at it together.
+        ValueError if F's logits behind it are not finite.
     """
 
     def __init__(self, weights: Weights, prefix: torch.Tensor) -> None:
@@ -170,7 +181,12 @@ class Batch:
         if len(prefix):
             keys, values, seen = _cache(weights, len(prefix)), _cache(weights, len(prefix)), self.new_statistic()
             visible = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
-            self._compute([_Rows(keys, values, prefix, torch.arange(len(prefix)), 0, visible, 1, seen_by=seen)])
+            rows = _Rows(keys, values, prefix, torch.arange(len(prefix)), 0, visible, 1, seen_by=seen)
+            self._compute([rows])
+            if not bool(rows.logits.isfinite().all()):
+                model = Model(weights)
+                model.reserve(len(prefix), 1)
+                raise not_finite(len(prefix), 0, "the prefill (full model)", model.fault(prefix, 0))
             self._keys, self._values, self._seen, self.shared = keys, values, seen, len(prefix)
 
     def _compute(self, asked: list[_Rows]) -> None:
@@ -296,11 +312,14 @@ class _Pass:
         q, k, v = (ops.linear(normed, weight, bias).view(len(normed), -1, w.head_dim) for weight, bias in layer.qkv)
         q, k = self._rotate(q).view(len(q), w.kv_heads, self._group, w.head_dim), self._rotate(k)
         out, weight = torch.empty_like(q), torch.empty(q.shape[:-1])
+        # As in `Model._attention`: 0, or NaN for a row whose query or key is not finite.
+        hidden = 0 * (q.sum((1, 2, 3), dtype=torch.float32) + k.sum((1, 2), dtype=torch.float32))
         for rows, share, bias in zip(self._asked, self._shares, self._biases):
             keys, values = rows.keys[index], rows.values[index]
             keys[:, rows.slot : rows.end] = k[share].transpose(0, 1)
             values[:, rows.slot : rows.end] = v[share].transpose(0, 1)
             out[share], weight[share] = _attend(q[share], keys[:, : rows.end], values[:, : rows.end], bias)
+            out[share] += hidden[share].sum()
         if self._keys.shape[2]:
             of_prefix, its_weight = _attend(q, self._keys[index], self._values[index])
             share = torch.sigmoid(its_weight - weight)[..., None]
