@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 
 MODES = ("sirius", "sparse", "full")
@@ -54,13 +55,14 @@ class SiriusConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("density", "threshold", "score_temperature"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # of whatever kind it was: numpy has its own
             if not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
         if self.period != "auto":
-            _check_count("period", self.period, MAX_PERIOD, ' or "auto"')
-        _check_count("tree_width", self.tree_width, MAX_WIDTH)
+            object.__setattr__(self, "period", _count("period", self.period, MAX_PERIOD, ' or "auto"'))
+        object.__setattr__(self, "tree_width", _count("tree_width", self.tree_width, MAX_WIDTH))
         if not isinstance(self.prune, bool):
             raise TypeError(f"prune: expected True or False, got {self.prune!r}")
         if self.prune and self.tree_width == 1:
@@ -84,8 +86,9 @@ class SiriusConfig:
         return MAX_AUTO_PERIOD if self.period == "auto" else self.period
 
 
-def _check_count(name: str, value: object, most: int, alternative: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _count(name: str, value: object, most: int, alternative: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer{alternative}, got {value!r}")
     if not 1 <= value <= most:
         raise ValueError(f"{name}: expected 1 to {most}{alternative}, got {value}")
+    return int(value)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import jinja2
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -22,7 +22,8 @@ from .device import check_device as kernels_for
 from .device import has_cuda_kernels
 from .hub import load_model
 from .model import Model, model_of
-from .stats import PromptStats, Stats
+from .settings import Taken, check_surroundings, refuse_resolved, take
+from .stats import CostlyDrafts, PromptStats, Stats
 from .weights import Weights, restore
 
 BACKENDS = ("auto", "cpu", "cuda")
@@ -31,12 +32,20 @@ BACKENDS = ("auto", "cpu", "cuda")
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
+_advised: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+def inside(model: object) -> PreTrainedModel:
+    """The `transformers` model, taken out of what `torch.compile` has put around it. TypeError if there is none."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel):
+        hint = "; decode what its merge_and_unload() returns" if hasattr(model, "merge_and_unload") else ""
+        raise TypeError(f"model: expected a transformers causal language model, got {type(model).__name__}{hint}")
+    return model
 
 
 def prepare(model: PreTrainedModel) -> Model:
     """The decoding model that shares this `transformers` model's weights; made at the first call, then kept with the model."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers causal language model, got {type(model).__name__}")
     ready = _models.get(model)
     if ready is None or not ready.weights.is_current(model):
         ready = _models[model] = model_of(Weights(model))
@@ -78,22 +87,24 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None, tokenizer=None) -> None:
         self.config = _checked(config)
-        self.model, self.tokenizer = model, tokenizer
-        prepare(model)
+        self.model, self.tokenizer = inside(model), tokenizer
+        prepare(self.model)
 
     @classmethod
     def from_pretrained(
         cls,
         name: str | None = None,
         config: SiriusConfig | None = None,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype = torch.bfloat16,
+        device: str | int | torch.device = "auto",
+        dtype: torch.dtype | str = torch.bfloat16,
         progress: bool = True,
         backend: str = "auto",
     ) -> Engine:
         """Load a Hugging Face id, a local folder, a GGUF file, or without a name the default model.
 
-        device: "cpu", "cuda", "cuda:1", ...; "auto" is a CUDA device where there is one that can be used, and the CPU elsewhere.
+        device: "cpu", "cuda", "cuda:1", ..., or a CUDA device's number; "auto" is a CUDA device where there is one that can be
+            used, and the CPU elsewhere.
+        dtype: of the weights: bfloat16, float16 or float32; "auto" is the checkpoint's own, and bfloat16 for a GGUF file.
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
@@ -134,25 +145,47 @@ class Engine:
         settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting that
             cannot be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a ValueError.
         """
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids: expected an integer tensor, got {getattr(input_ids, 'dtype', type(input_ids).__name__)}")
-        if input_ids.dim() != 2 or len(input_ids) == 0:
-            raise ValueError(f"input_ids: expected shape [batch, t], got {list(input_ids.shape)}")
-        config = self.config if config is None else _checked(config)
-
-        settings, stop_strings = take_stop_strings(settings)
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
-
-        def decode(model, input_ids, **kwargs):
-            ours = {"stop_strings": stop_strings, "tokenizer": tokenizer, "generator": generator, "passes": passes}
-            return decode_batch(model, input_ids, config, **ours, **kwargs)
-
+        if not isinstance(input_ids, torch.Tensor):
+            raise TypeError(f"input_ids: expected an integer tensor, got {type(input_ids).__name__}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        settings = {"return_dict_in_generate": True, "streamer": streamer, **settings}
-        generate = type(self.model).generate  # not one that `attach` put in its place
-        ids, mask = input_ids.long().to(self.model.device), attention_mask.to(self.model.device)
-        return generate(self.model, ids, attention_mask=mask, custom_generate=decode, **settings)
+        elif not isinstance(attention_mask, torch.Tensor):
+            raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
+        arguments = {
+            "return_dict_in_generate": True,
+            "input_ids": input_ids.to(self.model.device),
+            "attention_mask": attention_mask.to(self.model.device),
+            "streamer": streamer,
+            "tokenizer": self.tokenizer if tokenizer is None else tokenizer,
+            "generator": generator,
+            **settings,
+        }
+        return call(self.model, arguments, self.config if config is None else _checked(config), passes)[1]
+
+
+def call(
+    model: PreTrainedModel, arguments: Mapping, config: SiriusConfig, passes: Model | None = None
+) -> tuple[SiriusOutput, SiriusOutput | torch.Tensor]:
+    """A call of `transformers`' generate, decoded here: that one resolves the settings, we take what it would drop.
+
+    arguments: of generate, by name.
+    passes: runs the passes, in place of the model's own.
+    Returns what was decoded, and what generate returns of it: the sequences alone, unless return_dict_in_generate is set.
+    """
+    arguments, taken = take(arguments, model)
+    check_surroundings(model)
+
+    # A name in this signature that transformers' own decoding does not have would be taken out of the call: hence **inputs.
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+        attention_mask = inputs.get("attention_mask")
+        _check_positions(inputs.get("position_ids"), attention_mask, input_ids)
+        output = decode_batch(
+            model, input_ids, config, logits_processor, stopping_criteria, generation_config, attention_mask, taken, passes
+        )
+        return output, output if generation_config.return_dict_in_generate else output.sequences
+
+    generate = type(model).generate  # not one that `attach` put in its place
+    return generate(model, **arguments, custom_generate=decode)
 
 
 def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
@@ -166,7 +199,10 @@ def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
         raise ValueError("chat: this model has no chat template")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat: this model's chat template cannot be used: {type(error).__name__}: {error}") from error
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].numel() == 0 or not prompt:
@@ -174,12 +210,14 @@ def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def check_device(name: str | torch.device, backend: str = "auto") -> torch.device:
+def check_device(name: str | int | torch.device, backend: str = "auto") -> torch.device:
     """The device of that name, which "auto" chooses. ValueError if this build cannot decode there; never a silent fall back."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if name == "auto":
         name = backend if backend != "auto" else "cuda" if torch.cuda.is_available() and has_cuda_kernels() else "cpu"
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = f"cuda:{name}"  # as transformers has it
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -198,19 +236,6 @@ def check_device(name: str | torch.device, backend: str = "auto") -> torch.devic
     return device
 
 
-def take_stop_strings(settings: dict) -> tuple[dict, str | list[str] | None]:
-    """The settings of a generate call without their stop strings, and those.
-
-    transformers turns them into a criterion by the tokenizer of the call, which it drops when it decodes by a callable.
-    """
-    settings = dict(settings)
-    strings, config = settings.pop("stop_strings", None), settings.get("generation_config")
-    if config is not None and config.stop_strings is not None:
-        config = settings["generation_config"] = copy.deepcopy(config)
-        strings, config.stop_strings = strings if strings is not None else config.stop_strings, None
-    return settings, strings
-
-
 def decode_batch(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -218,74 +243,50 @@ def decode_batch(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    attention_mask: torch.Tensor | None = None,
-    own_streamer: BaseStreamer | None = None,
-    stop_strings: str | list[str] | None = None,
-    tokenizer=None,
-    generator: torch.Generator | None = None,
+    attention_mask: torch.Tensor | None,
+    taken: Taken,
     passes: Model | None = None,
-    **model_kwargs,
-) -> SiriusOutput | torch.Tensor:
+) -> SiriusOutput:
     """The decoding method that `transformers`' generate calls in place of its own, with everything resolved.
 
     input_ids: int64 [batch, t].
-    own_streamer: one that generate does not know of, and has not given the prompt.
-    stop_strings: those that generate has not made a criterion of.
-    tokenizer: reads them.
-    generator: draws what do_sample draws; torch's default one without it.
+    taken: what generate was not told of.
     passes: runs them, in place of the model's own.
-    Returns what generate returns: the sequences, or with return_dict_in_generate a `SiriusOutput`.
     """
-    if stop_strings:
-        if tokenizer is None:
+    refuse_resolved(generation_config, config, len(input_ids), taken.streamer)
+    if taken.stop_strings:
+        if taken.tokenizer is None:
             raise ValueError("stop_strings: they need the model's tokenizer, but none was given")
-        stopping_criteria = StoppingCriteriaList([*stopping_criteria, StopStringCriteria(tokenizer, stop_strings)])
-    asked = _asked_of_generate()
-    streamer = asked.get("streamer")
-    if own_streamer is not None and streamer is not None:
-        raise ValueError("streamer: expected one, got both streamer and sirius_streamer")
-    streamer = own_streamer or streamer
-    _refuse_unsupported(generation_config, config, asked, model_kwargs, input_ids, streamer)
+        stopping_criteria = StoppingCriteriaList([*stopping_criteria, StopStringCriteria(taken.tokenizer, taken.stop_strings)])
     ready = prepare(model) if passes is None else passes
     thresholds = None
     if config.thresholds is not None and config.mode != "full":
         thresholds = load_thresholds(config.thresholds, ready.weights, config.density)
-    if asked.get("kwargs", {}).get("attention_mask") is not None:
-        given = asked["kwargs"]["attention_mask"]
-        expected = [len(input_ids) // (generation_config.num_return_sequences or 1), input_ids.shape[1]]
-        if list(given.shape) != expected:
-            raise ValueError(f"attention_mask: expected shape {expected}, got {list(given.shape)}")
     prompts = _prompts(input_ids, attention_mask, ready.weights)
-    _check_positions(model_kwargs.get("position_ids"), attention_mask, input_ids)
-    if own_streamer is not None:
-        own_streamer.put(input_ids.cpu())
+    streamer = taken.streamer
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     texts = []
     for row, prompt in enumerate(prompts):
         text = _Text(row, input_ids.cpu(), len(prompt), ready.weights.context, stopping_criteria, streamer)
         process = _Processor(logits_processor, row, input_ids, len(prompt)) if logits_processor else None
-        options = correction.Options(process, generation_config.do_sample, generator, thresholds)
+        options = correction.Options(process, generation_config.do_sample, taken.generator, thresholds)
         text.stats = correction.generate(ready, prompt, config, text, options)
         text.stats.finish = text.finish
         texts.append(text)
     if streamer is not None:
         streamer.end()
+    _advise(model, texts)
     sequences = _pad(input_ids, [text.tokens for text in texts], generation_config)
-    if not generation_config.return_dict_in_generate:
-        return sequences
     return SiriusOutput(sequences=sequences, stats=Stats(text.stats for text in texts))
 
 
-def _asked_of_generate() -> dict:
-    """The arguments of the `transformers` generate that called us: it does not hand all of them to a callable.
-
-    Empty if there is no such frame, as a later release might have it.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin):
-            return {**frame.f_locals, **frame.f_locals.get("kwargs", {})}
-        frame = frame.f_back
-    return {}
+def _advise(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
+    """Warn of a text that drafts made slower, once a model: a loop over many texts must not say it every time."""
+    advice = next((text.stats.advice for text in texts if text.stats.advice), None)
+    if advice and model not in _advised:
+        _advised.add(model)
+        warnings.warn(advice, CostlyDrafts, stacklevel=2)
 
 
 class _Processor:
@@ -303,10 +304,20 @@ class _Processor:
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         device = self._padding.device  # where the processors keep what they need
         ids = torch.cat((self._padding, ids.to(device))).repeat(self._rows, 1)
-        logits = self._processors(ids, logits.to(device).repeat(self._rows, 1))[self._row].float()
+        batch = logits.to(device).repeat(self._rows, 1)
+        processed = self._processors(ids, batch)
+        if not isinstance(processed, torch.Tensor):
+            raise TypeError(f"logits_processor: expected it to return a tensor, got {type(processed).__name__}")
+        if processed.shape != batch.shape:
+            raise ValueError(f"logits_processor: expected scores of shape {list(batch.shape)}, got {list(processed.shape)}")
+        logits = processed[self._row].float()
         if self._of_few:
             kept = logits.isfinite()
             logits[kept] = self._of_few(None, logits[kept][None])[0]
+        # NaN is not less than anything, and is its row's maximum. -inf rules a token out, as processors do; not all of them.
+        if not bool((most := logits.max()).isfinite()):
+            what = "scores of -inf alone" if most < 0 else f"a score of {float(most)}"
+            raise ValueError(f"logits_processor: expected a likeliest token, got {what} at position {ids.shape[1]} of the text")
         return logits
 
 
@@ -377,53 +388,11 @@ def _checked(config: SiriusConfig | None) -> SiriusConfig:
     return config
 
 
-def _refuse_unsupported(
-    generation_config: GenerationConfig,
-    config: SiriusConfig,
-    asked_of_generate: dict,
-    model_kwargs: dict,
-    input_ids: torch.Tensor,
-    streamer: BaseStreamer | None,
-) -> None:
-    """ValueError for what was asked and cannot be honoured, before any work."""
-    corrects, sample = config.mode == "sirius", bool(generation_config.do_sample)
-    asked = {
-        f"do_sample=True with accept={config.accept!r} (perhaps from the model's own generation config; pass do_sample=False, or "
-        'accept="sample")': corrects and sample and config.accept != "sample",
-        'accept="sample" without do_sample=True': corrects and not sample and config.accept == "sample",
-        "num_beams > 1": (generation_config.num_beams or 1) > 1,
-        "num_return_sequences > 1 without do_sample=True": not sample and (generation_config.num_return_sequences or 1) > 1,
-        "output_scores": generation_config.output_scores,
-        "output_logits": generation_config.output_logits,
-        "output_attentions": generation_config.output_attentions,
-        "output_hidden_states": generation_config.output_hidden_states,
-        "use_cache=False": generation_config.use_cache is False,
-        "cache_implementation (the engine keeps its own cache)": generation_config.cache_implementation is not None,
-        "guidance_scale": (generation_config.guidance_scale or 1) != 1,
-        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens is not None,
-        "assistant_model": asked_of_generate.get("assistant_model") is not None,
-        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
-        # without generate's frame, at least a cache in use is seen
-        "past_key_values": asked_of_generate.get("past_key_values") is not None
-        or _cache_in_use(model_kwargs.get("past_key_values")),
-        "a streamer with more than one prompt": streamer is not None and len(input_ids) > 1,
-    }
-    for name in ("assistant_early_exit", "use_mtp", "penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
-        asked[name] = getattr(generation_config, name, None) or asked_of_generate.get(name)
-    refused = [name for name, wanted in asked.items() if wanted is not None and wanted is not False]
-    if refused:
-        raise ValueError(f"generate: not supported by sirius_ext: {'; '.join(refused)}")
-
-
 def _check_positions(positions: torch.Tensor | None, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
     """ValueError unless the tokens of each prompt stand at 0, 1, 2, ..."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if positions is not None and bool(((positions.to(mask.device) - mask.cumsum(-1) + 1) * mask).any()):
         raise ValueError("position_ids: expected those of the prompt, 0, 1, 2, ..., got others")
-
-
-def _cache_in_use(cache) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
 
 
 def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weights: Weights) -> list[torch.Tensor]:

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .config import SiriusConfig
-from .engine import Engine, SiriusOutput, decode_batch, is_prepared, release, take_stop_strings
+from .engine import Engine, SiriusOutput, call, inside, is_prepared, release
+from .settings import arguments_of
 
 
 def generate(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
+    inputs: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     sirius_config: SiriusConfig | None = None,
     sirius_streamer: BaseStreamer | None = None,
     sirius_tokenizer=None,
-    stop_strings: str | list[str] | None = None,
-    generator: torch.Generator | None = None,
-    **kwargs,
+    **settings,
 ) -> SiriusOutput | torch.Tensor:
-    """For `model.generate(**inputs, custom_generate=sirius_ext.generate, sirius_config=config)`.
+    """`model.generate(inputs, ..., custom_generate=sirius_ext.generate, sirius_config=config)` comes here with all that it was
+    given, and may be written `sirius_ext.generate(model, inputs, ..., sirius_config=config)` as well.
 
     The first call lays the model's `down_proj` weights out anew, in place; `sirius_ext.detach(model)` undoes that.
-    With return_dict_in_generate=True the result has `stats`.
 
-    sirius_streamer: in place of `streamer=`, which works too. transformers 5 does not hand it to a callable, so it is looked up
-        in the frame of its generate; should a later release have no such frame, this is the way.
-    sirius_tokenizer: for stop_strings; a `tokenizer=` is lost on the way here.
-    stop_strings: texts that end the text.
-    generator: draws what do_sample draws; torch's default one without it.
+    inputs: int64 [batch, t], also as input_ids=.
+    sirius_streamer, sirius_tokenizer: other names for streamer and tokenizer.
+    settings: what `transformers`' generate takes, and generator=, a torch.Generator that draws what do_sample draws.
+    Returns the sequences, int64 [batch, length], or with return_dict_in_generate=True a `SiriusOutput`, which has `stats`.
+    ValueError or TypeError for what is unknown or cannot be honoured, before any work.
     """
-    if stop_strings and sirius_tokenizer is None:
-        raise ValueError(
-            "stop_strings: transformers drops tokenizer= on the way to a custom_generate; pass it as sirius_tokenizer= instead"
-        )
-    kwargs.pop("streamer", None)  # where a release does hand it over, the frame has it too
-    kwargs.pop("synced_gpus", None)
     config = sirius_config if sirius_config is not None else SiriusConfig()
     if not isinstance(config, SiriusConfig):
         raise TypeError(f"sirius_config: expected a SiriusConfig, got {type(config).__name__}")
-    kwargs |= {"stop_strings": stop_strings, "tokenizer": sirius_tokenizer, "generator": generator}
-    return decode_batch(model, input_ids, config, own_streamer=sirius_streamer, **kwargs)
+    for name, ours in (("streamer", sirius_streamer), ("tokenizer", sirius_tokenizer)):
+        if ours is not None and settings.get(name) is not None:
+            raise ValueError(f"{name}: expected one, got both {name} and sirius_{name}")
+        settings |= {name: ours} if ours is not None else {}
+    given = {"inputs": inputs, "generation_config": generation_config}
+    return call(inside(model), settings | {name: value for name, value in given.items() if value is not None}, config)[1]
+
+
+def _redirected(original):
+    """`transformers`' generate, but for calls with `custom_generate=sirius_ext.generate`: it calls such a function without
+    streamer, tokenizer and assistant model, which would be ignored in silence. So we are called before they are dropped."""
+
+    @functools.wraps(original)
+    def redirected(self, *args, **kwargs):
+        if kwargs.get("custom_generate") is not generate and not any(each is generate for each in args):
+            return original(self, *args, **kwargs)
+        arguments = arguments_of(args, kwargs)
+        del arguments["custom_generate"]
+        return generate(self, **arguments)
+
+    return redirected
+
+
+GenerationMixin.generate = _redirected(GenerationMixin.generate)
 
 
 class attach:  # noqa: N801 - used like a function
@@ -56,28 +74,20 @@ class attach:  # noqa: N801 - used like a function
     """
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None) -> None:
-        self._prepared_before = isinstance(model, PreTrainedModel) and is_prepared(model)
-        if isinstance(model, PreTrainedModel) and "generate" in vars(model):
+        model = inside(model)
+        self._prepared_before = is_prepared(model)
+        if "generate" in vars(model):
             raise ValueError("model: generate is replaced already (attached before?); detach it first")
         self._engine = Engine(model, config)
         self.model, self.stats = model, None
         model.generate = self._generate
 
     def _generate(self, *args, **settings):
-        generate = type(self.model).generate
         if settings.get("custom_generate") is not None:
-            return generate(self.model, *args, **settings)
-        tokenizer, generator = settings.get("tokenizer"), settings.pop("generator", None)
-        settings, stop_strings = take_stop_strings(settings)
-
-        def decode(model, input_ids, generation_config, **kwargs):
-            wanted, generation_config.return_dict_in_generate = generation_config.return_dict_in_generate, True
-            kwargs |= {"stop_strings": stop_strings, "tokenizer": tokenizer, "generator": generator}
-            output = decode_batch(model, input_ids, self._engine.config, generation_config=generation_config, **kwargs)
-            self.stats = output.stats
-            return output if wanted else output.sequences
-
-        return generate(self.model, *args, **{**settings, "custom_generate": decode})
+            return type(self.model).generate(self.model, *args, **settings)
+        output, returned = call(self.model, arguments_of(args, settings), self._engine.config)
+        self.stats = output.stats
+        return returned
 
     def detach(self) -> None:
         """Give the model back as it was. A second call does nothing."""
@@ -95,6 +105,7 @@ class attach:  # noqa: N801 - used like a function
 
 def detach(model: PreTrainedModel) -> None:
     """Undo what `generate`, `attach` or an `Engine` did to the model; it is then as it was loaded, bit for bit."""
+    model = inside(model)
     handle = vars(model).get("generate")
     if isinstance(getattr(handle, "__self__", None), attach):
         del model.generate

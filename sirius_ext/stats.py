@@ -6,6 +6,11 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
+
+class CostlyDrafts(UserWarning):
+    """A text was decoded with settings that read more than the full model alone: see `Stats.advice`."""
+
+
 METRICS = (
     "average_advance_length",
     "effective_density",
@@ -95,6 +100,28 @@ class _Metrics:
         """Wall time of decoding, prefill excluded / tokens returned, in milliseconds; None where texts were decoded side by
         side."""
         return 1e3 * self.decode_seconds / self.tokens if self.tokens and self.decode_seconds is not None else None
+
+    @property
+    def advice(self) -> str | None:
+        """What to change, in one line, where drafts read more than they saved: effective density above 1. None elsewhere."""
+        density = self.effective_density
+        if density is None or density <= 1:
+            return None
+        whole = self._whole()
+        tried = sum(min(period.drafted, period.accepted + 1) for period in whole)  # drafts behind a rejected one say nothing
+        alpha = sum(period.accepted for period in whole) / tried if tried else 1.0
+
+        def expected(length: int) -> float:
+            """The effective density of periods of so many tokens, each draft accepted with probability alpha."""
+            return ((length - 1) * self.density + 1) / sum(alpha**accepted for accepted in range(length))
+
+        longest = max(period.drafted for period in whole) + 1
+        best = min(range(1, longest + 1), key=expected)
+        hint = f"period={best} suits it" if best > 1 else 'a higher density or mode="full" suits it'
+        return (
+            f"this text read more than the full model alone would have: effective density {density:.2f}, "
+            f"{self.average_advance_length:.1f} tokens a verification; {hint}"
+        )
 
     def metrics(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in METRICS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ def check_supported(config) -> None:
     if model_type not in SUPPORTED_MODEL_TYPES:
         known = "; ".join(f"{name} ({examples})" for name, examples in SUPPORTED_MODEL_TYPES.items())
         raise ValueError(f"model: architecture {model_type!r} is not supported; supported are {known}")
+    _check_numbers(config)
     if config.hidden_act != "silu":
         raise ValueError(f"model: hidden_act {config.hidden_act!r} is not supported; supported is silu")
     if getattr(config, "mlp_bias", False):
@@ -36,6 +38,31 @@ def check_supported(config) -> None:
         raise ValueError(f"model: rope type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("model: quantized weights are not supported; load the model in bfloat16, float16 or float32")
+
+
+def _check_numbers(config) -> None:
+    """transformers takes what it is given, and computes nonsense or fails somewhere inside."""
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"model: {name}: expected an integer of at least 1, got {value!r}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"model: num_key_value_heads: expected a divisor of the {config.num_attention_heads} heads, "
+            f"got {config.num_key_value_heads}"
+        )
+    rope_theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
+    for name, value, least in (("rms_norm_eps", config.rms_norm_eps, "at least 0"), ("rope_theta", rope_theta, "more than 0")):
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (value == 0 and least == "more than 0"):
+            raise ValueError(f"model: {name}: expected a number of {least}, got {value!r}")
 
 
 def context_length(config) -> int:
@@ -222,6 +249,8 @@ def _check_modules(model: nn.Module) -> None:
         for name, module in modules.items():
             if type(module) is not nn.Linear:
                 kind = type(module).__name__
-                raise ValueError(f"model: expected {name} to be a plain nn.Linear, got {kind} (merge adapters first)")
+                raise ValueError(
+                    f"model: expected {name} to be a plain nn.Linear, got {kind} (merge adapters first, with merge_and_unload)"
+                )
     if model.lm_head.bias is not None:
         raise ValueError("model: expected an lm_head without a bias, got one")

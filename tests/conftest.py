@@ -16,6 +16,7 @@ import backends
 import hypothesis
 import pytest
 import torch
+from model_files import tiny_llama
 
 # A fixture chooses the instruction set for all examples of a test alike. The same examples every time, and no files left behind.
 hypothesis.settings.register_profile(
@@ -84,3 +85,18 @@ def isa(request):
     """An instruction set that this CPU has, in use by every engine."""
     with backends.using(f"cpu-{request.param}"):
         yield request.param
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache folder of its own."""
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder, as save_pretrained writes it."""
+    path = tmp_path / "tiny"
+    tiny_llama().save_pretrained(path)
+    return path

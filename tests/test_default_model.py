@@ -161,6 +161,11 @@ def stopped_by_custom_generate(model, tokenizer, inputs):
     return model.generate(**inputs, **settings, sirius_tokenizer=tokenizer)
 
 
+def stopped_by_custom_generate_with_the_usual_name(model, tokenizer, inputs):
+    settings = {**STOP, "custom_generate": sirius_ext.generate, "sirius_config": MATCH}
+    return model.generate(**inputs, **settings, tokenizer=tokenizer)
+
+
 def stopped_by_engine(model, tokenizer, inputs):
     return Engine(model, MATCH, tokenizer).generate(**inputs, **STOP).sequences
 
@@ -184,6 +189,7 @@ def stopped_by_attach(model, tokenizer, inputs):
 WAYS = [
     stopped_by_criterion,
     stopped_by_custom_generate,
+    stopped_by_custom_generate_with_the_usual_name,
     stopped_by_engine,
     stopped_by_engine_with_a_tokenizer,
     stopped_by_a_generation_config,
@@ -199,11 +205,11 @@ def test_stop_strings(way):
 
 
 def test_stop_strings_without_a_tokenizer():
-    """transformers drops the tokenizer on the way to a callable: an error, not a text that does not stop."""
-    model, tokenizer = loaded(torch.bfloat16)
+    """An error, not a text that does not stop."""
+    model, _ = loaded(torch.bfloat16)
     settings = {**STOP, "custom_generate": sirius_ext.generate, "sirius_config": MATCH}
-    with pytest.raises(ValueError, match="stop_strings: .*sirius_tokenizer="):
-        model.generate(**encode(PROMPTS[4]), **settings, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="stop_strings: .*tokenizer"):
+        model.generate(**encode(PROMPTS[4]), **settings)
     with pytest.raises(ValueError, match="stop_strings: .*tokenizer"):
         Engine(model, MATCH).generate(**encode(PROMPTS[4]), **STOP)
 

@@ -448,7 +448,7 @@ def test_streaming(config, way):
 
 
 def test_without_a_streamer_none_is_found():
-    """The look-up in the calling frame takes this call's streamer, not that of one before."""
+    """A call takes its own streamer, not that of one before."""
     streamer = Collector()
     by_call(ours(), MATCH, IDS, max_new_tokens=3, streamer=streamer)
     by_call(ours(), MATCH, IDS, max_new_tokens=3)

@@ -1,12 +1,14 @@
 """The metrics of SPEC section 7 on periods made by hand."""
 
 import json
+import warnings
 
 import pytest
 import torch
 from tiny import prompt, tiny
 
 from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats, reference
+from sirius_ext.stats import CostlyDrafts
 
 
 def period(drafted, accepted, committed=None, cut=False, width=1, branch=0):
@@ -235,3 +237,29 @@ def test_times_are_of_this_text():
     assert 0 < sum(record.seconds for record in stats.periods) <= stats.decode_seconds
     assert stats.ms_per_token == pytest.approx(1e3 * stats.decode_seconds / 40)
     assert 0 < stats.prefill_seconds < 60
+
+
+# ------------------------------------------------------------------------------------------------------------------- advice
+
+
+def test_advice_where_drafts_cost_more_than_they_save():
+    """Half of the drafts are right: a pair of tokens costs 1.65 and brings 1.5."""
+    advice = prompt_stats([period(15, run) for run in (1, 1, 0, 2, 1, 1)]).advice
+    assert "effective density 5.38, 2.0 tokens a verification" in advice and 'mode="full"' in advice
+    # Four of five are right.
+    advice = prompt_stats([period(15, run) for run in (4, 6, 2, 5, 3)]).advice
+    assert "effective density 2.15, 5.0 tokens a verification; period=2 suits it" in advice
+    for pays in ([period(15, 15), period(15, 15)], [period(3, 3), period(3, 3), period(3, 2)], []):
+        assert prompt_stats(pays).advice is None
+
+
+def test_advice_is_given_once_a_model():
+    model = tiny("llama3")
+    config = SiriusConfig(period=16, density=0.1, accept="match")
+    with pytest.warns(CostlyDrafts, match="^this text read more than the full model alone would have: effective density"):
+        out = Engine(model, config).generate(prompt(8), max_new_tokens=60)
+    assert out.stats.effective_density > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(model, config).generate(prompt(8), max_new_tokens=60)
+        Engine(tiny("llama3"), SiriusConfig(density=1.0, accept="match", period=4)).generate(prompt(8), max_new_tokens=60)
