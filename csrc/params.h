@@ -56,6 +56,20 @@ struct SelectParams {
   int num_rows, intermediate, kept;
 };
 
+// A set that follows the text. For each of `count` rows of z, in order, statistic_i becomes
+// decay * statistic_i + (1 - decay) * z_i^2 / ||z||^2; then the neurons of largest statistic_i * down_squares_i are listed, in
+// rising order, the lower index first among equals.
+struct FollowParams {
+  Dtype dtype;
+  const void* z;              // T [layers, num_rows, intermediate]: silu(gate x) * (up x)
+  const int32_t* rows;        // [count]
+  const float* down_squares;  // [layers, intermediate]: ||down_i||^2
+  float* statistic;           // [layers, intermediate]
+  int32_t* neurons;           // [layers, kept]
+  float decay;
+  int layers, num_rows, intermediate, kept, count;
+};
+
 // hidden[m, i] = gates[m, n_i] * (up[n_i] . x[m])
 struct UpParams {
   Dtype dtype;
@@ -214,6 +228,7 @@ struct DecodeStepParams {
   float* logits;    // [num_rows, vocab]
   int32_t* argmax;  // [num_rows]; -1 where a logit is not finite
   void* workspace;  // [decode_workspace(...)] bytes
+  void* z;          // T [layers, num_rows, intermediate]: gets silu(gate x) * (up x) of a dense pass; or null
   int num_rows, first_slot, prefix, capacity;
 };
 

@@ -26,9 +26,9 @@ class Model : public Weights {
 
   void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache,
             Address v_cache, int sparsity, Address neurons, Address thresholds, int kept, Address logits, Address argmax,
-            Address workspace, int num_rows, int first_slot, int prefix, int capacity, int threads) const {
+            Address workspace, Address z, int num_rows, int first_slot, int prefix, int capacity, int threads) const {
     const DecodeStepParams p = params(tokens, positions, cos, sin, mask, mask_words, k_cache, v_cache, sparsity, neurons,
-                                      thresholds, kept, logits, argmax, workspace, num_rows, first_slot, prefix, capacity);
+                                      thresholds, kept, logits, argmax, workspace, z, num_rows, first_slot, prefix, capacity);
     cpu::with_team(threads, [&] { cpu::decode_step(p); });
   }
 };
@@ -55,6 +55,23 @@ void gate(int dtype, Address x, Address weight, Address out, int num_rows, int h
 void select_neurons(Address gates, Address threshold, Address neurons, Address count, int num_rows, int intermediate, int kept,
                     int) {
   *at<int32_t>(count) = cpu::select({at<float>(gates), at<float>(threshold), at<int32_t>(neurons), num_rows, intermediate, kept});
+}
+
+void follow(int dtype, Address z, Address rows, Address down_squares, Address statistic, Address neurons, float decay, int layers,
+            int num_rows, int intermediate, int kept, int count, int threads) {
+  const FollowParams p{Dtype(dtype),
+                       at(z),
+                       at<int32_t>(rows),
+                       at<float>(down_squares),
+                       at<float>(statistic),
+                       at<int32_t>(neurons),
+                       decay,
+                       layers,
+                       num_rows,
+                       intermediate,
+                       kept,
+                       count};
+  cpu::with_team(threads, [&] { cpu::follow(p); });
 }
 
 void up(int dtype, Address x, Address weight, Address gates, Address neurons, Address out, int num_rows, int hidden,
@@ -166,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gate_up", gate_up, Unlocked());
   m.def("gate", gate, Unlocked());
   m.def("select", select_neurons, Unlocked());
+  m.def("follow", follow, Unlocked());
   m.def("up", up, Unlocked());
   m.def("down", down, Unlocked());
   m.def("rms_norm", rms_norm, Unlocked());

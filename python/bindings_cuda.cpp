@@ -70,6 +70,13 @@ void rope_kv_write(int dtype, Address qkv, Address cos, Address sin, Address pos
   cuda::rope_kv_write(p, nullptr, at(stream));
 }
 
+void follow(int dtype, Address z, Address rows, Address down_squares, Address statistic, Address neurons, float decay, int layers,
+            int num_rows, int intermediate, int kept, int count, Address floats, Address counters, Address stream) {
+  cuda::follow({Dtype(dtype), at(z), at<int32_t>(rows), at<float>(down_squares), at<float>(statistic), at<int32_t>(neurons),
+                decay, layers, num_rows, intermediate, kept, count},
+               nullptr, workspace_at(floats, counters), at(stream));
+}
+
 void tree_mask(Address parents, Address mask, int num_nodes, int mask_words, Address, Address, Address stream) {
   cuda::tree_mask({at<int32_t>(parents), at<uint64_t>(mask), num_nodes, mask_words}, at(stream));
 }
@@ -151,6 +158,14 @@ void kv_rewrite_from(int dtype, Address k_cache, Address v_cache, Address path, 
                    at<int32_t>(base), at<int32_t>(length), at(stream));
 }
 
+void follow_from(int dtype, Address z, Address rows, Address down_squares, Address statistic, Address neurons, float decay,
+                 int layers, int num_rows, int intermediate, int kept, Address count, Address floats, Address counters,
+                 Address stream) {
+  cuda::follow({Dtype(dtype), at(z), at<int32_t>(rows), at<float>(down_squares), at<float>(statistic), at<int32_t>(neurons),
+                decay, layers, num_rows, intermediate, kept, 0},
+               at<int32_t>(count), workspace_at(floats, counters), at(stream));
+}
+
 void grow(Address rows, Address parents, Address mask, int first, int leaves, int width, int mask_words, Address, Address,
           Address stream) {
   cuda::grow({at<int32_t>(rows), at<int32_t>(parents), at<uint64_t>(mask), first, leaves, width, mask_words}, at(stream));
@@ -172,10 +187,10 @@ class Model : public Weights {
 
   void step(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words, Address k_cache,
             Address v_cache, int sparsity, Address neurons, Address thresholds, int kept, Address logits, Address argmax,
-            Address workspace, int num_rows, int first_slot, int capacity, Address base, Address alive, Address counters,
-            Address stream) const {
+            Address workspace, Address z, int num_rows, int first_slot, int capacity, Address base, Address alive,
+            Address counters, Address stream) const {
     const DecodeStepParams p = params(tokens, positions, cos, sin, mask, mask_words, k_cache, v_cache, sparsity, neurons,
-                                      thresholds, kept, logits, argmax, workspace, num_rows, first_slot, 0, capacity);
+                                      thresholds, kept, logits, argmax, workspace, z, num_rows, first_slot, 0, capacity);
     cuda::decode_step(p, {at<int32_t>(base), at<int32_t>(alive), at<int32_t>(counters)}, at(stream));
   }
 };
@@ -216,6 +231,8 @@ void bind_cuda(py::module_& m) {
   m.def("down_workspace", cuda::down_workspace);
   m.def("select", select_neurons, Unlocked());
   m.def("select_workspace", cuda::select_workspace);
+  m.def("follow", follow, Unlocked());
+  m.def("follow_workspace", cuda::follow_workspace);
   m.def("rms_norm", rms_norm, Unlocked());
   m.def("rope_kv_write", rope_kv_write, Unlocked());
   m.def("tree_mask", tree_mask, Unlocked());
@@ -234,6 +251,7 @@ void bind_cuda(py::module_& m) {
   m.def("tree_expand_within", tree_expand_within, Unlocked());
   m.def("accept_within", accept_within, Unlocked());
   m.def("kv_rewrite_from", kv_rewrite_from, Unlocked());
+  m.def("follow_from", follow_from, Unlocked());
   m.def("grow", grow, Unlocked());
   m.def("advance", advance, Unlocked());
 

@@ -48,8 +48,8 @@ class Weights {
   // Of a pass over these weights.
   sirius::DecodeStepParams params(Address tokens, Address positions, Address cos, Address sin, Address mask, int mask_words,
                                   Address k_cache, Address v_cache, int sparsity, Address neurons, Address thresholds, int kept,
-                                  Address logits, Address argmax, Address workspace, int num_rows, int first_slot, int prefix,
-                                  int capacity) const {
+                                  Address logits, Address argmax, Address workspace, Address z, int num_rows, int first_slot,
+                                  int prefix, int capacity) const {
     return {&weights_,
             at<int32_t>(tokens),
             at<int32_t>(positions),
@@ -63,6 +63,7 @@ class Weights {
             at<float>(logits),
             at<int32_t>(argmax),
             at(workspace),
+            at(z),
             num_rows,
             first_slot,
             prefix,

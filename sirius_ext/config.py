@@ -20,8 +20,10 @@ class SiriusConfig:
     """How to decode. Names and defaults are those of the Sirius paper (arXiv 2409.03856).
 
     mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
-    sparsity: "csparse", one set of neurons per prompt, chosen during its prefill (GRIFFIN's rule); "fsparse", a set per token,
+    sparsity: "csparse", one set of neurons, chosen during the prompt's prefill (GRIFFIN's rule); "fsparse", a set per token,
         those of largest |silu(gate x)| (CATS' idea).
+    follow: csparse's set follows the text: every verification shows which neurons its tokens used, and the set is chosen anew.
+        With False it stays as the prompt chose it, which is the paper's rule.
     density: fraction of MLP neurons kept in every layer, in (0, 1].
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
@@ -40,6 +42,7 @@ class SiriusConfig:
 
     mode: str = "sirius"
     sparsity: str = "csparse"
+    follow: bool = True
     density: float = 0.5
     thresholds: str | os.PathLike | None = None
     period: int | str = 16
@@ -63,8 +66,9 @@ class SiriusConfig:
         if self.period != "auto":
             object.__setattr__(self, "period", _count("period", self.period, MAX_PERIOD, ' or "auto"'))
         object.__setattr__(self, "tree_width", _count("tree_width", self.tree_width, MAX_WIDTH))
-        if not isinstance(self.prune, bool):
-            raise TypeError(f"prune: expected True or False, got {self.prune!r}")
+        for name in ("prune", "follow"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.prune and self.tree_width == 1:
             raise ValueError("prune: a chain has nothing to prune; it needs tree_width > 1")
         if self.prune and self.accept == "sample":

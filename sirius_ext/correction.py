@@ -85,7 +85,7 @@ class _Decoding:
         self.length = len(prompt)  # tokens in the cache; the last committed one, x0, is not among them yet
         self.adaptive = None
         if corrects and config.period == "auto":
-            kind = (config.sparsity, config.density, config.thresholds, config.tree_width)
+            kind = (config.sparsity, config.follow, config.density, config.thresholds, config.tree_width)
             assumed = model.alphas.get((kind, config.accept), FIRST_ALPHA)
             self.adaptive = AdaptivePeriod(model.costs, kind, config.tree_width, config.longest_period, assumed)
         # The text so far, for who wants to see it: logits processors.
@@ -159,8 +159,9 @@ class _Decoding:
         with profiled(device, "draft"):
             self._draft(depth)
         drafted = time.perf_counter()
+        follows = self.sparsity.follows
         with profiled(device, "verify"):
-            logits = self._pass(slice(0, tree.size))
+            logits = self._pass(slice(0, tree.size), keep_z=follows)
         with profiled(device, "accept"):
             path, own, likelihoods = self.rule.accept(tree, logits)
         if self.adaptive:
@@ -171,6 +172,8 @@ class _Decoding:
         # the others is a matter of the length.
         with profiled(device, "interleave"):
             self.model.keep(self.length, path)
+            if follows:
+                self.model.follow(self.sparsity, tree.size, path)
         tokens = tree.tokens[path].tolist() + [own]
         record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), depth < period - 1, likelihoods)
         record.seconds = time.perf_counter() - started
@@ -194,8 +197,15 @@ class _Decoding:
             if self.adaptive:
                 self.adaptive.saw_sparse(time.perf_counter() - started)
 
-    def _pass(self, nodes: slice, sparsity: CSparse | FSparse | None = None, argmax: torch.Tensor | None = None) -> Logits:
-        """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given."""
+    def _pass(
+        self,
+        nodes: slice,
+        sparsity: CSparse | FSparse | None = None,
+        argmax: torch.Tensor | None = None,
+        keep_z: bool = False,
+    ) -> Logits:
+        """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given; after `keep_z` S's
+        set can follow what F made of them."""
         tree = self.tree
         logits, best = self.model.step(
             tree.tokens[nodes],
@@ -205,6 +215,7 @@ class _Decoding:
             first_slot=self.length + nodes.start,
             sparsity=sparsity,
             argmax=argmax,
+            keep_z=keep_z,
         )
         best = best.tolist()
         if -1 in best:

@@ -11,7 +11,7 @@ from . import device as devices
 from .config import SiriusConfig
 from .graphs import Nodes, PeriodGraph, Replay, graph_mode
 from .model import Model
-from .sparsity import CSparse, FSparse, Kind
+from .sparsity import DECAY, CSparse, FSparse, Kind
 from .tree import Tree
 from .weights import Layer, Weights
 
@@ -32,7 +32,10 @@ class CudaModel(Model):
         self.counters = torch.zeros(self._extension().counters, dtype=torch.int32, device=self.device)
         self._steps: dict[object, Replay] = {}
         self._periods: dict[object, PeriodGraph] = {}
-        self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept: where graphs find them
+        # CSparse's sets, int32 [layers, kept], by kept, and the statistic of one that follows the text: where graphs find them.
+        self._neurons: dict[int, torch.Tensor] = {}
+        self._statistic: torch.Tensor | None = None
+        self._joined, self._joined_count = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (MAX_NODES, 1))
         self._thresholds: torch.Tensor | None = None
         self._taken: CSparse | FSparse | None = None  # what stands there
 
@@ -75,7 +78,8 @@ class CudaModel(Model):
             self._extension().accept_workspace(rows, w.vocab),
             self._extension().tree_expand_workspace(FEW_ROWS, w.vocab, FEW_ROWS),
         )
-        self._workspace = torch.empty(max(few, many, judged), dtype=torch.uint8, device=self.device)
+        followed = 4 * self._extension().follow_workspace(len(w.layers), rows, w.intermediate)
+        self._workspace = torch.empty(max(few, many, judged, followed), dtype=torch.uint8, device=self.device)
 
     def step(
         self,
@@ -86,6 +90,7 @@ class CudaModel(Model):
         first_slot: int,
         sparsity: CSparse | FSparse | None = None,
         argmax: torch.Tensor | None = None,
+        keep_z: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Model.step`, whose arguments stand in the host's memory. The logits are the device's."""
         m, words = mask.shape
@@ -94,10 +99,13 @@ class CudaModel(Model):
         nodes.offsets.copy_(positions - prefix)
         nodes.mask.copy_(mask)
         self.base.fill_(prefix)
-        key = m, words, nodes.first, self.take(sparsity)
+        key = m, words, nodes.first, keep_z, self.take(sparsity)
         if key not in self._steps:
             self._steps[key] = Replay(
-                lambda: self.run(nodes, key[-1], self._argmax[:m]), self.device, self.graph_mode != "off", f"a pass of {m} tokens"
+                lambda: self.run(nodes, key[-1], self._argmax[:m], keep_z=keep_z),
+                self.device,
+                self.graph_mode != "off",
+                f"a pass of {m} tokens",
             )
         self._steps[key]()
         best = self._argmax[:m]
@@ -120,6 +128,10 @@ class CudaModel(Model):
                 held = self._neurons[kept] = torch.empty_like(sparsity.neurons)
             held.copy_(sparsity.neurons)
             neurons = held.data_ptr()
+            if sparsity.follows:
+                if self._statistic is None:
+                    self._statistic = torch.empty_like(sparsity.statistic)
+                self._statistic.copy_(sparsity.statistic)
         if kind == Kind.THRESHOLD:
             if self._thresholds is None:
                 self._thresholds = torch.empty_like(sparsity.thresholds)
@@ -133,17 +145,19 @@ class CudaModel(Model):
         sparsity: tuple[int, ...],
         argmax: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
+        keep_z: bool = False,
     ) -> torch.Tensor:
         """Launch one pass over some nodes of the tree whose root stands at slot `base`.
 
         sparsity: what `take` returned.
         argmax: int32 [m], gets every row's; -1 where a logit is not finite.
         alive: int32 [1]; only so many rows count in FSparse's choice.
+        keep_z: as in `Model.step`.
         Returns the logits, float32 [m, V], which the next pass overwrites.
         """
         m = len(nodes.tokens)
         if m > FEW_ROWS:
-            return self._run_many(nodes, argmax)
+            return self._run_many(nodes, argmax, keep_z)
         with devices.guard(self.device):
             self._handle.step(
                 nodes.tokens.data_ptr(),
@@ -158,6 +172,7 @@ class CudaModel(Model):
                 self._logits.data_ptr(),
                 0 if argmax is None else argmax.data_ptr(),
                 self._workspace.data_ptr(),
+                self._kept_z(m).data_ptr() if keep_z else 0,
                 m,
                 nodes.first,
                 self.capacity,
@@ -168,13 +183,13 @@ class CudaModel(Model):
             )
         return self._logits[:m]
 
-    def _run_many(self, nodes: Nodes, argmax: torch.Tensor | None) -> torch.Tensor:
+    def _run_many(self, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
         """F over more rows than our kernels are for: torch multiplies, our kernels rotate, write and attend."""
         w, m = self.weights, len(nodes.tokens)
         x = F.embedding(nodes.tokens.clamp(min=0), w.embedding)  # -1 stands behind logits that are not finite
         for index, layer in enumerate(w.layers):
             x = x + self._attention_of(nodes, x, layer, index)
-            x = self._mlp(x, layer, index)
+            x = self._mlp(x, layer, index, _Kept(self._kept_z(m)) if keep_z else None)
         normed = F.rms_norm(x, (w.hidden,), w.final_norm, w.eps)
         logits = self._logits[:m]
         if w.dtype == torch.float32:
@@ -219,6 +234,25 @@ class CudaModel(Model):
                 devices.stream(self.device),
             )
 
+    def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
+        """As `Model.follow`."""
+        self._joined[: len(path) + 1].copy_(torch.tensor([0, *path], dtype=torch.int32))
+        self._joined_count.fill_(len(path) + 1)
+        self.launch_follow(self._joined, self._joined_count, nodes, self.take(sparsity))
+
+    def launch_follow(self, joined: torch.Tensor, count: torch.Tensor, nodes: int, sparsity: tuple[int, ...]) -> None:
+        """Choose the set that `take` has put in its place anew. joined: int32, in device memory, the nodes of the last pass that
+        joined the sequence; count: int32 [1], how many."""
+        w, (_, neurons, _, kept) = self.weights, sparsity
+        self.launch(
+            "follow_from", self._kept_z(nodes).data_ptr(), joined.data_ptr(), w.down_squares.data_ptr(),
+            self._statistic.data_ptr(), neurons, DECAY, len(w.layers), nodes, w.intermediate, kept, count.data_ptr(), typed=True,
+        )  # fmt: skip
+
+    def following(self, kept: int) -> tuple[torch.Tensor, ...]:
+        """What a set that follows the text changes, for who must undo it."""
+        return self._neurons[kept], self._statistic
+
     def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:
         """As `Model.replay`, after the prefill."""
         if self.graph_mode == "step":
@@ -226,7 +260,19 @@ class CudaModel(Model):
         depth = config.period - 1 if config.mode == "sirius" else 0
         draft = self.take(sparsity)
         judge = draft if config.mode == "sparse" else self.take(None)
-        key = depth, tree.width, config.prune, config.accept, config.threshold, config.score_temperature, draft, judge
+        follows = config.mode == "sirius" and sparsity.follows
+        settings = config.prune, config.accept, config.threshold, config.score_temperature
+        key = depth, tree.width, *settings, draft, judge, follows
         if key not in self._periods:
-            self._periods[key] = PeriodGraph(self, config, depth, draft, judge)
+            self._periods[key] = PeriodGraph(self, config, depth, draft, judge, follows)
         return self._periods[key]
+
+
+class _Kept:
+    """An observer that keeps z, T [layers, m, I]."""
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        self._kept = kept
+
+    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
+        self._kept[layer].copy_(z)

@@ -130,11 +130,17 @@ class PeriodGraph:
     """
 
     def __init__(
-        self, model: CudaModel, config: SiriusConfig, depth: int, draft: tuple[int, ...], judge: tuple[int, ...]
+        self,
+        model: CudaModel,
+        config: SiriusConfig,
+        depth: int,
+        draft: tuple[int, ...],
+        judge: tuple[int, ...],
+        follows: bool,
     ) -> None:
         self._model, self._config, self.depth = model, config, depth
         self._prune = PRUNE if config.prune else 1.0
-        self._draft_by, self._judge_by = draft, judge
+        self._draft_by, self._judge_by, self._follows = draft, judge, follows
         self.width = config.tree_width if depth else 1
         nodes, device = 1 + depth * self.width, model.device
         self.record = Record(depth, nodes, device)
@@ -154,6 +160,8 @@ class PeriodGraph:
         self._argmax = torch.zeros(nodes, **integers)
         self._remaining, self._limit, self._root, self._kept = (torch.zeros(1, **integers) for _ in range(4))
         self._state = (self.record.tokens, self.record.fault, model.base, self._remaining, self._limit)
+        if follows:
+            self._state += model.following(draft[-1])
         self._replay = Replay(
             self._launch, device, model.graph_mode == "period", f"a period of {depth + 1} and width {self.width}", self._state
         )
@@ -207,7 +215,7 @@ class PeriodGraph:
             for depth in range(self.depth):
                 self._draft(depth)
         with profiled(self._model.device, "verify"):
-            logits = self._model.run(self._nodes(0, len(self.record.tokens)), self._judge_by)
+            logits = self._model.run(self._nodes(0, len(self.record.tokens)), self._judge_by, keep_z=self._follows)
         with profiled(self._model.device, "accept"):
             self._accept(logits)
         with profiled(self._model.device, "interleave"):
@@ -247,7 +255,8 @@ class PeriodGraph:
         )  # fmt: skip
 
     def _interleave(self) -> None:
-        """Step 5: F's own token is the next root; a tree's accepted entries of the cache move next to the old one's."""
+        """Step 5: F's own token is the next root; a tree's accepted entries of the cache move next to the old one's; a set of S
+        that follows the text is chosen anew."""
         model, record, w = self._model, self.record, self._model.weights
         model.launch(
             "advance", record.accepted.data_ptr(), self._argmax.data_ptr(), record.path.data_ptr(), record.tokens.data_ptr(),
@@ -259,6 +268,8 @@ class PeriodGraph:
                 "kv_rewrite_from", model.k_cache.data_ptr(), model.v_cache.data_ptr(), record.path.data_ptr(), 0, len(w.layers),
                 w.kv_heads, model.capacity, w.head_dim, self._root.data_ptr(), self._kept.data_ptr(), typed=True,
             )  # fmt: skip
+        if self._follows:
+            model.launch_follow(record.path, self._kept, len(record.tokens), self._draft_by)
 
 
 def _bit(index: int) -> int:

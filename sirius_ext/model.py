@@ -45,6 +45,7 @@ class Model:
         self.alphas: dict[object, float] = {}  # how often S was right in the last text, by what it was and who judged
         self._rows = 0
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
+        self._z = torch.empty(0, dtype=weights.dtype, device=self.device)
         self._handle = self._extension().Model(*weights.arguments())
 
     def _extension(self) -> ModuleType:
@@ -186,6 +187,7 @@ class Model:
         first_slot: int,
         sparsity: CSparse | FSparse | None = None,
         argmax: torch.Tensor | None = None,
+        keep_z: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass of m tokens through F, or with a sparsity through S: one call into C++ over all layers. The caller owns the
         state and has reserved room for it: this is the hot path, so nothing is checked here.
@@ -194,6 +196,7 @@ class Model:
         mask: int64 [m, words] (`ops.tree_mask`); row i sees slots [0, prefix) and the slots prefix + b for the bits b of mask[i].
         first_slot: row i's key and value go to slot first_slot + i.
         argmax: int32 [m], where the argmax goes; without it to the model's own.
+        keep_z: of a pass through F, what `follow` looks at.
         Returns logits float32 [m, V] and their argmax int32 [m], -1 where a logit is not finite; what is the model's own, later
         passes overwrite.
         """
@@ -212,6 +215,7 @@ class Model:
             logits.data_ptr(),
             argmax.data_ptr(),
             self._workspace.data_ptr(),
+            self._kept_z(m).data_ptr() if keep_z else 0,
             m,
             first_slot,
             prefix,
@@ -219,6 +223,19 @@ class Model:
             torch.get_num_threads(),
         )
         return logits, argmax
+
+    def _kept_z(self, rows: int) -> torch.Tensor:
+        """Where a pass of so many rows leaves silu(gate x) * (up x) of every layer: T [layers, rows, I]. Graphs know the place:
+        it stays until the model is made ready for more rows."""
+        layers, intermediate = len(self.weights.layers), self.weights.intermediate
+        if self._z.numel() != layers * self._rows * intermediate:
+            self._z = torch.empty(layers * self._rows * intermediate, dtype=self.weights.dtype, device=self.device)
+        return self._z[: layers * rows * intermediate].view(layers, rows, intermediate)
+
+    def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
+        """Let a set follow the text: of the last pass with `keep_z`, over so many nodes, the root and those of `path` joined the
+        sequence."""
+        sparsity.follow(self._kept_z(nodes), torch.tensor([0, *path], dtype=torch.int32))
 
     def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:
         """What decodes a text without asking the host between its periods, for who can: a greedy rule's."""

@@ -224,6 +224,46 @@ def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None
 
 
 @_on_one_device
+def follow(
+    z: torch.Tensor,
+    rows: torch.Tensor,
+    down_squares: torch.Tensor,
+    statistic: torch.Tensor,
+    kept: int,
+    decay: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sets of a sparse model that follows the text, after a verification (SPEC section 2). `statistic`, float32 [L, I],
+    becomes `decay * statistic + (1 - decay) * (z / ||z||_2)^2` for each row that joined the sequence; kept are the neurons of the
+    largest `statistic * down_squares`.
+
+    z: T [L, m, I], `silu(gate x) * (up x)` of a pass through F.
+    rows: int32 [a], in [0, m), in the order of the text; may be empty.
+    down_squares: float32 [L, I], `||down_i||_2^2`.
+    Returns int32 [L, kept], ascending; of equal scores the lower index wins.
+    """
+    pz = _check_rows("z", z, None, None, None)
+    layers, m, intermediate = z.shape
+    pr = _check("rows", rows, torch.int32, None)
+    pd = _check("down_squares", down_squares, torch.float32, layers, intermediate)
+    ps = _check("statistic", statistic, torch.float32, layers, intermediate)
+    for name, size in (("layers", layers), ("rows", m), ("neurons", intermediate)):
+        _positive(f"z: {name}", size)
+    if not 1 <= kept <= intermediate:
+        raise ValueError(f"kept: expected 1 to {intermediate}, got {kept}")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected 0 to 1, got {decay}")
+    _check_indices("rows", rows, m)
+    out, po = _output(out, z.device, torch.int32, layers, kept)
+    run(
+        z.device, "follow", DTYPES[z.dtype], pz, pr, pd, ps, po, decay, layers, m, intermediate, kept, len(rows),
+        workspace=(layers, m, intermediate),
+    )  # fmt: skip
+    return out
+
+
+@_on_one_device
 def up(
     x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, neurons: torch.Tensor, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .hub import DEFAULT_MODEL, parse_dtype
 
 DEFAULTS = SiriusConfig()
 THREADS_PER_CPU = 4  # at most: more of them only wait for each other
-FIELDS = ("sparsity", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold")
+FIELDS = ("sparsity", "follow", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold")
 
 
 def add_command(commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
@@ -48,6 +48,8 @@ def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, defaul
 
 
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
+    purpose = "csparse's neurons stay as the prompt chose them; without it they follow the text"
+    add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
     add_setting(parser, "--density", "fraction of MLP neurons kept", DEFAULTS.density, type=number)
     purpose = "of `calibrate`, for fsparse: in place of a fixed number"
     add_setting(parser, "--thresholds", purpose, metavar="FILE", type=input_file)
@@ -76,7 +78,7 @@ def used_by(config: SiriusConfig) -> set[str]:
     """The settings that make a difference to what a config decodes."""
     used = set()
     if config.mode != "full":
-        used |= {"sparsity", "density"} | ({"thresholds"} if config.sparsity == "fsparse" else set())
+        used |= {"sparsity", "density", "thresholds" if config.sparsity == "fsparse" else "follow"}
     if config.mode == "sirius":
         used |= {"period", "tree_width", "prune", "accept"} | ({"threshold"} if config.accept == "threshold" else set())
     return used

@@ -361,6 +361,34 @@ def select_neurons(stat: torch.Tensor, density: float) -> torch.Tensor:
     return _largest(stat, max(1, round(density * len(stat))))
 
 
+def follow(
+    z: torch.Tensor,
+    rows: torch.Tensor,
+    down_squares: torch.Tensor,
+    statistic: torch.Tensor,
+    kept: int,
+    decay: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A following set after a verification (SPEC section 2): the statistic goes on over the tokens that joined the sequence, and
+    the neurons of the largest `statistic_i * ||down_i||_2^2` are kept.
+
+    z: T [L, m, I], F's `silu(gate x) * (up x)` in every layer.
+    rows: int32 [a], the rows that joined the sequence, in order.
+    down_squares: float32 [L, I], `||down_i||_2^2`.
+    statistic: float32 [L, I], changed in place: `decay * statistic + (1 - decay) * (z / ||z||_2)^2` for each row.
+    Returns int32 [L, kept], ascending; of equal scores the lower index wins.
+    """
+    for layer in range(len(z)):
+        for row in z[layer, rows.long()].float():
+            squares = row.square()
+            share = squares / squares.sum() if squares.sum() > 0 else torch.zeros_like(squares)
+            statistic[layer] = decay * statistic[layer] + (1 - decay) * share
+    neurons = torch.stack([_largest(each, kept) for each in statistic * down_squares])
+    return neurons if out is None else out.copy_(neurons)
+
+
 def density_of(sparsity: str, density: float, mlp_parameters: int, all_parameters: int) -> float:
     """Parameters that the sparse model touches per token over all parameters, embedding included (SPEC section 2).
 
@@ -491,7 +519,14 @@ class Decoder:
         visible = torch.arange(self.k[0].shape[1]) <= positions.unsqueeze(1)
         return self.forward(torch.tensor(tokens), positions, positions, visible, neurons, z)
 
-    def nodes(self, tree: Tree, which: Sequence[int], position: int, neurons: Neurons | None = None) -> torch.Tensor:
+    def nodes(
+        self,
+        tree: Tree,
+        which: Sequence[int],
+        position: int,
+        neurons: Neurons | None = None,
+        z: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """`forward` of some nodes of a tree whose root stands at `position`. Node i's slot is position + i; it sees the text
         before the root, its ancestors and itself."""
         visible = torch.zeros(len(which), self.k[0].shape[1], dtype=torch.bool)
@@ -500,7 +535,7 @@ class Decoder:
             row[[position + seen for seen in [*tree.path(node), node]]] = True
         slots = torch.tensor([position + node for node in which])
         positions = torch.tensor([position + len(tree.path(node)) for node in which])
-        return self.forward(torch.tensor([tree.tokens[node] for node in which]), positions, slots, visible, neurons)
+        return self.forward(torch.tensor([tree.tokens[node] for node in which]), positions, slots, visible, neurons, z)
 
 
 # ------------------------------------------------------------------------------------------------------------- correction
@@ -633,7 +668,7 @@ def generate(
     thresholds: FSparse's threshold form, one a layer.
     periods: in place of config.period, that of each period.
     """
-    neurons, logits = _prefill(decoder, prompt_ids, config, max_new_tokens, thresholds)
+    neurons, following, logits = _prefill(decoder, prompt_ids, config, max_new_tokens, thresholds)
     choose = (lambda row: sampling.draw(sampling.probabilities(row))) if sampling else (lambda row: int(row.argmax()))
     tokens, records = [choose(logits)], []
     while len(tokens) < max_new_tokens and tokens[-1] not in eos_token_ids:
@@ -642,7 +677,10 @@ def generate(
             period = next(periods) if periods is not None else config.period
             depth = min(period, max_new_tokens - len(tokens)) - 1
             tree = _draft(decoder, x0, position, neurons, config, depth, sampling)
-            committed, record = _verify(decoder, tree, position, config, sampling)
+            z: list[torch.Tensor] = []
+            committed, path, record = _verify(decoder, tree, position, config, sampling, z)
+            if following:
+                neurons = following.neurons_after(torch.stack(z), [0, *path])
             record.cut = depth < period - 1
             committed = _until_eos(committed, eos_token_ids)
             record.cut |= len(committed) < record.committed
@@ -654,18 +692,37 @@ def generate(
     return tokens, records
 
 
+class Following:
+    """What a set that follows the text goes by (SPEC section 2)."""
+
+    def __init__(self, decoder: Decoder, z: list[torch.Tensor], density: float) -> None:
+        tokens = len(z[0])
+        self.statistic = torch.stack([csparse_statistic(layer).square() / tokens for layer in z])
+        self.down_squares = torch.stack([layer.down.float().square().sum(1) for layer in decoder.layers])
+        self.kept = max(1, round(density * len(self.statistic[0])))
+
+    def neurons_after(self, z: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """z: float32 [L, m, I]; rows: those of tokens that joined the text."""
+        rows = torch.tensor(rows, dtype=torch.int32)
+        return follow(z, rows, self.down_squares, self.statistic, self.kept, 2 ** (-1 / 32))
+
+
 def _prefill(
     decoder: Decoder, prompt_ids: Sequence[int], config: SiriusConfig, max_new_tokens: int, thresholds: Sequence[float] | None
-) -> tuple[Neurons, torch.Tensor]:
-    """Step 1: F reads the prompt. Returns S's neurons, and the logits behind the prompt."""
-    z = []
+) -> tuple[Neurons, Following | None, torch.Tensor]:
+    """Step 1: F reads the prompt. Returns S's neurons, what they follow the text by if they do, and the logits behind the
+    prompt."""
+    z: list[torch.Tensor] = []
     decoder.reset(len(prompt_ids) + max_new_tokens * config.tree_width + config.tree_width)
     logits = decoder.chain(prompt_ids, 0, z=z)[-1]
+    if config.sparsity == "csparse" and config.follow:
+        following = Following(decoder, z, config.density)
+        return following.neurons_after(torch.stack(z), []), following, logits
     if config.sparsity == "csparse":
-        return [select_neurons(csparse_statistic(layer), config.density) for layer in z], logits
+        return [select_neurons(csparse_statistic(layer), config.density) for layer in z], None, logits
     if thresholds is not None:
-        return (lambda layer, gates: select(gates, threshold=thresholds[layer])), logits
-    return (lambda layer, gates: select(gates, max(1, round(config.density * gates.shape[1])))), logits
+        return (lambda layer, gates: select(gates, threshold=thresholds[layer])), None, logits
+    return (lambda layer, gates: select(gates, max(1, round(config.density * gates.shape[1])))), None, logits
 
 
 def _draft(
@@ -692,11 +749,11 @@ def _draft(
 
 
 def _verify(
-    decoder: Decoder, tree: Tree, position: int, config: SiriusConfig, sampling: Sampling | None
-) -> tuple[list[int], Period]:
-    """Steps 3 to 5: F consumes the tree, rewriting its cache entries; those of the accepted path move together behind x0. Returns
-    the accepted tokens and F's own, and the period's record."""
-    logits = decoder.nodes(tree, range(len(tree.tokens)), position)
+    decoder: Decoder, tree: Tree, position: int, config: SiriusConfig, sampling: Sampling | None, z: list[torch.Tensor]
+) -> tuple[list[int], list[int], Period]:
+    """Steps 3 to 5: F consumes the tree, rewriting its cache entries; those of the accepted path move together behind x0. Each
+    layer's z is appended to `z`. Returns the accepted tokens and F's own, the accepted nodes, and the period's record."""
+    logits = decoder.nodes(tree, range(len(tree.tokens)), position, z=z)
     likelihoods, argmax, path = accept(
         logits,
         torch.tensor(tree.tokens[1:], dtype=torch.int32),
@@ -717,7 +774,7 @@ def _verify(
     depths = [len(tree.path(node)) for node in range(len(tree.tokens))]
     branch = path[-1] - depths.index(len(path)) if path else None
     period = Period(depths[-1], len(tree.tokens) - 1, len(path), branch, len(committed), False, likelihoods.tolist())
-    return committed, period
+    return committed, path, period
 
 
 def _until_eos(tokens: list[int], eos_token_ids: Collection[int]) -> list[int]:

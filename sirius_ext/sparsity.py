@@ -13,6 +13,8 @@ from .weights import Weights
 
 # Share of an MLP's parameters that a sparse model skips in a neuron left out: all three matrices, or two where gate is dense.
 _SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3}
+# What a token counts for in the statistic of a following set, relative to the next one: half as much 32 tokens later.
+DECAY = 2 ** (-1 / 32)
 
 
 class Kind(enum.IntEnum):
@@ -36,29 +38,57 @@ def sparse_density(config: SiriusConfig, weights: Weights) -> float:
 
 
 class CSparse:
-    """One set of neurons per prompt, by GRIFFIN's statistic: `stat_i = || zbar[:, i] ||_2`, gathered during the full prefill."""
+    """One set of neurons, by what the tokens of the prompt used: GRIFFIN's statistic `stat_i = || zbar[:, i] ||_2`, gathered
+    during the full prefill.
 
-    def __init__(self, num_layers: int, intermediate: int, density: float, device: torch.device | str = "cpu") -> None:
-        self._squares = torch.zeros(num_layers, intermediate, device=device)
-        self._kept = kept_neurons(density, intermediate)
+    down_squares: float32 [layers, I], `||down_i||_2^2`. With it the set follows the text: its statistic, the mean of `zbar_i^2`,
+        goes on with every verification, and a neuron counts by what it adds to the output.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        intermediate: int,
+        density: float,
+        device: torch.device | str = "cpu",
+        down_squares: torch.Tensor | None = None,
+    ) -> None:
+        self._squares, self._tokens = torch.zeros(num_layers, intermediate, device=device), 0
+        self.kept_neurons = kept_neurons(density, intermediate)
+        self.down_squares = down_squares
+        self.follows = down_squares is not None and self.kept_neurons < intermediate
 
     def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
         """Add the prompt tokens z = silu(gate x) * (up x), T [tokens, I]. A token whose z is all zero adds nothing."""
         squares = z.float().square()
         norms = squares.sum(-1, keepdim=True)
         self._squares[layer] += (squares / norms.where(norms > 0, 1.0)).sum(0)
+        if layer == 0:
+            self._tokens += len(z)
 
     def absorb(self, other: CSparse) -> None:
         """Add the tokens that another one has observed."""
         self._squares += other._squares
+        self._tokens += other._tokens
+
+    @functools.cached_property
+    def statistic(self) -> torch.Tensor:
+        """Of a set that follows the text, float32 [layers, I]: at first the mean of `zbar_i^2` over the prompt."""
+        return self._squares / max(1, self._tokens)
 
     @functools.cached_property
     def neurons(self) -> torch.Tensor:
         """Those of the largest statistic in each layer, in rising order (sorted rows read faster): int32 [layers, K]. Chosen when
-        first asked for, after the prefill."""
+        first asked for, after the prefill; `follow` rewrites them in place."""
+        scores = self._squares.sqrt() if self.down_squares is None else self.statistic * self.down_squares
         # A stable sort lets the lower index win a tie.
-        order = self._squares.sqrt().argsort(dim=-1, descending=True, stable=True)
-        return order[:, : self._kept].sort(-1).values.to(torch.int32)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        return order[:, : self.kept_neurons].sort(-1).values.to(torch.int32).contiguous()
+
+    def follow(self, z: torch.Tensor, rows: torch.Tensor) -> None:
+        """Choose anew after a verification. z: T [layers, m, I], F's; rows: int32, those that joined the sequence."""
+        ops.follow(z, rows, self.down_squares, self.statistic, self.kept_neurons, DECAY, out=self.neurons)
+        self.__dict__.pop("kept", None)
 
     @functools.cached_property
     def kept(self) -> torch.Tensor:
@@ -69,12 +99,14 @@ class CSparse:
 
     def arguments(self) -> tuple[int, int, int, int]:
         """What a decode step takes: kind, neurons, thresholds, kept."""
-        return Kind.LISTED, self.neurons.data_ptr(), 0, self._kept
+        return Kind.LISTED, self.neurons.data_ptr(), 0, self.kept_neurons
 
 
 class FSparse:
     """A set of neurons per pass, by `|silu(gate x)|`: the largest, or with thresholds, float32 [layers], all that reach
     theirs."""
+
+    follows = False  # it is chosen by the tokens that use it
 
     def __init__(self, intermediate: int, density: float, thresholds: torch.Tensor | None = None) -> None:
         self._kept, self.thresholds = kept_neurons(density, intermediate), thresholds
@@ -101,5 +133,6 @@ class FSparse:
 def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor | None = None) -> CSparse | FSparse:
     """What the config asks for, for one prompt."""
     if config.sparsity == "csparse":
-        return CSparse(len(weights.layers), weights.intermediate, config.density, weights.device)
+        squares = weights.down_squares if config.follow else None
+        return CSparse(len(weights.layers), weights.intermediate, config.density, weights.device, squares)
     return FSparse(weights.intermediate, config.density, None if thresholds is None else thresholds.to(weights.device))

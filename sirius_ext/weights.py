@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -158,6 +159,11 @@ class Weights:
     @property
     def num_mlp_parameters(self) -> int:
         return 3 * self.intermediate * self.hidden * len(self.layers)
+
+    @functools.cached_property
+    def down_squares(self) -> torch.Tensor:
+        """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
+        return torch.stack([layer.down.float().square().sum(-1) for layer in self.layers])
 
     def fingerprint(self) -> str:
         """Tells models apart, and is the same for one model in float32 and in bfloat16."""

@@ -314,9 +314,9 @@ def test_a_period_of_one_is_a_plain_step(monkeypatch):
     monkeypatch.setattr(AdaptivePeriod, "next", lambda self: 1)
     passes, run = [], correction._Decoding._pass
 
-    def watched(self, nodes, sparsity=None, argmax=None):
+    def watched(self, nodes, sparsity=None, argmax=None, keep_z=False):
         passes.append(sparsity)
-        return run(self, nodes, sparsity, argmax)
+        return run(self, nodes, sparsity, argmax, keep_z)
 
     monkeypatch.setattr(correction._Decoding, "_pass", watched)
     tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)

@@ -55,3 +55,27 @@ def test_the_example(backend):
     text = DOC.read_text()
     for width in (1, 2):
         assert drawn(backend, width, 4) in text, drawn(backend, width, 4)
+
+
+def followed(backend):
+    """The set that follows the text, as a table."""
+    statistic, lines = torch.tensor([[0.5, 0.3, 0.18, 0.02]]), ["            neuron 0  neuron 1  neuron 2  neuron 3   kept"]
+
+    def line(name, values, kept=()):
+        cells = "".join(f"{value:>10.2f}" for value in values)
+        lines.append(f"{name:<10}{cells}   {' '.join(map(str, kept))}".rstrip())
+
+    def choose(z, rows):
+        rows = torch.tensor(rows, dtype=torch.int32)
+        return backend.follow(z, rows, torch.ones(1, 4), statistic, 2, 0.5)[0].tolist()
+
+    line("prompt", statistic[0].tolist(), choose(torch.zeros(1, 1, 4), []))
+    for shares in ([0.1, 0.1, 0.7, 0.1], [0.0, 0.6, 0.2, 0.2]):
+        line("token", shares)
+        kept = choose(torch.tensor(shares).sqrt().view(1, 1, 4), [0])
+        line("  then s", statistic[0].tolist(), kept)
+    return "\n".join(lines)
+
+
+def test_the_set_that_follows(backend):
+    assert followed(backend) in DOC.read_text(), followed(backend)

@@ -68,6 +68,7 @@ void mlp_block(const DecodeStepParams& p, const Workspace& w, int layer) {
   const Sparsity& s = p.sparsity;
   const int32_t* neurons = nullptr;
   int kept = m.intermediate;
+  void* hidden = p.z ? offset(p.z, size_t(layer) * p.num_rows * m.intermediate, m.dtype) : w.hidden;
 
   const void* normed = norm(m, w.x, weights.post_norm, p.num_rows);
   if (s.kind == Sparsity::largest || s.kind == Sparsity::threshold) {
@@ -78,16 +79,16 @@ void mlp_block(const DecodeStepParams& p, const Workspace& w, int layer) {
     kept = select(
         {w.gates, s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr, list, p.num_rows, m.intermediate, s.kept});
     neurons = list;
-    up({m.dtype, normed, weights.up, w.gates, neurons, w.hidden, p.num_rows, m.hidden, m.intermediate, kept});
+    up({m.dtype, normed, weights.up, w.gates, neurons, hidden, p.num_rows, m.hidden, m.intermediate, kept});
   } else {
     if (s.kind == Sparsity::listed) {
       kept = s.kept;
       neurons = s.neurons + size_t(layer) * kept;
     }
-    gate_up({m.dtype, normed, weights.gate, weights.up, neurons, w.hidden, p.num_rows, m.hidden, kept});
+    gate_up({m.dtype, normed, weights.gate, weights.up, neurons, hidden, p.num_rows, m.hidden, kept});
   }
   sync();
-  down({m.dtype, w.hidden, weights.down, neurons, w.x, w.x, w.partial, p.num_rows, m.hidden, kept});
+  down({m.dtype, hidden, weights.down, neurons, w.x, w.x, w.partial, p.num_rows, m.hidden, kept});
   sync();
 }
 

@@ -37,6 +37,12 @@ struct Kernels {
   // out[i] = silu(gate[i]) * up[i]
   void (*silu_mul)(const float* gate, const float* up, int n, void* out);
 
+  // sum_i x[i]^2
+  float (*square_sum)(const void* x, int n);
+
+  // out[i] = keep * out[i] + add * x[i]^2
+  void (*blend_squares)(const void* x, int n, float keep, float add, float* out);
+
   // One row. With a residual: residual += x, and the rounded sum is normalised.
   void (*rms_norm)(const void* x, void* residual, const void* weight, float eps, int n, void* out);
 

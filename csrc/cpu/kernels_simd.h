@@ -186,18 +186,33 @@ void silu_mul(const float* gate, const float* up, int n, void* out) {
 }
 
 template <class T>
+float square_sum(const void* x, int n) {
+  const T* in = static_cast<const T*>(x);
+  Vec squares = Vec::set(0.0f);
+  for (int c = 0; c < n; c += Vec::width) {
+    const Vec v = load_upto(in + c, n - c);
+    squares = fma(v, v, squares);
+  }
+  return reduce_add(squares);
+}
+
+template <class T>
+void blend_squares(const void* x, int n, float keep, float add, float* out) {
+  const T* in = static_cast<const T*>(x);
+  for (int c = 0; c < n; c += Vec::width) {
+    const Vec v = load_upto(in + c, n - c);
+    store_upto(fma(v * Vec::set(add), v, load_upto(out + c, n - c) * Vec::set(keep)), out + c, n - c);
+  }
+}
+
+template <class T>
 void rms_norm(const void* x, void* residual, const void* weight, float eps, int n, void* out) {
   const T* in = static_cast<const T*>(x);
   if (T* r = static_cast<T*>(residual)) {
     for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(in + c, n - c) + load_upto(r + c, n - c), r + c, n - c);
     in = r;
   }
-  Vec squares = Vec::set(0.0f);
-  for (int c = 0; c < n; c += Vec::width) {
-    const Vec v = load_upto(in + c, n - c);
-    squares = fma(v, v, squares);
-  }
-  const Vec inverse = Vec::set(1.0f / std::sqrt(reduce_add(squares) / float(n) + eps));
+  const Vec inverse = Vec::set(1.0f / std::sqrt(square_sum<T>(in, n) / float(n) + eps));
   for (int c = 0; c < n; c += Vec::width) {
     const Vec v = load_upto(in + c, n - c) * inverse * load_upto(static_cast<const T*>(weight) + c, n - c);
     store_upto(v, static_cast<T*>(out) + c, n - c);
@@ -282,8 +297,8 @@ inline void logit_stats(const float* logits, int n, float inverse_temperature, b
 }
 
 template <class T>
-constexpr Kernels table = {packed_size<T>, pack<T>,     dot<T>,  sum<T>,     store<T>,
-                           silu_mul<T>,    rms_norm<T>, rope<T>, softmax<T>, logit_stats};
+constexpr Kernels table = {packed_size<T>, pack<T>,          dot<T>,      sum<T>,  store<T>,   silu_mul<T>,
+                           square_sum<T>,  blend_squares<T>, rms_norm<T>, rope<T>, softmax<T>, logit_stats};
 
 inline const Kernels& table_of(Dtype dtype) {
   switch (dtype) {

@@ -82,6 +82,27 @@ int select(const SelectParams& p) {
   return count;
 }
 
+void follow(const FollowParams& p) {
+  const Kernels& k = kernels(p.dtype);
+  float* scores = scratch<float>(Scratch::second, p.intermediate);
+  int32_t* list = scratch<int32_t>(Scratch::neurons, p.intermediate);
+  // A thread has whole layers: no sum depends on the number of threads, and none waits for another.
+  const Range range = share(p.layers);
+  for (int layer = range.begin; layer < range.end; ++layer) {
+    const size_t at = size_t(layer) * p.intermediate;
+    float* statistic = p.statistic + at;
+    for (int i = 0; i < p.count; ++i) {
+      const void* z = offset(p.z, at * p.num_rows + size_t(p.rows[i]) * p.intermediate, p.dtype);
+      const float sum = k.square_sum(z, p.intermediate);
+      // A row that is all zero uses no neuron, and adds nothing.
+      k.blend_squares(z, p.intermediate, p.decay, sum > 0.0f ? (1.0f - p.decay) / sum : 0.0f, statistic);
+    }
+    for (int i = 0; i < p.intermediate; ++i) scores[i] = statistic[i] * p.down_squares[at + i];
+    select({scores, nullptr, list, 1, p.intermediate, p.kept});
+    std::copy_n(list, p.kept, p.neurons + size_t(layer) * p.kept);
+  }
+}
+
 void up(const UpParams& p) {
   const Kernels& k = kernels(p.dtype);
   const auto row_at = [&](int i) { return offset(p.up, size_t(p.neurons[i]) * p.hidden, p.dtype); };

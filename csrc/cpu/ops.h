@@ -11,6 +11,7 @@ void linear(const LinearParams& p);
 void gate_up(const GateUpParams& p);
 void gate(const GateParams& p);
 int select(const SelectParams& p);  // for one thread; returns how many; wherever several need the list, each makes its own
+void follow(const FollowParams& p);
 void up(const UpParams& p);
 void down(const DownParams& p);  // synchronizes inside
 void rms_norm(const RmsNormParams& p);

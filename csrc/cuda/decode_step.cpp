@@ -73,12 +73,13 @@ void mlp_block(const DecodeStepParams& p, const Pass& pass, const Activations& a
   const Workspace workspace{a.floats, pass.counters};
   const int32_t *neurons = nullptr, *count = nullptr;
   int kept = m.intermediate;
+  void* hidden = p.z ? at(p.z, size_t(layer) * p.num_rows * m.intermediate, m.dtype) : a.hidden;
   if (s.kind == Sparsity::dense || s.kind == Sparsity::listed) {
     if (s.kind == Sparsity::listed) {
       kept = s.kept;
       neurons = s.neurons + size_t(layer) * kept;
     }
-    gate_up({m.dtype, a.x, w.gate, w.up, neurons, a.hidden, p.num_rows, m.hidden, kept}, norm, stream);
+    gate_up({m.dtype, a.x, w.gate, w.up, neurons, hidden, p.num_rows, m.hidden, kept}, norm, stream);
   } else {
     gate({m.dtype, a.x, w.gate, a.gates, p.num_rows, m.hidden, m.intermediate}, norm, stream);
     const float* threshold = s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr;
@@ -88,9 +89,9 @@ void mlp_block(const DecodeStepParams& p, const Pass& pass, const Activations& a
       count = a.count;
     else
       kept = s.kept;
-    up({m.dtype, a.x, w.up, a.gates, neurons, a.hidden, p.num_rows, m.hidden, m.intermediate, kept}, norm, count, stream);
+    up({m.dtype, a.x, w.up, a.gates, neurons, hidden, p.num_rows, m.hidden, m.intermediate, kept}, norm, count, stream);
   }
-  down({m.dtype, a.hidden, w.down, neurons, a.x, a.x, a.floats, p.num_rows, m.hidden, kept}, count, workspace, stream);
+  down({m.dtype, hidden, w.down, neurons, a.x, a.x, a.floats, p.num_rows, m.hidden, kept}, count, workspace, stream);
 }
 
 }  // namespace

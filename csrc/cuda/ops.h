@@ -37,6 +37,13 @@ size_t down_workspace(int num_rows, int hidden, int num_neurons);
 // count: [1], the number of neurons written. alive: [1], only so many of p.num_rows rows count; or null for all of them.
 void select(const SelectParams& p, int32_t* count, const int32_t* alive, Workspace workspace, StreamHandle stream);
 size_t select_workspace(int num_rows, int intermediate);
+// The same for several sets of at most kRowsAlone rows each, by number: gates [sets, num_rows, intermediate], neurons [sets,
+// kept].
+void select_each(const SelectParams& p, int sets, StreamHandle stream);
+
+// count: [1], in place of p.count and at most p.num_rows; or null.
+void follow(const FollowParams& p, const int32_t* count, Workspace workspace, StreamHandle stream);
+size_t follow_workspace(int layers, int num_rows, int intermediate);
 
 void rms_norm(const RmsNormParams& p, StreamHandle stream);
 

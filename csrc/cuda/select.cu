@@ -126,12 +126,15 @@ __device__ __forceinline__ int32_t nth_largest(const Scores<PerThread>& scores, 
   return found;
 }
 
-// grid: [1]; or where others sum up the rows before it chooses, [intermediate / threads]. Gates of rows that are alive are read
-// once, 4 bytes each, with PerThread 0 five times. all_scores: [intermediate], or null for a block alone.
+// grid: [1, sets]; or where others sum up the rows before it chooses, [intermediate / threads, 1]. Gates of rows that are alive
+// are read once, 4 bytes each, with PerThread 0 five times. all_scores: [intermediate], or null for a block alone. Of several
+// sets each has gates and `kept` neurons of its own, side by side; then count is null.
 template <int PerThread>
 __global__ void __launch_bounds__(kSelectThreads, 1)
-    select_kernel(const SelectParams p, const int32_t* alive, float* all_scores, int32_t* count, int32_t* counter) {
+    select_kernel(SelectParams p, const int32_t* alive, float* all_scores, int32_t* count, int32_t* counter) {
   SelectShared& shared = shared_memory<SelectShared>();
+  p.gates += size_t(blockIdx.y) * p.num_rows * p.intermediate;
+  p.neurons += size_t(blockIdx.y) * p.kept;
   const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int rows = alive ? *alive : p.num_rows;
   ScoreSource source{p.gates, rows, p.intermediate};
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   __syncthreads();
   const uint64_t mine = lane < warps ? shared.warps[lane] : 0, up_to = warp_scan(mine);
   const uint64_t before = __shfl_sync(kAllLanes, up_to - mine, warp), all = __shfl_sync(kAllLanes, up_to, kWarp - 1);
-  if (threadIdx.x == 0) *count = int(all >> 32) + min(int(uint32_t(all)), equals);
+  if (threadIdx.x == 0 && count) *count = int(all >> 32) + min(int(uint32_t(all)), equals);
 
   int above_before = int(before >> 32), equal_before = int(uint32_t(before));
   scores.each([&](int neuron, int32_t bits) {
@@ -182,11 +185,20 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 }
 
 template <int PerThread>
-void launch_select(const SelectParams& p, int32_t* count, const int32_t* alive, Workspace workspace, StreamHandle stream) {
+void launch_select(const SelectParams& p, int sets, int32_t* count, const int32_t* alive, float* scores, int32_t* counter,
+                   StreamHandle stream) {
   const int threads = PerThread ? kWarp * ceil_div(p.intermediate, kWarp * PerThread) : kSelectThreads;
-  const bool alone = p.num_rows <= kRowsAlone;
-  launch("select", select_kernel<PerThread>, alone ? 1 : ceil_div(p.intermediate, threads), threads, sizeof(SelectShared), stream,
-         p, alive, alone ? nullptr : workspace.floats, count, workspace.counters);
+  launch("select", select_kernel<PerThread>, dim3(scores ? ceil_div(p.intermediate, threads) : 1, sets), threads,
+         sizeof(SelectShared), stream, p, alive, scores, count, counter);
+}
+
+// The kernel for a row of that length.
+auto select_launcher(int intermediate) {
+  return intermediate <= 2 * kSelectThreads    ? launch_select<2>
+         : intermediate <= 8 * kSelectThreads  ? launch_select<8>
+         : intermediate <= 16 * kSelectThreads ? launch_select<16>
+         : intermediate <= 28 * kSelectThreads ? launch_select<28>
+                                               : launch_select<0>;
 }
 
 }  // namespace
@@ -194,12 +206,12 @@ void launch_select(const SelectParams& p, int32_t* count, const int32_t* alive, 
 size_t select_workspace(int num_rows, int intermediate) { return num_rows <= kRowsAlone ? 0 : intermediate; }
 
 void select(const SelectParams& p, int32_t* count, const int32_t* alive, Workspace workspace, StreamHandle stream) {
-  const auto go = p.intermediate <= 2 * kSelectThreads    ? launch_select<2>
-                  : p.intermediate <= 8 * kSelectThreads  ? launch_select<8>
-                  : p.intermediate <= 16 * kSelectThreads ? launch_select<16>
-                  : p.intermediate <= 28 * kSelectThreads ? launch_select<28>
-                                                          : launch_select<0>;
-  go(p, count, alive, workspace, stream);
+  float* scores = p.num_rows <= kRowsAlone ? nullptr : workspace.floats;
+  select_launcher(p.intermediate)(p, 1, count, alive, scores, workspace.counters, stream);
+}
+
+void select_each(const SelectParams& p, int sets, StreamHandle stream) {
+  select_launcher(p.intermediate)(p, sets, nullptr, nullptr, nullptr, nullptr, stream);
 }
 
 }  // namespace sirius::cuda

@@ -38,6 +38,7 @@ class _Rows:
     visible: bool [m, slot + m]; None if all is seen.
     wanted: of so many last rows the logits are wanted.
     seen_by: who observes the rows, if anybody.
+    z: T [layers, m, I], gets silu(gate x) * (up x) of the rows, where it is wanted.
     """
 
     keys: torch.Tensor
@@ -49,6 +50,7 @@ class _Rows:
     wanted: int
     sparsity: CSparse | FSparse | None = None
     seen_by: CSparse | None = None
+    z: torch.Tensor | None = None
     logits: torch.Tensor | None = None  # float32 [wanted, V], once computed
 
     @property
@@ -125,12 +127,16 @@ class Seat:
         first_slot: int,
         sparsity: CSparse | FSparse | None = None,
         argmax: torch.Tensor | None = None,
+        keep_z: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Model.step`."""
         slot, before = first_slot - self._batch.shared, prefix - self._batch.shared
         bits = ((mask.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1).bool()[:, : slot + len(tokens) - before]
         visible = None if bool(bits.all()) else torch.cat((torch.ones(len(tokens), before, dtype=torch.bool), bits), 1)
         rows = _Rows(self.keys, self.values, tokens.long(), positions.long(), slot, visible, len(tokens), sparsity)
+        if keep_z:
+            shape = len(self.weights.layers), len(tokens), self.weights.intermediate
+            self._z = rows.z = torch.empty(shape, dtype=self.weights.dtype)
         logits = self._batch.compute(rows)
         return logits, ops.argmax(logits, out=argmax)
 
@@ -146,6 +152,10 @@ class Seat:
                 cache[:, :, :shared] = of_prefix
                 cache[:, :, shared:start] = own[:, :, : start - shared]
         return model.fault(tokens, start, sparsity)
+
+    def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
+        """As `Model.follow`."""
+        sparsity.follow(self._z, torch.tensor([0, *path], dtype=torch.int32))
 
     def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> None:
         """As `Model.replay`: the texts wait for each other after every pass."""
@@ -338,6 +348,8 @@ class _Pass:
         for rows, share, kept in zip(self._asked, self._shares, self._kept):
             if rows.seen_by is not None:
                 rows.seen_by.observe(index, gates[share], z[share])
+            if rows.z is not None:
+                rows.z[index] = z[share]
             if kept is not None:
                 z[share] *= kept[index]
             elif rows.sparsity is not None:

@@ -39,7 +39,14 @@ MODES = {
 
 
 # What may be set for one mode, behind its name, and how it is read.
-SETTINGS = {"density": float, "period": parse_period, "tree_width": int, "threshold": float, "score_temperature": float}
+SETTINGS = {
+    "density": float,
+    "follow": lambda text: {"yes": True, "no": False}[text],
+    "period": parse_period,
+    "tree_width": int,
+    "threshold": float,
+    "score_temperature": float,
+}
 
 
 def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
@@ -60,8 +67,9 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
             raise ValueError(f"modes: expected settings among {', '.join(usable) or 'none'} for {name}, got {mode!r}")
         try:
             own[setting] = SETTINGS[setting](value)
-        except ValueError as error:
-            raise ValueError(f"modes: expected a number for {setting}, got {mode!r}") from error
+        except (ValueError, KeyError) as error:
+            expected = "yes or no" if setting == "follow" else "a number"
+            raise ValueError(f"modes: expected {expected} for {setting}, got {mode!r}") from error
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | MODES[name]
     if "density" in own and values["thresholds"] is not None:
         raise ValueError(f"--thresholds: made for one density, so not for {mode}")
