@@ -74,7 +74,7 @@ void follow(int dtype, Address z, Address rows, Address down_squares, Address st
             int num_rows, int intermediate, int kept, int count, Address floats, Address counters, Address stream) {
   cuda::follow({Dtype(dtype), at(z), at<int32_t>(rows), at<float>(down_squares), at<float>(statistic), at<int32_t>(neurons),
                 decay, layers, num_rows, intermediate, kept, count},
-               nullptr, workspace_at(floats, counters), at(stream));
+               {}, workspace_at(floats, counters), at(stream));
 }
 
 void tree_mask(Address parents, Address mask, int num_nodes, int mask_words, Address, Address, Address stream) {
@@ -159,11 +159,11 @@ void kv_rewrite_from(int dtype, Address k_cache, Address v_cache, Address path, 
 }
 
 void follow_from(int dtype, Address z, Address rows, Address down_squares, Address statistic, Address neurons, float decay,
-                 int layers, int num_rows, int intermediate, int kept, Address count, Address floats, Address counters,
-                 Address stream) {
+                 int layers, int num_rows, int intermediate, int kept, Address count, Address fault, Address floats,
+                 Address counters, Address stream) {
   cuda::follow({Dtype(dtype), at(z), at<int32_t>(rows), at<float>(down_squares), at<float>(statistic), at<int32_t>(neurons),
                 decay, layers, num_rows, intermediate, kept, 0},
-               at<int32_t>(count), workspace_at(floats, counters), at(stream));
+               {at<int32_t>(count), at<int32_t>(fault)}, workspace_at(floats, counters), at(stream));
 }
 
 void grow(Address rows, Address parents, Address mask, int first, int leaves, int width, int mask_words, Address, Address,

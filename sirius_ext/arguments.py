@@ -27,8 +27,11 @@ def as_option(message: str, parser: argparse.ArgumentParser) -> str:
     """Inside, a setting is named as Python has it, at the beginning of the message: `tree_width: ...`. Here it is the parser's
     option, if it has one of that name: `--tree-width: ...`."""
     name, colon, rest = message.partition(":")
-    option = "--" + name.replace("_", "-")
-    return f"{option}:{rest}" if option in re.findall(r"--[\w-]+", parser.format_usage()) else message
+    known = re.findall(r"--[\w-]+", parser.format_usage())
+    for option in ("--" + name.replace("_", "-"), "--no-" + name.replace("_", "-")):
+        if option in known:
+            return f"{option}:{rest}"
+    return message
 
 
 def check_text(arguments: list[str]) -> None:

@@ -116,6 +116,8 @@ class CudaModel(Model):
         if sparsity is None:
             return Kind.DENSE, 0, 0, 0
         if sparsity is not self._taken:  # a text's passes all come with the same one
+            if isinstance(self._taken, CSparse):
+                self._taken.keep(self._taken.neurons.clone(), self._taken.statistic.clone())
             self._taken, self._arguments = sparsity, self._held(sparsity)
         return self._arguments
 
@@ -126,12 +128,11 @@ class CudaModel(Model):
             held = self._neurons.get(kept)
             if held is None:
                 held = self._neurons[kept] = torch.empty_like(sparsity.neurons)
-            held.copy_(sparsity.neurons)
+            if self._statistic is None:
+                self._statistic = torch.empty_like(sparsity.statistic)
+            # From now on what stands here is the set, which graphs change.
+            sparsity.keep(held.copy_(sparsity.neurons), self._statistic.copy_(sparsity.statistic))
             neurons = held.data_ptr()
-            if sparsity.follows:
-                if self._statistic is None:
-                    self._statistic = torch.empty_like(sparsity.statistic)
-                self._statistic.copy_(sparsity.statistic)
         if kind == Kind.THRESHOLD:
             if self._thresholds is None:
                 self._thresholds = torch.empty_like(sparsity.thresholds)
@@ -240,13 +241,25 @@ class CudaModel(Model):
         self._joined_count.fill_(len(path) + 1)
         self.launch_follow(self._joined, self._joined_count, nodes, self.take(sparsity))
 
-    def launch_follow(self, joined: torch.Tensor, count: torch.Tensor, nodes: int, sparsity: tuple[int, ...]) -> None:
-        """Choose the set that `take` has put in its place anew. joined: int32, in device memory, the nodes of the last pass that
-        joined the sequence; count: int32 [1], how many."""
+    def launch_follow(
+        self,
+        joined: torch.Tensor,
+        count: torch.Tensor,
+        nodes: int,
+        sparsity: tuple[int, ...],
+        fault: torch.Tensor | None = None,
+    ) -> None:
+        """Choose the set that `take` has put in its place anew.
+
+        joined: int32, in device memory: the nodes of the last pass, over so many nodes, that joined the sequence.
+        count: int32 [1], how many.
+        fault: int32 [1]; where it is 1 the set stays what it was.
+        """
         w, (_, neurons, _, kept) = self.weights, sparsity
         self.launch(
             "follow_from", self._kept_z(nodes).data_ptr(), joined.data_ptr(), w.down_squares.data_ptr(),
-            self._statistic.data_ptr(), neurons, DECAY, len(w.layers), nodes, w.intermediate, kept, count.data_ptr(), typed=True,
+            self._statistic.data_ptr(), neurons, DECAY, len(w.layers), nodes, w.intermediate, kept, count.data_ptr(),
+            0 if fault is None else fault.data_ptr(), typed=True,
         )  # fmt: skip
 
     def following(self, kept: int) -> tuple[torch.Tensor, ...]:

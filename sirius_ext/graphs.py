@@ -269,7 +269,7 @@ class PeriodGraph:
                 w.kv_heads, model.capacity, w.head_dim, self._root.data_ptr(), self._kept.data_ptr(), typed=True,
             )  # fmt: skip
         if self._follows:
-            model.launch_follow(record.path, self._kept, len(record.tokens), self._draft_by)
+            model.launch_follow(record.path, self._kept, len(record.tokens), self._draft_by, record.fault)
 
 
 def _bit(index: int) -> int:

@@ -88,9 +88,12 @@ class CSparse:
     def follow(self, z: torch.Tensor, rows: torch.Tensor) -> None:
         """Choose anew after a verification. z: T [layers, m, I], F's; rows: int32, those that joined the sequence."""
         ops.follow(z, rows, self.down_squares, self.statistic, self.kept_neurons, DECAY, out=self.neurons)
-        self.__dict__.pop("kept", None)
 
-    @functools.cached_property
+    def keep(self, neurons: torch.Tensor, statistic: torch.Tensor) -> None:
+        """Have neurons and statistic in other places, which hold them already."""
+        self.neurons, self.statistic = neurons, statistic
+
+    @property
     def kept(self) -> torch.Tensor:
         """Which neurons those are: bool [layers, I]."""
         return torch.zeros(self._squares.shape, dtype=torch.bool, device=self._squares.device).scatter_(

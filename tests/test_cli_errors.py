@@ -134,7 +134,7 @@ EVAL = [
         ("--modes full,dense", "--modes: expected some of full, csparse"),
         ("--modes full,", "--modes: expected one or several with commas between them, got 'full,'"),
         ("--modes full,full", "--modes: expected each once, got full 2 times"),
-        ("--modes sirius-c:width=2", "--modes: expected settings among density, period"),
+        ("--modes sirius-c:width=2", "--modes: expected settings among density, follow, period"),
         ("--modes sirius-c:period=x", "--modes: expected a number for period, got 'sirius-c:period=x'"),
         ("--modes sirius-c:period=0", "--modes: sirius-c:period=0: period: expected 1 to 256"),
         ("--modes sirius-c:threshold=nan", "--modes: sirius-c:threshold=nan: threshold: expected a finite number, got nan"),

@@ -214,7 +214,7 @@ def test_modes_with_settings():
     assert config_of("csparse:density=0.7", base) == SiriusConfig(mode="sparse", density=0.7, threshold=0.3)
     assert config_of("sirius-c:period=auto", base).period == "auto"
     bad = {
-        "sirius-c:perod=8": "settings among density, period, tree_width",
+        "sirius-c:perod=8": "settings among density, follow, period, tree_width",
         "csparse:period=8": "settings among density for csparse",
         "full:density=0.5": "settings among none for full",
         "sirius-c:period": "expected a number for period",

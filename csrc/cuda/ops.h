@@ -41,8 +41,12 @@ size_t select_workspace(int num_rows, int intermediate);
 // kept].
 void select_each(const SelectParams& p, int sets, StreamHandle stream);
 
-// count: [1], in place of p.count and at most p.num_rows; or null.
-void follow(const FollowParams& p, const int32_t* count, Workspace workspace, StreamHandle stream);
+// What a replayed period knows of the rows that joined the sequence.
+struct Joined {
+  const int32_t* count;  // [1], in place of p.count and at most p.num_rows; or null
+  const int32_t* fault;  // [1], with 1 no row counts, and the set stays what it was; or null
+};
+void follow(const FollowParams& p, const Joined& joined, Workspace workspace, StreamHandle stream);
 size_t follow_workspace(int layers, int num_rows, int intermediate);
 
 void rms_norm(const RmsNormParams& p, StreamHandle stream);
