@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/pip" install -q --disable-pip-version-check "$UV"
 
 resolve() { "$work/venv/bin/uv" pip compile -q --no-config --python-version 3.11 --no-header --no-annotate "$@"; }
-names() { sed -n 's/^\([A-Za-z0-9][A-Za-z0-9._-]*\)==.*/\1/p' "$1" | sort -u; }
+names() { sed -n 's/^\([A-Za-z0-9][A-Za-z0-9._-]*\)==.*/\1/p' "$@" | sort -u; }
 except() { sed 's/^/--no-emit-package=/' "$@"; }
 
 # write FILE: standard input, once it is whole, under a line that says where it comes from.
@@ -44,11 +44,15 @@ inputs=(pyproject.toml "$work/build.in")
 lock_torch torch.txt requirements/torch.in
 # One resolution of everything first, so that no package has two versions.
 resolve --universal -c requirements/torch.txt "${inputs[@]}" --all-extras >"$work/all"
-lock() { resolve --universal --generate-hashes -c "$work/all" "${inputs[@]}" $(except "$work/cuda") "$@"; }
-lock | write demo.txt
-names requirements/demo.txt >"$work/demo"
-lock --extra dev $(except "$work/demo") | write dev.txt
-lock --extra bench $(except "$work/demo") | write bench.txt
+lock() { resolve --universal -c "$work/all" "${inputs[@]}" $(except "$work/cuda") "$@"; }
+lock >"$work/demo"
+lock --generate-hashes | write demo.txt
+for part in dev bench; do
+  lock --extra $part >"$work/$part"
+  # What demo.txt has under the same conditions is left out.
+  comm -23 <(names "$work/demo") <(comm -13 <(sort "$work/demo") <(sort "$work/$part") | names) >"$work/had"
+  lock --generate-hashes --extra $part $(except "$work/had") | write $part.txt
+done
 
 # For Python 3.11 on Linux alone: the oldest releases have no wheels for the newest Pythons.
 sed -n 's/^ *"\(torch>=.*\)",$/\1/p' pyproject.toml >"$work/torch.in"
