@@ -33,7 +33,7 @@ fi
 export PATH="$PWD/$VENV/bin:$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 # Python compiles what is imported when it is: a small part, where compiling everything takes longer than fetching it.
-export PIP_NO_COMPILE=1
+export PIP_NO_COMPILE=no  # which is how pip's variables say --no-compile
 
 # The newest release of each package that pyproject.toml names, whatever bounds it gives.
 newest() {
