@@ -294,7 +294,11 @@ def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedMod
             **kwargs,
         )
         _check_keys(name, info)
-        return model, AutoTokenizer.from_pretrained(file.parent, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
+    # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
+    if config.eos_token_id is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    return model, tokenizer
 
 
 def _is_intact(folder: Path) -> bool:

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tiny import NAMES, VOCAB, Collector, by_attach, by_call, by_engine, every_way, prompt, tiny
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
@@ -336,7 +337,9 @@ def test_a_batch_is_its_prompts_alone(setting, way):
     """And looks like a batch of `transformers`: prompts padded on the left, texts padded behind their end."""
     settings = {"max_new_tokens": 12, "pad_token_id": PAD, **BATCH_SETTINGS[setting](row_texts())}
     out = way(ours(), MATCH, **batch(), **settings)
-    for row, length in enumerate(LENGTHS):
+    # Before 5.23 transformers' repetition_penalty counts padding as text, so there a batch is not its prompts alone.
+    padding_counts = setting == "repetition_penalty" and Version(transformers.__version__) < Version("5.23")
+    for row, length in enumerate(() if padding_counts else LENGTHS):
         alone = by_call(ours(), MATCH, prompt(length), **settings)[0, length:].tolist()
         assert out[row, 9:].tolist() == alone + [PAD] * (out.shape[1] - 9 - len(alone))
     assert torch.equal(out, plain().generate(**batch(), **settings))
