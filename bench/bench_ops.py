@@ -76,6 +76,7 @@ def main() -> None:
     for shape in options.shapes:
         for rows in options.rows:
             results += bench_mlp(shape, rows, options.densities, options.rounds)
+    results += [bench_follow(shape, options.rounds) for shape in options.shapes]
     results += bench_accept(options.rounds)
     save(options.out, {"benchmark": "ops", "results": results})
 
@@ -144,6 +145,25 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
         )
     console.print(table)
     return records
+
+
+def bench_follow(shape: str, rounds: int, rows: int = 16, density: float = 0.5) -> dict:
+    """A following set chosen anew in all layers, after a verification of which all rows joined the sequence; and beside it the
+    least that the verification takes, which reads all weights once at the speed of torch.sum."""
+    sizes = SHAPES[shape]
+    z = torch.randn(sizes.layers, rows, sizes.intermediate).bfloat16()
+    joined, squares = torch.arange(rows, dtype=torch.int32), torch.rand(sizes.layers, sizes.intermediate)
+    statistic, kept = torch.rand_like(squares), round(density * sizes.intermediate)
+    arena = torch.zeros(COLD_BYTES // 8, dtype=torch.int64)
+    bodies = {
+        "follow": lambda: ops.follow(z, joined, squares, statistic, kept, 0.98),
+        "read": lambda: arena.sum(),
+    }
+    times = alternate({name: lambda body=body: seconds(body) for name, body in bodies.items()}, rounds, f"{shape}, follow")
+    floor = 2 * sizes.parameters / (COLD_BYTES / times["read"])
+    share = times["follow"] / floor
+    console.print(f"{shape}: follow, {rows} rows, {times['follow'] * 1e3:.2f} ms, {share:.2%} of a verification at memory speed")
+    return {"shape": shape, "rows": rows, "op": "follow", "us": times["follow"] * 1e6, "of_verification": share}
 
 
 def bench_accept(rounds: int, vocab: int = 128256, nodes: int = 16) -> list[dict]:

@@ -142,21 +142,13 @@ def _load(
     # Downloads have progress bars of their own, which a spinner would garble.
     bars = not local and progress and sys.stderr.isatty()
     with _reporting(f"loading {name}", progress, spinner=not bars), _quiet(bars):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
             config = _supported_config(name, source)
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-            _check_keys(name, info)
+            model = _weights(source, name, config, dtype)
             if not local:
                 check_files(_snapshot(source), name)
         with _load_errors(name, "its tokenizer cannot be read: "):
@@ -188,9 +180,22 @@ def _supported_config(name: str, source: str | Path, **kwargs: str) -> PreTraine
     return config
 
 
-def _check_keys(name: str, info: dict) -> None:
-    """transformers fills missing weights, and those of another shape, with random numbers, drops unknown ones, and goes on:
-    refuse that."""
+def _weights(
+    source: str | Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, **kwargs: object
+) -> PreTrainedModel:
+    """The model with its weights. transformers fills missing ones, and those of another shape, with random numbers, drops unknown
+    ones, and goes on: refuse that."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **kwargs,
+    )
     for kind, hint in (
         ("missing", ""),
         ("mismatched", " (name, shape in the file, shape by config.json)"),
@@ -198,6 +203,7 @@ def _check_keys(name: str, info: dict) -> None:
     ):
         if keys := sorted(map(str, info.get(f"{kind}_keys", ()))):
             raise ModelLoadError(f"model: cannot use {name!r}: {len(keys)} weights are {kind}, the first is {keys[0]}{hint}")
+    return model
 
 
 def check_files(folder: Path, name: str) -> None:
@@ -276,7 +282,7 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
 
 
 def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     kwargs = {"gguf_file": file.name}
@@ -284,16 +290,7 @@ def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedMod
     unpacked = GgufConfig(dequantize=True)
     with _load_errors(name, "a damaged GGUF file, or one that transformers cannot read: "):
         config = _supported_config(name, file.parent, **kwargs)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            config=config,
-            dtype=dtype,
-            quantization_config=unpacked,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
-        )
-        _check_keys(name, info)
+        model = _weights(file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
     if config.eos_token_id is not None:
