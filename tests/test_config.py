@@ -8,9 +8,11 @@ from sirius_ext.config import MAX_AUTO_PERIOD, MAX_PERIOD, MAX_WIDTH, SiriusConf
 
 
 def test_defaults_are_the_papers():
+    """But for `follow`, which is ours."""
     assert dataclasses.asdict(SiriusConfig()) == {
         "mode": "sirius",
         "sparsity": "csparse",
+        "follow": True,
         "density": 0.5,
         "thresholds": None,
         "period": 16,
@@ -93,6 +95,8 @@ def test_extremes_are_allowed(values):
         ("tree_width", "auto", TypeError),
         ("tree_width", None, TypeError),
         ("prune", 1, TypeError),
+        ("follow", 1, TypeError),
+        ("follow", None, TypeError),
         ("prune", None, TypeError),
         ("prune", 0.95, TypeError),
         ("thresholds", "thresholds.json", ValueError),

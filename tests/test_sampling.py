@@ -1,5 +1,6 @@
 """`accept="sample"`: texts are distributed as the full model's own samples, and drawn by one generator."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -163,9 +164,10 @@ def siblings_as_if_replaced(monkeypatch):
     [(no_residual, 1), (no_residual, 2), (everything_accepted, 1), (everything_accepted, 4), (siblings_as_if_replaced, 4)],
 )
 def test_a_wrong_rule_is_noticed(monkeypatch, rule, width):
-    """The test above has the power to see it."""
+    """The test above has the power to see it. A wrong rule shows where S errs: its set stays as the prompt chose it."""
     rule(monkeypatch)
-    counts, _ = drawn(guesser("csparse", width), "plain", RUNS if rule is siblings_as_if_replaced else 600)
+    config = dataclasses.replace(guesser("csparse", width), follow=False)
+    counts, _ = drawn(config, "plain", RUNS if rule is siblings_as_if_replaced else 600)
     assert p_value(counts, exact("plain")) < FALSE_ALARM
 
 
