@@ -102,7 +102,8 @@ class Bench:
                 variants["transformers, static cache"] = lambda: self.transformers(cache_implementation="static")
         ours("Full", SiriusConfig(mode="full"))
         for sparsity, density in itertools.product(options.sparsities, options.densities):
-            base = SiriusConfig(sparsity=sparsity, density=density)
+            kind, _, fixed = sparsity.partition("-")
+            base = SiriusConfig(sparsity=kind, follow=not fixed, density=density)
             ours(f"{sparsity} {density} alone", replace(base, mode="sparse"))
             for accept, width, period in itertools.product(options.accepts, options.widths, options.periods):
                 tree = f", width {width}" if width > 1 else ""
@@ -144,7 +145,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--llama-types", type=words, default="bf16", help="of bf16, f16")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--densities", type=numbers(float), default="0.5")
-    parser.add_argument("--sparsities", type=words, help="of csparse, fsparse " + default("sparsities"))
+    parser.add_argument(
+        "--sparsities", type=words, help="of csparse, csparse-fixed (not for latency), fsparse " + default("sparsities")
+    )
     parser.add_argument("--periods", type=numbers(lambda text: text if text == "auto" else int(text)), help=default("periods"))
     parser.add_argument("--widths", type=numbers(int), help="of the tree " + default("widths"))
     parser.add_argument("--accepts", type=words, default="threshold,match", help="of threshold, match; not for latency")
@@ -166,6 +169,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         check_device(options.device)
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
+        if unknown := set(options.sparsities) - {"csparse", "fsparse", *([] if options.latency else ["csparse-fixed"])}:
+            raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
         if options.profile and not options.device.startswith("cuda"):
             raise ValueError(f"profile: expected device cuda, got {options.device}")
     except ValueError as error:
