@@ -383,7 +383,7 @@ def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[None]
     start = time.perf_counter()
     try:
         if not live:
-            console.print(f"{text} ... ", end="")
+            console.print(f"{text} ...", end=" ")
         with console.status(f"{text} ...") if live and spinner and enabled else contextlib.nullcontext():
             yield
     except BaseException:

@@ -1,5 +1,6 @@
 """Damaged headers of model files: an error of one line, or a model; never a crash, a hang, or memory without end."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ def test_damaged_headers(tmp_path, kind):
         file = folder / "model.safetensors"
         tiny_llama().save_pretrained(folder)
     command = [sys.executable, Path(__file__).with_name("fuzz_files.py"), file, kind, "0", str(CASES), scratch]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    # The package may be in place alone, and not installed.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = [line.split(" ", 1) for line in done.stdout.splitlines()]
     assert [int(seed) for seed, _ in answers] == list(range(CASES))
