@@ -18,7 +18,7 @@ from common import alternate, console, header, save, seconds
 from rich.table import Table
 from shapes import SHAPES, shape_of
 
-from sirius_ext import ops
+from sirius_ext.kernels import ops
 
 DEFAULTS = {
     "cpu": {"shapes": "smollm2-135m,qwen2.5-1.5b,llama-3-8b", "rows": "1,4,16", "densities": "1.0,0.5,0.3", "rounds": 7},

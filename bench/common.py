@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from sirius_ext import __version__, ops
+from sirius_ext import __version__
+from sirius_ext.kernels import ops
 
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, highlight=False)
 

@@ -23,9 +23,9 @@ from rich.table import Table
 from shapes import SHAPES, shape_of
 
 from sirius_ext import Engine, SiriusConfig, Stats
+from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.engine import GREEDY, check_device, prepare, release
-from sirius_ext.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
-from sirius_ext.streamer import KeepingStreamer
+from sirius_ext.models.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
 
 
 class Silent(KeepingStreamer):

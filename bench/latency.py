@@ -27,8 +27,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.engine import GREEDY, prepare
-from sirius_ext.hub import load_model, parse_dtype
-from sirius_ext.weights import Weights
+from sirius_ext.models.hub import load_model, parse_dtype
+from sirius_ext.models.weights import Weights
 
 PAPER_AAL = 15.2  # of a period of 16, Llama-3-8B-Instruct on GSM8K
 PAPER_PERIOD = 16

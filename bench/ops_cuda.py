@@ -17,9 +17,9 @@ from rich.table import Table
 from shapes import Shape, shape_of
 from timing import Repeated, read_bandwidth
 
-from sirius_ext import device as devices
-from sirius_ext.ops import DTYPES
-from sirius_ext.sparsity import kept_neurons
+from sirius_ext.decoding.sparsity import kept_neurons
+from sirius_ext.kernels import dispatch
+from sirius_ext.kernels.ops import DTYPES
 
 COLD_BYTES = 1 << 30  # ten times the largest L2 cache, that of an L40
 MIN_CALLS = 64  # in a graph: what starting a graph costs is then under 0.2 us a call
@@ -76,7 +76,7 @@ class Cases:
         """Call a compiled function: the checks of `ops` wait for the device, which a capture cannot. Tensors go by their address,
         None as null."""
         addresses = (0 if x is None else x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
-        devices.run(self.device, name, *addresses, workspace=workspace)
+        dispatch.run(self.device, name, *addresses, workspace=workspace)
 
     def neurons(self, density: float) -> torch.Tensor | None:
         """int32 [K], rising; None for all of them."""

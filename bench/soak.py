@@ -14,7 +14,7 @@ from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.engine import GREEDY, check_device
-from sirius_ext.hub import parse_dtype
+from sirius_ext.models.hub import parse_dtype
 
 CONFIGS = (
     SiriusConfig(period=16),

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from sirius_ext.device import counters
-from sirius_ext.model import Model
+from sirius_ext.kernels.dispatch import counters
+from sirius_ext.runtime.model import Model
 
 
 class Clock:

@@ -15,16 +15,16 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from . import correction
-from .calibrate import load_thresholds
 from .config import SiriusConfig
-from .device import check_device as kernels_for
-from .device import has_cuda_kernels
-from .hub import load_model
-from .model import Model, model_of
-from .settings import Taken, check_surroundings, refuse_resolved, take
-from .stats import CostlyDrafts, PromptStats, Stats
-from .weights import Weights, restore
+from .decoding import loop
+from .decoding.calibrate import load_thresholds
+from .decoding.stats import CostlyDrafts, PromptStats, Stats
+from .integrations.settings import Taken, check_surroundings, refuse_resolved, take
+from .kernels.dispatch import check_device as kernels_for
+from .kernels.dispatch import has_cuda_kernels
+from .models.hub import load_model
+from .models.weights import Weights, restore
+from .runtime.model import Model, model_of
 
 BACKENDS = ("auto", "cpu", "cuda")
 
@@ -270,8 +270,8 @@ def decode_batch(
     for row, prompt in enumerate(prompts):
         text = _Text(row, input_ids.cpu(), len(prompt), ready.weights.context, stopping_criteria, streamer)
         process = _Processor(logits_processor, row, input_ids, len(prompt)) if logits_processor else None
-        options = correction.Options(process, generation_config.do_sample, taken.generator, thresholds)
-        text.stats = correction.generate(ready, prompt, config, text, options)
+        options = loop.Options(process, generation_config.do_sample, taken.generator, thresholds)
+        text.stats = loop.generate(ready, prompt, config, text, options)
         text.stats.finish = text.finish
         texts.append(text)
     if streamer is not None:

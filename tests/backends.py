@@ -10,7 +10,8 @@ from types import ModuleType
 
 import torch
 
-from sirius_ext import _simt, device, ops, reference
+from sirius_ext import _simt
+from sirius_ext.kernels import dispatch, ops, reference
 
 # A backend is a name and the module whose functions it stands for; conftest.py turns the names into fixtures.
 CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas()]
@@ -18,7 +19,7 @@ CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas()]
 SIMT_ORDERS = ["forward", "reverse", "random"]
 SIMT_BACKENDS = [f"simt-{order}" for order in SIMT_ORDERS]
 # The same kernels on a GPU, if there is one.
-CUDA_BACKENDS = ["cuda", "cuda-aligned"] if torch.cuda.is_available() and device.has_cuda_kernels() else []
+CUDA_BACKENDS = ["cuda", "cuda-aligned"] if torch.cuda.is_available() and dispatch.has_cuda_kernels() else []
 KERNELS = [*CPU_BACKENDS, *SIMT_BACKENDS, *CUDA_BACKENDS]
 BACKENDS = ["reference", *KERNELS]
 
@@ -53,7 +54,7 @@ def using(backend: str) -> Iterator[ModuleType]:
         order = backend.removeprefix("simt-")
         _simt.set_order(SIMT_ORDERS.index(order))
         _margin = ALIGNED_MARGIN if order == "random" else MARGIN
-        with device.emulated(_simt):
+        with dispatch.emulated(_simt):
             yield ops
         _margin = MARGIN
 

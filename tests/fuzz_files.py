@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sirius_ext import hub
+from sirius_ext.models import hub
 
 SECONDS = 20  # a load takes well under one
 BYTES = 8 << 30  # of address space: a length field of 2**60 must not take the machine down

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NAMES, engine, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig, correction, reference
-from sirius_ext.adaptive import AdaptivePeriod, Costs
+from sirius_ext import Engine, SiriusConfig
 from sirius_ext.config import MAX_AUTO_PERIOD
+from sirius_ext.decoding import loop, reference
+from sirius_ext.decoding.period import AdaptivePeriod, Costs
 
 KIND = ("csparse", 0.5)
 
@@ -312,13 +313,13 @@ def test_costs_are_kept_with_the_model(monkeypatch):
 def test_a_period_of_one_is_a_plain_step(monkeypatch):
     """Drafting nothing costs no pass of S."""
     monkeypatch.setattr(AdaptivePeriod, "next", lambda self: 1)
-    passes, run = [], correction._Decoding._pass
+    passes, run = [], loop._Decoding._pass
 
     def watched(self, nodes, sparsity=None, argmax=None, keep_z=False):
         passes.append(sparsity)
         return run(self, nodes, sparsity, argmax, keep_z)
 
-    monkeypatch.setattr(correction._Decoding, "_pass", watched)
+    monkeypatch.setattr(loop._Decoding, "_pass", watched)
     tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)
     assert tokens == decode("qwen2", SiriusConfig(mode="full"), 8, 20)[0]
     assert passes == [None] * 38 and all(period.drafted == 0 for period in stats.periods)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from sirius_ext.tree import Tree
+from sirius_ext.decoding.tree import Tree
 
 DOC = Path(__file__).parents[1] / "docs" / "algorithm.md"
 WORDS = ["the", "cat", "dog", "sat", "ran", ".", "Then"]

@@ -8,7 +8,8 @@ from rich.console import Console
 from test_default_model import in_bfloat16, loaded
 from test_evaluation import CSQA, write
 
-from sirius_ext import Engine, SiriusConfig, cli
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.cli import main as cli
 from sirius_ext.evaluation import commands, transcript
 from sirius_ext.evaluation.analyze import Analysis, Token, Transcript, analyze, summary
 from sirius_ext.evaluation.tasks import TASKS, Item, Verdict

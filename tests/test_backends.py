@@ -4,7 +4,7 @@ import backends
 import torch
 from backends import SENTINEL, Guarded, OnDevice, poisoned, randn, walled
 
-from sirius_ext import ops
+from sirius_ext.kernels import ops
 
 
 def test_tensors_travel_with_what_surrounds_them():

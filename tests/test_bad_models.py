@@ -7,7 +7,8 @@ import torch
 from model_files import tiny_llama, write_gguf
 from safetensors.torch import load_file, save_file
 
-from sirius_ext import Engine, hub
+from sirius_ext import Engine
+from sirius_ext.models import hub
 
 
 def config(**values):

@@ -20,9 +20,10 @@ import torch
 from dense import Dense
 from shapes import SHAPES, random_model
 
-from sirius_ext import Engine, SiriusConfig, _simt, device
+from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.evaluation.runner import Results
 from sirius_ext.evaluation.tasks import TASKS
+from sirius_ext.kernels import dispatch
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def emulated():
     """The CUDA kernels, run on the CPU."""
-    with device.emulated(_simt):
+    with dispatch.emulated(_simt):
         yield
 
 

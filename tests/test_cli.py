@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from sirius_ext import cli, demo, ops
-from sirius_ext.streamer import KeepingStreamer
+from sirius_ext.cli import demo
+from sirius_ext.cli import main as cli
+from sirius_ext.cli.streamer import KeepingStreamer
+from sirius_ext.kernels import ops
 
 PROMPT = "The three primary colours are"
 
@@ -170,12 +172,12 @@ def fresh(code, **environment):
 
 @pytest.mark.parametrize("isa", ops.available_isas())
 def test_the_variable_forces_an_instruction_set(isa):
-    result = fresh("import torch; from sirius_ext import ops; print(ops.isa())", SIRIUS_ISA=isa)
+    result = fresh("import torch; from sirius_ext.kernels import ops; print(ops.isa())", SIRIUS_ISA=isa)
     assert result.stdout.strip() == isa, result.stderr
 
 
 def test_an_unknown_instruction_set_is_refused():
-    result = fresh("import torch; from sirius_ext import ops; print(ops.isa())", SIRIUS_ISA="sse9")
+    result = fresh("import torch; from sirius_ext.kernels import ops; print(ops.isa())", SIRIUS_ISA="sse9")
     assert result.returncode != 0 and "SIRIUS_ISA: expected one of" in result.stderr and "sse9" in result.stderr
     with pytest.raises(ValueError, match="expected one of"):
         ops.set_isa("sse9")

@@ -14,9 +14,9 @@ import subprocess
 import pytest
 from test_evaluation import write
 
-from sirius_ext import cli
-from sirius_ext.arguments import Parser, as_option, check_text, output_file, reason
-from sirius_ext.calibrate import Thresholds
+from sirius_ext.cli import main as cli
+from sirius_ext.cli.arguments import Parser, as_option, check_text, output_file, reason
+from sirius_ext.decoding.calibrate import Thresholds
 
 LONG = "n" * 300
 

@@ -71,7 +71,7 @@ def test_an_interrupt_while_torch_is_imported(tmp_path, way):
     """Ended by the signal, as shells show by 130. The script is what pip makes of an entry point."""
     command = COMMAND[1:]
     if way == "script":
-        (tmp_path / "sirius").write_text("import sys\nfrom sirius_ext.cli import main\nsys.exit(main())\n")
+        (tmp_path / "sirius").write_text("import sys\nfrom sirius_ext.cli.main import main\nsys.exit(main())\n")
         command = [str(tmp_path / "sirius")]
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     process = start([sys.executable, "-v", *command, "info"], env={**os.environ, "PYTHONPATH": path})

@@ -9,10 +9,11 @@ import subprocess
 
 import pytest
 
-from sirius_ext import _C, device
+from sirius_ext import _C
+from sirius_ext.kernels import dispatch
 
 needs_build = pytest.mark.skipif(
-    not device.has_cuda_kernels(), reason="built without the CUDA kernels (no nvcc, or neither a GPU nor SIRIUS_CUDA=ON)"
+    not dispatch.has_cuda_kernels(), reason="built without the CUDA kernels (no nvcc, or neither a GPU nor SIRIUS_CUDA=ON)"
 )
 # Products of rows of weights, in bf16, from 16-byte aligned rows, for up to 8 and for more rows of input.
 PRODUCTS = {
@@ -25,7 +26,7 @@ OTHERS = {f"attention_kernelINS0_9RowReaderINS_6bf16_tELb1ELi{lanes}E" for lanes
 
 def test_built_when_asked_for():
     """`make test` asks for it where there is an nvcc: elsewhere the tests below are skipped."""
-    assert device.has_cuda_kernels() or os.environ.get("SIRIUS_CUDA") != "ON"
+    assert dispatch.has_cuda_kernels() or os.environ.get("SIRIUS_CUDA") != "ON"
 
 
 def cuobjdump(*arguments):

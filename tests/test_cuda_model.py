@@ -8,11 +8,14 @@ import torch
 from backends import assert_same_bits
 from tiny import Tokens, decoder, prompt, seeded, tiny
 
-from sirius_ext import Engine, SiriusConfig, _simt, correction, cuda_model, device, reference
-from sirius_ext.cuda_model import CudaModel
+from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.decoding import loop, reference
+from sirius_ext.decoding.sparsity import FSparse, Kind
 from sirius_ext.engine import prepare
-from sirius_ext.graphs import Nodes
-from sirius_ext.sparsity import FSparse, Kind
+from sirius_ext.kernels import dispatch
+from sirius_ext.runtime import cuda
+from sirius_ext.runtime.cuda import CudaModel
+from sirius_ext.runtime.graphs import Nodes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +43,7 @@ class Place:
 
 @pytest.fixture(scope="module", params=PLACES)
 def place(request):
-    with device.emulated(_simt) if request.param == "simt" else contextlib.nullcontext():
+    with dispatch.emulated(_simt) if request.param == "simt" else contextlib.nullcontext():
         yield Place(request.param)
 
 
@@ -117,7 +120,7 @@ def test_thresholds(place):
 
     text = Tokens(16)
     with torch.no_grad():
-        correction.generate(model, ids[0], config, text, correction.Options(thresholds=values))
+        loop.generate(model, ids[0], config, text, loop.Options(thresholds=values))
     expected, _ = reference.generate(decoder(name), ids[0].tolist(), config, 16, [], thresholds=values.tolist())
     assert text.tokens == expected
 
@@ -169,7 +172,7 @@ def test_batch_invariance(place, dtype):
 def test_rules_of_the_host(place):
     """What the device cannot decide goes through the same passes: drawn tokens, processed logits, a period that adapts."""
     engine, ids = place.engine("mistral"), prompt(9)
-    with device.emulated(None):  # the CPU backend
+    with dispatch.emulated(None):  # the CPU backend
         twin = Engine(tiny("mistral"))
     for config, settings in (
         (SiriusConfig(period=4, accept="sample"), {"do_sample": True, "temperature": 0.8, "top_k": 0}),
@@ -179,7 +182,7 @@ def test_rules_of_the_host(place):
     ):
         seeds = [{"generator": seeded(3)} if settings.get("do_sample") else {} for _ in "ab"]
         tokens, _ = decode(engine, ids, config, 12, **settings, **seeds[0])
-        with device.emulated(None):  # the CPU backend
+        with dispatch.emulated(None):  # the CPU backend
             expected, _ = decode(twin, ids, config, 12, **settings, **seeds[1])
         assert tokens == expected, config
 
@@ -212,9 +215,9 @@ def test_the_cache_doubles(place):
     model = prepare(engine.model)
     config = SiriusConfig(period=3)
     short = decode(engine, prompt(5), config, 6)[0]
-    assert model.capacity == cuda_model.FIRST_CAPACITY
-    model.reserve(cuda_model.FIRST_CAPACITY + 1, 3)
-    assert model.capacity == 2 * cuda_model.FIRST_CAPACITY and not model._periods
+    assert model.capacity == cuda.FIRST_CAPACITY
+    model.reserve(cuda.FIRST_CAPACITY + 1, 3)
+    assert model.capacity == 2 * cuda.FIRST_CAPACITY and not model._periods
     assert decode(engine, prompt(5), config, 6)[0] == short
 
 
@@ -240,4 +243,4 @@ def test_errors(place, monkeypatch):
 
 def test_the_counters_are_left_at_zero(place):
     decode(place.engine("mistral"), prompt(9), SiriusConfig(period=4, tree_width=3, sparsity="fsparse"), 12)
-    assert not place.model("mistral").counters.any() and not device.counters(place.device).any()
+    assert not place.model("mistral").counters.any() and not dispatch.counters(place.device).any()

@@ -9,7 +9,9 @@ import torch
 import transformers
 
 import sirius_ext
-from sirius_ext import Engine, SiriusConfig, attach, hub, reference
+from sirius_ext import Engine, SiriusConfig, attach
+from sirius_ext.decoding import reference
+from sirius_ext.models import hub
 
 COUNT = 16
 MATCH = SiriusConfig(accept="match", period=4, density=0.5)

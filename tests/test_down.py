@@ -14,7 +14,7 @@ from backends import (
     walled,
 )
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 # (rows, intermediate, hidden)
 SHAPES = [

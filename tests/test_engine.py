@@ -11,8 +11,9 @@ import transformers
 from tiny import Collector, prompt, tiny
 from torch import nn
 
-import sirius_ext.model
-from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach, correction
+import sirius_ext.runtime.model
+from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach
+from sirius_ext.decoding import loop
 from sirius_ext.engine import check_device
 
 MATCH = SiriusConfig(accept="match", period=4, density=0.5)
@@ -222,7 +223,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch, length, config):
 @torch.no_grad()
 def test_chunks_give_the_logits_of_transformers(monkeypatch):
     monkeypatch.setattr(sirius_ext.model, "PREFILL_CHUNK", 8)
-    model = sirius_ext.model.Model(sirius_ext.model.Weights(tiny("qwen2")))
+    model = sirius_ext.runtime.model.Model(sirius_ext.runtime.model.Weights(tiny("qwen2")))
     model.reserve(40, 1)
     logits = model.prefill(prompt(37)[0])
     torch.testing.assert_close(logits, tiny("qwen2")(prompt(37)).logits[0, -1], rtol=1e-4, atol=1e-4)
@@ -309,17 +310,17 @@ def test_two_calls_that_begin_together(monkeypatch):
     """Of two threads, both may have prepared before either decodes. Here the second one decodes in the middle of the first."""
     model = tiny("llama3")
     first, second = Engine(model, THRESHOLD), Engine(model, SPARSE)
-    decode, results = correction.generate, []
+    decode, results = loop.generate, []
 
     def second_decodes_in_the_first(*args):
-        monkeypatch.setattr(correction, "generate", decode)
+        monkeypatch.setattr(loop, "generate", decode)
         stats = []
         streamer = Meanwhile(lambda: stats.append(decode(*args)))
         out = first.generate(prompt(8), max_new_tokens=COUNT, streamer=streamer)
         results.append(out.sequences[0, 8:].tolist())
         return stats[0] if stats else decode(*args)
 
-    monkeypatch.setattr(correction, "generate", second_decodes_in_the_first)
+    monkeypatch.setattr(loop, "generate", second_decodes_in_the_first)
     results.append(text(second, 33))
     assert results == [alone("llama3", THRESHOLD, 8), alone("llama3", SPARSE, 33)]
 

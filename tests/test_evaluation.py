@@ -7,7 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
-from sirius_ext import SiriusConfig, cli, evaluation
+from sirius_ext import SiriusConfig, evaluation
+from sirius_ext.cli import main as cli
 from sirius_ext.evaluation.runner import Results, config_of, read_results, summarize
 from sirius_ext.evaluation.sandbox import run_code
 from sirius_ext.evaluation.statistics import mcnemar, wilson

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import decoder, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig, reference
-from sirius_ext.sparsity import DECAY, CSparse, kept_neurons
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.decoding import reference
+from sirius_ext.decoding.sparsity import DECAY, CSparse, kept_neurons
+from sirius_ext.kernels.reference import largest
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 16, 129), (1, 17, 1134), (5, 2, 64), (2, 1, 2050)]  # layers, rows of the pass, neurons
 
@@ -39,7 +41,7 @@ def test_against_reference(backend, dtype, shape):
         # A row's squares are summed up in any order, and each of m steps rounds a few times.
         torch.testing.assert_close(after.double(), expected, rtol=(intermediate / 2 + 4 * m) * U, atol=0)
         # By the statistic as it was computed, the choice is exact.
-        assert_same_bits(out.check(), torch.stack([reference._largest(each, kept) for each in after * squares]))
+        assert_same_bits(out.check(), torch.stack([largest(each, kept) for each in after * squares]))
 
 
 def test_rows_in_their_order(backend):
@@ -58,7 +60,7 @@ def test_no_rows_choose_by_what_is_known(backend):
     z, before = torch.full((2, 1, 33), torch.nan), statistic.clone()
     neurons = backend.follow(z, torch.empty(0, dtype=torch.int32), squares, statistic, 7, DECAY)
     assert torch.equal(statistic, before)
-    assert_same_bits(neurons, torch.stack([reference._largest(each, 7) for each in statistic * squares]))
+    assert_same_bits(neurons, torch.stack([largest(each, 7) for each in statistic * squares]))
 
 
 def test_a_row_that_is_all_zero_adds_nothing(backend, dtype):

@@ -23,7 +23,7 @@ from backends import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 LISTS = [kind for kind in neuron_lists(8) if kind != "dense"]
 TINY = torch.finfo(torch.float32).tiny

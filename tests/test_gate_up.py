@@ -15,7 +15,7 @@ from backends import (
     walled,
 )
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 LISTS = list(neuron_lists(8))
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NAMES, VOCAB, decoder, engine, full_text, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig, correction, ops, reference
-from sirius_ext.sparsity import kept_neurons
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.decoding import loop, reference
+from sirius_ext.decoding.sparsity import kept_neurons
+from sirius_ext.kernels import ops
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -193,7 +195,7 @@ def test_the_longest_period():
 def periods(monkeypatch):
     """A list that fills with one record a period: the text before it, what S drafted, and the loop's state behind it."""
     records = []
-    accept, run = ops.accept, correction._Decoding._period
+    accept, run = ops.accept, loop._Decoding._period
 
     def watched_accept(logits, drafts, *args, **kwargs):
         records[-1]["drafts"] = drafts.tolist()
@@ -211,7 +213,7 @@ def periods(monkeypatch):
         }
 
     monkeypatch.setattr(ops, "accept", watched_accept)
-    monkeypatch.setattr(correction._Decoding, "_period", watched_period)
+    monkeypatch.setattr(loop._Decoding, "_period", watched_period)
     return records
 
 

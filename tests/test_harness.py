@@ -11,8 +11,9 @@ import pytest
 import torch
 from test_default_model import in_float32, loaded
 
-from sirius_ext import Engine, cli
-from sirius_ext.calibrate import Thresholds
+from sirius_ext import Engine
+from sirius_ext.cli import main as cli
+from sirius_ext.decoding.calibrate import Thresholds
 
 TEXT = "The capital of France is Paris. The capital of Italy is Rome."
 
@@ -26,7 +27,7 @@ def test_without_lm_eval(capsys, monkeypatch):
 @pytest.fixture
 def harness():
     pytest.importorskip("lm_eval")
-    from sirius_ext.evaluation import harness
+    from sirius_ext.integrations import lm_eval as harness
 
     return harness
 

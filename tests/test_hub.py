@@ -7,7 +7,7 @@ import torch
 import transformers
 from model_files import tiny_llama, write_gguf
 
-from sirius_ext import hub
+from sirius_ext.models import hub
 
 
 @pytest.fixture(scope="session")

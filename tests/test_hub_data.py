@@ -5,7 +5,7 @@ import sys
 import pytest
 from test_evaluation import CSQA, FILES, RIGHT, WRONG, write
 
-from sirius_ext import cli
+from sirius_ext.cli import main as cli
 from sirius_ext.evaluation.hub_data import SOURCES, load_items
 from sirius_ext.evaluation.tasks import TASKS, load_task
 

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 from test_evaluation import CSQA, write
 
-from sirius_ext import SiriusConfig, cli
+from sirius_ext import SiriusConfig
+from sirius_ext.cli import main as cli
 from sirius_ext.evaluation import jobs
 from sirius_ext.evaluation.plan import Plan
 from sirius_ext.evaluation.runner import Results, merge, read_results

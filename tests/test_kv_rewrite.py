@@ -5,7 +5,8 @@ from backends import Guarded, assert_same_bits, randn, walled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sirius_ext import _simt, ops
+from sirius_ext import _simt
+from sirius_ext.kernels import ops
 
 
 def check(backend, shape, start, path, dtype):

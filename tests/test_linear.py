@@ -2,7 +2,7 @@ import pytest
 import torch
 from backends import Guarded, as_float, assert_close, assert_same_bits, poisoned, randn, small_integers, sum_error, walled
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 # (rows, in, out)
 SHAPES = [

@@ -10,14 +10,16 @@ import torch
 from backends import assert_same_bits, call, poisoned, walled
 from tiny import Tokens, prompt, seeded, tiny
 
-from sirius_ext import Engine, SiriusConfig, _simt, correction, device, reference
-from sirius_ext.cuda_model import CudaModel
+from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.decoding import loop
+from sirius_ext.decoding.reading import ROWS, Reader
+from sirius_ext.decoding.sparsity import CSparse, FSparse, sparsity_of
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation import batched
 from sirius_ext.evaluation.batched import Batch
-from sirius_ext.graphs import Nodes
-from sirius_ext.reading import ROWS, Reader
-from sirius_ext.sparsity import CSparse, FSparse, sparsity_of
+from sirius_ext.kernels import dispatch, reference
+from sirius_ext.runtime.cuda import CudaModel
+from sirius_ext.runtime.graphs import Nodes
 
 FAULTS = [math.nan, -math.nan, math.inf, -math.inf]
 VOCABS = [1, 2, 31, 64, 1134, 9001]
@@ -209,7 +211,7 @@ def test_marks_of_tree_expand(cuda_functions, fault):
 
 @contextlib.contextmanager
 def at(place):
-    with device.emulated(_simt) if place == "simt" else contextlib.nullcontext():
+    with dispatch.emulated(_simt) if place == "simt" else contextlib.nullcontext():
         yield torch.device("cuda" if place == "cuda" else "cpu")
 
 
@@ -290,9 +292,9 @@ def decode(transformer, values, text, process=None):
     """Fills the text; returns what the error says, if there is one: position, new tokens, pass, origin."""
     config, model = SiriusConfig(**{"density": 0.4, "threshold": 0.05, **values}), prepare(transformer)
     sample = config.accept == "sample"
-    options = correction.Options(process=process, sample=sample, generator=seeded(5) if sample else None)
+    options = loop.Options(process=process, sample=sample, generator=seeded(5) if sample else None)
     try:
-        correction.generate(model, IDS, config, text, options)
+        loop.generate(model, IDS, config, text, options)
     except ValueError as error:
         assert not model.lock.locked()
         position, before, new, reader, origin = MESSAGE.match(str(error)).groups()
@@ -449,7 +451,7 @@ def test_a_weight_that_breaks_on_the_way(place, values, part, fault):
 def test_which_model_met_it(place, width, kept, reader, monkeypatch):
     """A neuron that S keeps breaks its drafts; one that it leaves out is met by F."""
     made = []
-    monkeypatch.setattr(correction, "sparsity_of", lambda *arguments: made.append(sparsity_of(*arguments)) or made[-1])
+    monkeypatch.setattr(loop, "sparsity_of", lambda *arguments: made.append(sparsity_of(*arguments)) or made[-1])
     with at(place) as where:
         transformer = tiny(NAME).to(where)
 

@@ -5,9 +5,9 @@ import torch
 from tiny import NAMES, prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig
+from sirius_ext.decoding.reading import ROWS, Reader
+from sirius_ext.decoding.sparsity import sparsity_of
 from sirius_ext.engine import prepare
-from sirius_ext.reading import ROWS, Reader
-from sirius_ext.sparsity import sparsity_of
 
 LONG = ROWS + 20
 

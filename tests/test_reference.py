@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
-from sirius_ext import reference
 from sirius_ext.config import SiriusConfig
-from sirius_ext.reference import Decoder, Period
+from sirius_ext.decoding import reference
+from sirius_ext.decoding.reference import Decoder, Period
+from sirius_ext.kernels import reference as ops
 
 VOCAB = 199
 SMALL = {
@@ -91,7 +92,7 @@ def test_a_tree_is_its_paths(decoder):
     """One pass over a tree gives each node the logits that its path alone would."""
     parents = [-1, 0, 0, 1, 2, 2, 4]
     tokens, prefix = [3, 14, 15, 92, 65, 35, 89], len(PROMPT)
-    mask = reference.tree_mask(torch.tensor(parents, dtype=torch.int32))[:, 0]
+    mask = ops.tree_mask(torch.tensor(parents, dtype=torch.int32))[:, 0]
     bits = (mask.unsqueeze(1) >> torch.arange(7) & 1).bool()
     visible = torch.cat([torch.ones(7, prefix, dtype=torch.bool), bits], dim=1)
     positions = prefix + bits.sum(1) - 1
@@ -111,13 +112,13 @@ def test_accepted_path_is_compacted(decoder):
     prefix = len(PROMPT)
     parents = torch.tensor([-1, 0, 0, 1, 2], dtype=torch.int32)
     tokens, path = torch.tensor([3, 14, 15, 92, 65]), torch.tensor([0, 2, 4], dtype=torch.int32)
-    bits = (reference.tree_mask(parents) >> torch.arange(5) & 1).bool()
+    bits = (ops.tree_mask(parents) >> torch.arange(5) & 1).bool()
     visible = torch.cat([torch.ones(5, prefix, dtype=torch.bool), bits, torch.zeros(5, 3, dtype=torch.bool)], dim=1)
     decoder.reset(prefix + 8)
     decoder.chain(PROMPT, 0)
     decoder.forward(tokens, prefix + bits.sum(1) - 1, prefix + torch.arange(5), visible)
     k, v = torch.stack(decoder.k), torch.stack(decoder.v)
-    reference.kv_rewrite(k, v, prefix, path)
+    ops.kv_rewrite(k, v, prefix, path)
     decoder.k, decoder.v = list(k), list(v)
     logits = decoder.chain([7], prefix + 3)
 

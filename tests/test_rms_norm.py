@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import Guarded, U, as_float, assert_close, assert_same_bits, poisoned, randn, walled
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 # (rows, hidden)
 SHAPES = [(1, 1), (1, 576), (2, 31), (3, 33), (5, 63), (7, 64), (16, 100), (17, 129), (40, 151), (2, 1134)]

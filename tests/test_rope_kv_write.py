@@ -3,7 +3,8 @@ import pytest
 import torch
 from backends import Guarded, U, as_float, assert_close, assert_same_bits, randn, walled
 
-from sirius_ext import _simt, ops, reference
+from sirius_ext import _simt
+from sirius_ext.kernels import ops, reference
 
 # (rows, heads, kv_heads, head_dim, capacity)
 SHAPES = [

@@ -10,7 +10,8 @@ import transformers
 from tiny import NAMES, PLAIN, Collector, Tokens, by_engine, engine, every_way, prompt, seeded, tiny
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sirius_ext import SiriusConfig, correction, sampling
+from sirius_ext import SiriusConfig
+from sirius_ext.decoding import loop, sampling
 from sirius_ext.engine import _Processor, prepare
 
 SAMPLE = SiriusConfig(accept="sample", period=5, density=0.4)
@@ -72,10 +73,10 @@ def drawn(config, warpers, runs=RUNS, seed=0):
     generator, counts, periods = seeded(seed), torch.zeros(VOCAB**DEPTH, dtype=torch.int64), []
     warp = LogitsProcessorList(WARPERS[warpers])
     process = (lambda ids, logits: warp(ids[None], logits[None].clone())[0]) if warp else None
-    options = correction.Options(process, sample=True, generator=generator)
+    options = loop.Options(process, sample=True, generator=generator)
     for _ in range(runs):
         text = Tokens(DEPTH + 1)
-        periods += correction.generate(small_model(), START, config, text, options).periods
+        periods += loop.generate(small_model(), START, config, text, options).periods
         counts[functools.reduce(lambda index, token: VOCAB * index + token, text.tokens[:DEPTH], 0)] += 1
     return counts, periods
 

@@ -17,7 +17,8 @@ import torch
 from backends import SIMT_BACKENDS, using
 from simt_builds import Mutation
 
-from sirius_ext import _simt, ops
+from sirius_ext import _simt
+from sirius_ext.kernels import ops
 
 NUMBERS = torch.arange(1.0, 257.0).view(4, 2, 32)  # what the small kernels are given: [blocks, warps, lanes]
 ONES = torch.ones(256)

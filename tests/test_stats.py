@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny import prompt, tiny
 
-from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats, reference
-from sirius_ext.stats import CostlyDrafts
+from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats
+from sirius_ext.decoding import reference
+from sirius_ext.decoding.stats import CostlyDrafts
 
 
 def period(drafted, accepted, committed=None, cut=False, width=1, branch=0):

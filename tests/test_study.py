@@ -6,7 +6,8 @@ import json
 import pytest
 from test_evaluation import CSQA, write
 
-from sirius_ext import SiriusConfig, cli
+from sirius_ext import SiriusConfig
+from sirius_ext.cli import main as cli
 from sirius_ext.evaluation import study
 from sirius_ext.evaluation.plan import Plan
 from sirius_ext.evaluation.runner import config_of, read_results

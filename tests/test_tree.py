@@ -4,8 +4,8 @@ from backends import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sirius_ext import ops
-from sirius_ext.tree import Tree
+from sirius_ext.decoding.tree import Tree
+from sirius_ext.kernels import ops
 
 
 def chain_of(parents, node):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from backends import U, assert_close, assert_same_bits, poisoned, randn, small_integers, sum_error, walled
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 # (rows, heads, kv_heads, head_dim, prefix, capacity)
 SHAPES = [

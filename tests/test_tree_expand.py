@@ -6,7 +6,7 @@ from backends import LOGITS_ERRORS, U, assert_same_bits, call, poisoned, walled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sirius_ext import ops, reference
+from sirius_ext.kernels import ops, reference
 
 # (leaves, vocabulary, width)
 SHAPES = [

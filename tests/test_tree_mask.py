@@ -4,7 +4,7 @@ from backends import assert_same_bits, poisoned, walled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sirius_ext import ops
+from sirius_ext.kernels import ops
 
 
 def ancestors(parents):

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import NAMES, PLAIN, Tokens, decoder, engine, full_text, prompt, seeded, tiny
 
-from sirius_ext import Engine, SiriusConfig, calibrate, correction, reference
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.decoding import calibrate, loop, reference
+from sirius_ext.decoding.sparsity import CSparse, FSparse
 from sirius_ext.engine import prepare
-from sirius_ext.sparsity import CSparse, FSparse
 
 WIDTHS, PERIODS = (1, 2, 3, 4, 8, 16), (1, 2, 5, 16)
 SPARSITIES, ACCEPT = ("csparse", "fsparse"), ("threshold", "match", "sample")
@@ -294,7 +295,7 @@ def test_the_cache_is_that_of_a_fresh_prefill(name, sparsity, accept):
     model, ids = prepare(engine(name).model), prompt(9)[0]
     config = SiriusConfig(accept=accept, sparsity=sparsity, tree_width=4, period=6, density=0.1, threshold=0.05)
     text = Watched(40, model, tiny(name), ids.tolist())
-    stats = correction.generate(model, ids, config, text, correction.Options(sample=accept == "sample", generator=seeded(0)))
+    stats = loop.generate(model, ids, config, text, loop.Options(sample=accept == "sample", generator=seeded(0)))
     assert len(text.tokens) == 40 and text.periods >= 4
     assert any((period.branch or 0) > 0 for period in stats.periods), "nothing was moved"
 

@@ -8,8 +8,9 @@ import transformers
 from tiny import NAMES, prompt, tiny
 from torch import nn
 
-from sirius_ext import Engine, SiriusConfig, reference
-from sirius_ext.weights import (
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.decoding import reference
+from sirius_ext.models.weights import (
     SUPPORTED_MODEL_TYPES,
     SUPPORTED_ROPE_TYPES,
     Weights,

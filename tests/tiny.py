@@ -9,7 +9,8 @@ import torch
 import transformers
 
 import sirius_ext
-from sirius_ext import Engine, SiriusConfig, attach, reference
+from sirius_ext import Engine, SiriusConfig, attach
+from sirius_ext.decoding import reference
 
 VOCAB = 149
 _COMMON = {

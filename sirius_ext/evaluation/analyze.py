@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..calibrate import load_thresholds
 from ..config import SiriusConfig
+from ..decoding.calibrate import load_thresholds
+from ..decoding.reading import Reader
+from ..decoding.sparsity import sparsity_of
 from ..engine import Engine, encode, prepare
-from ..reading import Reader
-from ..sparsity import sparsity_of
 from .tasks import Item, Task
 
 

@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from .. import ops
 from ..config import SiriusConfig
-from ..model import CACHE_GRAIN, PREFILL_CHUNK, Model, not_finite
-from ..sparsity import CSparse, FSparse
-from ..tree import Tree
-from ..weights import Layer, Weights
+from ..decoding.sparsity import CSparse, FSparse
+from ..decoding.tree import Tree
+from ..kernels import ops
+from ..models.weights import Layer, Weights
+from ..runtime.model import CACHE_GRAIN, PREFILL_CHUNK, Model, not_finite
 
 KEPT_PROMPTS = 32  # of which the keys and values are at hand, for the next mode
 

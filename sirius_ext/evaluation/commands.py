@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ..arguments import (
+from ..cli.arguments import (
     check_distinct,
     input_file,
     input_folder,
@@ -19,8 +19,7 @@ from ..arguments import (
     reads,
     words,
 )
-from ..config import SPARSITIES, SiriusConfig
-from ..options import (
+from ..cli.options import (
     DEFAULTS,
     THREADS_PER_CPU,
     add_command,
@@ -32,7 +31,8 @@ from ..options import (
     most_threads,
     used_by,
 )
-from ..terminal import Console
+from ..cli.terminal import Console
+from ..config import SPARSITIES, SiriusConfig
 from .analyze import analyze, summary
 from .extras import need
 from .jobs import by_processes, by_ray, launched, processes
@@ -256,7 +256,7 @@ def _analyze(options: argparse.Namespace) -> int:
 def lm_eval(arguments: list[str]) -> int:
     """lm-eval's own command, with the model `sirius` among its models."""
     need("lm_eval", "lm-eval", "lm_eval")
-    need("sirius_ext.evaluation.harness", "lm-eval", "lm_eval")
+    need("sirius_ext.integrations.lm_eval", "lm-eval", "lm_eval")
     command = need("lm_eval.__main__", "lm-eval", "lm_eval").cli_evaluate
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:

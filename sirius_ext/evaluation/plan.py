@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..calibrate import load_thresholds
+from ..cli.options import engine_of
 from ..config import SiriusConfig
+from ..decoding.calibrate import load_thresholds
 from ..engine import Engine, prepare
-from ..options import engine_of
 from .hub_data import load_items
 from .runner import Results, config_of, evaluate
 from .tasks import TASKS, Item, Task, load_task

@@ -20,10 +20,10 @@ from rich.table import Table
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..arguments import parse_period
+from ..cli.arguments import parse_period
 from ..config import SiriusConfig
+from ..decoding.stats import Period, PromptStats, Stats
 from ..engine import GREEDY, Engine, prepare
-from ..stats import Period, PromptStats, Stats
 from .batched import Batch, Seat
 from .statistics import mcnemar, wilson
 from .tasks import Item, Task

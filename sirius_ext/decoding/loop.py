@@ -9,10 +9,11 @@ from typing import Protocol
 
 import torch
 
-from .adaptive import FIRST_ALPHA, AdaptivePeriod
-from .config import SiriusConfig
-from .graphs import PeriodGraph, profiled
-from .model import Model, model_of, not_finite
+from ..config import SiriusConfig
+from ..runtime.graphs import profiled
+from ..runtime.model import Model, model_of, not_finite
+from .period import FIRST_ALPHA, AdaptivePeriod
+from .period_graph import PeriodGraph
 from .sampling import Logits, rule_of
 from .sparsity import CSparse, FSparse, sparse_density, sparsity_of
 from .stats import Period, PromptStats

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from . import _C
+from .. import _C
 
 # The CUDA kernels run on the CPU: a module with the functions of `_C.cuda` (tests only).
 _emulator: ModuleType | None = None

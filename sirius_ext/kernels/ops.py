@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import torch
 
-from . import _C
-from .device import check_device, run
+from .. import _C
+from .dispatch import check_device, run
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -7,13 +7,13 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from . import device as devices
-from .config import SiriusConfig
-from .graphs import Nodes, PeriodGraph, Replay, graph_mode
+from ..config import SiriusConfig
+from ..decoding.sparsity import DECAY, CSparse, FSparse, Kind
+from ..decoding.tree import Tree
+from ..kernels import dispatch
+from ..models.weights import Layer, Weights
+from .graphs import Nodes, Replay, graph_mode
 from .model import Model
-from .sparsity import DECAY, CSparse, FSparse, Kind
-from .tree import Tree
-from .weights import Layer, Weights
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 MAX_NODES = 256  # of a tree
@@ -31,7 +31,7 @@ class CudaModel(Model):
         # Its own: what is made while a graph is captured belongs to that graph.
         self.counters = torch.zeros(self._extension().counters, dtype=torch.int32, device=self.device)
         self._steps: dict[object, Replay] = {}
-        self._periods: dict[object, PeriodGraph] = {}
+        self._periods: dict[object, object] = {}
         # CSparse's sets, int32 [layers, kept], by kept, and the statistic of one that follows the text: where graphs find them.
         self._neurons: dict[int, torch.Tensor] = {}
         self._statistic: torch.Tensor | None = None
@@ -40,7 +40,7 @@ class CudaModel(Model):
         self._taken: CSparse | FSparse | None = None  # what stands there
 
     def _extension(self) -> ModuleType:
-        return devices.cuda_functions(self.device)
+        return dispatch.cuda_functions(self.device)
 
     def _grown(self, slots: int) -> int:
         capacity = max(FIRST_CAPACITY, self.capacity)
@@ -159,7 +159,7 @@ class CudaModel(Model):
         m = len(nodes.tokens)
         if m > FEW_ROWS:
             return self._run_many(nodes, argmax, keep_z)
-        with devices.guard(self.device):
+        with dispatch.guard(self.device):
             self._handle.step(
                 nodes.tokens.data_ptr(),
                 nodes.offsets.data_ptr(),
@@ -180,7 +180,7 @@ class CudaModel(Model):
                 self.base.data_ptr(),
                 0 if alive is None else alive.data_ptr(),
                 self.counters.data_ptr(),
-                devices.stream(self.device),
+                dispatch.stream(self.device),
             )
         return self._logits[:m]
 
@@ -226,13 +226,13 @@ class CudaModel(Model):
         typed: its first argument is the dtype.
         """
         first = (self.weights.dtype_code,) if typed else ()
-        with devices.guard(self.device):
+        with dispatch.guard(self.device):
             getattr(self._extension(), name)(
                 *first,
                 *arguments,
                 self._workspace.data_ptr(),
                 self.counters.data_ptr(),
-                devices.stream(self.device),
+                dispatch.stream(self.device),
             )
 
     def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
@@ -266,7 +266,7 @@ class CudaModel(Model):
         """What a set that follows the text changes, for who must undo it."""
         return self._neurons[kept], self._statistic
 
-    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:
+    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:  # noqa: F821
         """As `Model.replay`, after the prefill."""
         if self.graph_mode == "step":
             return None
@@ -277,6 +277,8 @@ class CudaModel(Model):
         settings = config.prune, config.accept, config.threshold, config.score_temperature
         key = depth, tree.width, *settings, draft, judge, follows
         if key not in self._periods:
+            from ..decoding.period_graph import PeriodGraph
+
             self._periods[key] = PeriodGraph(self, config, depth, draft, judge, follows)
         return self._periods[key]
 

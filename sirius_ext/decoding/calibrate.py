@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .model import PREFILL_CHUNK, Model
-from .weights import Weights
+from ..models.weights import Weights
+from ..runtime.model import PREFILL_CHUNK, Model
 
 FORMAT = "sirius_ext thresholds 1"
 HELD_BACK = 0.2  # of the text: what the thresholds are tried on

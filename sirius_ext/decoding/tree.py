@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from . import ops
+from ..kernels import ops
 
 
 @dataclasses.dataclass

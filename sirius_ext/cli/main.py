@@ -14,7 +14,15 @@ import torch
 import transformers
 from rich.progress import Progress
 
-from . import __version__, demo, interrupts, ops
+from .. import __version__
+from ..config import SPARSITIES, SiriusConfig
+from ..decoding.calibrate import calibrate, check_density
+from ..decoding.stats import CostlyDrafts, Stats
+from ..engine import GREEDY, encode, prepare
+from ..evaluation import commands as evaluation_commands
+from ..kernels import ops
+from ..kernels.dispatch import has_cuda_kernels
+from . import demo, interrupts
 from .arguments import (
     Parser,
     as_option,
@@ -29,22 +37,7 @@ from .arguments import (
     period,
     reason,
 )
-from .calibrate import calibrate, check_density
-from .config import SPARSITIES, SiriusConfig
-from .device import has_cuda_kernels
-from .engine import GREEDY, encode, prepare
-from .evaluation import commands as evaluation_commands
-from .options import (
-    DEFAULTS,
-    add_command,
-    add_decoding_options,
-    add_setting,
-    check_used,
-    decoding_config,
-    engine_of,
-    used_by,
-)
-from .stats import CostlyDrafts, Stats
+from .options import DEFAULTS, add_command, add_decoding_options, add_setting, check_used, decoding_config, engine_of, used_by
 from .streamer import KeepingStreamer
 from .terminal import BROKEN_PIPE, Console, drop_output, flushed
 

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from . import ops
-from .config import SiriusConfig
+from ..config import SiriusConfig
+from ..kernels import ops
 from .tree import Tree
 
 PRUNE = 0.95  # the authors' figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
-from .config import MAX_AUTO_PERIOD
+from ..config import MAX_AUTO_PERIOD
 
 FIRST_ALPHA = 0.9  # acceptance assumed before anything is known
 _PRIOR = 4.0  # drafts that an assumption counts for

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .config import SiriusConfig
+from ..config import SiriusConfig
 
 # Decide about the text or about what is returned, and are honoured.
 USED = frozenset(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import ops
-from .model import model_of, not_finite
+from ..kernels import ops
+from ..models.weights import Weights
+from ..runtime.model import model_of, not_finite
 from .sparsity import CSparse, FSparse
-from .weights import Weights
 
 ROWS = 16  # tokens in a pass: what the kernels of every backend read the weights once for
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Container
 
 import torch
 
+from ..config import ACCEPT_RULES, SiriusConfig
+from ..decoding.calibrate import read_thresholds
+from ..engine import Engine
+from ..models.hub import DEFAULT_MODEL, parse_dtype
 from .arguments import input_file, integer, number, period, reads
-from .calibrate import read_thresholds
-from .config import ACCEPT_RULES, SiriusConfig
-from .engine import Engine
-from .hub import DEFAULT_MODEL, parse_dtype
 
 DEFAULTS = SiriusConfig()
 THREADS_PER_CPU = 4  # at most: more of them only wait for each other

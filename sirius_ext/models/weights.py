@@ -11,8 +11,8 @@ import math
 import torch
 from torch import nn
 
-from .device import check_device
-from .ops import DTYPES
+from ..kernels.dispatch import check_device
+from ..kernels.ops import DTYPES
 
 SUPPORTED_MODEL_TYPES = {
     "llama": "Llama 2 and 3, SmolLM2, TinyLlama",

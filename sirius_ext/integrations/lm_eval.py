@@ -18,14 +18,14 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..calibrate import load_thresholds, read_thresholds
+from ..cli.options import check_threads
 from ..config import SiriusConfig
+from ..decoding.calibrate import load_thresholds, read_thresholds
+from ..decoding.reading import Reader
+from ..decoding.sparsity import sparsity_of
+from ..decoding.stats import Stats
 from ..engine import GREEDY, Engine, prepare
-from ..hub import parse_dtype
-from ..options import check_threads
-from ..reading import Reader
-from ..sparsity import sparsity_of
-from ..stats import Stats
+from ..models.hub import parse_dtype
 
 SCORERS = ("full", "sparse")
 _log = logging.getLogger(__name__)

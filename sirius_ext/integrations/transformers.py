@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .config import SiriusConfig
-from .engine import Engine, SiriusOutput, call, inside, is_prepared, release
+from ..config import SiriusConfig
+from ..engine import Engine, SiriusOutput, call, inside, is_prepared, release
 from .settings import arguments_of
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from rich.table import Table
 
-from .config import SiriusConfig
-from .engine import GREEDY, Engine, encode, release
-from .stats import PromptStats, Stats
+from ..config import SiriusConfig
+from ..decoding.stats import PromptStats, Stats
+from ..engine import GREEDY, Engine, encode, release
 from .streamer import KeepingStreamer
 from .terminal import Console
 

@@ -7,9 +7,9 @@ import functools
 
 import torch
 
-from . import ops
-from .config import SiriusConfig
-from .weights import Weights
+from ..config import SiriusConfig
+from ..kernels import ops
+from ..models.weights import Weights
 
 # Share of an MLP's parameters that a sparse model skips in a neuron left out: all three matrices, or two where gate is dense.
 _SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3}

@@ -11,14 +11,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from . import _C, ops
-from .adaptive import Costs
-from .config import SiriusConfig
-from .device import is_cuda
-from .graphs import PeriodGraph
-from .sparsity import CSparse, FSparse, Kind
-from .tree import Tree
-from .weights import Layer, Weights
+from .. import _C
+from ..config import SiriusConfig
+from ..decoding.period import Costs
+from ..decoding.sparsity import CSparse, FSparse, Kind
+from ..decoding.tree import Tree
+from ..kernels import ops
+from ..kernels.dispatch import is_cuda
+from ..models.weights import Layer, Weights
 
 CACHE_GRAIN = 256  # slots; capacity grows in these steps and never shrinks
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the activations, and the progress between two signs of life
@@ -237,7 +237,7 @@ class Model:
         sequence."""
         sparsity.follow(self._kept_z(nodes), torch.tensor([0, *path], dtype=torch.int32))
 
-    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:
+    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:  # noqa: F821
         """What decodes a text without asking the host between its periods, for who can: a greedy rule's."""
         return None
 
@@ -267,7 +267,7 @@ def not_finite(prompt: int, new: int, reader: str, where: str | None) -> ValueEr
 def model_of(weights: Weights) -> Model:
     """The model of the backend for the device that the weights are on."""
     if is_cuda(weights.device):
-        from .cuda_model import CudaModel
+        from .cuda import CudaModel
 
         return CudaModel(weights)
     return Model(weights)

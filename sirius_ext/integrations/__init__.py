@@ -1,0 +1,1 @@
+"""Sirius inside other packages: transformers, lm-eval."""

@@ -1,0 +1,360 @@
+"""The ops in plain torch: slow, short, and what every kernel is held to. Nothing compiled is used here.
+
+Each function is the twin of the one in `ops.py`: same name, same arguments, no checks. Shapes use m rows of input, H hidden, I
+intermediate, K kept neurons, V vocabulary, L layers, C cache capacity, D head_dim. T is the element type of the inputs: every op
+computes in float32 and rounds to T once, at its end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def _round(value: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+    """The one rounding of an op: float32 `value` as a tensor of `dtype`, in `out` if the caller gave one."""
+    return value.to(dtype) if out is None else out.copy_(value)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ weight.T + bias + residual`.
+
+    x: T [m, in].
+    weight: T [out, in].
+    bias: T [out].
+    residual: T [m, out].
+    Returns T or float32 (`out_dtype`) [m, out].
+    """
+    value = x.float() @ weight.float().T
+    if bias is not None:
+        value = value + bias.float()
+    if residual is not None:
+        value = value + residual.float()
+    return _round(value, out_dtype or x.dtype, out)
+
+
+def gate_up(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    neurons: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`silu(gate x) * (up x)` for the listed neurons, or for all of them (SPEC section 1).
+
+    x: T [m, H].
+    gate, up: T [I, H].
+    neurons: int32 [K].
+    Returns T [m, K].
+    """
+    if neurons is not None:
+        gate, up = gate[neurons.long()], up[neurons.long()]
+    g, u = x.float() @ gate.float().T, x.float() @ up.float().T
+    return _round(g * torch.sigmoid(g) * u, x.dtype, out)
+
+
+def gate(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu(gate x)`, what FSparse chooses its neurons by (SPEC section 2).
+
+    x: T [m, H].
+    weight: T [I, H].
+    Returns float32 [m, I].
+    """
+    g = x.float() @ weight.float().T
+    return _round(g * torch.sigmoid(g), torch.float32, out)
+
+
+def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None = None) -> torch.Tensor:
+    """FSparse's neurons (SPEC section 2): the `kept` of largest `sum of |gates| over the rows`, or all whose sum reaches m times
+    the threshold.
+
+    gates: float32 [m, I].
+    kept, threshold: one of them.
+    Returns int32 [K], rising.
+    """
+    scores = gates[0].abs()
+    for row in gates[1:]:
+        scores = scores + row.abs()
+    if threshold is not None:
+        return (scores >= len(gates) * torch.tensor(threshold, dtype=torch.float32)).nonzero().flatten().to(torch.int32)
+    return largest(scores, kept)
+
+
+def largest(statistic: torch.Tensor, kept: int) -> torch.Tensor:
+    """The indices of the `kept` largest, ascending; of equals the lower index wins."""
+    best_first = torch.sort(statistic, descending=True, stable=True).indices
+    return best_first[:kept].sort().values.to(torch.int32)
+
+
+def follow(
+    z: torch.Tensor,
+    rows: torch.Tensor,
+    down_squares: torch.Tensor,
+    statistic: torch.Tensor,
+    kept: int,
+    decay: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A following set after a verification (SPEC section 2): the statistic goes on over the tokens that joined the sequence, and
+    the neurons of the largest `statistic_i * ||down_i||_2^2` are kept.
+
+    z: T [L, m, I], F's `silu(gate x) * (up x)` in every layer.
+    rows: int32 [a], the rows that joined the sequence, in order.
+    down_squares: float32 [L, I], `||down_i||_2^2`.
+    statistic: float32 [L, I], changed in place: `decay * statistic + (1 - decay) * (z / ||z||_2)^2` for each row.
+    Returns int32 [L, kept], ascending; of equal scores the lower index wins.
+    """
+    for layer in range(len(z)):
+        for row in z[layer, rows.long()].float():
+            squares = row.square()
+            share = squares / squares.sum() if squares.sum() > 0 else torch.zeros_like(squares)
+            statistic[layer] = decay * statistic[layer] + (1 - decay) * share
+    neurons = torch.stack([largest(each, kept) for each in statistic * down_squares])
+    return neurons if out is None else out.copy_(neurons)
+
+
+def up(
+    x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, neurons: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`gates * (up x)` for the listed neurons.
+
+    x: T [m, H].
+    weight: T [I, H].
+    gates: float32 [m, I].
+    neurons: int32 [K].
+    Returns T [m, K].
+    """
+    value = gates[:, neurons.long()] * (x.float() @ weight[neurons.long()].float().T)
+    return _round(value, x.dtype, out)
+
+
+def down(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    neurons: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sum_i x[:, i] * weight[neurons[i]] + residual` (SPEC section 1).
+
+    x: T [m, K].
+    weight: T [I, H].
+    neurons: int32 [K]; without it K is I.
+    residual: T [m, H].
+    Returns T [m, H].
+    """
+    if neurons is not None:
+        weight = weight[neurons.long()]
+    value = x.float() @ weight.float()
+    if residual is not None:
+        value = value + residual.float()
+    return _round(value, x.dtype, out)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`. With a residual, `residual += x` in place and that sum, as rounded, is normalised.
+
+    x, residual: T [m, H].
+    weight: T [H].
+    Returns T [m, H].
+    """
+    if residual is not None:
+        residual.copy_(residual.float() + x.float())
+        x = residual
+    value = x.float()
+    value = value / torch.sqrt(value.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return _round(value, x.dtype, out)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[j], x[j + D/2]). x: T [m, heads, D]. cos, sin: float32 [m, D/2]. Returns T [m, heads, D]."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def rope_kv_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> None:
+    """Rotate q and k by their positions (half-split pairs, as Llama does); q stays in `qkv`, k and v go to their cache slots.
+
+    qkv: T [m, (heads + 2 * kv_heads) * D], its q part is overwritten.
+    cos, sin: float32 [P, D / 2].
+    positions, slots: int32 [m].
+    k_cache, v_cache: T [kv_heads, C, D].
+    """
+    kv_heads, _, head_dim = k_cache.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = cos[positions.long()], sin[positions.long()]
+    q.copy_(_rotate(q, cos, sin))
+    k_cache[:, slots.long()] = _rotate(k, cos, sin).transpose(0, 1)
+    v_cache[:, slots.long()] = v.transpose(0, 1)
+
+
+def tree_mask(parents: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tree attention mask as bits: bit b of row i is set when node b is i or an ancestor of i (SPEC section 4).
+
+    parents: int32 [m]; parents[i] is -1 (no parent in the window), or at least 0 and smaller than i.
+    Returns int64 [m, ceil(m / 64)], bit b in word b // 64.
+    """
+    m = len(parents)
+    mask = torch.zeros(m, (m + 63) // 64, dtype=torch.int64)
+    for i in range(m):
+        node = i
+        while node >= 0:
+            mask[i, node // 64] |= torch.tensor(1) << node % 64
+            node = int(parents[node])
+    return mask if out is None else out.copy_(mask)
+
+
+def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, visible: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax attention of m rows, each over the slots that it sees. Query head h reads key/value head h // (heads / kv_heads).
+
+    q: T [m, heads, D].
+    k_cache, v_cache: T [kv_heads, C, D].
+    visible: bool [m, C], at least one per row.
+    Returns float32 [m, heads, D]. Slots that a row does not see are left out, not multiplied by zero: they may hold NaN.
+    """
+    group = q.shape[1] // k_cache.shape[0]
+    rows = []
+    for row, seen in zip(q.float(), visible):
+        keys = k_cache[:, seen].float().repeat_interleave(group, dim=0)
+        values = v_cache[:, seen].float().repeat_interleave(group, dim=0)
+        scores = torch.einsum("hd,hsd->hs", row, keys) * scale
+        rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), values))
+    return torch.stack(rows)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefix: int,
+    mask: torch.Tensor,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of m rows over the shared cache: row i sees slots [0, prefix) and slot prefix + b for each bit b of mask[i]
+    (SPEC section 4).
+
+    q: T [m, heads, D].
+    k_cache, v_cache: T [kv_heads, C, D].
+    mask: int64 [m, words].
+    Returns T [m, heads, D].
+    """
+    window = k_cache.shape[1] - prefix
+    bits = ((mask.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1).bool()[:, :window]
+    visible = torch.zeros(len(q), k_cache.shape[1], dtype=torch.bool)
+    visible[:, :prefix] = True
+    visible[:, prefix : prefix + bits.shape[1]] = bits
+    return _round(attend(q, k_cache, v_cache, visible, scale), q.dtype, out)
+
+
+def tree_expand(
+    logits: torch.Tensor, scores: torch.Tensor, width: int, score_temperature: float, prune: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more depth of the tree (SPEC section 4): of every leaf's `width` likeliest tokens the `width` of largest cumulative
+    log-likelihood.
+
+    logits: float32 [leaves, V] of S.
+    scores: float32 [leaves].
+    prune: a leaf whose likeliest token has a larger likelihood proposes no other.
+    Returns tokens int32 [c], the rows of their leaves int32 [c] and scores float32 [c], likeliest first. A leaf with a logit that
+    is NaN or plus infinity proposes nothing: its likelihoods are NaN.
+    """
+    candidates = []
+    for leaf, row in enumerate(torch.log_softmax(logits / score_temperature, dim=-1)):
+        order = torch.sort(logits[leaf], descending=True, stable=True).indices[:width].tolist()
+        if row[order[0]].exp() > prune:
+            order = order[:1]
+        candidates += [
+            (float(row[token] + scores[leaf]), leaf, token) for token in order if row[token] + scores[leaf] > -math.inf
+        ]
+    candidates.sort(key=lambda candidate: -candidate[0])  # stable: of equals the first stays first
+    kept = candidates[:width]
+    as_ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    return as_ints([c[2] for c in kept]), as_ints([c[1] for c in kept]), torch.tensor([c[0] for c in kept])
+
+
+def accept(
+    logits: torch.Tensor,
+    drafts: torch.Tensor,
+    threshold: float,
+    score_temperature: float,
+    match: bool = False,
+    parents: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Acceptance (SPEC section 3, step 4; sections 4 and 5): node i's likelihood is `softmax(logits[parent] / tau)[x_i]`.
+
+    logits: float32 [n, V] of F.
+    drafts: int32 [n - 1]; drafts[i - 1] is node i's token.
+    parents: int32 [n]; without it a chain.
+    scores: float32 [n], cumulative log-likelihoods.
+    Returns likelihoods float32 [n - 1], argmax of every row int32 [n] (the first of equals) and the nodes of the longest
+    accepted run int32 [a]; of equally long ones that of the larger score, then the first. A row without probabilities, since it
+    holds NaN or plus infinity or nothing but minus infinity, has the argmax -1; what follows it has a likelihood of NaN.
+    """
+    parents = list(range(-1, len(logits) - 1)) if parents is None else parents.tolist()
+    scores = [0.0] * len(logits) if scores is None else scores.tolist()
+    probabilities = torch.softmax(logits / score_temperature, dim=-1)
+    argmax = logits.argmax(dim=-1).to(torch.int32)  # documented to take the first of equals
+    argmax[~(logits < math.inf).all(-1) | (logits == -math.inf).all(-1)] = -1
+    likelihoods, runs, best = [], [[]], []
+    for node in range(1, len(logits)):
+        parent, token = parents[node], int(drafts[node - 1])
+        likelihoods.append(probabilities[parent, token])
+        kept = token == argmax[parent] if match else likelihoods[-1] >= threshold
+        run = runs[parent] + [node] if kept and runs[parent] is not None else None
+        runs.append(run)
+        if run and (len(run) > len(best) or (len(run) == len(best) and scores[node] > scores[best[-1]])):
+            best = run
+    return torch.tensor(likelihoods), argmax, torch.tensor(best, dtype=torch.int32)
+
+
+def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The likeliest token of every row; -1 where a logit is NaN or infinite.
+
+    logits: float32 [m, V].
+    Returns int32 [m], the first of equals.
+    """
+    best = logits.argmax(-1).to(torch.int32)
+    best[~logits.isfinite().all(-1)] = -1
+    return best if out is None else out.copy_(best)
+
+
+def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: torch.Tensor) -> None:
+    """Compact the accepted path in place: the entries of slots start + path[i] move to slots start + i (SPEC section 4).
+
+    k_cache, v_cache: T [L, kv_heads, C, D].
+    path: int32 [a], strictly increasing.
+    """
+    for cache in (k_cache, v_cache):
+        cache[:, :, start : start + len(path)] = cache[:, :, start + path.long()]

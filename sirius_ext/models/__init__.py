@@ -1,0 +1,1 @@
+"""Models: families, loading, weights as the kernels read them."""

@@ -1,0 +1,1 @@
+"""What runs a pass over a model: on the CPU, on a CUDA device, in CUDA graphs."""

@@ -1,0 +1,113 @@
+"""CUDA graphs: a pass, or a whole period, captured once and replayed for every prompt.
+
+`SIRIUS_GRAPHS` chooses, for debugging: "period" (the default) replays drafts, verification, acceptance and rewrite as one graph;
+"step" replays single passes and decides on the host; "off" launches every kernel from the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+GRAPH_MODES = ("period", "step", "off")
+
+
+def graph_mode() -> str:
+    """What `SIRIUS_GRAPHS` asks for. ValueError if it is none of GRAPH_MODES."""
+    mode = os.environ.get("SIRIUS_GRAPHS", "period")
+    if mode not in GRAPH_MODES:
+        raise ValueError(f"SIRIUS_GRAPHS: expected one of {', '.join(GRAPH_MODES)}, got {mode!r}")
+    return mode
+
+
+@contextlib.contextmanager
+def profiled(device: torch.device, name: str) -> Iterator[None]:
+    """An NVTX range named after a step of the algorithm: prefill, draft, verify, accept, interleave. It is around the launches of
+    the step's kernels: a graph has them when it is captured; in its replays they show with SIRIUS_GRAPHS=step or off only."""
+    if device.type == "cuda":
+        with torch.cuda.nvtx.range(name):
+            yield
+    else:
+        yield
+
+
+class Replay:
+    """Something that only launches kernels: at the first call captured as a graph, then replayed.
+
+    captured: whether to; otherwise, and where there is no CUDA device, it is called every time.
+    state: what it changes and reads again. The run before the capture, which loads the kernels and a library's plans, must leave
+        no trace there.
+    what: for the error if the capture fails.
+    """
+
+    def __init__(
+        self,
+        body: Callable[[], object],
+        device: torch.device,
+        captured: bool,
+        what: str,
+        state: tuple[torch.Tensor, ...] = (),
+    ) -> None:
+        self._body, self._device, self._what, self._state = body, device, what, state
+        self._captured = captured and device.type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not self._captured:
+            self._body()
+            return
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> None:
+        before = [tensor.clone() for tensor in self._state]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self._device):
+                self._body()
+                for tensor, value in zip(self._state, before):
+                    tensor.copy_(value)
+                torch.cuda.synchronize(self._device)
+                with torch.cuda.graph(graph):
+                    self._body()
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise RuntimeError(
+                f"cuda: {self._what} could not be captured as a graph ({error}); lower period, tree_width or max_new_tokens, or "
+                "set SIRIUS_GRAPHS=off"
+            ) from error
+        self._graph = graph
+
+
+class Record:
+    """What the host learns of a period: views of one int32 array, so that one copy brings all of it.
+
+    accepted, limit: [1], the accepted run and the longest that there could be. fault: [1], not 0 once logits of S or F were not
+    finite; the rest then says nothing. counts: [depth], nodes of each depth that were drafted. path: [depth + 1], the accepted
+    nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32 [nodes - 1].
+    """
+
+    def __init__(self, depth: int, nodes: int, device: torch.device) -> None:
+        sizes = (1, 1, 1, depth, depth + 1, nodes, nodes - 1)
+        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.accepted, self.limit, self.fault, self.counts, self.path, self.tokens, likelihoods = self.memory.split(sizes)
+        self.likelihoods = likelihoods.view(torch.float32)
+
+
+@dataclasses.dataclass
+class Nodes:
+    """Some nodes of a tree, in device memory, side by side.
+
+    tokens, offsets: int32 [m]; offsets are positions behind the root's.
+    mask: int64 [m, words].
+    first: the index of the first one; node i's slot is the root's + i.
+    """
+
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+    mask: torch.Tensor
+    first: int
