@@ -50,13 +50,83 @@ _CONFIGS = {
     "qwen2": (transformers.Qwen2Config, {**_sizes(96, 144, 2, 6, 3), "tie_word_embeddings": True}),
 }
 NAMES = tuple(_CONFIGS)
+WINDOW = 40  # tokens that a layer with a sliding window sees
+# What each family adds to these: see models/families.py.
+_CONFIGS |= {
+    "mistral_windows": (transformers.MistralConfig, {**_sizes(72, 90, 2, 3, 1), "head_dim": 32, "sliding_window": WINDOW}),
+    "qwen2_windows": (
+        transformers.Qwen2Config,
+        {**_sizes(96, 144, 3, 6, 3), "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": (transformers.Qwen3Config, {**_sizes(64, 131, 3, 4, 2), "head_dim": 24}),
+    "smollm3": (transformers.SmolLM3Config, {**_sizes(64, 120, 4, 4, 2), "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "phi3": (
+        transformers.Phi3Config,
+        {
+            **_sizes(64, 113, 3, 4, 2),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3_windows": (
+        transformers.Phi3Config,
+        {
+            **_sizes(64, 113, 3, 4, 4),
+            "sliding_window": WINDOW,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.5, 1.0, 2.0, 1.0, 1.0, 3.0, 1.0],
+                "long_factor": [4.0] * 8,
+                "original_max_position_embeddings": 128,
+                "factor": 2.0,
+            },
+        },
+    ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            **_sizes(48, 100, 4, 4, 2),
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            **_sizes(56, 120, 7, 4, 1),
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            **_sizes(64, 110, 3, 4, 2),
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+            "attention_bias": True,
+        },
+    ),
+}
+FAMILY_NAMES = tuple(name for name in _CONFIGS if name not in NAMES)
 
 
 def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> transformers.PreTrainedModel:
     """A random model; `config` overrides its configuration. Biases and norm weights, which start at 0 and 1, are random too."""
     make, values = _CONFIGS[name]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(make(**{**_COMMON, **values, **config}))
+    attention = "eager" if name == "gemma2" else None  # torch's own leaves out the soft cap
+    settings = make(**{**_COMMON, **values, **config})
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias") or "norm" in key:

@@ -5,131 +5,117 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
-import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..kernels.dispatch import check_device
+from ..kernels.matrix import Matrix
 from ..kernels.ops import DTYPES
-
-SUPPORTED_MODEL_TYPES = {
-    "llama": "Llama 2 and 3, SmolLM2, TinyLlama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2, Qwen2.5",
-}
-# Rope types whose angles do not depend on the length of the text.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from .families import Family, check_supported, describe
 
 
-def check_supported(config) -> None:
-    """ValueError, with a list of what is supported, if a model of this `transformers` config cannot be decoded here."""
-    model_type = getattr(config, "model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        known = "; ".join(f"{name} ({examples})" for name, examples in SUPPORTED_MODEL_TYPES.items())
-        raise ValueError(f"model: architecture {model_type!r} is not supported; supported are {known}")
-    _check_numbers(config)
-    if config.hidden_act != "silu":
-        raise ValueError(f"model: hidden_act {config.hidden_act!r} is not supported; supported is silu")
-    if getattr(config, "mlp_bias", False):
-        raise ValueError("model: mlp_bias is not supported")
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ValueError(f"model: rope type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("model: quantized weights are not supported; load the model in bfloat16, float16 or float32")
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A matrix [rows, cols] with a bias, T [rows], or None."""
 
+    weight: Matrix
+    bias: torch.Tensor | None
 
-def _check_numbers(config) -> None:
-    """transformers takes what it is given, and computes nonsense or fails somewhere inside."""
-    for name in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "max_position_embeddings",
-    ):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"model: {name}: expected an integer of at least 1, got {value!r}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"model: num_key_value_heads: expected a divisor of the {config.num_attention_heads} heads, "
-            f"got {config.num_key_value_heads}"
-        )
-    rope_theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
-    for name, value, least in (("rms_norm_eps", config.rms_norm_eps, "at least 0"), ("rope_theta", rope_theta, "more than 0")):
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (value == 0 and least == "more than 0"):
-            raise ValueError(f"model: {name}: expected a number of {least}, got {value!r}")
-
-
-def context_length(config) -> int:
-    """Tokens that a text may have: the trained positions, and no more than a sliding window, up to which it changes nothing."""
-    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or config.max_position_embeddings)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ weight.T + bias`, by torch. x: T [m, cols]. Returns T [m, rows]."""
+        return self.weight.dot(x, self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer's tensors; H hidden, I intermediate, D head size. Biases are None where the model has none."""
+    """One decoder layer; H hidden, I intermediate, D head size. A norm is None where the family has none."""
 
-    input_norm: torch.Tensor  # [H]
-    post_norm: torch.Tensor  # [H]
-    q: torch.Tensor  # [heads * D, H]
-    q_bias: torch.Tensor | None
-    k: torch.Tensor  # [kv_heads * D, H]
-    k_bias: torch.Tensor | None
-    v: torch.Tensor  # [kv_heads * D, H]
-    v_bias: torch.Tensor | None
-    output: torch.Tensor  # [H, heads * D]
-    output_bias: torch.Tensor | None
-    gate: torch.Tensor  # [I, H]
-    up: torch.Tensor  # [I, H]
-    down: torch.Tensor  # [I, H]: down_proj transposed
-
-    @property
-    def qkv(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
-        """Weight and bias of the projections to q, k and v."""
-        return (self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias)
-
-    def addresses(self) -> list[int]:
-        """Every tensor's address in the order above, which is the order that the extension expects."""
-        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    before_attention: torch.Tensor  # [H]; so are the next three
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor
+    after_mlp: torch.Tensor | None
+    q_norm: torch.Tensor | None  # [D], of every head
+    k_norm: torch.Tensor | None
+    q: Projection  # [heads * D, H]
+    k: Projection  # [kv_heads * D, H]
+    v: Projection  # [kv_heads * D, H]
+    output: Projection  # [H, heads * D]
+    gate: Matrix  # [I, H]
+    up: Matrix  # [I, H]
+    down: Matrix  # [I, H]: down_proj transposed
+    window: int  # tokens that attention sees, 0: all
+    rope: int  # which table of angles, -1: none
 
 
 class Weights:
-    """The tensors of a `transformers` causal language model of a supported architecture, which it goes on sharing with the model.
+    """The tensors of a `transformers` causal language model of a supported family, which it goes on sharing with the model.
 
     Every matrix is stored neuron by neuron. `down_proj` is the one that is not: its storage is transposed in place of the
     original, and the model's own parameter becomes a view of it, so the model works as before; `restore` undoes that.
 
+    description: what the family and the config make of the decoder.
+    ropes: inverse frequencies, float32 [rotary_dim / 2], and the factor of cosines and sines, of each table of angles.
     ValueError if the model is not supported, not all on one device that this build has kernels for, or not of one dtype.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        check_supported(model.config)
-        _check_modules(model)
-        config = model.config
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.hidden, self.intermediate = config.hidden_size, config.intermediate_size
-        self.vocab, self.eps = model.lm_head.weight.shape[0], config.rms_norm_eps
-        self.context = context_length(config)
-        self.dtype = model.lm_head.weight.dtype
-        self.device = model.lm_head.weight.device
+    def __init__(self, model: Any) -> None:
+        family = check_supported(getattr(model, "config", None))
+        _check_modules(model, family)
+        self.description, ropes = describe(model)
+        self.vocab = model.lm_head.weight.shape[0]
+        self.dtype, self.device = model.lm_head.weight.dtype, model.lm_head.weight.device
         self._check_placement(model)
 
         body = model.model
-        self.embedding = _plain(body.embed_tokens.weight)
-        self.lm_head = _plain(model.lm_head.weight)
+        self.embedding = Matrix(_plain(body.embed_tokens.weight))
+        self.lm_head = Matrix(_plain(model.lm_head.weight))
         self.final_norm = _plain(body.norm.weight)
-        self.inv_freq = body.rotary_emb.inv_freq.float()
-        self.rope_scale = float(body.rotary_emb.attention_scaling)
-        self.layers = [_layer(layer) for layer in body.layers]
+        self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
+        self.layers = [self._layer(layer, index) for index, layer in enumerate(body.layers)]
         self._addresses = _addresses(model)
+
+    def _layer(self, layer: Any, index: int) -> Layer:
+        d = self.description
+        family = d.family
+
+        def norm(name: str | None) -> torch.Tensor | None:
+            return None if name is None else _plain(layer.get_submodule(name).weight)
+
+        def projection(name: str) -> Projection:
+            linear = layer.get_submodule(name)
+            return Projection(Matrix(_plain(linear.weight)), None if linear.bias is None else _plain(linear.bias))
+
+        if family.fused:
+            q, k, v = _split(projection("self_attn.qkv_proj"), d.heads * d.head_dim, d.kv_heads * d.head_dim)
+            both = Matrix(_plain(layer.mlp.gate_up_proj.weight))
+            gate, up = both.take(slice(0, d.intermediate)), both.take(slice(d.intermediate, None))
+        else:
+            q, k, v = (projection(f"self_attn.{name}_proj") for name in "qkv")
+            gate, up = Matrix(_plain(layer.mlp.gate_proj.weight)), Matrix(_plain(layer.mlp.up_proj.weight))
+        down = layer.mlp.down_proj.weight
+        if not down.data.t().is_contiguous():
+            down.data = down.data.t().contiguous().t()
+        before_attention, before_mlp = norm(family.before_attention), norm(family.before_mlp)
+        assert before_attention is not None and before_mlp is not None
+        return Layer(
+            before_attention=before_attention,
+            after_attention=norm(family.after_attention),
+            before_mlp=before_mlp,
+            after_mlp=norm(family.after_mlp),
+            q_norm=norm("self_attn.q_norm" if family.head_norms else None),
+            k_norm=norm("self_attn.k_norm" if family.head_norms else None),
+            q=q,
+            k=k,
+            v=v,
+            output=projection("self_attn.o_proj"),
+            gate=gate,
+            up=up,
+            down=Matrix(down.data.t()),
+            window=d.windows[index],
+            rope=d.ropes[index],
+        )
 
     def _check_placement(self, model: nn.Module) -> None:
         if self.dtype not in DTYPES:
@@ -144,17 +130,43 @@ class Weights:
                 raise ValueError(f"model: expected one dtype, but {name} is {parameter.dtype} and lm_head {self.dtype}")
 
     @property
+    def context(self) -> int:
+        """Tokens that a text may have."""
+        return self.description.context
+
+    @property
+    def hidden(self) -> int:
+        return self.description.hidden
+
+    @property
+    def intermediate(self) -> int:
+        return self.description.intermediate
+
+    @property
+    def heads(self) -> int:
+        return self.description.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.description.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.description.head_dim
+
+    @property
     def num_parameters(self) -> int:
         """All parameters, the embedding included, tied ones counted once."""
-        attention = sum(
-            tensor.numel()
-            for layer in self.layers
-            for tensor in (*itertools.chain(*layer.qkv), layer.output, layer.output_bias)
-            if tensor is not None
-        )
-        norms = (2 * len(self.layers) + 1) * self.hidden
-        embeddings = self.embedding.numel() * (1 if self.embedding.data_ptr() == self.lm_head.data_ptr() else 2)
-        return attention + norms + embeddings + self.num_mlp_parameters
+        total = self.final_norm.numel() + self.embedding.data.numel()
+        if self.embedding.data.data_ptr() != self.lm_head.data.data_ptr():
+            total += self.lm_head.data.numel()
+        for layer in self.layers:
+            for field in dataclasses.fields(layer):
+                value = getattr(layer, field.name)
+                parts = (value.weight.data, value.bias) if isinstance(value, Projection) else (value,)
+                tensors = (each.data if isinstance(each, Matrix) else each for each in parts)
+                total += sum(each.numel() for each in tensors if isinstance(each, torch.Tensor))
+        return total
 
     @property
     def num_mlp_parameters(self) -> int:
@@ -163,13 +175,13 @@ class Weights:
     @functools.cached_property
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
-        return torch.stack([layer.down.float().square().sum(-1) for layer in self.layers])
+        return torch.stack([layer.down.data.float().square().sum(-1) for layer in self.layers])
 
     def fingerprint(self) -> str:
         """Tells models apart, and is the same for one model in float32 and in bfloat16."""
         digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, self.vocab)).encode())
         for layer in self.layers:
-            digest.update(layer.gate[:4].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+            digest.update(layer.gate.data[:4].bfloat16().view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -177,28 +189,20 @@ class Weights:
         """The extension's name for the dtype."""
         return DTYPES[self.dtype]
 
-    def arguments(self) -> tuple:
-        """What the extension's `Model` is made of: sizes and addresses."""
-        sizes = (
-            self.hidden,
-            self.intermediate,
-            self.vocab,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.eps,
-            self.head_dim**-0.5,
-        )
-        tensors = (self.embedding, self.final_norm, self.lm_head)
-        addresses = [layer.addresses() for layer in self.layers]
-        return self.dtype_code, *sizes, *(tensor.data_ptr() for tensor in tensors), addresses
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the positions, an integer tensor [t]: float32 [tables, t, rotary_dim / 2] each."""
+        places = positions.float()[:, None]
+        angles = [places * frequencies for frequencies, _ in self.ropes]
+        factors = [factor for _, factor in self.ropes]
+        cos = torch.stack([each.cos() * factor for each, factor in zip(angles, factors)])
+        return cos, torch.stack([each.sin() * factor for each, factor in zip(angles, factors)])
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
         return _addresses(model) == self._addresses
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: Any) -> None:
     """Give `down_proj` its own layout back; values, shapes and strides are then what they were before `Weights(model)`."""
     for layer in model.model.layers:
         weight = layer.mlp.down_proj.weight
@@ -211,52 +215,43 @@ def _plain(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.data
 
 
-def _layer(layer: nn.Module) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-
-    def bias(linear: nn.Linear) -> torch.Tensor | None:
-        return None if linear.bias is None else _plain(linear.bias)
-
-    down = mlp.down_proj.weight
-    if not down.data.t().is_contiguous():
-        down.data = down.data.t().contiguous().t()
-    return Layer(
-        input_norm=_plain(layer.input_layernorm.weight),
-        post_norm=_plain(layer.post_attention_layernorm.weight),
-        q=_plain(attention.q_proj.weight),
-        q_bias=bias(attention.q_proj),
-        k=_plain(attention.k_proj.weight),
-        k_bias=bias(attention.k_proj),
-        v=_plain(attention.v_proj.weight),
-        v_bias=bias(attention.v_proj),
-        output=_plain(attention.o_proj.weight),
-        output_bias=bias(attention.o_proj),
-        gate=_plain(mlp.gate_proj.weight),
-        up=_plain(mlp.up_proj.weight),
-        down=down.data.t(),
-    )
+def _split(qkv: Projection, q_rows: int, kv_rows: int) -> list[Projection]:
+    """q, k and v out of one matrix; nothing is copied."""
+    ends = (0, q_rows, q_rows + kv_rows, q_rows + 2 * kv_rows)
+    rows = [slice(start, stop) for start, stop in zip(ends, ends[1:])]
+    return [Projection(qkv.weight.take(each), None if qkv.bias is None else qkv.bias[each]) for each in rows]
 
 
 def _addresses(model: nn.Module) -> dict[str, int]:
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
-def _check_modules(model: nn.Module) -> None:
-    """ValueError unless this is a causal language model whose matrices are plain linear layers. Changes nothing."""
+def _check_modules(model: Any, family: Family) -> None:
+    """ValueError unless this is a causal language model of the family's parts and no others. Changes nothing."""
     if not isinstance(getattr(model, "lm_head", None), nn.Module):
         raise ValueError(f"model: expected a causal language model with an lm_head, got {type(model).__name__}")
     embedding = model.model.embed_tokens
-    if type(embedding) is not nn.Embedding:
-        raise ValueError(f"model: expected embed_tokens to be a plain nn.Embedding, got {type(embedding).__name__}")
-    modules = {"lm_head": model.lm_head}
-    for layer in model.model.layers:
-        modules |= {name: getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
-        modules |= {name: getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        for name, module in modules.items():
-            if type(module) is not nn.Linear:
-                kind = type(module).__name__
-                raise ValueError(
-                    f"model: expected {name} to be a plain nn.Linear, got {kind} (merge adapters first, with merge_and_unload)"
-                )
+    if type(embedding).__name__ != family.embedding:
+        wanted = "plain nn.Embedding" if family.embedding == "Embedding" else family.embedding
+        raise ValueError(f"model: expected embed_tokens to be a {wanted}, got {type(embedding).__name__}")
+    known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    _check_linear("lm_head", model.lm_head)
+    for index, layer in enumerate(model.model.layers):
+        for name in family.projections:
+            _check_linear(name.rpartition(".")[2], layer.get_submodule(name))
+            known |= {f"model.layers.{index}.{name}.{part}" for part in ("weight", "bias")}
+        known |= {f"model.layers.{index}.{name}.weight" for name in family.norms}
     if model.lm_head.bias is not None:
         raise ValueError("model: expected an lm_head without a bias, got one")
+    # A weight that nothing here reads changes the model's answers, and would be left out in silence.
+    for name, _ in model.named_parameters():
+        if name not in known:
+            raise ValueError(f"model: it has a weight {name}, which models of this family do not have")
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    if type(module) is not nn.Linear:
+        raise ValueError(
+            f"model: expected {name} to be a plain nn.Linear, got {type(module).__name__} (merge adapters first, with "
+            "merge_and_unload)"
+        )
