@@ -56,10 +56,14 @@ Neurons = Sequence[torch.Tensor] | Callable[[int, torch.Tensor], torch.Tensor]
 
 @dataclasses.dataclass
 class Layer:
-    """One decoder layer's weights, all T."""
+    """One decoder layer's weights, all T. A norm that the family does not have is None."""
 
-    input_norm: torch.Tensor  # [H]
-    post_norm: torch.Tensor  # [H]
+    before_attention: torch.Tensor  # [H]; so are the next three
+    after_attention: torch.Tensor | None
+    before_mlp: torch.Tensor
+    after_mlp: torch.Tensor | None
+    q_norm: torch.Tensor | None  # [D]
+    k_norm: torch.Tensor | None
     qkv: torch.Tensor  # [(heads + 2 * kv_heads) * D, H]
     qkv_bias: torch.Tensor | None
     output: torch.Tensor  # [H, heads * D]
@@ -67,44 +71,79 @@ class Layer:
     gate: torch.Tensor  # [I, H]
     up: torch.Tensor  # [I, H]
     down: torch.Tensor  # [I, H]: down_proj transposed
+    window: int | None  # tokens that attention sees, the row's own included
+    frequencies: torch.Tensor | None  # of its rotation, float32 [rotary_dim / 2]; None without
+    rope_factor: float  # of cosines and sines
 
 
 class Decoder:
-    """A Llama-family decoder (Llama 2 and 3, Mistral, SmolLM2, Qwen2) with a key/value cache, composed of the twins above.
+    """A decoder of any supported family with a key/value cache, composed of the ops.
 
-    Built from a loaded `transformers` causal LM, in that model's dtype. The cache is two plain lists, `k` and `v`, of one tensor
-    T [kv_heads, slots, D] a layer; a pass overwrites the slots that it is told to. Sliding windows are not modelled.
+    Built from a loaded `transformers` causal LM, in that model's dtype, and from nothing else of this package: what a family is
+    is read from its modules here. The cache is two plain lists, `k` and `v`, of one tensor T [kv_heads, slots, D] a layer; a
+    pass overwrites the slots that it is told to.
     """
 
     @torch.no_grad()
     def __init__(self, model: torch.nn.Module) -> None:
-        config = model.config
+        config, body = model.config, model.model
+        gemma = config.model_type.startswith("gemma")
         self.embedding = model.get_input_embeddings().weight.detach()
         self.lm_head = model.get_output_embeddings().weight.detach()
-        self.final_norm = model.model.norm.weight.detach()
-        self.layers = [self._layer(layer) for layer in model.model.layers]
+        self.final_norm = body.norm.weight.detach()
         self.eps = config.rms_norm_eps
+        self.norm_offset = 1.0 if gemma else 0.0
+        self.activation = "gelu_tanh" if gemma else "silu"
+        embedding_scale = config.hidden_size**0.5 if gemma else getattr(config, "embedding_multiplier", 1.0)
+        # transformers rounds Gemma's scale before it multiplies.
+        self.embedding_scale = float(torch.tensor(embedding_scale).to(self.embedding.dtype)) if gemma else embedding_scale
+        self.residual_scale = getattr(config, "residual_multiplier", 1.0)
+        self.logit_scale = 1 / getattr(config, "logits_scaling", 1.0)
+        self.logit_softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        self.attention_softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = model.model.layers[0].self_attn.head_dim
-        # The model's own frequencies: whatever rope scaling its config asks for is already in them.
-        self.rope_frequencies = model.model.rotary_emb.inv_freq.float()  # [D / 2]
-        self.rope_scaling = model.model.rotary_emb.attention_scaling
+        self.head_dim = body.layers[0].self_attn.head_dim
+        self.attention_scale = body.layers[0].self_attn.scaling
+        self.layers = [self._layer(layer, body, gemma) for layer in body.layers]
         self.reset(0)
 
-    @staticmethod
-    def _layer(layer: torch.nn.Module) -> Layer:
+    def _layer(self, layer: torch.nn.Module, body: torch.nn.Module, gemma: bool) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if hasattr(attention, "qkv_proj"):
+            qkv = [attention.qkv_proj]
+            gate, up = mlp.gate_up_proj.weight.detach().chunk(2)
+        else:
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
+        rotary, kind = body.rotary_emb, getattr(attention, "layer_type", None)
+        prefix = "" if hasattr(rotary, "inv_freq") else f"{kind}_"
+        # The model's own frequencies: whatever rope scaling its config asks for is already in them.
+        frequencies = getattr(rotary, f"{prefix}inv_freq").float() if getattr(attention, "use_rope", True) else None
+        # The families whose attention does not say what its window is have the config's in every layer.
+        window = (
+            attention.sliding_window if hasattr(attention, "sliding_window") else getattr(body.config, "sliding_window", None)
+        )
+
+        def norm(module: torch.nn.Module | None) -> torch.Tensor | None:
+            return None if module is None else module.weight.detach()
+
         return Layer(
-            input_norm=layer.input_layernorm.weight.detach(),
-            post_norm=layer.post_attention_layernorm.weight.detach(),
+            before_attention=layer.input_layernorm.weight.detach(),
+            after_attention=norm(layer.post_attention_layernorm if gemma else None),
+            before_mlp=(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm).weight.detach(),
+            after_mlp=norm(layer.post_feedforward_layernorm if gemma else None),
+            q_norm=norm(getattr(attention, "q_norm", None)),
+            k_norm=norm(getattr(attention, "k_norm", None)),
             qkv=torch.cat([part.weight for part in qkv]),
             qkv_bias=None if qkv[0].bias is None else torch.cat([part.bias for part in qkv]),
             output=attention.o_proj.weight.detach(),
             output_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.detach(),
-            gate=mlp.gate_proj.weight.detach(),
-            up=mlp.up_proj.weight.detach(),
+            gate=gate,
+            up=up,
             down=mlp.down_proj.weight.detach().T,
+            window=window,
+            frequencies=frequencies,
+            rope_factor=float(getattr(rotary, f"{prefix}attention_scaling")),
         )
 
     def reset(self, slots: int) -> None:
@@ -112,6 +151,16 @@ class Decoder:
         shape = (self.kv_heads, slots, self.head_dim)
         self.k = [torch.full(shape, math.nan, dtype=self.embedding.dtype) for _ in self.layers]
         self.v = [torch.full(shape, math.nan, dtype=self.embedding.dtype) for _ in self.layers]
+        self.places = torch.zeros(slots, dtype=torch.int64)  # the position of the token in each slot
+
+    def compact(self, start: int, path: Sequence[int]) -> None:
+        """Move the tokens of slots start + path[i] to slots start + i."""
+        for cache in (*self.k, *self.v):
+            cache[:, start : start + len(path)] = cache[:, [start + node for node in path]]
+        self.places[start : start + len(path)] = torch.arange(start, start + len(path))
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.rms_norm(x, weight, self.eps, residual, offset=self.norm_offset)
 
     @torch.no_grad()
     def forward(
@@ -126,35 +175,64 @@ class Decoder:
         """One pass of m tokens through every layer; their keys and values go to `slots`.
 
         tokens, positions, slots: integer [m], slots distinct.
-        visible: bool [m, cache slots], the slots that each row attends to, its own among them.
+        visible: bool [m, cache slots], the slots that each row attends to, its own among them; a layer with a window leaves out
+            those that are too far back.
         neurons: what the sparse model keeps; without it the pass is dense.
-        z: a list to which each layer's `silu(gate x) * (up x)` is appended, float32 [m, I].
+        z: a list to which each layer's `act(gate x) * (up x)` is appended, float32 [m, I].
         Returns the logits, float32 [m, V].
         """
         m = len(tokens)
-        angles = torch.arange(int(positions.max()) + 1).unsqueeze(1) * self.rope_frequencies
-        cos, sin = angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
+        self.places[slots.long()] = positions.long()
         hidden = self.embedding[tokens.long()]
+        if self.embedding_scale != 1.0:
+            hidden = (hidden.float() * self.embedding_scale).to(hidden.dtype)
         for index, layer in enumerate(self.layers):
-            x = ops.rms_norm(hidden, layer.input_norm, self.eps)
+            x = self._norm(hidden, layer.before_attention)
             qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
-            ops.rope_kv_write(qkv, cos, sin, positions, slots, self.k[index], self.v[index])
+            frequencies = torch.empty(0) if layer.frequencies is None else layer.frequencies
+            angles = torch.arange(int(positions.max()) + 1).unsqueeze(1) * frequencies
+            cos, sin = angles.cos() * layer.rope_factor, angles.sin() * layer.rope_factor
+            ops.rope_kv_write(
+                qkv,
+                cos,
+                sin,
+                positions,
+                slots,
+                self.k[index],
+                self.v[index],
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=self.eps,
+                offset=self.norm_offset,
+            )
             q = qkv[:, : self.heads * self.head_dim].view(m, self.heads, self.head_dim)
-            x = ops.attend(q, self.k[index], self.v[index], visible, self.head_dim**-0.5).to(hidden.dtype)
-            hidden = ops.linear(x.flatten(1), layer.output, layer.output_bias, hidden)
+            seen = visible if layer.window is None else visible & (self.places > positions.unsqueeze(1) - layer.window)
+            x = ops.attend(q, self.k[index], self.v[index], seen, self.attention_scale, self.attention_softcap).to(hidden.dtype)
+            hidden = self._join(
+                lambda **into: ops.linear(x.flatten(1), layer.output, layer.output_bias, **into),  # noqa: B023
+                hidden,
+                layer.after_attention,
+            )
 
-            x = ops.rms_norm(hidden, layer.post_norm, self.eps)
+            x = self._norm(hidden, layer.before_mlp)
             if callable(neurons):
-                gates = ops.gate(x, layer.gate)
+                gates = ops.gate(x, layer.gate, activation=self.activation)
                 kept = neurons(index, gates)
                 x = ops.up(x, layer.up, gates, kept)
             else:
                 kept = None if neurons is None else neurons[index]
-                x = ops.gate_up(x, layer.gate, layer.up, kept)
+                x = ops.gate_up(x, layer.gate, layer.up, kept, activation=self.activation)
             if z is not None:
                 z.append(x.float())
-            hidden = ops.down(x, layer.down, kept, hidden)
-        return ops.linear(ops.rms_norm(hidden, self.final_norm, self.eps), self.lm_head, out_dtype=torch.float32)
+            hidden = self._join(lambda **into: ops.down(x, layer.down, kept, **into), hidden, layer.after_mlp)  # noqa: B023
+        normed = self._norm(hidden, self.final_norm)
+        return ops.linear(normed, self.lm_head, scale=self.logit_scale, softcap=self.logit_softcap, out_dtype=torch.float32)
+
+    def _join(self, product: Callable[..., torch.Tensor], hidden: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """What a block's last product adds to the residual stream, by way of a norm if the family has one there."""
+        if norm is None:
+            return product(residual=hidden, scale=self.residual_scale)
+        return self._norm(product(), norm, hidden)
 
     def chain(
         self,
@@ -417,8 +495,7 @@ def _verify(
     else:
         path = path.tolist()
         own = int(argmax[path[-1]] if path else argmax[0])
-    for cache in (*decoder.k, *decoder.v):
-        cache[:, position + 1 : position + 1 + len(path)] = cache[:, [position + node for node in path]]
+    decoder.compact(position, [0, *path])
     committed = [tree.tokens[node] for node in path] + [own]
     depths = [len(tree.path(node)) for node in range(len(tree.tokens))]
     branch = path[-1] - depths.index(len(path)) if path else None
