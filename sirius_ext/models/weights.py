@@ -38,9 +38,7 @@ class Layer:
     after_mlp: torch.Tensor | None
     q_norm: torch.Tensor | None  # [D], of every head
     k_norm: torch.Tensor | None
-    q: Projection  # [heads * D, H]
-    k: Projection  # [kv_heads * D, H]
-    v: Projection  # [kv_heads * D, H]
+    qkv: tuple[Projection, ...]  # q [heads * D, H], k and v [kv_heads * D, H]; their outputs stand side by side
     output: Projection  # [H, heads * D]
     gate: Matrix  # [I, H]
     up: Matrix  # [I, H]
@@ -88,11 +86,11 @@ class Weights:
             return Projection(Matrix(_plain(linear.weight)), None if linear.bias is None else _plain(linear.bias))
 
         if family.fused:
-            q, k, v = _split(projection("self_attn.qkv_proj"), d.heads * d.head_dim, d.kv_heads * d.head_dim)
+            qkv = _split(projection("self_attn.qkv_proj"), d.heads * d.head_dim, d.kv_heads * d.head_dim)
             both = Matrix(_plain(layer.mlp.gate_up_proj.weight))
             gate, up = both.take(slice(0, d.intermediate)), both.take(slice(d.intermediate, None))
         else:
-            q, k, v = (projection(f"self_attn.{name}_proj") for name in "qkv")
+            qkv = tuple(projection(f"self_attn.{name}_proj") for name in "qkv")
             gate, up = Matrix(_plain(layer.mlp.gate_proj.weight)), Matrix(_plain(layer.mlp.up_proj.weight))
         down = layer.mlp.down_proj.weight
         if not down.data.t().is_contiguous():
@@ -106,9 +104,7 @@ class Weights:
             after_mlp=norm(family.after_mlp),
             q_norm=norm("self_attn.q_norm" if family.head_norms else None),
             k_norm=norm("self_attn.k_norm" if family.head_norms else None),
-            q=q,
-            k=k,
-            v=v,
+            qkv=qkv,
             output=projection("self_attn.o_proj"),
             gate=gate,
             up=up,
@@ -163,9 +159,8 @@ class Weights:
         for layer in self.layers:
             for field in dataclasses.fields(layer):
                 value = getattr(layer, field.name)
-                parts = (value.weight.data, value.bias) if isinstance(value, Projection) else (value,)
-                tensors = (each.data if isinstance(each, Matrix) else each for each in parts)
-                total += sum(each.numel() for each in tensors if isinstance(each, torch.Tensor))
+                for each in value if isinstance(value, tuple) else (value,):
+                    total += _numel(each)
         return total
 
     @property
@@ -202,6 +197,15 @@ class Weights:
         return _addresses(model) == self._addresses
 
 
+def _numel(part: Projection | Matrix | torch.Tensor | int | None) -> int:
+    """Parameters of a field of `Layer`."""
+    if isinstance(part, Projection):
+        return _numel(part.weight) + _numel(part.bias)
+    if isinstance(part, Matrix):
+        return part.data.numel()
+    return part.numel() if isinstance(part, torch.Tensor) else 0
+
+
 def restore(model: Any) -> None:
     """Give `down_proj` its own layout back; values, shapes and strides are then what they were before `Weights(model)`."""
     for layer in model.model.layers:
@@ -215,11 +219,11 @@ def _plain(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.data
 
 
-def _split(qkv: Projection, q_rows: int, kv_rows: int) -> list[Projection]:
+def _split(qkv: Projection, q_rows: int, kv_rows: int) -> tuple[Projection, ...]:
     """q, k and v out of one matrix; nothing is copied."""
     ends = (0, q_rows, q_rows + kv_rows, q_rows + 2 * kv_rows)
     rows = [slice(start, stop) for start, stop in zip(ends, ends[1:])]
-    return [Projection(qkv.weight.take(each), None if qkv.bias is None else qkv.bias[each]) for each in rows]
+    return tuple(Projection(qkv.weight.take(each), None if qkv.bias is None else qkv.bias[each]) for each in rows)
 
 
 def _addresses(model: nn.Module) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The decoder layer of every family in plain torch: for passes of many tokens, which are a library's work.
 
 Prefill, batched evaluation and the dense baseline of the benchmarks are made of it. They differ in where keys and values go and
-who looks at the neurons, so the caller hands both in.
+who looks at the neurons, so the caller hands both in. T is the model's dtype.
 """
 
 from __future__ import annotations
@@ -12,120 +12,109 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import ops
-from ..models.families import Activation
+from ..models.families import Activation, Description
 from ..models.weights import Layer, Weights
 
-# (layer, q T [t, heads, D], k and v T [t, kv_heads, D], rotated) -> attention's result, T [t, heads * D]; keeps k and v.
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# (layer, gates = act(gate x), z = gates * (up x); T [t, I] each) -> z, changed or not.
-Neurons = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+# (q T [t, heads, D], k and v T [t, kv_heads, D], rotated) -> attention's result, T [t, heads * D]; keeps k and v.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (gates = act(gate x), z = gates * (up x); T [t, I] each) -> z, changed or not.
+Neurons = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Cosines and sines, float32 [tables, t, rotary_dim / 2] each.
+Angles = tuple[torch.Tensor, torch.Tensor]
 
 
-class Layers:
-    """A model's layers. T is the model's dtype; every method takes and gives tensors on its device."""
+def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens: int64 [t]. Returns T [t, H]."""
+    x, scale = F.embedding(tokens, weights.embedding.data), weights.description.embedding_scale
+    return x if scale == 1.0 else (x.float() * scale).to(x.dtype)
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: int64 [t]. Returns T [t, H]."""
-        x, scale = F.embedding(tokens, self.weights.embedding.data), self.weights.description.embedding_scale
-        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+def decoder_layer(
+    d: Description, layer: Layer, x: torch.Tensor, angles: Angles, attend: Attend, neurons: Neurons | None = None
+) -> torch.Tensor:
+    """One layer over t tokens. x: T [t, H]. Returns T [t, H]."""
+    normed = norm(d, x, layer.before_attention)
+    parts = [project(normed) for project in layer.qkv]
+    qkv = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(len(x), -1, d.head_dim)
+    q, k, v = qkv.split((d.heads, d.kv_heads, d.kv_heads), 1)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = norm(d, q, layer.q_norm), norm(d, k, layer.k_norm)
+    if layer.rope >= 0:
+        cos, sin = (table[layer.rope, :, None] for table in angles)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    x = _join(d, x, layer.output(attend(q, k, v)), layer.after_attention)
+    normed = norm(d, x, layer.before_mlp)
+    gates = _act(d, layer.gate.dot(normed))
+    z = gates * layer.up.dot(normed)
+    if neurons is not None:
+        z = neurons(gates, z)
+    if layer.after_mlp is None and d.residual_scale == 1.0:
+        return layer.down.sum(z, x)
+    return _join(d, x, layer.down.sum(z), layer.after_mlp)
 
-    def layer(
-        self,
-        x: torch.Tensor,
-        index: int,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        attend: Attend,
-        neurons: Neurons | None = None,
-    ) -> torch.Tensor:
-        """One layer. x: T [t, H]. angles: cosines and sines, float32 [tables, t, rotary_dim / 2]. Returns T [t, H]."""
-        layer, w = self.weights.layers[index], self.weights
-        normed = self.norm(x, layer.before_attention)
-        q, k, v = (each(normed).view(len(x), -1, w.head_dim) for each in (layer.q, layer.k, layer.v))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
-        if layer.rope >= 0:
-            cos, sin = (table[layer.rope, :, None] for table in angles)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        x = self._join(x, layer.output(attend(index, q, k, v)), layer.after_attention)
-        normed = self.norm(x, layer.before_mlp)
-        gates = self._act(layer.gate.dot(normed))
-        z = gates * layer.up.dot(normed)
-        if neurons is not None:
-            z = neurons(index, gates, z)
-        if layer.after_mlp is None and w.description.residual_scale == 1.0:
-            return layer.down.sum(z, x)
-        return self._join(x, layer.down.sum(z), layer.after_mlp)
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of the last dimension."""
-        d = self.weights.description
-        if d.norm_offset:
-            return F.rms_norm(x.float(), weight.shape, weight.float() + d.norm_offset, d.eps).to(x.dtype)
-        return F.rms_norm(x, weight.shape, weight, d.eps)
+def norm(d: Description, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm of the last dimension."""
+    if d.norm_offset:
+        return F.rms_norm(x.float(), weight.shape, weight.float() + d.norm_offset, d.eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, d.eps)
 
-    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x, self.weights.final_norm)
 
-    def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """Behind the final norm: T [t, H] to float32 [t, V]."""
-        # Our own product: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
-        d = self.weights.description
-        return ops.linear(normed, self.weights.lm_head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32)
+def logits(weights: Weights, normed: torch.Tensor) -> torch.Tensor:
+    """What the final norm gave, T [t, H], to float32 [t, V]."""
+    # Our own product: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
+    d = weights.description
+    return ops.linear(normed, weights.lm_head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32)
 
-    def _join(self, x: torch.Tensor, added: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-        """The residual stream after a block."""
-        scale = self.weights.description.residual_scale
-        added = added if norm is None else self.norm(added, norm)
-        return x + (added if scale == 1.0 else added * scale)
 
-    def _act(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weights.description.activation == Activation.GELU_TANH:
-            return F.gelu(x, approximate="tanh")
-        return F.silu(x)
+def _join(d: Description, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """The residual stream after a block, whose result goes through a norm if the family has one there."""
+    added = added if weight is None else norm(d, added, weight)
+    return x + (added if d.residual_scale == 1.0 else added * d.residual_scale)
+
+
+def _act(d: Description, x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh") if d.activation == Activation.GELU_TANH else F.silu(x)
 
 
 def attention(
-    weights: Weights,
-    layer: Layer,
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    start: int,
+    d: Description, layer: Layer, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
 ) -> torch.Tensor:
     """Causal attention of tokens that stand after `start` others.
 
     q: T [t, heads, D]. keys, values: T [kv_heads, start + t, D]. Returns T [t, heads * D].
     """
-    d, t, end = weights.description, len(q), start + len(q)
+    t, end = len(q), start + len(q)
     first = max(0, start - layer.window + 1) if layer.window else 0  # what no token sees is not read
     keys, values, start, end = keys[:, first:], values[:, first:], start - first, end - first
-    windowed = layer.window and end > layer.window
-    visible = None
-    if start or windowed or d.attention_softcap:
-        visible = torch.ones(t, end, dtype=torch.bool, device=q.device).tril(start)
-        if windowed:
-            visible = visible.triu(start - layer.window + 1)
-    queries = q.transpose(0, 1)
-    if d.attention_softcap:
+    if start == 0 and not (layer.window and end > layer.window):
+        return attention_of(d, q, keys, values, None)
+    visible = torch.ones(t, end, dtype=torch.bool, device=q.device).tril(start)
+    return attention_of(d, q, keys, values, visible.triu(start - layer.window + 1) if layer.window else visible)
+
+
+def attention_of(
+    d: Description, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of t tokens to the slots that each sees.
+
+    q: T [t, heads, D]. keys, values: T [kv_heads, slots, D]. visible: bool [t, slots]; None: causal, and as many slots as tokens.
+    Returns T [t, heads * D].
+    """
+    if d.attention_softcap:  # torch's own attention has none
         group = d.heads // d.kv_heads
-        scores = queries.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * d.attention_scale
+        scores = q.transpose(0, 1).float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * d.attention_scale
         scores = torch.tanh(scores / d.attention_softcap) * d.attention_softcap
+        if visible is None:
+            visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
         weight = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         attended = (weight @ values.float().repeat_interleave(group, 0)).to(q.dtype)
     else:
+        queries = q.transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(
-            queries[None],
-            keys[None],
-            values[None],
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=d.attention_scale,
-            enable_gqa=True,
+            queries, keys[None], values[None], visible, is_causal=visible is None, scale=d.attention_scale, enable_gqa=True
         )[0]
-    return attended.transpose(0, 1).reshape(t, -1)
+    return attended.transpose(0, 1).reshape(len(q), -1)
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
