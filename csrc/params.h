@@ -1,5 +1,9 @@
-// One plain struct per op: pointers, sizes, strides in elements. No ownership, no Python, no torch.
-// T stands for the model's element type (`dtype`); everything else is spelled out.
+// One plain struct per op: pointers, sizes, strides in elements. No ownership, no Python, no torch. Each struct's fields are
+// named once more in python/fields.h, by which Python passes them; both backends take the same structs. T stands for the model's
+// element type (`dtype`); everything else is spelled out.
+//
+// A field marked (CUDA) points to device memory that a replayed graph reads, so that its value may change between two replays; it
+// is null wherever the value is known when the op is called, and always on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -8,43 +12,59 @@
 
 namespace sirius {
 
-// Rows of one weight matrix, stored neuron by neuron, with an optional bias.
+// A weight matrix, stored row by row: a row is what one neuron, or one output, reads. Who wants a row asks `row`, so that one day
+// it may lie elsewhere. How the bytes of a row are read is known to the format's kernels alone.
 struct Matrix {
-  const void* weight;  // T [rows, in]
-  const void* bias;    // T [rows] or null
-  int rows;
+  const void* data;
+  const void* scales;  // of formats that have them, or null
+  Format format;
+  int rows, cols;
+  int64_t stride;  // bytes from one row to the next
+
+  SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
 };
 
-// out[m, :] = concat_i(matrices[i].weight x[m] + matrices[i].bias) + residual[m, :]
+// A matrix with an optional bias.
+struct Projection {
+  Matrix weight;     // [rows, in]
+  const void* bias;  // T [rows] or null
+};
+
+// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise. All parts have one format.
+// out[m, :] = softcap(scale * concat_i(parts[i].weight x[m] + parts[i].bias)) + residual[m, :]
 struct LinearParams {
   Dtype dtype;
-  const void* x;           // T [num_rows, in]
-  const Matrix* matrices;  // [num_matrices]; their outputs stand side by side
-  int num_matrices;
+  const void* x;  // T [num_rows, in]
+  Projection parts[3];
+  int num_parts;         // their outputs stand side by side
   const void* residual;  // T [num_rows, out] or null; may be `out`
   void* out;             // T [num_rows, out], or float if out_f32
   bool out_f32;
-  int num_rows, in, out_features;
+  float scale, softcap;
+  int num_rows, out_features;
 };
 
-// hidden[m, i] = silu(gate[n_i] . x[m]) * (up[n_i] . x[m])
+enum class Activation : int { silu = 0, gelu_tanh = 1 };
+
+// hidden[m, i] = act(gate[n_i] . x[m]) * (up[n_i] . x[m])
 struct GateUpParams {
   Dtype dtype;
   const void* x;           // T [num_rows, hidden]
-  const void* gate;        // T [intermediate, hidden]
-  const void* up;          // T [intermediate, hidden]
+  Matrix gate, up;         // [intermediate, hidden], of one format
   const int32_t* neurons;  // [num_neurons], or null for 0..num_neurons-1
   void* out;               // T [num_rows, num_neurons]
-  int num_rows, hidden, num_neurons;
+  Activation activation;
+  int num_rows, num_neurons;
 };
 
-// out[m, i] = silu(gate[i] . x[m]), not rounded: what FSparse chooses from, and `up` multiplies with.
+// out[m, i] = act(gate[i] . x[m]), not rounded: what FSparse chooses from, and `up` multiplies with.
 struct GateParams {
   Dtype dtype;
-  const void* x;     // T [num_rows, hidden]
-  const void* gate;  // T [intermediate, hidden]
-  float* out;        // [num_rows, intermediate]
-  int num_rows, hidden, intermediate;
+  const void* x;  // T [num_rows, hidden]
+  Matrix gate;    // [intermediate, hidden]
+  float* out;     // [num_rows, intermediate]
+  Activation activation;
+  int num_rows;
 };
 
 // The neurons of largest score_i = sum_m |gates[m, i]|, in rising order: `kept` of them, the lower index first among equals; or
@@ -53,6 +73,8 @@ struct SelectParams {
   const float* gates;      // [num_rows, intermediate]
   const float* threshold;  // [1] or null
   int32_t* neurons;        // [intermediate]
+  int32_t* count;          // [1]: how many neurons were written
+  const int32_t* alive;    // [1] (CUDA): only so many of the rows count; or null for all
   int num_rows, intermediate, kept;
 };
 
@@ -61,8 +83,10 @@ struct SelectParams {
 // rising order, the lower index first among equals.
 struct FollowParams {
   Dtype dtype;
-  const void* z;              // T [layers, num_rows, intermediate]: silu(gate x) * (up x)
-  const int32_t* rows;        // [count]
+  const void* z;              // T [layers, num_rows, intermediate]: act(gate x) * (up x)
+  const int32_t* rows;        // [count], or with count_at [num_rows]
+  const int32_t* count_at;    // [1] (CUDA), in place of count
+  const int32_t* fault;       // [1] (CUDA): where it is not 0, statistic and neurons stay what they were
   const float* down_squares;  // [layers, intermediate]: ||down_i||^2
   float* statistic;           // [layers, intermediate]
   int32_t* neurons;           // [layers, kept]
@@ -73,34 +97,42 @@ struct FollowParams {
 // hidden[m, i] = gates[m, n_i] * (up[n_i] . x[m])
 struct UpParams {
   Dtype dtype;
-  const void* x;           // T [num_rows, hidden]
-  const void* up;          // T [intermediate, hidden]
-  const float* gates;      // [num_rows, intermediate]
-  const int32_t* neurons;  // [num_neurons]
-  void* out;               // T [num_rows, num_neurons]
-  int num_rows, hidden, intermediate, num_neurons;
+  const void* x;                  // T [num_rows, hidden]
+  Matrix up;                      // [intermediate, hidden]
+  const float* gates;             // [num_rows, intermediate]
+  const int32_t* neurons;         // [num_neurons]
+  const int32_t* num_neurons_at;  // [1] (CUDA), at most num_neurons, which is then the row length of `out`
+  void* out;                      // T [num_rows, num_neurons]
+  int num_rows, num_neurons;
 };
 
-// out[m, :] = sum_i x[m, i] * down[n_i, :] + residual[m, :]
+// out[m, :] = scale * sum_i x[m, i] * down[n_i, :] + residual[m, :]
 struct DownParams {
   Dtype dtype;
-  const void* x;           // T [num_rows, num_neurons]
-  const void* down;        // T [intermediate, hidden]: down_proj transposed
-  const int32_t* neurons;  // [num_neurons] or null
-  const void* residual;    // T [num_rows, hidden] or null; may be `out`
-  void* out;               // T [num_rows, hidden]
-  float* workspace;        // [down_workspace(...)]
-  int num_rows, hidden, num_neurons;
+  const void* x;                  // T [num_rows, num_neurons]
+  Matrix down;                    // [intermediate, hidden]: down_proj transposed
+  const int32_t* neurons;         // [num_neurons] or null
+  const int32_t* num_neurons_at;  // [1] (CUDA), as in UpParams
+  const void* residual;           // T [num_rows, hidden] or null; may be `out`
+  void* out;                      // T [num_rows, hidden]
+  float* workspace;               // [down_workspace(...)]
+  float scale;
+  int num_rows, num_neurons;
 };
 
-// With a residual: residual += x (in place) and the sum is normalised.
+// RMSNorm's weights: a row is multiplied by weight + offset, where the offset is 0 or, as in Gemma, 1. No weight: no norm.
+struct Norm {
+  const void* weight;  // T [width of a row] or null
+  float eps, offset;
+};
+
+// out[m, :] = x[m] / sqrt(mean(x[m]^2) + eps) * (weight + offset) + residual[m, :]
 struct RmsNormParams {
   Dtype dtype;
-  const void* x;       // T [num_rows, hidden]
-  const void* weight;  // T [hidden]
-  void* residual;      // T [num_rows, hidden] or null
-  void* out;           // T [num_rows, hidden]
-  float eps;
+  const void* x;  // T [num_rows, hidden]
+  Norm norm;
+  const void* residual;  // T [num_rows, hidden] or null; may be `out`
+  void* out;             // T [num_rows, hidden]; may be `x`
   int num_rows, hidden;
 };
 
@@ -109,21 +141,28 @@ struct CacheShape {
   int kv_heads, capacity, head_dim;
 };
 
-// Rotates q and k (half-split pairs) and writes k and v into the cache.
+// Normalises the heads of q and k if there are weights for that, rotates them (half-split pairs) and writes k and v into the
+// cache. Of each head the first rotary_dim elements are rotated, element d with element d + rotary_dim / 2; 0 leaves all as they
+// are.
 struct RopeParams {
   Dtype dtype;
-  void* qkv;                 // T [num_rows, (heads + 2 * kv_heads) * head_dim]; the q part is rotated in place
-  const float* cos;          // [max_position, head_dim / 2]
-  const float* sin;          // [max_position, head_dim / 2]
+  void* qkv;                 // T [num_rows, (heads + 2 * kv_heads) * head_dim]; the q part is changed in place
+  Norm q_norm, k_norm;       // over each head; T [head_dim] or null
+  const float* cos;          // [max_position, rotary_dim / 2]
+  const float* sin;          // [max_position, rotary_dim / 2]
   const int32_t* positions;  // [num_rows]
   const int32_t* slots;      // [num_rows], or null for first_slot + row
   int first_slot;
+  const int32_t* base;  // [1] (CUDA), added to positions and slots
   void *k_cache, *v_cache;
   CacheShape cache;
-  int num_rows, heads;
+  int num_rows, heads, rotary_dim;
 };
 
-// Row m attends to slots [0, prefix) and to slot prefix + b for every set bit b of mask[m].
+// Row m attends to slots [0, prefix) and to slot prefix + b for every set bit b of mask[m]. With a window only to those of them
+// whose position is more than positions[m] - window: a prefix slot's position is its number, and the others are the row's last
+// ones, whose positions are in the window in any case (a tree is less deep than the window).
+// Scores are softcap(scale * q . k), as in LinearParams.
 struct AttentionParams {
   Dtype dtype;
   const void* q;  // T [num_rows, heads, head_dim], rows q_stride apart
@@ -131,11 +170,14 @@ struct AttentionParams {
   const void *k_cache, *v_cache;
   CacheShape cache;
   int prefix;
+  const int32_t* base;   // [1] (CUDA), added to prefix and positions
   const uint64_t* mask;  // [num_rows, mask_words]
   int mask_words;
-  void* out;         // T [num_rows, heads, head_dim]
-  float* workspace;  // [attention_workspace(...)]
-  float scale;
+  const int32_t* positions;  // [num_rows]; may be null if there is no window
+  int window;                // 0: none
+  void* out;                 // T [num_rows, heads, head_dim]
+  float* workspace;          // [attention_workspace(...)]
+  float scale, softcap;
   int num_rows, heads;
 };
 
@@ -159,6 +201,7 @@ struct TreeExpandParams {
   int32_t* count;       // [1]: how many there are
   int32_t* candidates;  // [num_leaves, width]: workspace, as is the next one
   float* likelihoods;   // [num_leaves, width]: logarithms, -inf where there is no candidate
+  int32_t* fault;       // [1] (CUDA): see csrc/cuda/ops.h
   int num_leaves, vocab, width;
 };
 
@@ -176,37 +219,57 @@ struct AcceptParams {
   int32_t* path;       // [num_rows - 1]: the nodes of the accepted run, from the first on
   int32_t* accepted;   // [1]: the run's length
   float* workspace;    // [2, num_rows]
+  const int32_t* limit;  // [1] (CUDA): the longest run to accept
+  int32_t* fault;        // [1] (CUDA): see csrc/cuda/ops.h
+  int num_rows, vocab;
+};
+
+// argmax[i] of logits[i, :], the first of equals; -1 where a logit is not finite.
+struct ArgmaxParams {
+  const float* logits;  // [num_rows, vocab]
+  int32_t* argmax;      // [num_rows]
   int num_rows, vocab;
 };
 
 // Moves the entries of slots start + path[i] to slots start + i, in every layer and head.
 struct KvRewriteParams {
   Dtype dtype;
-  void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
-  const int32_t* path;      // [length], strictly increasing
+  void *k_cache, *v_cache;   // T [layers, kv_heads, capacity, head_dim]
+  const int32_t* path;       // [length], strictly increasing
+  const int32_t* base;       // [1] (CUDA), added to start
+  const int32_t* length_at;  // [1] (CUDA), in place of length
   CacheShape cache;
   int layers, start, length;
 };
 
+// A decoder layer of any family: x += after_attention(attention(before_attention(x))), then x += after_mlp(mlp(before_mlp(x))).
+// A norm without a weight is left out. models/families.py says which family has what.
 struct LayerWeights {
-  const void *input_norm, *post_norm;  // T [hidden]
-  Matrix qkv[3];                       // rows: heads, kv_heads, kv_heads times head_dim
-  Matrix output;                       // T [hidden, heads * head_dim]
-  const void *gate, *up, *down;        // T [intermediate, hidden] each
+  Norm before_attention, after_attention, before_mlp, after_mlp;  // T [hidden]
+  Norm q_norm, k_norm;                                            // T [head_dim]
+  Projection qkv[3];                                              // rows: heads, kv_heads, kv_heads times head_dim
+  Projection output;                                              // [hidden, heads * head_dim]
+  Matrix gate, up, down;                                          // [intermediate, hidden] each
+  int window;                                                     // of attention, in tokens; 0: none
+  int rope;                                                       // which of the tables of angles; -1: no rotation
 };
 
 struct ModelWeights {
   Dtype dtype;
-  const void* embedding;   // T [vocab, hidden]
-  const void* final_norm;  // T [hidden]
-  const void* lm_head;     // T [vocab, hidden]
+  Matrix embedding;  // [vocab, hidden]
+  Norm final_norm;   // T [hidden]
+  Matrix lm_head;    // [vocab, hidden]
   const LayerWeights* layers;
-  int num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim;
-  float eps, attention_scale;
+  int num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, rotary_dim;
+  Activation activation;
+  float embedding_scale;  // of a token's embedding, rounded to T after it
+  float residual_scale;   // of what attention and MLP add to x where no norm stands behind them
+  float attention_scale, attention_softcap;
+  float logit_scale, logit_softcap;
 };
 
-// Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |silu(gate x)|; `threshold`
-// all whose mean |silu(gate x)| over the rows reaches the layer's threshold.
+// Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`
+// all whose mean |act(gate x)| over the rows reaches the layer's threshold.
 struct Sparsity {
   enum Kind : int { dense, listed, largest, threshold } kind;
   const int32_t* neurons;   // [layers, kept], if listed
@@ -220,15 +283,16 @@ struct DecodeStepParams {
   const ModelWeights* model;
   const int32_t* tokens;     // [num_rows]
   const int32_t* positions;  // [num_rows]
-  const float *cos, *sin;    // [max_position, head_dim / 2]
-  const uint64_t* mask;      // [num_rows, mask_words]
+  const float *cos, *sin;    // [tables, max_position, rotary_dim / 2]
+  int max_position;
+  const uint64_t* mask;  // [num_rows, mask_words]
   int mask_words;
   void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
   Sparsity sparsity;
   float* logits;    // [num_rows, vocab]
-  int32_t* argmax;  // [num_rows]; -1 where a logit is not finite
+  int32_t* argmax;  // [num_rows], or null; -1 where a logit is not finite
   void* workspace;  // [decode_workspace(...)] bytes
-  void* z;          // T [layers, num_rows, intermediate]: gets silu(gate x) * (up x) of a dense pass; or null
+  void* z;          // T [layers, num_rows, intermediate]: gets act(gate x) * (up x) of a dense pass; or null
   int num_rows, first_slot, prefix, capacity;
 };
 
