@@ -273,7 +273,7 @@ def describe(model: nn.Module) -> tuple[Description, list[tuple[torch.Tensor, fl
             activation=ACTIVATIONS[getattr(config, family.activation)],
             eps=config.rms_norm_eps,
             norm_offset=family.norm_offset,
-            embedding_scale=family.embedding_scale(config),
+            embedding_scale=_embedding_scale(family, body.embed_tokens, config),
             residual_scale=family.residual_scale(config),
             attention_scale=attention.scaling,
             attention_softcap=family.attention_softcap(config) or 0.0,
@@ -284,3 +284,9 @@ def describe(model: nn.Module) -> tuple[Description, list[tuple[torch.Tensor, fl
         ),
         tables,
     )
+
+
+def _embedding_scale(family: Family, embedding: nn.Module, config: Any) -> float:
+    """A scale that is the embedding module's own is rounded as its weights are; others are not."""
+    scale = family.embedding_scale(config)
+    return float(torch.tensor(scale, dtype=embedding.weight.dtype)) if hasattr(embedding, "embed_scale") else scale

@@ -47,6 +47,12 @@ class Layer:
     rope: int  # which table of angles, -1: none
 
 
+# What the extension knows of a layer, and of a `Description`, by the same names.
+_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
+_DESCRIBED = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary_dim", "activation", "embedding_scale")
+_DESCRIBED += ("residual_scale", "attention_scale", "attention_softcap", "logit_scale", "logit_softcap")
+
+
 class Weights:
     """The tensors of a `transformers` causal language model of a supported family, which it goes on sharing with the model.
 
@@ -183,6 +189,37 @@ class Weights:
     def dtype_code(self) -> int:
         """The extension's name for the dtype."""
         return DTYPES[self.dtype]
+
+    def arguments(self) -> dict[str, object]:
+        """What the extension's `Model` is made of: ModelWeights of csrc/params.h and, as `layers`, its LayerWeights."""
+        d = self.description
+
+        def norm(weight: torch.Tensor | None) -> dict[str, object]:
+            return {"weight": 0 if weight is None else weight.data_ptr(), "eps": d.eps, "offset": d.norm_offset}
+
+        def projection(part: Projection) -> dict[str, object]:
+            return {"weight": part.weight.raw, "bias": 0 if part.bias is None else part.bias.data_ptr()}
+
+        layers = [
+            {
+                **{name: norm(getattr(layer, name)) for name in _NORMS},
+                **{name: getattr(layer, name).raw for name in ("gate", "up", "down")},
+                "qkv": [projection(part) for part in layer.qkv],
+                "output": projection(layer.output),
+                "window": layer.window,
+                "rope": layer.rope,
+            }
+            for layer in self.layers
+        ]
+        return {
+            **{name: getattr(d, name) for name in _DESCRIBED},
+            "dtype": self.dtype_code,
+            "embedding": self.embedding.raw,
+            "final_norm": norm(self.final_norm),
+            "lm_head": self.lm_head.raw,
+            "vocab": self.vocab,
+            "layers": layers,
+        }
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the positions, an integer tensor [t]: float32 [tables, t, rotary_dim / 2] each."""
