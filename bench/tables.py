@@ -1,5 +1,5 @@
-"""What was measured on GPUs, beside the paper's figures and the time that reading the weights takes: a table in the README, made
-from bench/results/*.json.
+"""What was measured on GPUs, beside the paper's figures and the time that reading the weights takes: a table in
+docs/benchmarks.md, made from bench/results/*.json.
 
 python bench/tables.py          write it
 python bench/tables.py --check  exit 1 if it is not what the results say
@@ -49,7 +49,7 @@ GPUS = (
 
 
 def latencies(folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds per token by GPU and variant, of MODEL behind CONTEXT tokens. Of several files for a GPU, the last by name.
+    """Milliseconds per token by GPU and variant, of MODEL after CONTEXT tokens. Of several files for a GPU, the last by name.
 
     ValueError if a file of results is not one.
     """
@@ -119,7 +119,7 @@ def renewed(document: str, content: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--document", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the document is stale")
     options = parser.parse_args(arguments)
     before = options.document.read_text()

@@ -45,7 +45,7 @@ def drawn(backend, width, period):
         parent = "" if node == 0 else int(parents[node])
         lines.append(f"{node:>4}  {word:<5}  {parent:>6}  {tree.scores[node].exp():5.3f}   {sees:<18}  {given}{verdict}".rstrip())
     own = WORDS[argmax[path[-1] if len(path) else 0]]
-    lines.append(f"accepted: {[words[node] for node in path]}, then F's own: {own!r}")
+    lines.append(f"accepted: {[words[node] for node in path]}, then the bonus token: {own!r}")
     moves = [f"{node} -> {place}" for place, node in enumerate(path.tolist(), start=1) if node != place]
     lines.append(f"cache entries moved: {', '.join(moves) or 'none'}")
     return "\n".join(lines)

@@ -252,7 +252,7 @@ def test_what_the_table_cannot_be_made_of(places, capsys):
     assert "once each, in this order" in capsys.readouterr().err
 
 
-def test_the_readme_says_what_the_results_say():
+def test_the_benchmarks_page_says_what_the_results_say():
     assert tables.main(["--check"]) == 0
 
 
