@@ -30,7 +30,7 @@ struct Projection {
   const void* bias;  // T [rows] or null
 };
 
-// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise.
+// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise. All parts have one format.
 // out[m, :] = softcap(scale * concat_i(parts[i].weight x[m] + parts[i].bias)) + residual[m, :]
 struct LinearParams {
   Dtype dtype;
@@ -50,7 +50,7 @@ enum class Activation : int { silu = 0, gelu_tanh = 1 };
 struct GateUpParams {
   Dtype dtype;
   const void* x;           // T [num_rows, hidden]
-  Matrix gate, up;         // [intermediate, hidden]
+  Matrix gate, up;         // [intermediate, hidden], of one format
   const int32_t* neurons;  // [num_neurons], or null for 0..num_neurons-1
   void* out;               // T [num_rows, num_neurons]
   Activation activation;
@@ -83,7 +83,7 @@ struct SelectParams {
 // rising order, the lower index first among equals.
 struct FollowParams {
   Dtype dtype;
-  const void* z;              // T [layers, num_rows, intermediate]: silu(gate x) * (up x)
+  const void* z;              // T [layers, num_rows, intermediate]: act(gate x) * (up x)
   const int32_t* rows;        // [count], or with count_at [num_rows]
   const int32_t* count_at;    // [1] (CUDA), in place of count
   const int32_t* fault;       // [1] (CUDA): where it is not 0, statistic and neurons stay what they were
@@ -263,13 +263,13 @@ struct ModelWeights {
   int num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, rotary_dim;
   Activation activation;
   float embedding_scale;  // of a token's embedding, rounded to T after it
-  float residual_scale;   // of what attention and MLP add to x
+  float residual_scale;   // of what attention and MLP add to x where no norm stands behind them
   float attention_scale, attention_softcap;
   float logit_scale, logit_softcap;
 };
 
-// Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |silu(gate x)|; `threshold`
-// all whose mean |silu(gate x)| over the rows reaches the layer's threshold.
+// Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`
+// all whose mean |act(gate x)| over the rows reaches the layer's threshold.
 struct Sparsity {
   enum Kind : int { dense, listed, largest, threshold } kind;
   const int32_t* neurons;   // [layers, kept], if listed
@@ -290,7 +290,7 @@ struct DecodeStepParams {
   void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
   Sparsity sparsity;
   float* logits;    // [num_rows, vocab]
-  int32_t* argmax;  // [num_rows]; -1 where a logit is not finite
+  int32_t* argmax;  // [num_rows], or null; -1 where a logit is not finite
   void* workspace;  // [decode_workspace(...)] bytes
   void* z;          // T [layers, num_rows, intermediate]: gets act(gate x) * (up x) of a dense pass; or null
   int num_rows, first_slot, prefix, capacity;

@@ -3,16 +3,84 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
 from .. import _C
 
-# The CUDA kernels run on the CPU: a module with the functions of `_C.cuda` (tests only).
-_emulator: ModuleType | None = None
+
+class Backend(Protocol):
+    """The ops of one kind of device.
+
+    functions: the compiled module. Its ops take the fields of csrc/params.h by their names; addresses are integers.
+    """
+
+    functions: ModuleType
+
+    def run(self, device: torch.device, name: str, workspace: tuple[int, ...], fields: dict[str, object]) -> None:
+        """Call the op `name` with the fields of its arguments. workspace: the sizes that the size of its workspace depends on."""
+
+
+class CpuBackend:
+    def __init__(self, functions: ModuleType) -> None:
+        self.functions = functions
+
+    def run(self, device: torch.device, name: str, workspace: tuple[int, ...], fields: dict[str, object]) -> None:
+        """As `Backend.run`. The ops make their workspace themselves."""
+        getattr(self.functions, name)(**fields, threads=torch.get_num_threads())
+
+
+class CudaBackend:
+    def __init__(self, functions: ModuleType) -> None:
+        self.functions = functions
+        self._counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def run(self, device: torch.device, name: str, workspace: tuple[int, ...], fields: dict[str, object]) -> None:
+        """As `Backend.run`."""
+        floats = getattr(self.functions, f"{name}_workspace")(*workspace) if workspace else 0
+        memory = torch.empty(floats, device=device)
+        with guard(device):
+            getattr(self.functions, name)(
+                **fields,
+                workspace=memory.data_ptr(),
+                counters=self.counters(device).data_ptr(),
+                stream=stream(device),
+            )
+
+    def counters(self, device: torch.device) -> torch.Tensor:
+        """int32 zeros, by which the blocks of a kernel agree on the last one. Kernels leave zeros behind. One set a stream."""
+        key = device, stream(device)
+        if key not in self._counters:
+            self._counters[key] = torch.zeros(self.functions.counters, dtype=torch.int32, device=device)
+        return self._counters[key]
+
+
+# By the type of a device.
+_backends: dict[str, Backend] = {"cpu": CpuBackend(_C)}
+if hasattr(_C, "cuda"):
+    _backends["cuda"] = CudaBackend(_C.cuda)
+
+
+@contextlib.contextmanager
+def registered(device_type: str, backend: Backend) -> Iterator[None]:
+    """Within it, tensors on devices of this type are computed on by another backend."""
+    before = _backends.get(device_type)
+    _backends[device_type] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del _backends[device_type]
+        else:
+            _backends[device_type] = before
+
+
+def backend_of(device: torch.device) -> Backend:
+    """The backend for tensors on a device that `check_device` lets pass."""
+    return _backends[device.type]
 
 
 def has_cuda_kernels() -> bool:
@@ -24,29 +92,26 @@ def check_device(name: str, device: torch.device) -> None:
     """ValueError that names the argument unless this build has kernels for the device."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name}: expected a tensor on the CPU or on a CUDA device, got one on {device}")
-    if device.type == "cuda" and not has_cuda_kernels():
+    if device.type not in _backends:
         raise ValueError(f"{name}: it is on {device}, but this build of sirius_ext has no CUDA kernels (no nvcc was found)")
 
 
 def is_cuda(device: torch.device) -> bool:
     """Whether ops on this device's tensors are the CUDA backend's."""
-    return device.type == "cuda" or _emulator is not None
+    return isinstance(_backends.get(device.type), CudaBackend)
 
 
 def cuda_functions(device: torch.device) -> ModuleType:
-    return _C.cuda if device.type == "cuda" else _emulator
+    """The compiled functions for a device whose ops are the CUDA backend's."""
+    return backend_of(device).functions
 
 
-def run(device: torch.device, name: str, *arguments, workspace: tuple[int, ...] = ()) -> None:
-    """Call the op `name` of the backend for `device`. workspace: the sizes that the CUDA op's workspace depends on."""
-    if not is_cuda(device):
-        getattr(_C, name)(*arguments, torch.get_num_threads())
-        return
-    functions = cuda_functions(device)
-    floats = getattr(functions, f"{name}_workspace")(*workspace) if workspace else 0
-    memory = torch.empty(floats, device=device)
-    with guard(device):
-        getattr(functions, name)(*arguments, memory.data_ptr(), counters(device).data_ptr(), stream(device))
+def run(device: torch.device, name: str, *, workspace: tuple[int, ...] = (), **fields) -> None:
+    """Call the op `name` of the backend for `device`. fields: those of its arguments, as csrc/params.h names them.
+
+    workspace: the sizes that the size of the CUDA op's workspace depends on.
+    """
+    backend_of(device).run(device, name, workspace, fields)
 
 
 def stream(device: torch.device) -> int:
@@ -60,22 +125,5 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def counters(device: torch.device) -> torch.Tensor:
-    """int32 zeros, by which the blocks of a kernel agree on the last one. Kernels leave zeros behind. One set a stream."""
-    return _counters(device, stream(device))
-
-
-@functools.cache
-def _counters(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.zeros(cuda_functions(device).counters, dtype=torch.int32, device=device)
-
-
-@contextlib.contextmanager
-def emulated(functions: ModuleType | None) -> Iterator[None]:
-    """Within it, tensors on the CPU are computed on by the CUDA kernels of a module built with csrc/simt; with None, by the
-    CPU's."""
-    global _emulator
-    before, _emulator = _emulator, functions
-    try:
-        yield
-    finally:
-        _emulator = before
+    """As `CudaBackend.counters`, of the backend for `device`."""
+    return backend_of(device).counters(device)

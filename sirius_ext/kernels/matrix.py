@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 import torch
 import torch.nn.functional as F
+
+from .. import _C
 
 
 class Format(enum.IntEnum):
@@ -48,6 +51,26 @@ class Matrix:
         """Bytes from one row to the next."""
         return self.data.stride(0) * self.data.element_size()
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @functools.cached_property
+    def raw(self) -> _C.Matrix:
+        """What compiled functions take. It holds addresses only: it is of use as long as this matrix lives."""
+        return _C.Matrix(
+            data=self.data.data_ptr(),
+            scales=0 if self.scales is None else self.scales.data_ptr(),
+            format=self.format,
+            rows=self.rows,
+            cols=self.cols,
+            stride=self.stride,
+        )
+
+    def dense(self) -> torch.Tensor:
+        """The numbers: float32 [rows, cols]."""
+        return self.data.float()
+
     def dot(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x @ matrix.T + bias`, by torch. x: T [m, cols]. bias: T [rows]. Returns T [m, rows]."""
         return F.linear(x, self.data, bias)
@@ -59,3 +82,8 @@ class Matrix:
     def take(self, rows: slice) -> Matrix:
         """Some of the rows, side by side; nothing is copied."""
         return Matrix(self.data[rows], None if self.scales is None else self.scales[rows])
+
+
+def matrix_of(weight: torch.Tensor | Matrix) -> Matrix:
+    """`weight` as a matrix; a tensor is one of a plain format."""
+    return weight if isinstance(weight, Matrix) else Matrix(weight)

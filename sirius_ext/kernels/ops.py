@@ -4,6 +4,8 @@ Shapes use m rows of input, H hidden, I intermediate, K kept neurons, V vocabula
 T is float32, float16 or bfloat16, the same for every argument marked T; sums are float32. All tensors are contiguous unless
 a docstring says otherwise. Each function has a twin of the same name and signature in `reference.py`, in plain torch.
 
+A weight is a tensor, or a `Matrix` of the same shape, whose rows may stand apart.
+
 Every kernel on rows is *batch-invariant*: the bits of a row do not depend on how many rows are computed beside it, nor on the
 number of threads. A wrong argument raises `TypeError` (dtype) or `ValueError` (shape, device, value) that names it.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,8 +22,10 @@ import torch
 
 from .. import _C
 from .dispatch import check_device, run
+from .matrix import Matrix, matrix_of
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 def isa() -> str:
@@ -49,7 +54,7 @@ def _on_one_device(op: Function) -> Function:
     def checked(*arguments, **named):
         first = None
         for name, value in (*zip(names, arguments), *named.items()):
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, (torch.Tensor, Matrix)):
                 continue
             if first is None:
                 check_device(name, value.device)
@@ -115,84 +120,144 @@ def _check_neurons(neurons: torch.Tensor | None, intermediate: int) -> tuple[int
     return address, neurons.numel()
 
 
-def _check_product(x: torch.Tensor, weight: torch.Tensor, name: str = "weight") -> tuple[int, int, int, int, int]:
+def _check_activation(activation: str) -> int:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
+def _check_softcap(softcap: float) -> float:
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected a number of at least 0, got {softcap}")
+    return float(softcap)
+
+
+def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, *shape: int | None) -> Matrix:
+    """Check a weight for input of `dtype`: like `_check`, but a `Matrix` may have its rows apart."""
+    if not isinstance(weight, Matrix):
+        _check(name, weight, dtype, *shape)
+        return matrix_of(weight)
+    data = weight.data
+    if data.dim() == 2 and data.stride(1) == 1:
+        data = data.as_strided(data.shape, (data.shape[1], 1))  # `_check` then finds nothing wrong with its strides
+    _check(name, data, dtype, *shape)
+    return weight
+
+
+def _check_product(x: torch.Tensor, weight: torch.Tensor | Matrix, name: str = "weight") -> tuple[int, Matrix, int, int]:
     """Check x, T [m, width], and weight, T [rows, width], called `name`: neither may be empty.
 
-    Returns both addresses, m, width and rows.
+    Returns x's address, the matrix, m and rows.
     """
     px = _check_rows("x", x, None, None)
     m, width = x.shape
-    pw = _check(name, weight, x.dtype, None, width)
-    rows = weight.shape[0]
-    for size, of in ((m, "x"), (width, "x"), (rows, name)):
+    matrix = _check_matrix(name, weight, x.dtype, None, width)
+    for size, of in ((m, "x"), (width, "x"), (matrix.rows, name)):
         _positive(f"{of}: size", size)
-    return px, pw, m, width, rows
+    return px, matrix, m, matrix.rows
 
 
 @_on_one_device
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Matrix,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T + bias + residual`, rounded once.
+    """`cap(scale * (x @ weight.T + bias)) + residual`, rounded once. cap(v) is `softcap * tanh(v / softcap)`, or v if softcap
+    is 0.
 
     x: T [m, in].
     weight: T [out, in].
     bias: T [out].
     residual: T [m, out], which may be `out`.
+    softcap: at least 0.
     Returns T [m, out], or float32 with `out_dtype=torch.float32`.
     """
-    px, pw, m, width, rows = _check_product(x, weight)
+    px, matrix, m, rows = _check_product(x, weight)
     out_dtype = out_dtype or x.dtype
     if out_dtype not in (x.dtype, torch.float32):
         raise TypeError(f"out_dtype: expected {x.dtype} or torch.float32, got {out_dtype}")
     pb = _optional("bias", bias, x.dtype, rows)
     pr = _optional("residual", residual, x.dtype, m, rows)
+    softcap = _check_softcap(softcap)
     out, po = _output(out, x.device, out_dtype, m, rows)
-    run(x.device, "linear", DTYPES[x.dtype], px, pw, pb, pr, po, out_dtype == torch.float32, m, width, rows)
+    run(
+        x.device,
+        "linear",
+        dtype=DTYPES[x.dtype],
+        x=px,
+        parts=[(matrix.raw, pb)],
+        residual=pr,
+        out=po,
+        out_f32=out_dtype == torch.float32,
+        scale=float(scale),
+        softcap=softcap,
+        num_rows=m,
+        out_features=rows,
+    )
     return out
 
 
 @_on_one_device
 def gate_up(
     x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
+    gate: torch.Tensor | Matrix,
+    up: torch.Tensor | Matrix,
     neurons: torch.Tensor | None = None,
     *,
+    activation: str = "silu",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`silu(gate x) * (up x)` for the listed neurons, or for all of them (SPEC section 1).
+    """`act(gate x) * (up x)` for the listed neurons, or for all of them (SPEC section 1).
 
     x: T [m, H].
     gate, up: T [I, H].
     neurons: int32 [K], values in [0, I).
+    activation: act, "silu" or "gelu_tanh", `0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))`.
     Returns T [m, K].
     """
-    px, pg, m, hidden, intermediate = _check_product(x, gate, "gate")
-    pu = _check("up", up, x.dtype, intermediate, hidden)
+    px, gates, m, intermediate = _check_product(x, gate, "gate")
+    ups = _check_matrix("up", up, x.dtype, intermediate, gates.cols)
     pn, kept = _check_neurons(neurons, intermediate)
+    act = _check_activation(activation)
     out, po = _output(out, x.device, x.dtype, m, kept)
-    run(x.device, "gate_up", DTYPES[x.dtype], px, pg, pu, pn, po, m, hidden, kept)
+    run(
+        x.device,
+        "gate_up",
+        dtype=DTYPES[x.dtype],
+        x=px,
+        gate=gates.raw,
+        up=ups.raw,
+        neurons=pn,
+        out=po,
+        activation=act,
+        num_rows=m,
+        num_neurons=kept,
+    )
     return out
 
 
 @_on_one_device
-def gate(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`silu(gate x)` of every neuron, not rounded: what FSparse chooses its neurons by (SPEC section 2).
+def gate(
+    x: torch.Tensor, weight: torch.Tensor | Matrix, *, activation: str = "silu", out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`act(gate x)` of every neuron, not rounded: what FSparse chooses its neurons by (SPEC section 2).
 
     x: T [m, H].
     weight: T [I, H].
+    activation: as in `gate_up`.
     Returns float32 [m, I].
     """
-    px, pw, m, hidden, intermediate = _check_product(x, weight)
+    px, matrix, m, intermediate = _check_product(x, weight)
+    act = _check_activation(activation)
     out, po = _output(out, x.device, torch.float32, m, intermediate)
-    run(x.device, "gate", DTYPES[x.dtype], px, pw, po, m, hidden, intermediate)
+    run(x.device, "gate", dtype=DTYPES[x.dtype], x=px, gate=matrix.raw, out=po, activation=act, num_rows=m)
     return out
 
 
@@ -217,9 +282,17 @@ def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None
     count = torch.empty(1, dtype=torch.int32, device=gates.device)
     limit = None if threshold is None else torch.tensor([threshold], dtype=torch.float32, device=gates.device)
     run(
-        gates.device, "select", pg, 0 if limit is None else limit.data_ptr(), neurons.data_ptr(), count.data_ptr(), m,
-        intermediate, kept or 0, workspace=(m, intermediate),
-    )  # fmt: skip
+        gates.device,
+        "select",
+        workspace=(m, intermediate),
+        gates=pg,
+        threshold=0 if limit is None else limit.data_ptr(),
+        neurons=neurons.data_ptr(),
+        count=count.data_ptr(),
+        num_rows=m,
+        intermediate=intermediate,
+        kept=kept or 0,
+    )
     return neurons[: int(count)]
 
 
@@ -238,7 +311,7 @@ def follow(
     becomes `decay * statistic + (1 - decay) * (z / ||z||_2)^2` for each row that joined the sequence; kept are the neurons of the
     largest `statistic * down_squares`.
 
-    z: T [L, m, I], `silu(gate x) * (up x)` of a pass through F.
+    z: T [L, m, I], `act(gate x) * (up x)` of a pass through F.
     rows: int32 [a], in [0, m), in the order of the text; may be empty.
     down_squares: float32 [L, I], `||down_i||_2^2`.
     Returns int32 [L, kept], ascending; of equal scores the lower index wins.
@@ -257,15 +330,33 @@ def follow(
     _check_indices("rows", rows, m)
     out, po = _output(out, z.device, torch.int32, layers, kept)
     run(
-        z.device, "follow", DTYPES[z.dtype], pz, pr, pd, ps, po, decay, layers, m, intermediate, kept, len(rows),
+        z.device,
+        "follow",
         workspace=(layers, m, intermediate),
-    )  # fmt: skip
+        dtype=DTYPES[z.dtype],
+        z=pz,
+        rows=pr,
+        down_squares=pd,
+        statistic=ps,
+        neurons=po,
+        decay=decay,
+        layers=layers,
+        num_rows=m,
+        intermediate=intermediate,
+        kept=kept,
+        count=len(rows),
+    )
     return out
 
 
 @_on_one_device
 def up(
-    x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, neurons: torch.Tensor, *, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | Matrix,
+    gates: torch.Tensor,
+    neurons: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`gates * (up x)` for the listed neurons, rounded once: `gate_up` for gates that are known.
 
@@ -275,26 +366,38 @@ def up(
     neurons: int32 [K], values in [0, I).
     Returns T [m, K].
     """
-    px, pw, m, hidden, intermediate = _check_product(x, weight)
+    px, matrix, m, intermediate = _check_product(x, weight)
     pg = _check("gates", gates, torch.float32, m, intermediate)
     pn = _check("neurons", neurons, torch.int32, None)
     _check_indices("neurons", neurons, intermediate)
     kept = neurons.numel()
     out, po = _output(out, x.device, x.dtype, m, kept)
-    run(x.device, "up", DTYPES[x.dtype], px, pw, pg, pn, po, m, hidden, intermediate, kept)
+    run(
+        x.device,
+        "up",
+        dtype=DTYPES[x.dtype],
+        x=px,
+        up=matrix.raw,
+        gates=pg,
+        neurons=pn,
+        out=po,
+        num_rows=m,
+        num_neurons=kept,
+    )
     return out
 
 
 @_on_one_device
 def down(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Matrix,
     neurons: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     *,
+    scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`sum_i x[:, i] * weight[neurons[i]] + residual`, rounded once.
+    """`scale * sum_i x[:, i] * weight[neurons[i]] + residual`, rounded once.
 
     x: T [m, K].
     weight: T [I, H], `down_proj` transposed.
@@ -303,16 +406,29 @@ def down(
     Returns T [m, H].
     """
     px = _check_rows("x", x, None, None)
-    pw = _check("weight", weight, x.dtype, None, None)
-    hidden = weight.shape[1]
-    for size, name in ((x.shape[0], "x"), (weight.shape[0], "weight"), (hidden, "weight")):
+    matrix = _check_matrix("weight", weight, x.dtype, None, None)
+    hidden = matrix.cols
+    for size, name in ((x.shape[0], "x"), (matrix.rows, "weight"), (hidden, "weight")):
         _positive(f"{name}: size", size)
-    pn, kept = _check_neurons(neurons, weight.shape[0])
+    pn, kept = _check_neurons(neurons, matrix.rows)
     _check("x", x, x.dtype, None, kept)
     m = x.shape[0]
     pr = _optional("residual", residual, x.dtype, m, hidden)
     out, po = _output(out, x.device, x.dtype, m, hidden)
-    run(x.device, "down", DTYPES[x.dtype], px, pw, pn, pr, po, m, hidden, kept, workspace=(m, hidden, kept))
+    run(
+        x.device,
+        "down",
+        workspace=(m, hidden, kept),
+        dtype=DTYPES[x.dtype],
+        x=px,
+        down=matrix.raw,
+        neurons=pn,
+        residual=pr,
+        out=po,
+        scale=float(scale),
+        num_rows=m,
+        num_neurons=kept,
+    )
     return out
 
 
@@ -323,12 +439,14 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None = None,
     *,
+    offset: float = 0.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight`. With a residual, `residual += x` in place and the sum is normalised.
+    """`x / sqrt(mean(x^2) + eps) * (weight + offset) + residual`, rounded once.
 
-    x, residual: T [m, H].
+    x: T [m, H], which may be `out`.
     weight: T [H].
+    residual: T [m, H], which may be `out`.
     Returns T [m, H].
     """
     px = _check_rows("x", x, None, None)
@@ -338,7 +456,17 @@ def rms_norm(
     pw = _check("weight", weight, x.dtype, hidden)
     pr = _optional("residual", residual, x.dtype, m, hidden)
     out, po = _output(out, x.device, x.dtype, m, hidden)
-    run(x.device, "rms_norm", DTYPES[x.dtype], px, pw, pr, po, float(eps), m, hidden)
+    run(
+        x.device,
+        "rms_norm",
+        dtype=DTYPES[x.dtype],
+        x=px,
+        norm=(pw, float(eps), float(offset)),
+        residual=pr,
+        out=po,
+        num_rows=m,
+        hidden=hidden,
+    )
     return out
 
 
@@ -356,14 +484,21 @@ def rope_kv_write(
     slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> None:
     """Rotate q and k by their positions (half-split pairs, as Llama does); q stays in `qkv`, k and v go to their cache slots.
+    With q_norm or k_norm each head of q or k is first normalised, as by `rms_norm`; it is rounded once, at the end.
 
     qkv: T [m, (heads + 2 * kv_heads) * D], its q part is overwritten.
-    cos, sin: float32 [P, D / 2].
+    cos, sin: float32 [P, R / 2]; of each head the first R <= D elements are rotated, and with R = 0 none.
     positions: int32 [m] < P.
     slots: int32 [m] < C, distinct.
     k_cache, v_cache: T [kv_heads, C, D].
+    q_norm, k_norm: T [D].
     """
     pq = _check_rows("qkv", qkv, None, None)
     m = _positive("qkv: rows", qkv.shape[0])
@@ -375,17 +510,38 @@ def rope_kv_write(
             f"qkv: expected [m, (heads + 2 * {kv_heads}) * {head_dim}] with heads a multiple of {kv_heads} and an even head "
             f"size, got {list(qkv.shape)}"
         )
-    pc = _check("cos", cos, torch.float32, None, head_dim // 2)
-    ps = _check("sin", sin, torch.float32, cos.shape[0], head_dim // 2)
+    pc = _check("cos", cos, torch.float32, None, None)
+    half = cos.shape[1]
+    if half > head_dim // 2:
+        raise ValueError(f"cos: expected shape [any, at most {head_dim // 2}], got {list(cos.shape)}")
+    ps = _check("sin", sin, torch.float32, cos.shape[0], half)
     pp = _check("positions", positions, torch.int32, m)
     pl = _check("slots", slots, torch.int32, m)
     _check_indices("positions", positions, cos.shape[0])
     _check_indices("slots", slots, capacity)
     if slots.unique().numel() != m:
         raise ValueError(f"slots: expected distinct values, got {slots.tolist()}")
+    norms = {
+        name: (_optional(name, weight, qkv.dtype, head_dim), float(eps), float(offset))
+        for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))
+    }
     run(
-        qkv.device, "rope_kv_write", DTYPES[qkv.dtype], pq, pc, ps, pp, pl, pk, pv, m, heads, kv_heads, capacity, head_dim
-    )  # fmt: skip
+        qkv.device,
+        "rope_kv_write",
+        dtype=DTYPES[qkv.dtype],
+        qkv=pq,
+        **norms,
+        cos=pc,
+        sin=ps,
+        positions=pp,
+        slots=pl,
+        k_cache=pk,
+        v_cache=pv,
+        cache=(kv_heads, capacity, head_dim),
+        num_rows=m,
+        heads=heads,
+        rotary_dim=2 * half,
+    )
 
 
 @_on_one_device
@@ -401,7 +557,7 @@ def tree_mask(parents: torch.Tensor, *, out: torch.Tensor | None = None) -> torc
         raise ValueError(f"parents: expected -1 <= parents[i] < i, got {parents.tolist()}")
     words = (m + 63) // 64
     out, po = _output(out, parents.device, torch.int64, m, words)
-    run(parents.device, "tree_mask", pp, po, m, words)
+    run(parents.device, "tree_mask", parents=pp, mask=po, num_nodes=m, mask_words=words)
     return out
 
 
@@ -414,15 +570,23 @@ def tree_attention(
     mask: torch.Tensor,
     scale: float,
     *,
+    positions: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of m rows over the shared cache: row i sees slots [0, prefix) and slot prefix + b for each bit b of mask[i]. A
-    slot that no row sees is never read.
+    """Attention of m rows over the shared cache: row i sees slots [0, prefix) and slot prefix + b for each bit b of mask[i], but
+    with a window none of the slots [0, positions[i] - window]. A slot that no row sees is never read. Scores are
+    `cap(scale * q k)`, with cap as in `linear`.
 
     q: T [m, heads, D]; rows may stand apart, so that q can be a view of the fused qkv.
     k_cache, v_cache: T [kv_heads, C, D].
     prefix: 0 to C.
     mask: int64 [m, words], no bit beyond slot C; every row sees at least one slot.
+    positions: int32 [m], prefix - 1 to prefix - 1 + window; needed with a window only. The slots of a row's bits hold the tokens
+        up to its position.
+    window: tokens that a row sees at most, or 0 for no limit.
+    softcap: at least 0.
     Returns T [m, heads, D].
     """
     if not isinstance(q, torch.Tensor):
@@ -447,11 +611,41 @@ def tree_attention(
     beyond = bits.flatten(1)[:, max(0, min(capacity - prefix, words * 64)) :]
     if bool(beyond.any()):
         raise ValueError(f"mask: a bit points beyond the cache's capacity {capacity} (prefix {prefix})")
+    pp = _optional("positions", positions, torch.int32, m)
+    if window < 0:
+        raise ValueError(f"window: expected at least 0, got {window}")
+    if window:
+        if positions is None:
+            raise ValueError("positions: expected a tensor, since there is a window, got None")
+        seen = bits.flatten(1).sum(-1)
+        if bool((positions != prefix - 1 + seen).any()) or bool((seen > window).any()):
+            raise ValueError(
+                f"positions: expected prefix - 1 + the row's bits, which are at most the window ({prefix} - 1 + {seen.tolist()}, "
+                f"window {window}), got {positions.tolist()}"
+            )
+    softcap = _check_softcap(softcap)
     out, po = _output(out, q.device, q.dtype, m, heads, head_dim)
     run(
-        q.device, "tree_attention", DTYPES[q.dtype], q.data_ptr(), q.stride(0), pk, pv, pm, po, float(scale), prefix, words, m,
-        heads, kv_heads, capacity, head_dim, workspace=(m, heads, head_dim, capacity),
-    )  # fmt: skip
+        q.device,
+        "tree_attention",
+        workspace=(m, heads, head_dim, capacity),
+        dtype=DTYPES[q.dtype],
+        q=q.data_ptr(),
+        q_stride=q.stride(0),
+        k_cache=pk,
+        v_cache=pv,
+        cache=(kv_heads, capacity, head_dim),
+        prefix=prefix,
+        mask=pm,
+        mask_words=words,
+        positions=pp,
+        window=window,
+        out=po,
+        scale=float(scale),
+        softcap=softcap,
+        num_rows=m,
+        heads=heads,
+    )
     return out
 
 
@@ -485,9 +679,21 @@ def tree_expand(
     tokens, parents, new_scores = empty(width, dtype=torch.int32), empty(width, dtype=torch.int32), empty(width)
     count = empty(1, dtype=torch.int32)
     run(
-        logits.device, "tree_expand", pl, ps, float(score_temperature), float(prune), tokens.data_ptr(), parents.data_ptr(),
-        new_scores.data_ptr(), count.data_ptr(), leaves, vocab, width, workspace=(leaves, vocab, width),
-    )  # fmt: skip
+        logits.device,
+        "tree_expand",
+        workspace=(leaves, vocab, width),
+        logits=pl,
+        scores=ps,
+        score_temperature=float(score_temperature),
+        prune=float(prune),
+        tokens=tokens.data_ptr(),
+        parents=parents.data_ptr(),
+        new_scores=new_scores.data_ptr(),
+        count=count.data_ptr(),
+        num_leaves=leaves,
+        vocab=vocab,
+        width=width,
+    )
     found = slice(int(count))
     return tokens[found], parents[found], new_scores[found]
 
@@ -534,9 +740,23 @@ def accept(
     likelihoods, argmax, path = empty(n - 1), empty(n, dtype=torch.int32), empty(n - 1, dtype=torch.int32)
     accepted = empty(1, dtype=torch.int32)
     run(
-        logits.device, "accept", pl, pd, pp, ps, float(threshold), float(score_temperature), bool(match), likelihoods.data_ptr(),
-        argmax.data_ptr(), path.data_ptr(), accepted.data_ptr(), n, vocab, workspace=(n, vocab),
-    )  # fmt: skip
+        logits.device,
+        "accept",
+        workspace=(n, vocab),
+        logits=pl,
+        drafts=pd,
+        parents=pp,
+        scores=ps,
+        threshold=float(threshold),
+        score_temperature=float(score_temperature),
+        match=bool(match),
+        likelihoods=likelihoods.data_ptr(),
+        argmax=argmax.data_ptr(),
+        path=path.data_ptr(),
+        accepted=accepted.data_ptr(),
+        num_rows=n,
+        vocab=vocab,
+    )
     return likelihoods, argmax, path[: int(accepted)]
 
 
@@ -552,7 +772,7 @@ def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Te
     _positive("logits: rows", m)
     _positive("logits: vocabulary", vocab)
     out, po = _output(out, logits.device, torch.int32, m)
-    run(logits.device, "argmax", pl, m, vocab, po, workspace=(m, vocab))
+    run(logits.device, "argmax", workspace=(m, vocab), logits=pl, argmax=po, num_rows=m, vocab=vocab)
     return out
 
 
@@ -580,5 +800,14 @@ def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: t
     if bool((path[1:] <= path[:-1]).any()):
         raise ValueError(f"path: expected strictly increasing values, got {path.tolist()}")
     run(
-        k_cache.device, "kv_rewrite", DTYPES[k_cache.dtype], pk, pv, pp, start, path.numel(), layers, kv_heads, capacity, head_dim
-    )  # fmt: skip
+        k_cache.device,
+        "kv_rewrite",
+        dtype=DTYPES[k_cache.dtype],
+        k_cache=pk,
+        v_cache=pv,
+        path=pp,
+        cache=(kv_heads, capacity, head_dim),
+        layers=layers,
+        start=start,
+        length=path.numel(),
+    )

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
+
+from .matrix import Matrix, matrix_of
 
 
 def _round(value: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
@@ -17,16 +20,31 @@ def _round(value: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) ->
     return value.to(dtype) if out is None else out.copy_(value)
 
 
+def _dense(weight: torch.Tensor | Matrix) -> torch.Tensor:
+    """A weight's numbers, float32."""
+    return matrix_of(weight).dense()
+
+
+def _cap(value: torch.Tensor, softcap: float) -> torch.Tensor:
+    return softcap * torch.tanh(value / softcap) if softcap else value
+
+
+def _act(gates: torch.Tensor, activation: str) -> torch.Tensor:
+    return {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}[activation](gates)
+
+
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Matrix,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T + bias + residual`.
+    """`cap(scale * (x @ weight.T + bias)) + residual`, where cap(v) is `softcap * tanh(v / softcap)`, or v if softcap is 0.
 
     x: T [m, in].
     weight: T [out, in].
@@ -34,9 +52,10 @@ def linear(
     residual: T [m, out].
     Returns T or float32 (`out_dtype`) [m, out].
     """
-    value = x.float() @ weight.float().T
+    value = x.float() @ _dense(weight).T
     if bias is not None:
         value = value + bias.float()
+    value = _cap(scale * value, softcap)
     if residual is not None:
         value = value + residual.float()
     return _round(value, out_dtype or x.dtype, out)
@@ -44,34 +63,39 @@ def linear(
 
 def gate_up(
     x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
+    gate: torch.Tensor | Matrix,
+    up: torch.Tensor | Matrix,
     neurons: torch.Tensor | None = None,
     *,
+    activation: str = "silu",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`silu(gate x) * (up x)` for the listed neurons, or for all of them (SPEC section 1).
+    """`act(gate x) * (up x)` for the listed neurons, or for all of them (SPEC section 1).
 
     x: T [m, H].
     gate, up: T [I, H].
     neurons: int32 [K].
+    activation: "silu" or "gelu_tanh".
     Returns T [m, K].
     """
+    gate, up = _dense(gate), _dense(up)
     if neurons is not None:
         gate, up = gate[neurons.long()], up[neurons.long()]
-    g, u = x.float() @ gate.float().T, x.float() @ up.float().T
-    return _round(g * torch.sigmoid(g) * u, x.dtype, out)
+    g, u = x.float() @ gate.T, x.float() @ up.T
+    return _round(_act(g, activation) * u, x.dtype, out)
 
 
-def gate(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`silu(gate x)`, what FSparse chooses its neurons by (SPEC section 2).
+def gate(
+    x: torch.Tensor, weight: torch.Tensor | Matrix, *, activation: str = "silu", out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`act(gate x)`, what FSparse chooses its neurons by (SPEC section 2).
 
     x: T [m, H].
     weight: T [I, H].
+    activation: as in `gate_up`.
     Returns float32 [m, I].
     """
-    g = x.float() @ weight.float().T
-    return _round(g * torch.sigmoid(g), torch.float32, out)
+    return _round(_act(x.float() @ _dense(weight).T, activation), torch.float32, out)
 
 
 def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None = None) -> torch.Tensor:
@@ -109,7 +133,7 @@ def follow(
     """A following set after a verification (SPEC section 2): the statistic goes on over the tokens that joined the sequence, and
     the neurons of the largest `statistic_i * ||down_i||_2^2` are kept.
 
-    z: T [L, m, I], F's `silu(gate x) * (up x)` in every layer.
+    z: T [L, m, I], F's `act(gate x) * (up x)` in every layer.
     rows: int32 [a], the rows that joined the sequence, in order.
     down_squares: float32 [L, I], `||down_i||_2^2`.
     statistic: float32 [L, I], changed in place: `decay * statistic + (1 - decay) * (z / ||z||_2)^2` for each row.
@@ -125,7 +149,12 @@ def follow(
 
 
 def up(
-    x: torch.Tensor, weight: torch.Tensor, gates: torch.Tensor, neurons: torch.Tensor, *, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | Matrix,
+    gates: torch.Tensor,
+    neurons: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`gates * (up x)` for the listed neurons.
 
@@ -135,19 +164,20 @@ def up(
     neurons: int32 [K].
     Returns T [m, K].
     """
-    value = gates[:, neurons.long()] * (x.float() @ weight[neurons.long()].float().T)
+    value = gates[:, neurons.long()] * (x.float() @ _dense(weight)[neurons.long()].T)
     return _round(value, x.dtype, out)
 
 
 def down(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Matrix,
     neurons: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     *,
+    scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`sum_i x[:, i] * weight[neurons[i]] + residual` (SPEC section 1).
+    """`scale * sum_i x[:, i] * weight[neurons[i]] + residual` (SPEC section 1).
 
     x: T [m, K].
     weight: T [I, H].
@@ -155,12 +185,19 @@ def down(
     residual: T [m, H].
     Returns T [m, H].
     """
+    weight = _dense(weight)
     if neurons is not None:
         weight = weight[neurons.long()]
-    value = x.float() @ weight.float()
+    value = scale * (x.float() @ weight)
     if residual is not None:
         value = value + residual.float()
     return _round(value, x.dtype, out)
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    """float32 `x / sqrt(mean(x^2) + eps) * (weight + offset)` over the last dimension."""
+    value = x.float()
+    return value / torch.sqrt(value.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset)
 
 
 def rms_norm(
@@ -169,27 +206,26 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None = None,
     *,
+    offset: float = 0.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight`. With a residual, `residual += x` in place and that sum, as rounded, is normalised.
+    """`x / sqrt(mean(x^2) + eps) * (weight + offset) + residual`.
 
     x, residual: T [m, H].
     weight: T [H].
     Returns T [m, H].
     """
+    value = _normalised(x, weight, eps, offset)
     if residual is not None:
-        residual.copy_(residual.float() + x.float())
-        x = residual
-    value = x.float()
-    value = value / torch.sqrt(value.square().mean(-1, keepdim=True) + eps) * weight.float()
+        value = value + residual.float()
     return _round(value, x.dtype, out)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[j], x[j + D/2]). x: T [m, heads, D]. cos, sin: float32 [m, D/2]. Returns T [m, heads, D]."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Rotate the pairs (x[j], x[j + R/2]) of the first R elements. x: float32 [m, heads, D]. cos, sin: float32 [m, R/2]."""
+    a, b, rest = x.tensor_split([cos.shape[1], 2 * cos.shape[1]], dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def rope_kv_write(
@@ -200,20 +236,31 @@ def rope_kv_write(
     slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
 ) -> None:
     """Rotate q and k by their positions (half-split pairs, as Llama does); q stays in `qkv`, k and v go to their cache slots.
+    With q_norm or k_norm each head of q or k is first normalised.
 
     qkv: T [m, (heads + 2 * kv_heads) * D], its q part is overwritten.
-    cos, sin: float32 [P, D / 2].
+    cos, sin: float32 [P, R / 2]; of each head the first R elements are rotated.
     positions, slots: int32 [m].
     k_cache, v_cache: T [kv_heads, C, D].
+    q_norm, k_norm: T [D].
     """
     kv_heads, _, head_dim = k_cache.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q, k, v = qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     cos, sin = cos[positions.long()], sin[positions.long()]
-    q.copy_(_rotate(q, cos, sin))
-    k_cache[:, slots.long()] = _rotate(k, cos, sin).transpose(0, 1)
+
+    def finished(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        return _rotate(x.float() if norm is None else _normalised(x, norm, eps, offset), cos, sin).to(x.dtype)
+
+    q.copy_(finished(q, q_norm))
+    k_cache[:, slots.long()] = finished(k, k_norm).transpose(0, 1)
     v_cache[:, slots.long()] = v.transpose(0, 1)
 
 
@@ -233,7 +280,9 @@ def tree_mask(parents: torch.Tensor, *, out: torch.Tensor | None = None) -> torc
     return mask if out is None else out.copy_(mask)
 
 
-def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, visible: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float = 0.0
+) -> torch.Tensor:
     """Softmax attention of m rows, each over the slots that it sees. Query head h reads key/value head h // (heads / kv_heads).
 
     q: T [m, heads, D].
@@ -246,7 +295,7 @@ def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, visibl
     for row, seen in zip(q.float(), visible):
         keys = k_cache[:, seen].float().repeat_interleave(group, dim=0)
         values = v_cache[:, seen].float().repeat_interleave(group, dim=0)
-        scores = torch.einsum("hd,hsd->hs", row, keys) * scale
+        scores = _cap(torch.einsum("hd,hsd->hs", row, keys) * scale, softcap)
         rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), values))
     return torch.stack(rows)
 
@@ -259,22 +308,29 @@ def tree_attention(
     mask: torch.Tensor,
     scale: float,
     *,
+    positions: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of m rows over the shared cache: row i sees slots [0, prefix) and slot prefix + b for each bit b of mask[i]
-    (SPEC section 4).
+    """Attention of m rows over the shared cache: row i sees slots [0, prefix) and slot prefix + b for each bit b of mask[i], but
+    with a window none of the slots [0, positions[i] - window] (SPEC section 4). Scores are `cap(scale * q k)`, as in `linear`.
 
     q: T [m, heads, D].
     k_cache, v_cache: T [kv_heads, C, D].
     mask: int64 [m, words].
+    positions: int32 [m], needed with a window only.
+    window: tokens that a row sees at most, or 0 for no limit.
     Returns T [m, heads, D].
     """
-    window = k_cache.shape[1] - prefix
-    bits = ((mask.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1).bool()[:, :window]
+    behind = k_cache.shape[1] - prefix
+    bits = ((mask.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1).bool()[:, :behind]
     visible = torch.zeros(len(q), k_cache.shape[1], dtype=torch.bool)
     visible[:, :prefix] = True
     visible[:, prefix : prefix + bits.shape[1]] = bits
-    return _round(attend(q, k_cache, v_cache, visible, scale), q.dtype, out)
+    if window:
+        visible &= torch.arange(k_cache.shape[1]) > positions[:, None] - window
+    return _round(attend(q, k_cache, v_cache, visible, scale, softcap), q.dtype, out)
 
 
 def tree_expand(
