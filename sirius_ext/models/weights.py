@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..kernels.dispatch import check_device
+from ..kernels.matrix import Matrix
 from ..kernels.ops import DTYPES
 
 SUPPORTED_MODEL_TYPES = {
@@ -94,10 +95,21 @@ class Layer:
         """Weight and bias of the projections to q, k and v."""
         return (self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias)
 
-    def addresses(self) -> list[int]:
-        """Every tensor's address in the order above, which is the order that the extension expects."""
-        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    def arguments(self, eps: float) -> dict[str, object]:
+        """The fields of the extension's `LayerWeights`."""
+        return {
+            "before_attention": (self.input_norm.data_ptr(), eps),
+            "before_mlp": (self.post_norm.data_ptr(), eps),
+            "qkv": [_projection(weight, bias) for weight, bias in self.qkv],
+            "output": _projection(self.output, self.output_bias),
+            "gate": Matrix(self.gate).raw,
+            "up": Matrix(self.up).raw,
+            "down": Matrix(self.down).raw,
+        }
+
+
+def _projection(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[object, int]:
+    return Matrix(weight).raw, 0 if bias is None else bias.data_ptr()
 
 
 class Weights:
@@ -177,21 +189,23 @@ class Weights:
         """The extension's name for the dtype."""
         return DTYPES[self.dtype]
 
-    def arguments(self) -> tuple:
-        """What the extension's `Model` is made of: sizes and addresses."""
-        sizes = (
-            self.hidden,
-            self.intermediate,
-            self.vocab,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.eps,
-            self.head_dim**-0.5,
-        )
-        tensors = (self.embedding, self.final_norm, self.lm_head)
-        addresses = [layer.addresses() for layer in self.layers]
-        return self.dtype_code, *sizes, *(tensor.data_ptr() for tensor in tensors), addresses
+    def arguments(self) -> dict[str, object]:
+        """The fields of the extension's `ModelWeights`."""
+        return {
+            "dtype": self.dtype_code,
+            "embedding": Matrix(self.embedding).raw,
+            "final_norm": (self.final_norm.data_ptr(), self.eps),
+            "lm_head": Matrix(self.lm_head).raw,
+            "layers": [layer.arguments(self.eps) for layer in self.layers],
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "vocab": self.vocab,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "rotary_dim": self.head_dim,
+            "attention_scale": self.head_dim**-0.5,
+        }
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
