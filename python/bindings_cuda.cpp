@@ -29,14 +29,14 @@ struct Fields<Launch> {
 
 // By which an op may normalise its input.
 struct InputNorm {
-  Norm norm;
+  Norm norm = {};
 };
 
 template <>
 struct Fields<InputNorm> {
   template <class V>
   static void visit(V& v) {
-    v("norm", &InputNorm::norm, absent);
+    v("norm", &InputNorm::norm, optional);
   }
 };
 
@@ -92,8 +92,8 @@ struct Fields<cuda::Pass> {
   template <class V>
   static void visit(V& v) {
     using P = cuda::Pass;
-    v("base", &P::base, absent);
-    v("alive", &P::alive, absent);
+    v("base", &P::base, optional);
+    v("alive", &P::alive, optional);
     v("counters", &P::counters);
   }
 };

@@ -89,7 +89,6 @@ class Layers {
                                .parts = {w.qkv[0], w.qkv[1], w.qkv[2]},
                                .num_parts = 3,
                                .out = qkv_,
-                               .scale = 1.0f,
                                .num_rows = p_.num_rows,
                                .out_features = (m_.heads + 2 * m_.kv_heads) * m_.head_dim};
     const size_t angles = w.rope < 0 ? 0 : size_t(w.rope) * p_.max_position * (m_.rotary_dim / 2);

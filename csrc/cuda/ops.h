@@ -107,9 +107,9 @@ void advance(const AdvanceParams& p, Workspace workspace, StreamHandle stream);
 
 // What a pass reads from device memory when it is replayed.
 struct Pass {
-  const int32_t* base;   // [1], added to positions, first_slot and prefix; or null
-  const int32_t* alive;  // [1], rows that count in FSparse's choice; or null for all
-  int32_t* counters;     // [kCounters]
+  const int32_t* base = nullptr;   // [1], added to positions, first_slot and prefix; or null
+  const int32_t* alive = nullptr;  // [1], rows that count in FSparse's choice; or null for all
+  int32_t* counters;               // [kCounters]
 };
 // p.num_rows at most 16. p.argmax may be null. p.workspace: bytes.
 void decode_step(const DecodeStepParams& p, const Pass& pass, StreamHandle stream);
