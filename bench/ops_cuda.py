@@ -19,11 +19,13 @@ from timing import Repeated, read_bandwidth
 
 from sirius_ext.decoding.sparsity import kept_neurons
 from sirius_ext.kernels import dispatch
+from sirius_ext.kernels.matrix import Matrix
 from sirius_ext.kernels.ops import DTYPES
 
 COLD_BYTES = 1 << 30  # ten times the largest L2 cache, that of an L40
 MIN_CALLS = 64  # in a graph: what starting a graph costs is then under 0.2 us a call
 DTYPE = torch.bfloat16
+CODE = DTYPES[DTYPE]
 VOCAB = 128256
 ACCEPT_ROWS = (16, 64)
 CONTEXTS = (512, 1024, 4096)
@@ -57,10 +59,10 @@ class Cases:
     ) -> None:
         self.shape, self.device, self._cold = shape, device, cold_bytes
         self._contexts, self._vocab = contexts, vocab
-        self._code = DTYPES[DTYPE]
         # An even number, since gate and up are two of them.
         copies = max(2, self._copies(shape.intermediate * shape.hidden * 2))
         self._weights = self._random(copies + copies % 2, shape.intermediate, shape.hidden)
+        self._matrices = [Matrix(weight).raw for weight in self._weights]
 
     def _random(self, *size: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
         return torch.randn(*size, device=self.device, dtype=dtype).mul_(size[-1] ** -0.5)
@@ -72,11 +74,14 @@ class Cases:
         """How many arrays of so many bytes no cache holds; no more than that are needed of small ones."""
         return min(512, -(-self._cold // size))
 
-    def _launch(self, name: str, *arguments, workspace: tuple[int, ...] = ()) -> None:
+    def _launch(self, name: str, *, workspace: tuple[int, ...] = (), **fields) -> None:
         """Call a compiled function: the checks of `ops` wait for the device, which a capture cannot. Tensors go by their address,
         None as null."""
-        addresses = (0 if x is None else x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
-        dispatch.run(self.device, name, *addresses, workspace=workspace)
+        plain = {
+            field: 0 if value is None else value.data_ptr() if isinstance(value, torch.Tensor) else value
+            for field, value in fields.items()
+        }
+        dispatch.run(self.device, name, workspace=workspace, **plain)
 
     def neurons(self, density: float) -> torch.Tensor | None:
         """int32 [K], rising; None for all of them."""
@@ -90,9 +95,11 @@ class Cases:
         x = self._random(rows, hidden)
         for features in (self.shape.intermediate, hidden):
             out = self._empty(rows, features)
+            matrices = [Matrix(weight[:features]).raw for weight in weights]
 
-            def ours(i: int, features: int = features, out: torch.Tensor = out) -> None:
-                self._launch("linear", self._code, x, weights[i], None, None, out, False, rows, hidden, features)
+            def ours(i: int, features: int = features, out: torch.Tensor = out, matrices: list = matrices) -> None:
+                parts = [(matrices[i],)]
+                self._launch("linear", dtype=CODE, x=x, parts=parts, out=out, num_rows=rows, out_features=features)
 
             yield Case(
                 f"linear {hidden} to {features}", rows, features * hidden * 2, len(weights), ours,
@@ -101,7 +108,7 @@ class Cases:
 
     def mlp(self, rows: int, density: float) -> Iterator[Case]:
         """gate_up and down."""
-        weights, (hidden, intermediate), code = self._weights, (self.shape.hidden, self.shape.intermediate), self._code
+        weights, matrices, (hidden, intermediate) = self._weights, self._matrices, (self.shape.hidden, self.shape.intermediate)
         neurons = self.neurons(density)
         kept = intermediate if neurons is None else len(neurons)
         places = None if neurons is None else neurons.long()
@@ -110,7 +117,8 @@ class Cases:
         yield Case(
             "gate_up", rows, 2 * kept * hidden * 2, len(weights) // 2,
             lambda i: self._launch(
-                "gate_up", code, x, weights[2 * i], weights[2 * i + 1], neurons, out, rows, hidden, kept
+                "gate_up", dtype=CODE, x=x, gate=matrices[2 * i], up=matrices[2 * i + 1], neurons=neurons, out=out,
+                num_rows=rows, num_neurons=kept,
             ),
             lambda i: F.silu(F.linear(x, pick(weights[2 * i]))) * F.linear(x, pick(weights[2 * i + 1])),
             density,
@@ -119,7 +127,8 @@ class Cases:
         yield Case(
             "down", rows, kept * hidden * 2, len(weights),
             lambda i: self._launch(
-                "down", code, h, weights[i], neurons, None, back, rows, hidden, kept, workspace=(rows, hidden, kept)
+                "down", dtype=CODE, x=h, down=matrices[i], neurons=neurons, out=back, num_rows=rows, num_neurons=kept,
+                workspace=(rows, hidden, kept),
             ),
             lambda i: torch.mm(h, pick(weights[i])),
             density,
@@ -131,13 +140,13 @@ class Cases:
         x, out = self._random(rows, hidden), self._empty(rows, intermediate, dtype=torch.float32)
         yield Case(
             "gate", rows, intermediate * hidden * 2, len(weights),
-            lambda i: self._launch("gate", self._code, x, weights[i], out, rows, hidden, intermediate),
+            lambda i: self._launch("gate", dtype=CODE, x=x, gate=self._matrices[i], out=out, num_rows=rows),
             lambda i: F.silu(F.linear(x, weights[i])).float(),
         )  # fmt: skip
 
     def fsparse(self, rows: int, density: float) -> Iterator[Case]:
         """FSparse's select and up."""
-        weights, (hidden, intermediate), code = self._weights, (self.shape.hidden, self.shape.intermediate), self._code
+        weights, (hidden, intermediate) = self._weights, (self.shape.hidden, self.shape.intermediate)
         kept = kept_neurons(density, intermediate)
         gates = self._random(rows, intermediate, dtype=torch.float32)
         chosen, count = self._empty(intermediate, dtype=torch.int32), self._empty(1, dtype=torch.int32)
@@ -146,7 +155,8 @@ class Cases:
         yield Case(
             "select", rows, gates.nbytes, copies,
             lambda i: self._launch(
-                "select", many[i], None, chosen, count, rows, intermediate, kept, workspace=(rows, intermediate)
+                "select", gates=many[i], neurons=chosen, count=count, num_rows=rows, intermediate=intermediate, kept=kept,
+                workspace=(rows, intermediate),
             ),
             lambda i: many[i].abs().sum(0).topk(kept).indices.sort().values,
             density,
@@ -155,7 +165,10 @@ class Cases:
         listed, few, x, out = neurons.int(), gates[:, neurons].to(DTYPE), self._random(rows, hidden), self._empty(rows, kept)
         yield Case(
             "up", rows, kept * hidden * 2, len(weights),
-            lambda i: self._launch("up", code, x, weights[i], gates, listed, out, rows, hidden, intermediate, kept),
+            lambda i: self._launch(
+                "up", dtype=CODE, x=x, up=self._matrices[i], gates=gates, neurons=listed, out=out, num_rows=rows,
+                num_neurons=kept,
+            ),
             lambda i: few * F.linear(x, weights[i, neurons]),
             density,
         )  # fmt: skip
@@ -166,7 +179,9 @@ class Cases:
         x, weight, out = self._random(copies, rows, hidden), self._random(hidden), self._empty(rows, hidden)
         yield Case(
             "rms_norm", rows, 2 * rows * hidden * 2, copies,
-            lambda i: self._launch("rms_norm", self._code, x[i], weight, None, out, 1e-5, rows, hidden),
+            lambda i: self._launch(
+                "rms_norm", dtype=CODE, x=x[i], norm=(weight.data_ptr(), 1e-5), out=out, num_rows=rows, hidden=hidden
+            ),
             lambda i: F.rms_norm(x[i], (hidden,), weight, 1e-5),
         )  # fmt: skip
 
@@ -182,8 +197,9 @@ class Cases:
         yield Case(
             "tree_attention", rows, 2 * kv_heads * slots * head_dim * 2, copies,
             lambda i: self._launch(
-                "tree_attention", self._code, q, heads * head_dim, k[i], v[i], masks, out, head_dim**-0.5, context, 1, rows,
-                heads, kv_heads, slots, head_dim, workspace=(rows, heads, head_dim, slots),
+                "tree_attention", dtype=CODE, q=q, q_stride=heads * head_dim, k_cache=k[i], v_cache=v[i],
+                cache=(kv_heads, slots, head_dim), prefix=context, mask=masks, mask_words=1, out=out, scale=head_dim**-0.5,
+                num_rows=rows, heads=heads, workspace=(rows, heads, head_dim, slots),
             ),
             lambda i: F.scaled_dot_product_attention(
                 q.transpose(0, 1)[None], k[i][None], v[i][None], attn_mask=seen, enable_gqa=True
@@ -206,7 +222,8 @@ class Cases:
         yield Case(
             "accept", rows, rows * vocab * 4, copies,
             lambda i: self._launch(
-                "accept", logits[i], drafts, None, None, 0.1, 0.6, False, likelihoods, argmax, path, accepted, rows, vocab,
+                "accept", logits=logits[i], drafts=drafts, threshold=0.1, score_temperature=0.6, match=False,
+                likelihoods=likelihoods, argmax=argmax, path=path, accepted=accepted, num_rows=rows, vocab=vocab,
                 workspace=(rows, vocab),
             ),
             by_torch,
@@ -228,7 +245,8 @@ class Cases:
         yield Case(
             "tree_expand", width, width * vocab * 4, copies,
             lambda i: self._launch(
-                "tree_expand", logits[i], scores, 0.6, 1.0, tokens, parents, grown, count, width, vocab, width,
+                "tree_expand", logits=logits[i], scores=scores, score_temperature=0.6, prune=1.0, tokens=tokens,
+                parents=parents, new_scores=grown, count=count, num_leaves=width, vocab=vocab, width=width,
                 workspace=(width, vocab, width),
             ),
             by_torch,
@@ -251,7 +269,8 @@ class Cases:
         yield Case(
             f"kv_rewrite, {layers} layers", moved, 2 * 2 * layers * kv_heads * moved * head_dim * 2, copies,
             lambda i: self._launch(
-                "kv_rewrite", self._code, k[i], v[i], nodes, context, moved, layers, kv_heads, slots, head_dim
+                "kv_rewrite", dtype=CODE, k_cache=k[i], v_cache=v[i], path=nodes, cache=(kv_heads, slots, head_dim),
+                layers=layers, start=context, length=moved,
             ),
             by_torch,
             context=context,

@@ -2,8 +2,8 @@
 // named once more in python/fields.h, by which Python passes them; both backends take the same structs. T stands for the model's
 // element type (`dtype`); everything else is spelled out.
 //
-// A field marked (CUDA) points to device memory that a replayed graph reads, so that its value may change between two replays; it
-// is null wherever the value is known when the op is called, and always on the CPU.
+// What an op can do without has a value here. A field marked (CUDA) points to device memory that a replayed graph reads, so that
+// its value may change between two replays; it is null wherever the value is known when the op is called, and always on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace sirius {
 // it may lie elsewhere. How the bytes of a row are read is known to the format's kernels alone.
 struct Matrix {
   const void* data;
-  const void* scales;  // of formats that have them, or null
+  const void* scales = nullptr;  // of formats that have them, or null
   Format format;
   int rows, cols;
   int64_t stride;  // bytes from one row to the next
@@ -26,8 +26,8 @@ struct Matrix {
 
 // A matrix with an optional bias.
 struct Projection {
-  Matrix weight;     // [rows, in]
-  const void* bias;  // T [rows] or null
+  Matrix weight;               // [rows, in]
+  const void* bias = nullptr;  // T [rows] or null
 };
 
 // softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise. All parts have one format.
@@ -36,11 +36,11 @@ struct LinearParams {
   Dtype dtype;
   const void* x;  // T [num_rows, in]
   Projection parts[3];
-  int num_parts;         // their outputs stand side by side
-  const void* residual;  // T [num_rows, out] or null; may be `out`
-  void* out;             // T [num_rows, out], or float if out_f32
-  bool out_f32;
-  float scale, softcap;
+  int num_parts;                   // their outputs stand side by side
+  const void* residual = nullptr;  // T [num_rows, out] or null; may be `out`
+  void* out;                       // T [num_rows, out], or float if out_f32
+  bool out_f32 = false;
+  float scale = 1.0f, softcap = 0.0f;
   int num_rows, out_features;
 };
 
@@ -49,11 +49,11 @@ enum class Activation : int { silu = 0, gelu_tanh = 1 };
 // hidden[m, i] = act(gate[n_i] . x[m]) * (up[n_i] . x[m])
 struct GateUpParams {
   Dtype dtype;
-  const void* x;           // T [num_rows, hidden]
-  Matrix gate, up;         // [intermediate, hidden], of one format
-  const int32_t* neurons;  // [num_neurons], or null for 0..num_neurons-1
-  void* out;               // T [num_rows, num_neurons]
-  Activation activation;
+  const void* x;                     // T [num_rows, hidden]
+  Matrix gate, up;                   // [intermediate, hidden], of one format
+  const int32_t* neurons = nullptr;  // [num_neurons], or null for 0..num_neurons-1
+  void* out;                         // T [num_rows, num_neurons]
+  Activation activation = Activation::silu;
   int num_rows, num_neurons;
 };
 
@@ -63,19 +63,19 @@ struct GateParams {
   const void* x;  // T [num_rows, hidden]
   Matrix gate;    // [intermediate, hidden]
   float* out;     // [num_rows, intermediate]
-  Activation activation;
+  Activation activation = Activation::silu;
   int num_rows;
 };
 
 // The neurons of largest score_i = sum_m |gates[m, i]|, in rising order: `kept` of them, the lower index first among equals; or
 // where `threshold` is not null all with score_i >= num_rows * threshold.
 struct SelectParams {
-  const float* gates;      // [num_rows, intermediate]
-  const float* threshold;  // [1] or null
-  int32_t* neurons;        // [intermediate]
-  int32_t* count;          // [1]: how many neurons were written
-  const int32_t* alive;    // [1] (CUDA): only so many of the rows count; or null for all
-  int num_rows, intermediate, kept;
+  const float* gates;                // [num_rows, intermediate]
+  const float* threshold = nullptr;  // [1] or null
+  int32_t* neurons;                  // [intermediate]
+  int32_t* count;                    // [1]: how many neurons were written
+  const int32_t* alive = nullptr;    // [1] (CUDA): only so many of the rows count; or null for all
+  int num_rows, intermediate, kept = 0;
 };
 
 // A set that follows the text. For each of `count` rows of z, in order, statistic_i becomes
@@ -83,47 +83,47 @@ struct SelectParams {
 // rising order, the lower index first among equals.
 struct FollowParams {
   Dtype dtype;
-  const void* z;              // T [layers, num_rows, intermediate]: act(gate x) * (up x)
-  const int32_t* rows;        // [count], or with count_at [num_rows]
-  const int32_t* count_at;    // [1] (CUDA), in place of count
-  const int32_t* fault;       // [1] (CUDA): where it is not 0, statistic and neurons stay what they were
-  const float* down_squares;  // [layers, intermediate]: ||down_i||^2
-  float* statistic;           // [layers, intermediate]
-  int32_t* neurons;           // [layers, kept]
+  const void* z;                      // T [layers, num_rows, intermediate]: act(gate x) * (up x)
+  const int32_t* rows;                // [count], or with count_at [num_rows]
+  const int32_t* count_at = nullptr;  // [1] (CUDA), in place of count
+  const int32_t* fault = nullptr;     // [1] (CUDA): where it is not 0, statistic and neurons stay what they were
+  const float* down_squares;          // [layers, intermediate]: ||down_i||^2
+  float* statistic;                   // [layers, intermediate]
+  int32_t* neurons;                   // [layers, kept]
   float decay;
-  int layers, num_rows, intermediate, kept, count;
+  int layers, num_rows, intermediate, kept, count = 0;
 };
 
 // hidden[m, i] = gates[m, n_i] * (up[n_i] . x[m])
 struct UpParams {
   Dtype dtype;
-  const void* x;                  // T [num_rows, hidden]
-  Matrix up;                      // [intermediate, hidden]
-  const float* gates;             // [num_rows, intermediate]
-  const int32_t* neurons;         // [num_neurons]
-  const int32_t* num_neurons_at;  // [1] (CUDA), at most num_neurons, which is then the row length of `out`
-  void* out;                      // T [num_rows, num_neurons]
+  const void* x;                            // T [num_rows, hidden]
+  Matrix up;                                // [intermediate, hidden]
+  const float* gates;                       // [num_rows, intermediate]
+  const int32_t* neurons;                   // [num_neurons]
+  const int32_t* num_neurons_at = nullptr;  // [1] (CUDA), at most num_neurons, which is then the row length of `out`
+  void* out;                                // T [num_rows, num_neurons]
   int num_rows, num_neurons;
 };
 
 // out[m, :] = scale * sum_i x[m, i] * down[n_i, :] + residual[m, :]
 struct DownParams {
   Dtype dtype;
-  const void* x;                  // T [num_rows, num_neurons]
-  Matrix down;                    // [intermediate, hidden]: down_proj transposed
-  const int32_t* neurons;         // [num_neurons] or null
-  const int32_t* num_neurons_at;  // [1] (CUDA), as in UpParams
-  const void* residual;           // T [num_rows, hidden] or null; may be `out`
-  void* out;                      // T [num_rows, hidden]
-  float* workspace;               // [down_workspace(...)]
-  float scale;
+  const void* x;                            // T [num_rows, num_neurons]
+  Matrix down;                              // [intermediate, hidden]: down_proj transposed
+  const int32_t* neurons = nullptr;         // [num_neurons] or null
+  const int32_t* num_neurons_at = nullptr;  // [1] (CUDA), as in UpParams
+  const void* residual = nullptr;           // T [num_rows, hidden] or null; may be `out`
+  void* out;                                // T [num_rows, hidden]
+  float* workspace;                         // [down_workspace(...)]
+  float scale = 1.0f;
   int num_rows, num_neurons;
 };
 
 // RMSNorm's weights: a row is multiplied by weight + offset, where the offset is 0 or, as in Gemma, 1. No weight: no norm.
 struct Norm {
   const void* weight;  // T [width of a row] or null
-  float eps, offset;
+  float eps, offset = 0.0f;
 };
 
 // out[m, :] = x[m] / sqrt(mean(x[m]^2) + eps) * (weight + offset) + residual[m, :]
@@ -131,8 +131,8 @@ struct RmsNormParams {
   Dtype dtype;
   const void* x;  // T [num_rows, hidden]
   Norm norm;
-  const void* residual;  // T [num_rows, hidden] or null; may be `out`
-  void* out;             // T [num_rows, hidden]; may be `x`
+  const void* residual = nullptr;  // T [num_rows, hidden] or null; may be `out`
+  void* out;                       // T [num_rows, hidden]; may be `x`
   int num_rows, hidden;
 };
 
@@ -146,14 +146,14 @@ struct CacheShape {
 // are.
 struct RopeParams {
   Dtype dtype;
-  void* qkv;                 // T [num_rows, (heads + 2 * kv_heads) * head_dim]; the q part is changed in place
-  Norm q_norm, k_norm;       // over each head; T [head_dim] or null
-  const float* cos;          // [max_position, rotary_dim / 2]
-  const float* sin;          // [max_position, rotary_dim / 2]
-  const int32_t* positions;  // [num_rows]
-  const int32_t* slots;      // [num_rows], or null for first_slot + row
-  int first_slot;
-  const int32_t* base;  // [1] (CUDA), added to positions and slots
+  void* qkv;                       // T [num_rows, (heads + 2 * kv_heads) * head_dim]; the q part is changed in place
+  Norm q_norm = {}, k_norm = {};   // over each head; T [head_dim] or null
+  const float* cos;                // [max_position, rotary_dim / 2]
+  const float* sin;                // [max_position, rotary_dim / 2]
+  const int32_t* positions;        // [num_rows]
+  const int32_t* slots = nullptr;  // [num_rows], or null for first_slot + row
+  int first_slot = 0;
+  const int32_t* base = nullptr;  // [1] (CUDA), added to positions and slots
   void *k_cache, *v_cache;
   CacheShape cache;
   int num_rows, heads, rotary_dim;
@@ -169,15 +169,15 @@ struct AttentionParams {
   int q_stride;
   const void *k_cache, *v_cache;
   CacheShape cache;
-  int prefix;
-  const int32_t* base;   // [1] (CUDA), added to prefix and positions
-  const uint64_t* mask;  // [num_rows, mask_words]
+  int prefix = 0;
+  const int32_t* base = nullptr;  // [1] (CUDA), added to prefix and positions
+  const uint64_t* mask;           // [num_rows, mask_words]
   int mask_words;
-  const int32_t* positions;  // [num_rows]; may be null if there is no window
-  int window;                // 0: none
-  void* out;                 // T [num_rows, heads, head_dim]
-  float* workspace;          // [attention_workspace(...)]
-  float scale, softcap;
+  const int32_t* positions = nullptr;  // [num_rows]; may be null if there is no window
+  int window = 0;                      // 0: none
+  void* out;                           // T [num_rows, heads, head_dim]
+  float* workspace;                    // [attention_workspace(...)]
+  float scale = 1.0f, softcap = 0.0f;
   int num_rows, heads;
 };
 
@@ -194,23 +194,23 @@ struct TreeExpandParams {
   const float* logits;  // [num_leaves, vocab]
   const float* scores;  // [num_leaves]: cumulative log-likelihoods
   float score_temperature;
-  float prune;          // a leaf whose best token is likelier than this proposes no other
-  int32_t* tokens;      // [width], likeliest first; so are the next two
-  int32_t* parents;     // [width]: the leaf's row
-  float* new_scores;    // [width]
-  int32_t* count;       // [1]: how many there are
-  int32_t* candidates;  // [num_leaves, width]: workspace, as is the next one
-  float* likelihoods;   // [num_leaves, width]: logarithms, -inf where there is no candidate
-  int32_t* fault;       // [1] (CUDA): see csrc/cuda/ops.h
+  float prune;               // a leaf whose best token is likelier than this proposes no other
+  int32_t* tokens;           // [width], likeliest first; so are the next two
+  int32_t* parents;          // [width]: the leaf's row
+  float* new_scores;         // [width]
+  int32_t* count;            // [1]: how many there are
+  int32_t* candidates;       // [num_leaves, width]: workspace, as is the next one
+  float* likelihoods;        // [num_leaves, width]: logarithms, -inf where there is no candidate
+  int32_t* fault = nullptr;  // [1] (CUDA): see csrc/cuda/ops.h
   int num_leaves, vocab, width;
 };
 
 // A tree's acceptance. Node 0 is committed already; drafts[i - 1] is node i's token, proposed after row parents[i].
 struct AcceptParams {
-  const float* logits;     // [num_rows, vocab]
-  const int32_t* drafts;   // [num_rows - 1]
-  const int32_t* parents;  // [num_rows], parents[i] < i; or null: a chain
-  const float* scores;     // [num_rows]: cumulative log-likelihoods, to choose among equally long runs; null for a chain
+  const float* logits;               // [num_rows, vocab]
+  const int32_t* drafts;             // [num_rows - 1]
+  const int32_t* parents = nullptr;  // [num_rows], parents[i] < i; or null: a chain
+  const float* scores = nullptr;  // [num_rows]: cumulative log-likelihoods, to choose among equally long runs; null for a chain
   float threshold, score_temperature;
   bool match;          // accept only the argmax; threshold is not used
   float* likelihoods;  // [num_rows - 1]
@@ -219,8 +219,8 @@ struct AcceptParams {
   int32_t* path;       // [num_rows - 1]: the nodes of the accepted run, from the first on
   int32_t* accepted;   // [1]: the run's length
   float* workspace;    // [2, num_rows]
-  const int32_t* limit;  // [1] (CUDA): the longest run to accept
-  int32_t* fault;        // [1] (CUDA): see csrc/cuda/ops.h
+  const int32_t* limit = nullptr;  // [1] (CUDA): the longest run to accept
+  int32_t* fault = nullptr;        // [1] (CUDA): see csrc/cuda/ops.h
   int num_rows, vocab;
 };
 
@@ -234,47 +234,47 @@ struct ArgmaxParams {
 // Moves the entries of slots start + path[i] to slots start + i, in every layer and head.
 struct KvRewriteParams {
   Dtype dtype;
-  void *k_cache, *v_cache;   // T [layers, kv_heads, capacity, head_dim]
-  const int32_t* path;       // [length], strictly increasing
-  const int32_t* base;       // [1] (CUDA), added to start
-  const int32_t* length_at;  // [1] (CUDA), in place of length
+  void *k_cache, *v_cache;             // T [layers, kv_heads, capacity, head_dim]
+  const int32_t* path;                 // [length], strictly increasing
+  const int32_t* base = nullptr;       // [1] (CUDA), added to start
+  const int32_t* length_at = nullptr;  // [1] (CUDA), in place of length
   CacheShape cache;
-  int layers, start, length;
+  int layers, start, length = 0;
 };
 
 // A decoder layer of any family: x += after_attention(attention(before_attention(x))), then x += after_mlp(mlp(before_mlp(x))).
 // A norm without a weight is left out. models/families.py says which family has what.
 struct LayerWeights {
-  Norm before_attention, after_attention, before_mlp, after_mlp;  // T [hidden]
-  Norm q_norm, k_norm;                                            // T [head_dim]
-  Projection qkv[3];                                              // rows: heads, kv_heads, kv_heads times head_dim
-  Projection output;                                              // [hidden, heads * head_dim]
-  Matrix gate, up, down;                                          // [intermediate, hidden] each
-  int window;                                                     // of attention, in tokens; 0: none
-  int rope;                                                       // which of the tables of angles; -1: no rotation
+  Norm before_attention = {}, after_attention = {}, before_mlp = {}, after_mlp = {};  // T [hidden]
+  Norm q_norm = {}, k_norm = {};                                                      // T [head_dim]
+  Projection qkv[3];      // rows: heads, kv_heads, kv_heads times head_dim
+  Projection output;      // [hidden, heads * head_dim]
+  Matrix gate, up, down;  // [intermediate, hidden] each
+  int window = 0;         // of attention, in tokens; 0: none
+  int rope = 0;           // which of the tables of angles; -1: no rotation
 };
 
 struct ModelWeights {
   Dtype dtype;
-  Matrix embedding;  // [vocab, hidden]
-  Norm final_norm;   // T [hidden]
-  Matrix lm_head;    // [vocab, hidden]
+  Matrix embedding;      // [vocab, hidden]
+  Norm final_norm = {};  // T [hidden]
+  Matrix lm_head;        // [vocab, hidden]
   const LayerWeights* layers;
   int num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, rotary_dim;
-  Activation activation;
-  float embedding_scale;  // of a token's embedding, rounded to T after it
-  float residual_scale;   // of what attention and MLP add to x where no norm stands behind them
-  float attention_scale, attention_softcap;
-  float logit_scale, logit_softcap;
+  Activation activation = Activation::silu;
+  float embedding_scale = 1.0f;  // of a token's embedding, rounded to T after it
+  float residual_scale = 1.0f;   // of what attention and MLP add to x where no norm stands behind them
+  float attention_scale = 1.0f, attention_softcap = 0.0f;
+  float logit_scale = 1.0f, logit_softcap = 0.0f;
 };
 
 // Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`
 // all whose mean |act(gate x)| over the rows reaches the layer's threshold.
 struct Sparsity {
   enum Kind : int { dense, listed, largest, threshold } kind;
-  const int32_t* neurons;   // [layers, kept], if listed
-  const float* thresholds;  // [layers], if threshold
-  int kept;                 // if listed or largest
+  const int32_t* neurons = nullptr;   // [layers, kept], if listed
+  const float* thresholds = nullptr;  // [layers], if threshold
+  int kept = 0;                       // if listed or largest
 };
 
 // One pass of num_rows tokens through every layer. Row m's key and value go to cache slot first_slot + m; what it sees is as in
@@ -289,11 +289,11 @@ struct DecodeStepParams {
   int mask_words;
   void *k_cache, *v_cache;  // T [layers, kv_heads, capacity, head_dim]
   Sparsity sparsity;
-  float* logits;    // [num_rows, vocab]
-  int32_t* argmax;  // [num_rows], or null; -1 where a logit is not finite
-  void* workspace;  // [decode_workspace(...)] bytes
-  void* z;          // T [layers, num_rows, intermediate]: gets act(gate x) * (up x) of a dense pass; or null
-  int num_rows, first_slot, prefix, capacity;
+  float* logits;              // [num_rows, vocab]
+  int32_t* argmax = nullptr;  // [num_rows], or null; -1 where a logit is not finite
+  void* workspace;            // [decode_workspace(...)] bytes
+  void* z = nullptr;          // T [layers, num_rows, intermediate]: gets act(gate x) * (up x) of a dense pass; or null
+  int num_rows, first_slot, prefix = 0, capacity;
 };
 
 }  // namespace sirius

@@ -1,8 +1,8 @@
 // The fields of every params struct, named once: what Python calls them, and how its values become them. Both backends' ops take
 // their arguments by these names.
 //
-// A field that is named with a value, or with `absent`, may be left out and is then that. A workspace is not named: what an op
-// needs of it the bindings know.
+// An optional field may be left out and is then what params.h says. A workspace is not named: what an op needs of it the bindings
+// know.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,8 +19,8 @@ namespace sirius::binding {
 
 namespace py = pybind11;
 
-struct Absent {};
-constexpr Absent absent;  // null, zero, silu, no norm
+struct Optional {};
+constexpr Optional optional;
 
 template <class P>
 struct Fields;
@@ -31,7 +31,7 @@ struct Fields<Matrix> {
   static void visit(V& v) {
     using P = Matrix;
     v("data", &P::data);
-    v("scales", &P::scales, absent);
+    v("scales", &P::scales, optional);
     v("format", &P::format);
     v("rows", &P::rows);
     v("cols", &P::cols);
@@ -45,7 +45,7 @@ struct Fields<Projection> {
   static void visit(V& v) {
     using P = Projection;
     v("weight", &P::weight);
-    v("bias", &P::bias, absent);
+    v("bias", &P::bias, optional);
   }
 };
 
@@ -56,7 +56,7 @@ struct Fields<Norm> {
     using P = Norm;
     v("weight", &P::weight);
     v("eps", &P::eps);
-    v("offset", &P::offset, absent);
+    v("offset", &P::offset, optional);
   }
 };
 
@@ -77,9 +77,9 @@ struct Fields<Sparsity> {
   static void visit(V& v) {
     using P = Sparsity;
     v("kind", &P::kind);
-    v("neurons", &P::neurons, absent);
-    v("thresholds", &P::thresholds, absent);
-    v("kept", &P::kept, absent);
+    v("neurons", &P::neurons, optional);
+    v("thresholds", &P::thresholds, optional);
+    v("kept", &P::kept, optional);
   }
 };
 
@@ -91,11 +91,11 @@ struct Fields<LinearParams> {
     v("dtype", &P::dtype);
     v("x", &P::x);
     v("parts", &P::parts, &P::num_parts);
-    v("residual", &P::residual, absent);
+    v("residual", &P::residual, optional);
     v("out", &P::out);
-    v("out_f32", &P::out_f32, absent);
-    v("scale", &P::scale, 1.0f);
-    v("softcap", &P::softcap, absent);
+    v("out_f32", &P::out_f32, optional);
+    v("scale", &P::scale, optional);
+    v("softcap", &P::softcap, optional);
     v("num_rows", &P::num_rows);
     v("out_features", &P::out_features);
   }
@@ -110,9 +110,9 @@ struct Fields<GateUpParams> {
     v("x", &P::x);
     v("gate", &P::gate);
     v("up", &P::up);
-    v("neurons", &P::neurons, absent);
+    v("neurons", &P::neurons, optional);
     v("out", &P::out);
-    v("activation", &P::activation, absent);
+    v("activation", &P::activation, optional);
     v("num_rows", &P::num_rows);
     v("num_neurons", &P::num_neurons);
   }
@@ -127,7 +127,7 @@ struct Fields<GateParams> {
     v("x", &P::x);
     v("gate", &P::gate);
     v("out", &P::out);
-    v("activation", &P::activation, absent);
+    v("activation", &P::activation, optional);
     v("num_rows", &P::num_rows);
   }
 };
@@ -138,13 +138,13 @@ struct Fields<SelectParams> {
   static void visit(V& v) {
     using P = SelectParams;
     v("gates", &P::gates);
-    v("threshold", &P::threshold, absent);
+    v("threshold", &P::threshold, optional);
     v("neurons", &P::neurons);
     v("count", &P::count);
-    v("alive", &P::alive, absent);
+    v("alive", &P::alive, optional);
     v("num_rows", &P::num_rows);
     v("intermediate", &P::intermediate);
-    v("kept", &P::kept, absent);
+    v("kept", &P::kept, optional);
   }
 };
 
@@ -156,8 +156,8 @@ struct Fields<FollowParams> {
     v("dtype", &P::dtype);
     v("z", &P::z);
     v("rows", &P::rows);
-    v("count_at", &P::count_at, absent);
-    v("fault", &P::fault, absent);
+    v("count_at", &P::count_at, optional);
+    v("fault", &P::fault, optional);
     v("down_squares", &P::down_squares);
     v("statistic", &P::statistic);
     v("neurons", &P::neurons);
@@ -166,7 +166,7 @@ struct Fields<FollowParams> {
     v("num_rows", &P::num_rows);
     v("intermediate", &P::intermediate);
     v("kept", &P::kept);
-    v("count", &P::count, absent);
+    v("count", &P::count, optional);
   }
 };
 
@@ -180,7 +180,7 @@ struct Fields<UpParams> {
     v("up", &P::up);
     v("gates", &P::gates);
     v("neurons", &P::neurons);
-    v("num_neurons_at", &P::num_neurons_at, absent);
+    v("num_neurons_at", &P::num_neurons_at, optional);
     v("out", &P::out);
     v("num_rows", &P::num_rows);
     v("num_neurons", &P::num_neurons);
@@ -195,11 +195,11 @@ struct Fields<DownParams> {
     v("dtype", &P::dtype);
     v("x", &P::x);
     v("down", &P::down);
-    v("neurons", &P::neurons, absent);
-    v("num_neurons_at", &P::num_neurons_at, absent);
-    v("residual", &P::residual, absent);
+    v("neurons", &P::neurons, optional);
+    v("num_neurons_at", &P::num_neurons_at, optional);
+    v("residual", &P::residual, optional);
     v("out", &P::out);
-    v("scale", &P::scale, 1.0f);
+    v("scale", &P::scale, optional);
     v("num_rows", &P::num_rows);
     v("num_neurons", &P::num_neurons);
   }
@@ -213,7 +213,7 @@ struct Fields<RmsNormParams> {
     v("dtype", &P::dtype);
     v("x", &P::x);
     v("norm", &P::norm);
-    v("residual", &P::residual, absent);
+    v("residual", &P::residual, optional);
     v("out", &P::out);
     v("num_rows", &P::num_rows);
     v("hidden", &P::hidden);
@@ -227,14 +227,14 @@ struct Fields<RopeParams> {
     using P = RopeParams;
     v("dtype", &P::dtype);
     v("qkv", &P::qkv);
-    v("q_norm", &P::q_norm, absent);
-    v("k_norm", &P::k_norm, absent);
+    v("q_norm", &P::q_norm, optional);
+    v("k_norm", &P::k_norm, optional);
     v("cos", &P::cos);
     v("sin", &P::sin);
     v("positions", &P::positions);
-    v("slots", &P::slots, absent);
-    v("first_slot", &P::first_slot, absent);
-    v("base", &P::base, absent);
+    v("slots", &P::slots, optional);
+    v("first_slot", &P::first_slot, optional);
+    v("base", &P::base, optional);
     v("k_cache", &P::k_cache);
     v("v_cache", &P::v_cache);
     v("cache", &P::cache);
@@ -255,15 +255,15 @@ struct Fields<AttentionParams> {
     v("k_cache", &P::k_cache);
     v("v_cache", &P::v_cache);
     v("cache", &P::cache);
-    v("prefix", &P::prefix, absent);
-    v("base", &P::base, absent);
+    v("prefix", &P::prefix, optional);
+    v("base", &P::base, optional);
     v("mask", &P::mask);
     v("mask_words", &P::mask_words);
-    v("positions", &P::positions, absent);
-    v("window", &P::window, absent);
+    v("positions", &P::positions, optional);
+    v("window", &P::window, optional);
     v("out", &P::out);
-    v("scale", &P::scale, 1.0f);
-    v("softcap", &P::softcap, absent);
+    v("scale", &P::scale, optional);
+    v("softcap", &P::softcap, optional);
     v("num_rows", &P::num_rows);
     v("heads", &P::heads);
   }
@@ -294,7 +294,7 @@ struct Fields<TreeExpandParams> {
     v("parents", &P::parents);
     v("new_scores", &P::new_scores);
     v("count", &P::count);
-    v("fault", &P::fault, absent);
+    v("fault", &P::fault, optional);
     v("num_leaves", &P::num_leaves);
     v("vocab", &P::vocab);
     v("width", &P::width);
@@ -308,8 +308,8 @@ struct Fields<AcceptParams> {
     using P = AcceptParams;
     v("logits", &P::logits);
     v("drafts", &P::drafts);
-    v("parents", &P::parents, absent);
-    v("scores", &P::scores, absent);
+    v("parents", &P::parents, optional);
+    v("scores", &P::scores, optional);
     v("threshold", &P::threshold);
     v("score_temperature", &P::score_temperature);
     v("match", &P::match);
@@ -317,8 +317,8 @@ struct Fields<AcceptParams> {
     v("argmax", &P::argmax);
     v("path", &P::path);
     v("accepted", &P::accepted);
-    v("limit", &P::limit, absent);
-    v("fault", &P::fault, absent);
+    v("limit", &P::limit, optional);
+    v("fault", &P::fault, optional);
     v("num_rows", &P::num_rows);
     v("vocab", &P::vocab);
   }
@@ -345,12 +345,12 @@ struct Fields<KvRewriteParams> {
     v("k_cache", &P::k_cache);
     v("v_cache", &P::v_cache);
     v("path", &P::path);
-    v("base", &P::base, absent);
-    v("length_at", &P::length_at, absent);
+    v("base", &P::base, optional);
+    v("length_at", &P::length_at, optional);
     v("cache", &P::cache);
     v("layers", &P::layers);
     v("start", &P::start);
-    v("length", &P::length, absent);
+    v("length", &P::length, optional);
   }
 };
 
@@ -359,19 +359,19 @@ struct Fields<LayerWeights> {
   template <class V>
   static void visit(V& v) {
     using P = LayerWeights;
-    v("before_attention", &P::before_attention, absent);
-    v("after_attention", &P::after_attention, absent);
-    v("before_mlp", &P::before_mlp, absent);
-    v("after_mlp", &P::after_mlp, absent);
-    v("q_norm", &P::q_norm, absent);
-    v("k_norm", &P::k_norm, absent);
+    v("before_attention", &P::before_attention, optional);
+    v("after_attention", &P::after_attention, optional);
+    v("before_mlp", &P::before_mlp, optional);
+    v("after_mlp", &P::after_mlp, optional);
+    v("q_norm", &P::q_norm, optional);
+    v("k_norm", &P::k_norm, optional);
     v("qkv", &P::qkv);
     v("output", &P::output);
     v("gate", &P::gate);
     v("up", &P::up);
     v("down", &P::down);
-    v("window", &P::window, absent);
-    v("rope", &P::rope, absent);
+    v("window", &P::window, optional);
+    v("rope", &P::rope, optional);
   }
 };
 
@@ -383,7 +383,7 @@ struct Fields<ModelWeights> {
     using P = ModelWeights;
     v("dtype", &P::dtype);
     v("embedding", &P::embedding);
-    v("final_norm", &P::final_norm, absent);
+    v("final_norm", &P::final_norm, optional);
     v("lm_head", &P::lm_head);
     v("hidden", &P::hidden);
     v("intermediate", &P::intermediate);
@@ -392,13 +392,13 @@ struct Fields<ModelWeights> {
     v("kv_heads", &P::kv_heads);
     v("head_dim", &P::head_dim);
     v("rotary_dim", &P::rotary_dim);
-    v("activation", &P::activation, absent);
-    v("embedding_scale", &P::embedding_scale, 1.0f);
-    v("residual_scale", &P::residual_scale, 1.0f);
-    v("attention_scale", &P::attention_scale, 1.0f);
-    v("attention_softcap", &P::attention_softcap, absent);
-    v("logit_scale", &P::logit_scale, 1.0f);
-    v("logit_softcap", &P::logit_softcap, absent);
+    v("activation", &P::activation, optional);
+    v("embedding_scale", &P::embedding_scale, optional);
+    v("residual_scale", &P::residual_scale, optional);
+    v("attention_scale", &P::attention_scale, optional);
+    v("attention_softcap", &P::attention_softcap, optional);
+    v("logit_scale", &P::logit_scale, optional);
+    v("logit_softcap", &P::logit_softcap, optional);
   }
 };
 
@@ -419,12 +419,12 @@ struct Fields<DecodeStepParams> {
     v("v_cache", &P::v_cache);
     v("sparsity", &P::sparsity);
     v("logits", &P::logits);
-    v("argmax", &P::argmax, absent);
+    v("argmax", &P::argmax, optional);
     v("workspace", &P::workspace);
-    v("z", &P::z, absent);
+    v("z", &P::z, optional);
     v("num_rows", &P::num_rows);
     v("first_slot", &P::first_slot);
-    v("prefix", &P::prefix, absent);
+    v("prefix", &P::prefix, optional);
     v("capacity", &P::capacity);
   }
 };
@@ -544,16 +544,8 @@ class Reader {
   }
 
   template <class T>
-  void operator()(const char* name, T P::* field, T otherwise) {
-    if (PyObject* value = next())
-      read(value, to_.*field, {&where_, name});
-    else
-      to_.*field = otherwise;
-  }
-
-  template <class T>
-  void operator()(const char* name, T P::* field, Absent) {
-    (*this)(name, field, T{});
+  void operator()(const char* name, T P::* field, Optional) {
+    if (PyObject* value = next()) read(value, to_.*field, {&where_, name});
   }
 
   // As many as there are.

@@ -54,9 +54,18 @@ def using(backend: str) -> Iterator[ModuleType]:
         order = backend.removeprefix("simt-")
         _simt.set_order(SIMT_ORDERS.index(order))
         _margin = ALIGNED_MARGIN if order == "random" else MARGIN
-        with dispatch.emulated(_simt):
+        with emulated(_simt):
             yield ops
         _margin = MARGIN
+
+
+_CPU = dispatch.backend_of(torch.device("cpu"))
+
+
+def emulated(functions: ModuleType | None) -> contextlib.AbstractContextManager:
+    """Within it, tensors on the CPU are computed on by the CUDA kernels of a module built with csrc/simt; with None, by the
+    CPU's."""
+    return dispatch.registered("cpu", _CPU if functions is None else dispatch.CudaBackend(functions))
 
 
 class OnDevice:
@@ -93,12 +102,12 @@ class OnDevice:
         return travelling
 
 
-def call(functions: ModuleType, name: str, *arguments: torch.Tensor | float | None, workspace: int) -> None:
-    """Call a compiled CUDA function. Tensors go by their address, None as null; then a workspace of so many floats, the counters
-    and the stream."""
+def call(functions: ModuleType, name: str, *, workspace: int = 0, **fields) -> None:
+    """Call a compiled CUDA function with the fields of csrc/params.h. Tensors go by their address; beside them go a workspace of
+    so many floats, the counters and the stream."""
     floats, counters = torch.full((workspace,), math.nan), torch.zeros(functions.counters, dtype=torch.int32)
-    addresses = [0 if x is None else x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
-    getattr(functions, name)(*addresses, floats.data_ptr(), counters.data_ptr(), 0)
+    plain = {name: x.data_ptr() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+    getattr(functions, name)(**plain, workspace=floats.data_ptr(), counters=counters.data_ptr(), stream=0)
     assert not counters.any(), "counters that are not left at zero"
 
 

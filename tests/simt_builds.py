@@ -36,9 +36,10 @@ class Mutation(NamedTuple):
         """A module in which the unit has the fault; the rest is taken from the build in `objects`. Kept for the next run."""
         flags = ["-O1"] if flags is None else flags
         sources = {path: path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()}
-        archive, module = objects / "csrc/simt/libsirius_simt.a", objects / "csrc/simt/CMakeFiles/_simt.dir/module.cpp.o"
-        assert archive.exists() and module.exists(), f"{archive} is missing: `make test` builds it"
-        key = hashlib.sha256(repr(sources).encode() + archive.read_bytes()).hexdigest()[:16]
+        archive, module = objects / "csrc/simt/libsirius_simt.a", objects / "CMakeFiles/_simt.dir/python"
+        linked = [archive, *(module / f"{name}.cpp.o" for name in ("simt_module", "bindings_cuda"))]
+        assert all(path.exists() for path in linked), f"{archive} is missing: `make test` builds it"
+        key = hashlib.sha256(repr(sources).encode() + b"".join(path.read_bytes() for path in linked)).hexdigest()[:16]
         folder = MUTANTS / hashlib.sha256(repr((self, flags)).encode()).hexdigest()[:16]
         tree, out = folder / key, folder / f"{key}.so"
         if out.exists():
@@ -49,8 +50,8 @@ class Mutation(NamedTuple):
         text = changed.read_text()
         assert text.count(self.old) == 1, f"{self.file}: {self.old!r} stands there {text.count(self.old)} times"
         changed.write_text(text.replace(self.old, self.new))
-        command = [COMPILER, "-std=c++17", *flags, "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing"]
-        command += ["-Wno-unknown-pragmas", "-x", "c++", tree / "csrc/cuda" / self.unit, "-x", "none", module, archive]
+        command = [COMPILER, "-std=c++20", *flags, "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing"]
+        command += ["-Wno-unknown-pragmas", "-x", "c++", tree / "csrc/cuda" / self.unit, "-x", "none", *linked[1:], archive]
         subprocess.run([*command, "-o", out], check=True)
         shutil.rmtree(tree)
         return out

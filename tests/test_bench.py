@@ -8,6 +8,7 @@ import os
 import subprocess
 
 import accuracy
+import backends
 import bench_ops
 import decode
 import latency
@@ -23,7 +24,6 @@ from shapes import SHAPES, random_model
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.evaluation.runner import Results
 from sirius_ext.evaluation.tasks import TASKS
-from sirius_ext.kernels import dispatch
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def emulated():
     """The CUDA kernels, run on the CPU."""
-    with dispatch.emulated(_simt):
+    with backends.emulated(_simt):
         yield
 
 

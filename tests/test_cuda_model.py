@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from backends import assert_same_bits
+from backends import assert_same_bits, emulated
 from tiny import Tokens, decoder, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
@@ -43,7 +43,7 @@ class Place:
 
 @pytest.fixture(scope="module", params=PLACES)
 def place(request):
-    with dispatch.emulated(_simt) if request.param == "simt" else contextlib.nullcontext():
+    with emulated(_simt) if request.param == "simt" else contextlib.nullcontext():
         yield Place(request.param)
 
 
@@ -172,7 +172,7 @@ def test_batch_invariance(place, dtype):
 def test_rules_of_the_host(place):
     """What the device cannot decide goes through the same passes: drawn tokens, processed logits, a period that adapts."""
     engine, ids = place.engine("mistral"), prompt(9)
-    with dispatch.emulated(None):  # the CPU backend
+    with emulated(None):  # the CPU backend
         twin = Engine(tiny("mistral"))
     for config, settings in (
         (SiriusConfig(period=4, accept="sample"), {"do_sample": True, "temperature": 0.8, "top_k": 0}),
@@ -182,7 +182,7 @@ def test_rules_of_the_host(place):
     ):
         seeds = [{"generator": seeded(3)} if settings.get("do_sample") else {} for _ in "ab"]
         tokens, _ = decode(engine, ids, config, 12, **settings, **seeds[0])
-        with dispatch.emulated(None):  # the CPU backend
+        with emulated(None):  # the CPU backend
             expected, _ = decode(twin, ids, config, 12, **settings, **seeds[1])
         assert tokens == expected, config
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from backends import assert_same_bits, call, poisoned, walled
+from backends import assert_same_bits, call, emulated, poisoned, walled
 from tiny import Tokens, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
@@ -17,7 +17,7 @@ from sirius_ext.decoding.sparsity import CSparse, FSparse, sparsity_of
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation import batched
 from sirius_ext.evaluation.batched import Batch
-from sirius_ext.kernels import dispatch, reference
+from sirius_ext.kernels import reference
 from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Nodes
 
@@ -211,7 +211,7 @@ def test_marks_of_tree_expand(cuda_functions, fault):
 
 @contextlib.contextmanager
 def at(place):
-    with dispatch.emulated(_simt) if place == "simt" else contextlib.nullcontext():
+    with emulated(_simt) if place == "simt" else contextlib.nullcontext():
         yield torch.device("cuda" if place == "cuda" else "cpu")
 
 

@@ -33,11 +33,12 @@ void accept(const AcceptParams& p) {
   for (int i = best, at = run[best] - 1; at >= 0; i = p.parents ? p.parents[i] : i - 1) p.path[at--] = i;
 }
 
-void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax) {
-  const Range range = share(num_rows);
+void argmax(const ArgmaxParams& p) {
+  const Kernels& k = kernels(Dtype::f32);
+  const Range range = share(p.num_rows);
   for (int i = range.begin; i < range.end; ++i) {
     float max;
-    kernels(Dtype::f32).logit_stats(logits + size_t(i) * vocab, vocab, 1.0f, true, &max, argmax + i, nullptr);
+    k.logit_stats(p.logits + size_t(i) * p.vocab, p.vocab, 1.0f, true, &max, p.argmax + i, nullptr);
   }
 }
 

@@ -1,6 +1,4 @@
 // One pass through every layer, in one parallel region: the loop over layers that a decode step is.
-#include <cstring>
-
 #include "isa.h"
 #include "ops.h"
 #include "team.h"
@@ -8,15 +6,16 @@
 namespace sirius::cpu {
 namespace {
 
-// The activations that threads share. Norms are recomputed by each thread instead: cheaper than a barrier.
+// The activations that threads share. Norms before a product are recomputed by each thread instead: cheaper than a barrier.
 struct Workspace {
   char* next;
   Dtype dtype;
-  void *x, *qkv, *attended, *hidden;
+  void *x, *branch, *qkv, *attended, *hidden;
   float *gates, *partial, *attention;
 
   Workspace(const ModelWeights& m, int num_rows, void* memory) : next(static_cast<char*>(memory)), dtype(m.dtype) {
     x = take(size_t(num_rows) * m.hidden);
+    branch = take(size_t(num_rows) * m.hidden);
     qkv = take(size_t(num_rows) * (m.heads + 2 * m.kv_heads) * m.head_dim);
     attended = take(size_t(num_rows) * m.heads * m.head_dim);
     hidden = take(size_t(num_rows) * m.intermediate);
@@ -32,95 +31,213 @@ struct Workspace {
   }
 };
 
-void* norm(const ModelWeights& m, const void* x, const void* weight, int num_rows) {
-  const Kernels& k = kernels(m.dtype);
-  void* out = scratch<char>(Scratch::normed, size_t(num_rows) * m.hidden * size_of(m.dtype));
-  for (int j = 0; j < num_rows; ++j) {
-    const size_t at = size_t(j) * m.hidden;
-    k.rms_norm(offset(x, at, m.dtype), nullptr, weight, m.eps, m.hidden, offset(out, at, m.dtype));
-  }
-  return out;
-}
+class Pass {
+ public:
+  explicit Pass(const DecodeStepParams& p) : p_(p), m_(*p.model), w_(m_, p.num_rows, p.workspace) {}
 
-void attention_block(const DecodeStepParams& p, const Workspace& w, int layer) {
-  const ModelWeights& m = *p.model;
-  const LayerWeights& weights = m.layers[layer];
-  const int qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-  const size_t cache_at = size_t(layer) * m.kv_heads * p.capacity * m.head_dim;
-  const CacheShape cache{m.kv_heads, p.capacity, m.head_dim};
-  void *k_cache = offset(p.k_cache, cache_at, m.dtype), *v_cache = offset(p.v_cache, cache_at, m.dtype);
-
-  const void* normed = norm(m, w.x, weights.input_norm, p.num_rows);
-  linear({m.dtype, normed, weights.qkv, 3, nullptr, w.qkv, false, p.num_rows, m.hidden, qkv_width});
-  sync();
-  rope_kv_write({m.dtype, w.qkv, p.cos, p.sin, p.positions, nullptr, p.first_slot, k_cache, v_cache, cache, p.num_rows, m.heads});
-  sync();
-  tree_attention({m.dtype, w.qkv, qkv_width, k_cache, v_cache, cache, p.prefix, p.mask, p.mask_words, w.attended, w.attention,
-                  m.attention_scale, p.num_rows, m.heads});
-  sync();
-  linear({m.dtype, w.attended, &weights.output, 1, w.x, w.x, false, p.num_rows, m.heads * m.head_dim, m.hidden});
-  sync();
-}
-
-void mlp_block(const DecodeStepParams& p, const Workspace& w, int layer) {
-  const ModelWeights& m = *p.model;
-  const LayerWeights& weights = m.layers[layer];
-  const Sparsity& s = p.sparsity;
-  const int32_t* neurons = nullptr;
-  int kept = m.intermediate;
-  void* hidden = p.z ? offset(p.z, size_t(layer) * p.num_rows * m.intermediate, m.dtype) : w.hidden;
-
-  const void* normed = norm(m, w.x, weights.post_norm, p.num_rows);
-  if (s.kind == Sparsity::largest || s.kind == Sparsity::threshold) {
-    gate({m.dtype, normed, weights.gate, w.gates, p.num_rows, m.hidden, m.intermediate});
+  void run() const {
+    embed();
     sync();
-    // Every thread makes the list for itself: that takes less time than a barrier and keeps it in the thread's own cache.
-    int32_t* list = scratch<int32_t>(Scratch::neurons, m.intermediate);
-    kept = select(
-        {w.gates, s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr, list, p.num_rows, m.intermediate, s.kept});
-    neurons = list;
-    up({m.dtype, normed, weights.up, w.gates, neurons, hidden, p.num_rows, m.hidden, m.intermediate, kept});
-  } else {
-    if (s.kind == Sparsity::listed) {
-      kept = s.kept;
-      neurons = s.neurons + size_t(layer) * kept;
+    for (int layer = 0; layer < m_.num_layers; ++layer) {
+      attention(m_.layers[layer], layer);
+      mlp(m_.layers[layer], layer);
     }
-    gate_up({m.dtype, normed, weights.gate, weights.up, neurons, hidden, p.num_rows, m.hidden, kept});
+    linear({.dtype = m_.dtype,
+            .x = normalised(m_.final_norm),
+            .parts = {{m_.lm_head}},
+            .num_parts = 1,
+            .out = p_.logits,
+            .out_f32 = true,
+            .scale = m_.logit_scale,
+            .softcap = m_.logit_softcap,
+            .num_rows = p_.num_rows,
+            .out_features = m_.vocab});
+    if (!p_.argmax) return;
+    sync();
+    argmax({.logits = p_.logits, .argmax = p_.argmax, .num_rows = p_.num_rows, .vocab = m_.vocab});
   }
-  sync();
-  down({m.dtype, hidden, weights.down, neurons, w.x, w.x, w.partial, p.num_rows, m.hidden, kept});
-  sync();
-}
+
+ private:
+  void embed() const {
+    const Kernels& k = kernels(m_.dtype);
+    const MatrixKernels& matrix = matrix_kernels(m_.embedding.format, m_.dtype);
+    float* numbers = scratch<float>(Scratch::first, m_.hidden);
+    const Range rows = share(p_.num_rows);
+    for (int j = rows.begin; j < rows.end; ++j) {
+      matrix.read(m_.embedding.row(p_.tokens[j]), m_.hidden, numbers);
+      k.store(numbers, nullptr, m_.embedding_scale, 0.0f, nullptr, m_.hidden, offset(w_.x, size_t(j) * m_.hidden, m_.dtype));
+    }
+  }
+
+  // All of x, by this thread for itself.
+  const void* normalised(const Norm& norm) const {
+    if (!norm.weight) return w_.x;
+    const Kernels& k = kernels(m_.dtype);
+    void* out = scratch<char>(Scratch::normed, size_t(p_.num_rows) * m_.hidden * size_of(m_.dtype));
+    for (int j = 0; j < p_.num_rows; ++j) {
+      const size_t at = size_t(j) * m_.hidden;
+      k.rms_norm(offset(w_.x, at, m_.dtype), norm, nullptr, m_.hidden, offset(out, at, m_.dtype));
+    }
+    return out;
+  }
+
+  // What attention or MLP make joins x as it is written, or behind a norm that needs the whole row.
+  struct Join {
+    const void* residual;
+    void* out;
+    float scale;
+  };
+  Join join(const Norm& after) const {
+    return after.weight ? Join{nullptr, w_.branch, 1.0f} : Join{w_.x, w_.x, m_.residual_scale};
+  }
+  void joined(const Norm& after) const {
+    sync();
+    if (!after.weight) return;
+    rms_norm({.dtype = m_.dtype,
+              .x = w_.branch,
+              .norm = after,
+              .residual = w_.x,
+              .out = w_.x,
+              .num_rows = p_.num_rows,
+              .hidden = m_.hidden});
+    sync();
+  }
+
+  void attention(const LayerWeights& layer, int index) const {
+    const int qkv_width = (m_.heads + 2 * m_.kv_heads) * m_.head_dim;
+    const size_t cache_at = size_t(index) * m_.kv_heads * p_.capacity * m_.head_dim;
+    const CacheShape cache{m_.kv_heads, p_.capacity, m_.head_dim};
+    void *k_cache = offset(p_.k_cache, cache_at, m_.dtype), *v_cache = offset(p_.v_cache, cache_at, m_.dtype);
+    const int rotary_dim = layer.rope < 0 ? 0 : m_.rotary_dim;
+    const size_t table = layer.rope < 0 ? 0 : size_t(layer.rope) * p_.max_position * (m_.rotary_dim / 2);
+
+    linear({.dtype = m_.dtype,
+            .x = normalised(layer.before_attention),
+            .parts = {layer.qkv[0], layer.qkv[1], layer.qkv[2]},
+            .num_parts = 3,
+            .out = w_.qkv,
+            .num_rows = p_.num_rows,
+            .out_features = qkv_width});
+    sync();
+    rope_kv_write({.dtype = m_.dtype,
+                   .qkv = w_.qkv,
+                   .q_norm = layer.q_norm,
+                   .k_norm = layer.k_norm,
+                   .cos = p_.cos + table,
+                   .sin = p_.sin + table,
+                   .positions = p_.positions,
+                   .first_slot = p_.first_slot,
+                   .k_cache = k_cache,
+                   .v_cache = v_cache,
+                   .cache = cache,
+                   .num_rows = p_.num_rows,
+                   .heads = m_.heads,
+                   .rotary_dim = rotary_dim});
+    sync();
+    tree_attention({.dtype = m_.dtype,
+                    .q = w_.qkv,
+                    .q_stride = qkv_width,
+                    .k_cache = k_cache,
+                    .v_cache = v_cache,
+                    .cache = cache,
+                    .prefix = p_.prefix,
+                    .mask = p_.mask,
+                    .mask_words = p_.mask_words,
+                    .positions = p_.positions,
+                    .window = layer.window,
+                    .out = w_.attended,
+                    .workspace = w_.attention,
+                    .scale = m_.attention_scale,
+                    .softcap = m_.attention_softcap,
+                    .num_rows = p_.num_rows,
+                    .heads = m_.heads});
+    sync();
+    const Join to = join(layer.after_attention);
+    linear({.dtype = m_.dtype,
+            .x = w_.attended,
+            .parts = {layer.output},
+            .num_parts = 1,
+            .residual = to.residual,
+            .out = to.out,
+            .scale = to.scale,
+            .num_rows = p_.num_rows,
+            .out_features = m_.hidden});
+    joined(layer.after_attention);
+  }
+
+  void mlp(const LayerWeights& layer, int index) const {
+    const Sparsity& s = p_.sparsity;
+    const int32_t* neurons = nullptr;
+    int32_t kept = m_.intermediate;
+    void* hidden = p_.z ? offset(p_.z, size_t(index) * p_.num_rows * m_.intermediate, m_.dtype) : w_.hidden;
+
+    const void* x = normalised(layer.before_mlp);
+    if (s.kind == Sparsity::largest || s.kind == Sparsity::threshold) {
+      gate(
+          {.dtype = m_.dtype, .x = x, .gate = layer.gate, .out = w_.gates, .activation = m_.activation, .num_rows = p_.num_rows});
+      sync();
+      // Every thread makes the list for itself: that takes less time than a barrier and keeps it in the thread's own cache.
+      int32_t* list = scratch<int32_t>(Scratch::neurons, m_.intermediate);
+      select({.gates = w_.gates,
+              .threshold = s.kind == Sparsity::threshold ? s.thresholds + index : nullptr,
+              .neurons = list,
+              .count = &kept,
+              .num_rows = p_.num_rows,
+              .intermediate = m_.intermediate,
+              .kept = s.kept});
+      neurons = list;
+      up({.dtype = m_.dtype,
+          .x = x,
+          .up = layer.up,
+          .gates = w_.gates,
+          .neurons = neurons,
+          .out = hidden,
+          .num_rows = p_.num_rows,
+          .num_neurons = kept});
+    } else {
+      if (s.kind == Sparsity::listed) {
+        kept = s.kept;
+        neurons = s.neurons + size_t(index) * kept;
+      }
+      gate_up({.dtype = m_.dtype,
+               .x = x,
+               .gate = layer.gate,
+               .up = layer.up,
+               .neurons = neurons,
+               .out = hidden,
+               .activation = m_.activation,
+               .num_rows = p_.num_rows,
+               .num_neurons = kept});
+    }
+    sync();
+    const Join to = join(layer.after_mlp);
+    down({.dtype = m_.dtype,
+          .x = hidden,
+          .down = layer.down,
+          .neurons = neurons,
+          .residual = to.residual,
+          .out = to.out,
+          .workspace = w_.partial,
+          .scale = to.scale,
+          .num_rows = p_.num_rows,
+          .num_neurons = kept});
+    joined(layer.after_mlp);
+  }
+
+  const DecodeStepParams& p_;
+  const ModelWeights& m_;
+  const Workspace w_;
+};
 
 }  // namespace
 
-void decode_step(const DecodeStepParams& p) {
-  const ModelWeights& m = *p.model;
-  const Workspace w(m, p.num_rows, p.workspace);
-  const size_t row_bytes = m.hidden * size_of(m.dtype);
-
-  const Range rows = share(p.num_rows);
-  for (int j = rows.begin; j < rows.end; ++j)
-    std::memcpy(offset(w.x, size_t(j) * m.hidden, m.dtype), offset(m.embedding, size_t(p.tokens[j]) * m.hidden, m.dtype),
-                row_bytes);
-  sync();
-  for (int layer = 0; layer < m.num_layers; ++layer) {
-    attention_block(p, w, layer);
-    mlp_block(p, w, layer);
-  }
-
-  const Matrix lm_head{m.lm_head, nullptr, m.vocab};
-  const void* normed = norm(m, w.x, m.final_norm, p.num_rows);
-  linear({m.dtype, normed, &lm_head, 1, nullptr, p.logits, true, p.num_rows, m.hidden, m.vocab});
-  sync();
-  argmax(p.logits, p.num_rows, m.vocab, p.argmax);
-}
+void decode_step(const DecodeStepParams& p) { Pass(p).run(); }
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {
-  const size_t elements = size_t(num_rows) * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);
+  const size_t elements = size_t(num_rows) * (2 * m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);
   const size_t floats = size_t(num_rows) * m.intermediate + down_workspace(num_rows, m.hidden, m.intermediate) +
                         attention_workspace(num_rows, m.heads, m.head_dim, slots);
-  return elements * size_of(m.dtype) + 4 * 64 + floats * sizeof(float);
+  return elements * size_of(m.dtype) + 5 * 64 + floats * sizeof(float);
 }
 
 }  // namespace sirius::cpu

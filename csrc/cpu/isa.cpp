@@ -16,6 +16,7 @@ struct Isa {
   const char* name;
   bool (*usable)();
   const Kernels& (*kernels)(Dtype);
+  const MatrixKernels& (*matrix_kernels)(Format, Dtype);
 };
 
 #ifdef SIRIUS_HAVE_AVX2
@@ -41,15 +42,15 @@ bool has_amx() {
 
 constexpr Isa kIsas[] = {
 #ifdef SIRIUS_HAVE_AMX
-    {"amx", has_amx, kernels_amx},
+    {"amx", has_amx, kernels_avx512, matrix_kernels_amx},
 #endif
 #ifdef SIRIUS_HAVE_AVX512
-    {"avx512", has_avx512, kernels_avx512},
+    {"avx512", has_avx512, kernels_avx512, matrix_kernels_avx512},
 #endif
 #ifdef SIRIUS_HAVE_AVX2
-    {"avx2", has_avx2, kernels_avx2},
+    {"avx2", has_avx2, kernels_avx2, matrix_kernels_avx2},
 #endif
-    {"scalar", [] { return true; }, kernels_scalar},
+    {"scalar", [] { return true; }, kernels_scalar, matrix_kernels_scalar},
 };
 
 const Isa& find(const std::string& name) {
@@ -77,6 +78,8 @@ const Isa& chosen() {
 }  // namespace
 
 const Kernels& kernels(Dtype dtype) { return chosen().kernels(dtype); }
+
+const MatrixKernels& matrix_kernels(Format format, Dtype dtype) { return chosen().matrix_kernels(format, dtype); }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

@@ -9,6 +9,7 @@
 namespace sirius::cpu {
 
 const Kernels& kernels(Dtype dtype);
+const MatrixKernels& matrix_kernels(Format format, Dtype dtype);
 
 std::vector<std::string> available_isas();  // best first; never empty
 std::string isa();

@@ -256,19 +256,10 @@ void amx_sum(const void* const* row_pointers, int n, const void* coefficients, p
   }
 }
 
-constexpr Kernels amx_table() {
-  Kernels kernels = table<bf16_t>;
-  kernels.packed_size = amx_packed_size;
-  kernels.pack = amx_pack;
-  kernels.dot = amx_dot;
-  kernels.sum = amx_sum;
-  return kernels;
-}
-
-constexpr Kernels kAmx = amx_table();
+constexpr MatrixKernels kAmx = {amx_packed_size, amx_pack, amx_dot, amx_sum, read_row<bf16_t>};
 
 }  // namespace
 
-const Kernels& kernels_amx(Dtype dtype) { return dtype == Dtype::bf16 ? kAmx : table_of(dtype); }
+const MatrixKernels& matrix_kernels_amx(Format format, Dtype) { return format == Format::bf16 ? kAmx : matrix_table_of(format); }
 
 }  // namespace sirius::cpu

@@ -167,21 +167,36 @@ void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdi
 }
 
 template <class T>
-void store(const float* acc, const void* bias, const void* residual, int n, void* out) {
+void read_row(const void* row, int n, float* out) {
+  for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(static_cast<const T*>(row) + c, n - c), out + c, n - c);
+}
+
+template <class T, class Out>
+void store(const float* acc, const void* bias, float scale, float softcap, const void* residual, int n, void* out) {
   for (int c = 0; c < n; c += Vec::width) {
     Vec v = load_upto(acc + c, n - c);
     if (bias) v = v + load_upto(static_cast<const T*>(bias) + c, n - c);
+    v = v * Vec::set(scale);
+    if (softcap != 0.0f) v = softcapped(v, softcap);
     if (residual) v = v + load_upto(static_cast<const T*>(residual) + c, n - c);
+    store_upto(v, static_cast<Out*>(out) + c, n - c);
+  }
+}
+
+template <class T, class Act>
+void activate_by(const Act& act, const float* gate, const float* up, int n, void* out) {
+  for (int c = 0; c < n; c += Vec::width) {
+    Vec v = act(load_upto(gate + c, n - c));
+    if (up) v = v * load_upto(up + c, n - c);
     store_upto(v, static_cast<T*>(out) + c, n - c);
   }
 }
 
 template <class T>
-void silu_mul(const float* gate, const float* up, int n, void* out) {
-  for (int c = 0; c < n; c += Vec::width) {
-    const Vec g = load_upto(gate + c, n - c);
-    const Vec silu = g / (Vec::set(1.0f) + exp(Vec::set(0.0f) - g));
-    store_upto(silu * load_upto(up + c, n - c), static_cast<T*>(out) + c, n - c);
+void activate(Activation activation, const float* gate, const float* up, int n, void* out) {
+  switch (activation) {
+    case Activation::silu: return activate_by<T>([](Vec x) { return silu(x); }, gate, up, n, out);
+    case Activation::gelu_tanh: return activate_by<T>([](Vec x) { return gelu_tanh(x); }, gate, up, n, out);
   }
 }
 
@@ -205,37 +220,64 @@ void blend_squares(const void* x, int n, float keep, float add, float* out) {
   }
 }
 
+// A row x, T [n], as numbers, and if there is a norm normalised.
 template <class T>
-void rms_norm(const void* x, void* residual, const void* weight, float eps, int n, void* out) {
-  const T* in = static_cast<const T*>(x);
-  if (T* r = static_cast<T*>(residual)) {
-    for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(in + c, n - c) + load_upto(r + c, n - c), r + c, n - c);
-    in = r;
+class Normalised {
+ public:
+  Normalised(const void* x, const Norm& norm, int n) : x_(static_cast<const T*>(x)), weight_(static_cast<const T*>(norm.weight)) {
+    if (!weight_) return;
+    inverse_ = Vec::set(1.0f / std::sqrt(square_sum<T>(x, n) / float(n) + norm.eps));
+    offset_ = norm.offset;
   }
-  const Vec inverse = Vec::set(1.0f / std::sqrt(square_sum<T>(in, n) / float(n) + eps));
+
+  // Elements from c on, of which n are there.
+  Vec load(int c, int n) const {
+    const Vec x = load_upto(x_ + c, n);
+    if (!weight_) return x;
+    const Vec weight = load_upto(weight_ + c, n);
+    return x * inverse_ * (offset_ != 0.0f ? weight + Vec::set(offset_) : weight);
+  }
+
+ private:
+  const T* const x_;
+  const T* const weight_;
+  Vec inverse_ = Vec::set(1.0f);
+  float offset_ = 0.0f;
+};
+
+template <class T>
+void rms_norm(const void* x, const Norm& norm, const void* residual, int n, void* out) {
+  const Normalised<T> row(x, norm, n);
   for (int c = 0; c < n; c += Vec::width) {
-    const Vec v = load_upto(in + c, n - c) * inverse * load_upto(static_cast<const T*>(weight) + c, n - c);
+    Vec v = row.load(c, n - c);
+    if (residual) v = v + load_upto(static_cast<const T*>(residual) + c, n - c);
     store_upto(v, static_cast<T*>(out) + c, n - c);
   }
 }
 
 template <class T>
-void rope(const void* x, const float* cos, const float* sin, int head_dim, void* out) {
-  const int half = head_dim / 2;
-  const T* in = static_cast<const T*>(x);
+void rope(const void* x, const Norm& norm, const float* cos, const float* sin, int head_dim, int rotary_dim, void* out) {
+  const Normalised<T> row(x, norm, head_dim);
+  const int half = rotary_dim / 2;
   T* to = static_cast<T*>(out);
   for (int c = 0; c < half; c += Vec::width) {
     const int n = half - c;
-    const Vec a = load_upto(in + c, n), b = load_upto(in + half + c, n);
+    const Vec a = row.load(c, n), b = row.load(half + c, n);
     const Vec cosine = load_upto(cos + c, n), sine = load_upto(sin + c, n);
     store_upto(a * cosine - b * sine, to + c, n);
     store_upto(b * cosine + a * sine, to + half + c, n);
   }
+  for (int c = rotary_dim; c < head_dim; c += Vec::width) store_upto(row.load(c, head_dim - c), to + c, head_dim - c);
 }
 
 template <class T>
-void softmax(const float* scores, int n, float scale, void* p, float* max_out, float* sum_out) {
+void softmax(float* scores, int n, float scale, float softcap, void* p, float* max_out, float* sum_out) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
+  if (softcap != 0.0f) {
+    for (int c = 0; c < n; c += Vec::width)
+      store_upto(softcapped(load_upto(scores + c, n - c) * Vec::set(scale), softcap), scores + c, n - c);
+    scale = 1.0f;
+  }
   Vec top = Vec::set(lowest);
   for (int c = 0; c < n; c += Vec::width) top = max(load_upto(scores + c, n - c, lowest), top);
   const float peak = reduce_max(top) * scale;
@@ -297,14 +339,25 @@ inline void logit_stats(const float* logits, int n, float inverse_temperature, b
 }
 
 template <class T>
-constexpr Kernels table = {packed_size<T>, pack<T>,          dot<T>,      sum<T>,  store<T>,   silu_mul<T>,
-                           square_sum<T>,  blend_squares<T>, rms_norm<T>, rope<T>, softmax<T>, logit_stats};
+constexpr Kernels table = {store<T, T>, store<T, float>, activate<T>, square_sum<T>, blend_squares<T>,
+                           rms_norm<T>, rope<T>,         softmax<T>,  logit_stats};
 
 inline const Kernels& table_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::f32: return table<float>;
     case Dtype::f16: return table<f16_t>;
     default: return table<bf16_t>;
+  }
+}
+
+template <class T>
+constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_row<T>};
+
+inline const MatrixKernels& matrix_table_of(Format format) {
+  switch (format) {
+    case Format::f32: return plain_table<float>;
+    case Format::f16: return plain_table<f16_t>;
+    default: return plain_table<bf16_t>;
   }
 }
 

@@ -11,13 +11,11 @@ namespace sirius::cpu {
 
 void gate_up(const GateUpParams& p) {
   const Kernels& k = kernels(p.dtype);
-  const Products products(p.dtype, p.x, p.num_rows, p.hidden);
+  const Products products(p.gate, p.dtype, p.x, p.num_rows);
   float* gates = scratch<float>(Scratch::first, size_t(p.num_rows) * kChunk);
   float* ups = scratch<float>(Scratch::second, size_t(p.num_rows) * kChunk);
 
-  const auto row = [&](const void* weight, int i) {
-    return offset(weight, size_t(p.neurons ? p.neurons[i] : i) * p.hidden, p.dtype);
-  };
+  const auto row = [&](const Matrix& matrix, int i) { return matrix.row(p.neurons ? p.neurons[i] : i); };
   const Range range = share(p.num_neurons, 16);
   for (int i = range.begin; i < range.end; i += kChunk) {
     const int n = std::min(kChunk, range.end - i);
@@ -29,22 +27,19 @@ void gate_up(const GateUpParams& p) {
     rows.fill(i, n, up_row, [&](int r) { return gate_row(i + n + r); });
     products.dot(rows, n, ups);
     for (int j = 0; j < p.num_rows; ++j)
-      k.silu_mul(gates + j * kChunk, ups + j * kChunk, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
+      k.activate(p.activation, gates + j * kChunk, ups + j * kChunk, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
   }
 }
 
 void gate(const GateParams& p) {
   const Kernels& k32 = kernels(Dtype::f32);
-  float ones[kChunk];
-  std::fill_n(ones, kChunk, 1.0f);
-
-  const auto row_at = [&](int i) { return offset(p.gate, size_t(i) * p.hidden, p.dtype); };
-  Products(p.dtype, p.x, p.num_rows, p.hidden).each_chunk(p.intermediate, row_at, [&](int j, int i, int n, const float* sums) {
-    k32.silu_mul(sums, ones, n, p.out + size_t(j) * p.intermediate + i);
+  const auto row_at = [&](int i) { return p.gate.row(i); };
+  Products(p.gate, p.dtype, p.x, p.num_rows).each_chunk(p.gate.rows, row_at, [&](int j, int i, int n, const float* sums) {
+    k32.activate(p.activation, sums, nullptr, n, p.out + size_t(j) * p.gate.rows + i);
   });
 }
 
-int select(const SelectParams& p) {
+void select(const SelectParams& p) {
   float* scores = scratch<float>(Scratch::first, p.intermediate);
   for (int i = 0; i < p.intermediate; ++i) scores[i] = std::fabs(p.gates[i]);
   for (int j = 1; j < p.num_rows; ++j)
@@ -56,7 +51,8 @@ int select(const SelectParams& p) {
       p.neurons[count] = i;
       count += scores[i] >= least;
     }
-    return count;
+    *p.count = count;
+    return;
   }
 
   // The kept-th largest score by its bits, which order as the numbers do: three histograms, each of the scores that share the
@@ -79,7 +75,7 @@ int select(const SelectParams& p) {
     const uint32_t bits = bits_of(scores[i]);
     if (bits > found || (bits == found && wanted-- > 0)) p.neurons[count++] = i;
   }
-  return count;
+  *p.count = count;
 }
 
 void follow(const FollowParams& p) {
@@ -98,18 +94,19 @@ void follow(const FollowParams& p) {
       k.blend_squares(z, p.intermediate, p.decay, sum > 0.0f ? (1.0f - p.decay) / sum : 0.0f, statistic);
     }
     for (int i = 0; i < p.intermediate; ++i) scores[i] = statistic[i] * p.down_squares[at + i];
-    select({scores, nullptr, list, 1, p.intermediate, p.kept});
+    int32_t count;
+    select({.gates = scores, .neurons = list, .count = &count, .num_rows = 1, .intermediate = p.intermediate, .kept = p.kept});
     std::copy_n(list, p.kept, p.neurons + size_t(layer) * p.kept);
   }
 }
 
 void up(const UpParams& p) {
   const Kernels& k = kernels(p.dtype);
-  const auto row_at = [&](int i) { return offset(p.up, size_t(p.neurons[i]) * p.hidden, p.dtype); };
-  Products(p.dtype, p.x, p.num_rows, p.hidden).each_chunk(p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
-    const float* gates = p.gates + size_t(j) * p.intermediate;
+  const auto row_at = [&](int i) { return p.up.row(p.neurons[i]); };
+  Products(p.up, p.dtype, p.x, p.num_rows).each_chunk(p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
+    const float* gates = p.gates + size_t(j) * p.up.rows;
     for (int r = 0; r < n; ++r) sums[r] *= gates[p.neurons[i + r]];
-    k.store(sums, nullptr, nullptr, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
+    k.store(sums, nullptr, 1.0f, 0.0f, nullptr, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
   });
 }
 
@@ -123,46 +120,48 @@ struct Parts {
 
   explicit Parts(int num_neurons) : count(num_neurons < 4096 ? 4 : 8) {
     length = (num_neurons + count - 1) / count;
-    length = (length + 31) / 32 * 32;  // see Kernels::sum
+    length = (length + 31) / 32 * 32;  // see MatrixKernels::sum
   }
 };
 
 }  // namespace
 
 void down(const DownParams& p) {
-  const Kernels& k = kernels(p.dtype);
+  const MatrixKernels& matrix = matrix_kernels(p.down.format, p.dtype);
+  const int hidden = p.down.cols;
   const Parts parts(p.num_neurons);
   // Columns are divided too where that lets every thread have an equal number of tasks.
-  const int slices = std::clamp(member.size / std::gcd(member.size, parts.count), 1, std::max(1, p.hidden / 256));
-  const int slice_width = ((p.hidden + slices - 1) / slices + 31) / 32 * 32;
-  const size_t plane = size_t(p.num_rows) * p.hidden;
+  const int slices = std::clamp(member.size / std::gcd(member.size, parts.count), 1, std::max(1, hidden / 256));
+  const int slice_width = ((hidden + slices - 1) / slices + 31) / 32 * 32;
+  const size_t plane = size_t(p.num_rows) * hidden;
 
   const Range tasks = share(parts.count * slices);
   for (int task = tasks.begin; task < tasks.end; ++task) {
     const int first = std::min(task / slices * parts.length, p.num_neurons), last = std::min(first + parts.length, p.num_neurons);
-    const int begin = std::min(task % slices * slice_width, p.hidden), end = std::min(begin + slice_width, p.hidden);
+    const int begin = std::min(task % slices * slice_width, hidden), end = std::min(begin + slice_width, hidden);
     float* acc = p.workspace + task / slices * plane;
-    for (int j = 0; j < p.num_rows; ++j) std::fill(acc + size_t(j) * p.hidden + begin, acc + size_t(j) * p.hidden + end, 0.0f);
-    const auto row_at = [&](int i) { return offset(p.down, size_t(p.neurons ? p.neurons[i] : i) * p.hidden, p.dtype); };
+    for (int j = 0; j < p.num_rows; ++j) std::fill(acc + size_t(j) * hidden + begin, acc + size_t(j) * hidden + end, 0.0f);
+    const auto row_at = [&](int i) { return p.down.row(p.neurons ? p.neurons[i] : i); };
     static_assert(kChunk % 32 == 0, "sums may be cut at multiples of 32 rows only");
     for (int i = first; i < last; i += kChunk) {
       const int n = std::min(kChunk, last - i);
       Rows<> rows;
       rows.fill(i, n, p.num_neurons, row_at);
-      k.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, begin, end, acc, p.hidden);
+      matrix.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, begin, end, acc, hidden);
     }
   }
   sync();
 
-  const Range columns = share(p.hidden, 16);
+  const Range columns = share(hidden, 16);
   const int width = columns.end - columns.begin;
   if (width == 0) return;
   for (int j = 0; j < p.num_rows; ++j) {
-    const size_t at = size_t(j) * p.hidden + columns.begin;
+    const size_t at = size_t(j) * hidden + columns.begin;
     float* acc = p.workspace + at;
     for (int part = 1; part < parts.count; ++part)
       for (int c = 0; c < width; ++c) acc[c] += acc[part * plane + c];
-    k.store(acc, nullptr, p.residual ? offset(p.residual, at, p.dtype) : nullptr, width, offset(p.out, at, p.dtype));
+    kernels(p.dtype).store(acc, nullptr, p.scale, 0.0f, p.residual ? offset(p.residual, at, p.dtype) : nullptr, width,
+                           offset(p.out, at, p.dtype));
   }
 }
 

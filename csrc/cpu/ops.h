@@ -1,8 +1,6 @@
 // The CPU backend's ops. Each is called by every thread of a team (team.h); none checks its arguments.
 #pragma once
 
-#include <cstddef>
-
 #include "../params.h"
 
 namespace sirius::cpu {
@@ -10,7 +8,7 @@ namespace sirius::cpu {
 void linear(const LinearParams& p);
 void gate_up(const GateUpParams& p);
 void gate(const GateParams& p);
-int select(const SelectParams& p);  // for one thread; returns how many; wherever several need the list, each makes its own
+void select(const SelectParams& p);  // for one thread; wherever several need the list, each makes its own
 void follow(const FollowParams& p);
 void up(const UpParams& p);
 void down(const DownParams& p);  // synchronizes inside
@@ -20,7 +18,7 @@ void tree_mask(const TreeMaskParams& p);
 void tree_attention(const AttentionParams& p);  // synchronizes inside
 void tree_expand(const TreeExpandParams& p);    // synchronizes inside
 void accept(const AcceptParams& p);             // synchronizes inside
-void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax);
+void argmax(const ArgmaxParams& p);
 void kv_rewrite(const KvRewriteParams& p);
 void decode_step(const DecodeStepParams& p);  // synchronizes inside
 

@@ -10,10 +10,13 @@ namespace sirius::cpu {
 
 class Products {
  public:
-  // Packs x, T [m, width], for this thread.
-  Products(Dtype dtype, const void* x, int m, int width)
-      : kernels_(kernels(dtype)), packed_(scratch<char>(Scratch::packed, kernels_.packed_size(m, width))), m_(m), width_(width) {
-    kernels_.pack(x, width, m, width, packed_);
+  // With rows of `matrix` and of others of its format; packs x, T [m, matrix.cols], for this thread.
+  Products(const Matrix& matrix, Dtype dtype, const void* x, int m)
+      : kernels_(matrix_kernels(matrix.format, dtype)),
+        packed_(scratch<char>(Scratch::packed, kernels_.packed_size(m, matrix.cols))),
+        m_(m),
+        width_(matrix.cols) {
+    kernels_.pack(x, width_, m, width_, packed_);
   }
 
   // sums[j * kChunk + i] = rows[i] . x[j] for n <= kChunk rows.
@@ -41,7 +44,7 @@ class Products {
   }
 
  private:
-  const Kernels& kernels_;
+  const MatrixKernels& kernels_;
   void* const packed_;
   const int m_, width_;
 };

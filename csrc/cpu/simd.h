@@ -36,6 +36,9 @@ inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -69,6 +72,9 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec scale_by_power(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
@@ -109,6 +115,7 @@ inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes : no; }
 inline Vec round(Vec a) { return {std::nearbyint(a.v)}; }
 inline Vec scale_by_power(Vec a, Vec n) { return {std::ldexp(a.v, int(n.v))}; }
 inline float reduce_add(Vec a) { return a.v; }
@@ -161,6 +168,32 @@ inline Vec exp(Vec x) {
   p = fma(p, r * r, r + Vec::set(1.0f));
   return scale_by_power(p, n);
 }
+
+// Relative error below 4 ulp. NaN stays NaN. Near zero, where 1 - 2 / (e^2x + 1) would cancel, the polynomial of Cephes' tanhf.
+inline Vec tanh(Vec x) {
+  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), two = Vec::set(2.0f);
+  const Vec size = max(x, zero - x);
+  const Vec square = x * x;
+  Vec p = Vec::set(-5.70498872745e-3f);
+  p = fma(p, square, Vec::set(2.06390887954e-2f));
+  p = fma(p, square, Vec::set(-5.37397155531e-2f));
+  p = fma(p, square, Vec::set(1.33314422036e-1f));
+  p = fma(p, square, Vec::set(-3.33332819422e-1f));
+  const Vec small = fma(p * square, x, x);
+  const Vec large = one - two / (exp(size + size) + one);
+  return where_less(size, Vec::set(0.625f), small, where_less(x, zero, zero - large, large));
+}
+
+inline Vec silu(Vec x) { return x / (Vec::set(1.0f) + exp(Vec::set(0.0f) - x)); }
+
+// x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), as x / (1 + e^-2u), in which nothing cancels.
+inline Vec gelu_tanh(Vec x) {
+  const Vec minus_2u = x * fma(x * x, Vec::set(-0.0713548162726f), Vec::set(-1.59576912161f));
+  return x / (Vec::set(1.0f) + exp(minus_2u));
+}
+
+// cap * tanh(x / cap)
+inline Vec softcapped(Vec x, float cap) { return Vec::set(cap) * tanh(x / Vec::set(cap)); }
 
 }  // namespace
 }  // namespace sirius::cpu

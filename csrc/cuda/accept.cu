@@ -37,8 +37,7 @@ __device__ void write_longest(const AcceptParams& p, const AcceptNode* nodes) {
 }
 
 // All that follows the statistics of the parts, by one block.
-__device__ void accept_tree(const AcceptParams& p, const int32_t* limit, int32_t* fault, const LogitStats* parts, int num_parts,
-                            AcceptNode* nodes) {
+__device__ void accept_tree(const AcceptParams& p, const LogitStats* parts, int num_parts, AcceptNode* nodes) {
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const float inverse_temperature = 1.0f / p.score_temperature;
   for (int i = thread + 1; i < p.num_rows; i += threads) {
@@ -60,14 +59,14 @@ __device__ void accept_tree(const AcceptParams& p, const int32_t* limit, int32_t
     const float likelihood = expf((nodes[i].logit - parent.max) * inverse_temperature) / parent.sum;
     p.likelihoods[i - 1] = likelihood;
     const bool kept = nodes[i].token >= 0 && (p.match ? nodes[i].token == parent.argmax : likelihood >= p.threshold);
-    const bool drafted = !limit || !p.scores || p.scores[i] > kLowest;
+    const bool drafted = !p.limit || !p.scores || p.scores[i] > kLowest;
     if (!kept || !drafted) nodes[i].up = -1;
-    if (fault && drafted && (nodes[i].token < 0 || nodes[i].argmax < 0)) *fault = 1;
+    if (p.fault && drafted && (nodes[i].token < 0 || nodes[i].argmax < 0)) *p.fault = 1;
   }
-  if (fault && thread == 0 && nodes[0].argmax < 0) *fault = 1;
+  if (p.fault && thread == 0 && nodes[0].argmax < 0) *p.fault = 1;
   __syncthreads();
 
-  const int most = limit ? *limit : p.num_rows;
+  const int most = p.limit ? *p.limit : p.num_rows;
   for (int i = thread; i < p.num_rows; i += threads) {
     int at = i, length = 0;
     for (; at > 0; at = nodes[at].up) ++length;
@@ -79,29 +78,27 @@ __device__ void accept_tree(const AcceptParams& p, const int32_t* limit, int32_t
 
 // grid: [parts of a row, rows]; a block reads one part, kLogitsPerPart * 4 bytes, and the last one does the rest
 template <bool Aligned>
-__global__ void __launch_bounds__(kLogitWarps* kWarp)
-    accept_kernel(const AcceptParams p, const int32_t* limit, int32_t* fault, LogitStats* parts, int32_t* counter) {
+__global__ void __launch_bounds__(kLogitWarps* kWarp) accept_kernel(const AcceptParams p, LogitStats* parts, int32_t* counter) {
   AcceptShared& shared = shared_memory<AcceptShared>();
   float x[kLogitsPerThread];
-  load_logits<Aligned>(p.logits, p.vocab, fault != nullptr, x);
+  load_logits<Aligned>(p.logits, p.vocab, p.fault != nullptr, x);
   part_stats<true>(x, 1.0f / p.score_temperature, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
   if (!last_block(counter, int(gridDim.x * gridDim.y), &shared.last)) return;
-  accept_tree(p, limit, fault, parts, int(gridDim.x), reinterpret_cast<AcceptNode*>(&shared + 1));
+  accept_tree(p, parts, int(gridDim.x), reinterpret_cast<AcceptNode*>(&shared + 1));
 }
 
 // grid: [parts of a row, rows]; a block reads one part, kLogitsPerPart * 4 bytes, and the last one finds the rows' largest
 template <bool Aligned>
-__global__ void __launch_bounds__(kLogitWarps* kWarp)
-    argmax_kernel(const float* logits, int num_rows, int vocab, int32_t* argmax, LogitStats* parts, int32_t* counter) {
+__global__ void __launch_bounds__(kLogitWarps* kWarp) argmax_kernel(const ArgmaxParams p, LogitStats* parts, int32_t* counter) {
   AcceptShared& shared = shared_memory<AcceptShared>();
   const int num_parts = int(gridDim.x);
   float x[kLogitsPerThread];
-  load_logits<Aligned>(logits, vocab, true, x);
+  load_logits<Aligned>(p.logits, p.vocab, true, x);
   part_stats<false>(x, 1.0f, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
   if (!last_block(counter, int(gridDim.x * gridDim.y), &shared.last)) return;
-  for (int i = int(threadIdx.x) / kWarp; i < num_rows; i += int(blockDim.x) / kWarp) {
+  for (int i = int(threadIdx.x) / kWarp; i < p.num_rows; i += int(blockDim.x) / kWarp) {
     const LogitStats stats = row_stats<false>(parts + size_t(i) * num_parts, num_parts, 1.0f);
-    if (threadIdx.x % kWarp == 0) argmax[i] = stats.argmax;
+    if (threadIdx.x % kWarp == 0) p.argmax[i] = stats.argmax;
   }
 }
 
@@ -111,18 +108,18 @@ size_t accept_workspace(int num_rows, int vocab) {
   return size_t(num_rows) * logit_parts(vocab) * (sizeof(LogitStats) / sizeof(float));
 }
 
-void accept(const AcceptParams& p, const int32_t* limit, int32_t* fault, Workspace workspace, StreamHandle stream) {
+void accept(const AcceptParams& p, Workspace workspace, StreamHandle stream) {
   with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
     launch("accept", accept_kernel<flag.value>, dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
-           sizeof(AcceptShared) + size_t(p.num_rows) * sizeof(AcceptNode), stream, p, limit, fault,
+           sizeof(AcceptShared) + size_t(p.num_rows) * sizeof(AcceptNode), stream, p,
            reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
   });
 }
 
-void argmax(const float* logits, int num_rows, int vocab, int32_t* argmax, Workspace workspace, StreamHandle stream) {
-  with_flag(aligned_logits(logits, vocab), [&](auto flag) {
-    launch("argmax", argmax_kernel<flag.value>, dim3(logit_parts(vocab), num_rows), logit_threads(vocab), sizeof(AcceptShared),
-           stream, logits, num_rows, vocab, argmax, reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
+void argmax(const ArgmaxParams& p, Workspace workspace, StreamHandle stream) {
+  with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
+    launch("argmax", argmax_kernel<flag.value>, dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
+           sizeof(AcceptShared), stream, p, reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
   });
 }
 

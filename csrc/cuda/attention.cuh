@@ -214,8 +214,8 @@ __device__ __forceinline__ void score(const AttentionParams& p, const Columns& c
 
 // memory.weights: from scores to exponentials, 0 behind the last slot. One warp a column.
 template <class Memory>
-__device__ __forceinline__ void softmax(const Columns& columns, int chunk, int n, float scale, const Partials& partials,
-                                        Memory& memory) {
+__device__ __forceinline__ void softmax(const AttentionParams& p, const Columns& columns, int chunk, int n,
+                                        const Partials& partials, Memory& memory) {
   constexpr int kEach = kSlots / kWarp;
   const int lane = int(threadIdx.x) % kWarp;
   for (int column = int(threadIdx.x) / kWarp; column < columns.count; column += kAttentionWarps) {
@@ -223,7 +223,8 @@ __device__ __forceinline__ void softmax(const Columns& columns, int chunk, int n
     float x[kEach], max = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      x[i] = lane + i * kWarp < n ? weights[lane + i * kWarp][column % kTogether] * scale : -INFINITY;
+      x[i] = lane + i * kWarp < n ? weights[lane + i * kWarp][column % kTogether] * p.scale : -INFINITY;
+      if (p.softcap != 0.0f && lane + i * kWarp < n) x[i] = capped(x[i], p.softcap);
       max = x[i] > max ? x[i] : max;
     }
     max = warp_max(max);
@@ -310,7 +311,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Columns& 
   Vec<T> v[Reader::steps];
   load_values<Reader>(values, head_dim, 0, slots, memory, v);
   __syncthreads();
-  softmax(columns, chunk, slots.n, p.scale, partials, memory);
+  softmax(p, columns, chunk, slots.n, partials, memory);
   __syncthreads();
   add_values<Reader>(columns, chunk, slots.n, head_dim, 0, v, partials, memory);
   if constexpr (Reader::parts > 1) {

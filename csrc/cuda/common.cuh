@@ -190,7 +190,21 @@ __device__ __forceinline__ bool last_block(int32_t* counter, int blocks, int32_t
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+// ------------------------------------------------------------------------------------------------- elementwise functions
+
+__device__ __forceinline__ float activate(Activation activation, float x) {
+  // 1 + tanh(y) is 2 / (1 + exp(-2 y)): both functions are x times a sigmoid.
+  const float y = activation == Activation::silu ? x : 1.5957691216057308f * fmaf(0.044715f * x * x, x, x);
+  return x / (1.0f + expf(-y));
+}
+
+// softcap(v), where softcap is not 0.
+__device__ __forceinline__ float capped(float v, float softcap) { return softcap * tanhf(v / softcap); }
+
+// softcap(scale * sum) + residual. The last two operations are one, in all kernels alike.
+__device__ __forceinline__ float scaled(float sum, float scale, float softcap, float residual) {
+  return softcap != 0.0f ? fmaf(softcap, tanhf(scale * sum / softcap), residual) : fmaf(scale, sum, residual);
+}
 
 // ---------------------------------------------------------------------------------------------------------- dispatching
 

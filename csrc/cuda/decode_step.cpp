@@ -1,4 +1,5 @@
-// One pass of up to sixteen tokens through every layer: six kernels a layer, eight with FSparse.
+// One pass of up to sixteen tokens through every layer of a model of any family. A layer is six kernels, eight with FSparse; one
+// more for each norm behind a product, and one more where heads of q and k are normalised.
 #include <initializer_list>
 
 #include "ops.h"
@@ -24,96 +25,222 @@ class Arena {
   size_t used_ = 0;
 };
 
-struct Activations {
-  void *x, *q, *attended, *hidden;
-  float* gates;
-  int32_t *neurons, *count;
-  float* floats;  // what single ops need
-
-  Activations(const ModelWeights& m, int num_rows, int capacity, Arena& arena) {
-    const size_t row = size_t(num_rows) * size_of(m.dtype);
-    x = arena.take(row * m.hidden);
-    q = arena.take(row * m.heads * m.head_dim);
-    attended = arena.take(row * m.heads * m.head_dim);
-    hidden = arena.take(row * m.intermediate);
-    gates = arena.take<float>(size_t(num_rows) * m.intermediate * sizeof(float));
-    neurons = arena.take<int32_t>(m.intermediate * sizeof(int32_t));
-    count = arena.take<int32_t>(sizeof(int32_t));
+// A pass, and what stands between its kernels.
+class Layers {
+ public:
+  // With p.workspace null only its size counts.
+  Layers(const DecodeStepParams& p, const Pass& pass, StreamHandle stream)
+      : p_(p), m_(*p.model), pass_(pass), stream_(stream), arena_(p.workspace) {
+    const size_t row = size_t(p.num_rows) * size_of(m_.dtype);
+    x_ = arena_.take(row * m_.hidden);
+    qkv_ = arena_.take(row * (m_.heads + 2 * m_.kv_heads) * m_.head_dim);
+    attended_ = arena_.take(row * m_.heads * m_.head_dim);
+    added_ = arena_.take(row * m_.hidden);
+    z_ = arena_.take(row * m_.intermediate);
+    gates_ = arena_.take<float>(size_t(p.num_rows) * m_.intermediate * sizeof(float));
+    neurons_ = arena_.take<int32_t>(m_.intermediate * sizeof(int32_t));
+    count_ = arena_.take<int32_t>(sizeof(int32_t));
     size_t most = 0;
-    for (size_t each : {down_workspace(num_rows, m.hidden, m.intermediate), select_workspace(num_rows, m.intermediate),
-                        attention_workspace(num_rows, m.heads, m.head_dim, capacity), accept_workspace(num_rows, m.vocab)})
+    for (size_t each :
+         {down_workspace(p.num_rows, m_.hidden, m_.intermediate), select_workspace(p.num_rows, m_.intermediate),
+          attention_workspace(p.num_rows, m_.heads, m_.head_dim, p.capacity), accept_workspace(p.num_rows, m_.vocab)})
       most = each > most ? each : most;
-    floats = arena.take<float>(most * sizeof(float));
+    workspace_ = {arena_.take<float>(most * sizeof(float)), pass.counters};
   }
-};
 
-void* at(void* array, size_t elements, Dtype dtype) { return static_cast<char*>(array) + elements * size_of(dtype); }
+  size_t bytes() const { return arena_.used(); }
 
-void attention_block(const DecodeStepParams& p, const Pass& pass, const Activations& a, int layer, StreamHandle stream) {
-  const ModelWeights& m = *p.model;
-  const LayerWeights& w = m.layers[layer];
-  const size_t cache_at = size_t(layer) * m.kv_heads * p.capacity * m.head_dim;
-  const CacheShape cache{m.kv_heads, p.capacity, m.head_dim};
-  void *k_cache = at(p.k_cache, cache_at, m.dtype), *v_cache = at(p.v_cache, cache_at, m.dtype);
-  const RopeParams rope{m.dtype,      a.q,     p.cos,   p.sin, p.positions, nullptr,
-                        p.first_slot, k_cache, v_cache, cache, p.num_rows,  m.heads};
-  qkv_rope_kv_write({a.x, {w.qkv[0], w.qkv[1], w.qkv[2]}, m.hidden}, rope, {w.input_norm, m.eps}, pass.base, stream);
-  const int width = m.heads * m.head_dim;
-  tree_attention({m.dtype, a.q, width, k_cache, v_cache, cache, p.prefix, p.mask, p.mask_words, a.attended, a.floats,
-                  m.attention_scale, p.num_rows, m.heads},
-                 pass.base, {a.floats, pass.counters}, stream);
-  linear({m.dtype, a.attended, &w.output, 1, a.x, a.x, false, p.num_rows, width, m.hidden}, {}, stream);
-}
-
-void mlp_block(const DecodeStepParams& p, const Pass& pass, const Activations& a, int layer, StreamHandle stream) {
-  const ModelWeights& m = *p.model;
-  const LayerWeights& w = m.layers[layer];
-  const Sparsity& s = p.sparsity;
-  const Norm norm{w.post_norm, m.eps};
-  const Workspace workspace{a.floats, pass.counters};
-  const int32_t *neurons = nullptr, *count = nullptr;
-  int kept = m.intermediate;
-  void* hidden = p.z ? at(p.z, size_t(layer) * p.num_rows * m.intermediate, m.dtype) : a.hidden;
-  if (s.kind == Sparsity::dense || s.kind == Sparsity::listed) {
-    if (s.kind == Sparsity::listed) {
-      kept = s.kept;
-      neurons = s.neurons + size_t(layer) * kept;
+  void run() const {
+    embed({.dtype = m_.dtype,
+           .table = m_.embedding,
+           .tokens = p_.tokens,
+           .out = x_,
+           .scale = m_.embedding_scale,
+           .num_rows = p_.num_rows},
+          workspace_, stream_);
+    for (int layer = 0; layer < m_.num_layers; ++layer) {
+      attention_block(layer);
+      mlp_block(layer);
     }
-    gate_up({m.dtype, a.x, w.gate, w.up, neurons, hidden, p.num_rows, m.hidden, kept}, norm, stream);
-  } else {
-    gate({m.dtype, a.x, w.gate, a.gates, p.num_rows, m.hidden, m.intermediate}, norm, stream);
-    const float* threshold = s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr;
-    select({a.gates, threshold, a.neurons, p.num_rows, m.intermediate, s.kept}, a.count, pass.alive, workspace, stream);
-    neurons = a.neurons;
-    if (threshold)
-      count = a.count;
-    else
-      kept = s.kept;
-    up({m.dtype, a.x, w.up, a.gates, neurons, hidden, p.num_rows, m.hidden, m.intermediate, kept}, norm, count, stream);
+    linear({.dtype = m_.dtype,
+            .x = x_,
+            .parts = {{m_.lm_head, nullptr}},
+            .num_parts = 1,
+            .out = p_.logits,
+            .out_f32 = true,
+            .scale = m_.logit_scale,
+            .softcap = m_.logit_softcap,
+            .num_rows = p_.num_rows,
+            .out_features = m_.vocab},
+           m_.final_norm, workspace_, stream_);
+    if (p_.argmax)
+      argmax({.logits = p_.logits, .argmax = p_.argmax, .num_rows = p_.num_rows, .vocab = m_.vocab}, workspace_, stream_);
   }
-  down({m.dtype, hidden, w.down, neurons, a.x, a.x, a.floats, p.num_rows, m.hidden, kept}, count, workspace, stream);
-}
+
+ private:
+  void attention_block(int layer) const {
+    const LayerWeights& w = m_.layers[layer];
+    const CacheShape cache{m_.kv_heads, p_.capacity, m_.head_dim};
+    const size_t cache_at = size_t(layer) * m_.kv_heads * p_.capacity * m_.head_dim;
+    void *k_cache = at(p_.k_cache, cache_at), *v_cache = at(p_.v_cache, cache_at);
+
+    const LinearParams product{.dtype = m_.dtype,
+                               .x = x_,
+                               .parts = {w.qkv[0], w.qkv[1], w.qkv[2]},
+                               .num_parts = 3,
+                               .out = qkv_,
+                               .num_rows = p_.num_rows,
+                               .out_features = (m_.heads + 2 * m_.kv_heads) * m_.head_dim};
+    const size_t angles = w.rope < 0 ? 0 : size_t(w.rope) * p_.max_position * (m_.rotary_dim / 2);
+    const RopeParams rope{.dtype = m_.dtype,
+                          .qkv = qkv_,
+                          .q_norm = w.q_norm,
+                          .k_norm = w.k_norm,
+                          .cos = p_.cos + angles,
+                          .sin = p_.sin + angles,
+                          .positions = p_.positions,
+                          .first_slot = p_.first_slot,
+                          .base = pass_.base,
+                          .k_cache = k_cache,
+                          .v_cache = v_cache,
+                          .cache = cache,
+                          .num_rows = p_.num_rows,
+                          .heads = m_.heads,
+                          .rotary_dim = w.rope < 0 ? 0 : m_.rotary_dim};
+    // A block of the one kernel for both has some pairs of a head; a head's norm wants all of it.
+    const bool heads_are_normalised = w.q_norm.weight || w.k_norm.weight;
+    if (heads_are_normalised) {
+      linear(product, w.before_attention, workspace_, stream_);
+      rope_kv_write(rope, workspace_, stream_);
+    } else {
+      qkv_rope_kv_write(product, rope, w.before_attention, workspace_, stream_);
+    }
+
+    const int width = m_.heads * m_.head_dim;
+    tree_attention({.dtype = m_.dtype,
+                    .q = qkv_,
+                    .q_stride = heads_are_normalised ? product.out_features : width,
+                    .k_cache = k_cache,
+                    .v_cache = v_cache,
+                    .cache = cache,
+                    .prefix = p_.prefix,
+                    .base = pass_.base,
+                    .mask = p_.mask,
+                    .mask_words = p_.mask_words,
+                    .positions = p_.positions,
+                    .window = w.window,
+                    .out = attended_,
+                    .scale = m_.attention_scale,
+                    .softcap = m_.attention_softcap,
+                    .num_rows = p_.num_rows,
+                    .heads = m_.heads},
+                   workspace_, stream_);
+    const bool norm_follows = w.after_attention.weight;
+    linear({.dtype = m_.dtype,
+            .x = attended_,
+            .parts = {w.output},
+            .num_parts = 1,
+            .residual = norm_follows ? nullptr : x_,
+            .out = norm_follows ? added_ : x_,
+            .scale = m_.residual_scale,
+            .num_rows = p_.num_rows,
+            .out_features = m_.hidden},
+           {}, workspace_, stream_);
+    if (norm_follows) add_normalised(w.after_attention);
+  }
+
+  void mlp_block(int layer) const {
+    const LayerWeights& w = m_.layers[layer];
+    const Sparsity& s = p_.sparsity;
+    const int32_t *neurons = nullptr, *count = nullptr;
+    int kept = m_.intermediate;
+    void* z = p_.z ? at(p_.z, size_t(layer) * p_.num_rows * m_.intermediate) : z_;
+    if (s.kind == Sparsity::dense || s.kind == Sparsity::listed) {
+      if (s.kind == Sparsity::listed) {
+        kept = s.kept;
+        neurons = s.neurons + size_t(layer) * kept;
+      }
+      gate_up({.dtype = m_.dtype,
+               .x = x_,
+               .gate = w.gate,
+               .up = w.up,
+               .neurons = neurons,
+               .out = z,
+               .activation = m_.activation,
+               .num_rows = p_.num_rows,
+               .num_neurons = kept},
+              w.before_mlp, workspace_, stream_);
+    } else {
+      gate({.dtype = m_.dtype, .x = x_, .gate = w.gate, .out = gates_, .activation = m_.activation, .num_rows = p_.num_rows},
+           w.before_mlp, workspace_, stream_);
+      const float* threshold = s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr;
+      select({.gates = gates_,
+              .threshold = threshold,
+              .neurons = neurons_,
+              .count = count_,
+              .alive = pass_.alive,
+              .num_rows = p_.num_rows,
+              .intermediate = m_.intermediate,
+              .kept = s.kept},
+             workspace_, stream_);
+      neurons = neurons_;
+      if (threshold)
+        count = count_;
+      else
+        kept = s.kept;
+      up({.dtype = m_.dtype,
+          .x = x_,
+          .up = w.up,
+          .gates = gates_,
+          .neurons = neurons,
+          .num_neurons_at = count,
+          .out = z,
+          .num_rows = p_.num_rows,
+          .num_neurons = kept},
+         w.before_mlp, workspace_, stream_);
+    }
+    const bool norm_follows = w.after_mlp.weight;
+    down({.dtype = m_.dtype,
+          .x = z,
+          .down = w.down,
+          .neurons = neurons,
+          .num_neurons_at = count,
+          .residual = norm_follows ? nullptr : x_,
+          .out = norm_follows ? added_ : x_,
+          .scale = m_.residual_scale,
+          .num_rows = p_.num_rows,
+          .num_neurons = kept},
+         workspace_, stream_);
+    if (norm_follows) add_normalised(w.after_mlp);
+  }
+
+  // x += norm(added)
+  void add_normalised(const Norm& norm) const {
+    rms_norm(
+        {.dtype = m_.dtype, .x = added_, .norm = norm, .residual = x_, .out = x_, .num_rows = p_.num_rows, .hidden = m_.hidden},
+        workspace_, stream_);
+  }
+
+  void* at(void* array, size_t elements) const { return static_cast<char*>(array) + elements * size_of(m_.dtype); }
+
+  const DecodeStepParams& p_;
+  const ModelWeights& m_;
+  const Pass& pass_;
+  StreamHandle stream_;
+  Arena arena_;
+  void *x_, *qkv_, *attended_, *added_, *z_;
+  float* gates_;
+  int32_t *neurons_, *count_;
+  Workspace workspace_;
+};
 
 }  // namespace
 
-void decode_step(const DecodeStepParams& p, const Pass& pass, StreamHandle stream) {
-  const ModelWeights& m = *p.model;
-  Arena arena(p.workspace);
-  const Activations a(m, p.num_rows, p.capacity, arena);
-  embed(m.dtype, m.embedding, p.tokens, p.num_rows, m.hidden, a.x, stream);
-  for (int layer = 0; layer < m.num_layers; ++layer) {
-    attention_block(p, pass, a, layer, stream);
-    mlp_block(p, pass, a, layer, stream);
-  }
-  const Matrix head{m.lm_head, nullptr, m.vocab};
-  linear({m.dtype, a.x, &head, 1, nullptr, p.logits, true, p.num_rows, m.hidden, m.vocab}, {m.final_norm, m.eps}, stream);
-  if (p.argmax) argmax(p.logits, p.num_rows, m.vocab, p.argmax, {a.floats, pass.counters}, stream);
-}
+void decode_step(const DecodeStepParams& p, const Pass& pass, StreamHandle stream) { Layers(p, pass, stream).run(); }
 
 size_t decode_workspace(const ModelWeights& model, int num_rows, int capacity) {
-  Arena arena(nullptr);
-  const Activations sizes(model, num_rows, capacity, arena);
-  return arena.used();
+  const DecodeStepParams sizes{.model = &model, .num_rows = num_rows, .capacity = capacity};
+  return Layers(sizes, {}, nullptr).bytes();
 }
 
 }  // namespace sirius::cuda

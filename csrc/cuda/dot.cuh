@@ -7,6 +7,7 @@
 
 #include "mma.cuh"
 #include "norm.cuh"
+#include "weights.cuh"
 
 namespace sirius::cuda {
 
@@ -46,7 +47,7 @@ class InputRows {
   using Sums = Tile<T, Columns>;
 
   __device__ InputRows(const Input& in, float (&scale)[Columns])
-      : x_(static_cast<const T*>(in.x)), norm_(static_cast<const T*>(in.norm.weight)), width_(in.width) {
+      : x_(static_cast<const T*>(in.x)), norm_(static_cast<const T*>(in.norm.weight)), offset_(in.norm.offset), width_(in.width) {
     const int first = int(blockIdx.y) * kTileRows;
     x_ += size_t(first) * width_;
     rows_ = in.num_rows - first < Columns ? in.num_rows - first : Columns;
@@ -73,25 +74,26 @@ class InputRows {
       if (!norm_) continue;
 #pragma unroll
       for (int j = 0; j < Vec<T>::size; ++j)
-        out[i].v[j] = from_float<T>(to_float(out[i].v[j]) * scale_[i] * to_float(weight.v[j]));
+        out[i].v[j] = from_float<T>(to_float(out[i].v[j]) * scale_[i] * (to_float(weight.v[j]) + offset_));
     }
   }
 
  private:
   const T *x_, *norm_;
+  float offset_;
   int width_, rows_;
   float scale_[Sums::kInputs];
 };
 
-// Leaves every sum of the block's tiles in `shared`. row_at(matrix, row): the address of one of the 16 rows of a matrix, of which
-// each must be readable.
+// Leaves every sum of the block's tiles in `shared`. row_at(matrix, row): the WeightRow of one of the 16 rows of a matrix, of
+// which each must be readable.
 template <class T, bool Aligned, int Columns, int Matrices, class RowAt>
 __device__ __forceinline__ void dot_rows(const InputRows<T, Aligned, Columns>& input, int width,
                                          DotShared<Columns, Matrices>& shared, RowAt&& row_at) {
   constexpr int kPart = 4 * Vec<T>::size;  // elements of a row that a warp loads at a time: 64 bytes
   constexpr int kParts = 2;
   const int warp = int(threadIdx.x) / kWarp;
-  const T* rows[Matrices][2];
+  WeightRow<T, Aligned> rows[Matrices][2];
 #pragma unroll
   for (int m = 0; m < Matrices; ++m)
 #pragma unroll
@@ -107,8 +109,7 @@ __device__ __forceinline__ void dot_rows(const InputRows<T, Aligned, Columns>& i
       for (int m = 0; m < Matrices; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights[i][m][half] =
-              load_part_streaming<Aligned>(rows[m][half], begin + i * kPart + lane_part() * Vec<T>::size, width);
+          weights[i][m][half] = rows[m][half].load(begin + i * kPart + lane_part() * Vec<T>::size, width);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       Vec<T> x[Tile<T, Columns>::kInputs];

@@ -5,6 +5,7 @@
 // each. Parts and warps are added up in order. Where the neurons are cut depends on their number and on `hidden` alone. Bytes
 // that must move: hidden * neurons elements, once for every 16 rows of input; the parts' sums stay in L2.
 #include "mma.cuh"
+#include "weights.cuh"
 
 namespace sirius::cuda {
 namespace {
@@ -109,15 +110,15 @@ struct Shared {
 // grid: [stretches of columns, rows of input / 16, parts of the neurons]
 template <class T, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
-    down_kernel(const DownParams p, const int32_t* num_neurons_at, const Workspace workspace, int first_row) {
+    down_kernel(const DownParams p, const Workspace workspace, int first_row) {
   auto& shared = shared_memory<Shared<T, Columns>>();
   constexpr int stretch = kStretch<T>;
-  const int neurons = num_neurons_at ? *num_neurons_at : p.num_neurons;
+  const int neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons, hidden = p.down.cols;
   const int row = first_row + int(blockIdx.y) * kTileRows, rows = p.num_rows - row < Columns ? p.num_rows - row : Columns;
   const int column = int(blockIdx.x) * stretch, parts = int(gridDim.z);
   const int part = ceil_div(ceil_div(neurons, kStep), parts) * kStep;
   const int begin = int(blockIdx.z) * part, end = begin + part < neurons ? begin + part : neurons;
-  const T *x = static_cast<const T*>(p.x) + size_t(row) * p.num_neurons, *down = static_cast<const T*>(p.down);
+  const T* x = static_cast<const T*>(p.x) + size_t(row) * p.num_neurons;
 
   Sums<T, Columns> sums;
   const auto neuron_at = [&](int i) { return i < end ? (p.neurons ? p.neurons[i] : i) : 0; };
@@ -129,8 +130,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
     Vec<T> weights[kLaneNeurons];
 #pragma unroll
     for (int i = 0; i < kLaneNeurons; ++i)
-      weights[i] = load_part_streaming<Aligned>(down + size_t(next[i]) * p.hidden, column + lane_row() * Vec<T>::size,
-                                                first + i < end ? p.hidden : 0);
+      weights[i] = WeightRow<T, Aligned>(p.down, next[i]).load(column + lane_row() * Vec<T>::size, first + i < end ? hidden : 0);
 #pragma unroll
     for (int i = 0; i < kLaneNeurons; ++i) next[i] = neuron_at(first + kWarps * kStep + i);  // in time for the next round
     Quad<T> inputs[Sums<T, Columns>::kInputs];
@@ -151,13 +151,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
   __syncthreads();
 
   const auto finish = [&](int m, int c, float sum) {
-    const size_t at = size_t(row + m) * p.hidden + column + c;
-    if (p.residual) sum += to_float(static_cast<const T*>(p.residual)[at]);
-    static_cast<T*>(p.out)[at] = from_float<T>(sum);
+    const size_t at = size_t(row + m) * hidden + column + c;
+    const float residual = p.residual ? to_float(static_cast<const T*>(p.residual)[at]) : 0.0f;
+    static_cast<T*>(p.out)[at] = from_float<T>(scaled(sum, p.scale, 0.0f, residual));
   };
-  const size_t plane = size_t(p.num_rows) * p.hidden;
-  const auto partial = [&](int m, int c) { return workspace.floats + size_t(row + m) * p.hidden + column + c; };
-  const int columns = p.hidden - column < stretch ? p.hidden - column : stretch;
+  const size_t plane = size_t(p.num_rows) * hidden;
+  const auto partial = [&](int m, int c) { return workspace.floats + size_t(row + m) * hidden + column + c; };
+  const int columns = hidden - column < stretch ? hidden - column : stretch;
   for (int i = int(threadIdx.x); i < Columns * stretch; i += kWarps * kWarp) {
     const int m = i / stretch, c = i % stretch;
     if (m >= rows || c >= columns) continue;
@@ -180,19 +180,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
 
 }  // namespace
 
-void down(const DownParams& p, const int32_t* num_neurons_at, Workspace workspace, StreamHandle stream) {
+void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const int stretches = ceil_div(p.hidden, kStretch<T>), parts = parts_of(kStretch<T>, p.hidden, p.num_neurons);
+    const int hidden = p.down.cols;
+    const int stretches = ceil_div(hidden, kStretch<T>), parts = parts_of(kStretch<T>, hidden, p.num_neurons);
     // Every group of 16 rows and every stretch has a counter of its own.
     const int groups = ceil_div(p.num_rows, kTileRows),
               together = kCounters / stretches < groups ? kCounters / stretches : groups;
-    const bool aligned = aligned16(p.x) && p.num_neurons % kLaneNeurons == 0 && aligned16(p.down) && p.hidden % Vec<T>::size == 0;
+    const bool aligned = aligned16(p.x) && p.num_neurons % kLaneNeurons == 0 && weights_aligned<T>(p.down);
     with_flag(aligned, [&](auto is_aligned) {
       const auto start = [&](auto columns, int first) {
         const dim3 grid(stretches, groups - first < together ? groups - first : together, parts);
         launch("down", down_kernel<T, is_aligned.value, columns.value>, grid, kWarps * kWarp, sizeof(Shared<T, columns.value>),
-               stream, p, num_neurons_at, workspace, first * kTileRows);
+               stream, p, workspace, first * kTileRows);
       };
       for (int first = 0; first < groups; first += together) {
         with_columns(p.num_rows, [&](auto columns) { start(columns, first); });

@@ -14,16 +14,16 @@ struct SumShared {
 // Row i of those that joined the sequence, in one layer; null beyond their number. After a fault none has joined: the set stays,
 // so that the host can go over the period again.
 template <class T>
-__device__ __forceinline__ const T* followed_row(const FollowParams& p, const Joined& joined, int layer, int i) {
-  if ((joined.fault && *joined.fault) || i >= (joined.count ? *joined.count : p.count)) return nullptr;
+__device__ __forceinline__ const T* followed_row(const FollowParams& p, int layer, int i) {
+  if ((p.fault && *p.fault) || i >= (p.count_at ? *p.count_at : p.count)) return nullptr;
   return static_cast<const T*>(p.z) + (size_t(layer) * p.num_rows + p.rows[i]) * p.intermediate;
 }
 
 // grid: [layers, rows]; a block sums up the squares of one row in one layer
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const FollowParams p, const Joined joined, float* sums) {
+__global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const FollowParams p, float* sums) {
   SumShared& shared = shared_memory<SumShared>();
-  const T* z = followed_row<T>(p, joined, int(blockIdx.x), int(blockIdx.y));
+  const T* z = followed_row<T>(p, int(blockIdx.x), int(blockIdx.y));
   if (!z) return;
   float squares = 0.0f;
 #pragma unroll 4
@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const Fol
 
 // grid: [layers, intermediate / (threads * Vec)]; a thread has 16 bytes of each row, and their neurons' statistic
 template <class T, bool Aligned>
-__global__ void __launch_bounds__(kBlendThreads)
-    follow_blend_kernel(const FollowParams p, const Joined joined, const float* sums, float* scores) {
+__global__ void __launch_bounds__(kBlendThreads) follow_blend_kernel(const FollowParams p, const float* sums, float* scores) {
   constexpr int size = Vec<T>::size;
   const int layer = int(blockIdx.x), first = int(blockIdx.y * blockDim.x + threadIdx.x) * size;
   const size_t at = size_t(layer) * p.intermediate + first;
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kBlendThreads)
 #pragma unroll
   for (int j = 0; j < size; ++j) statistic[j] = j < n ? p.statistic[at + j] : 0.0f;
   for (int i = 0; i < p.num_rows; ++i) {
-    const T* z = followed_row<T>(p, joined, layer, i);
+    const T* z = followed_row<T>(p, layer, i);
     if (!z) break;
     const float sum = sums[layer * p.num_rows + i];
     // A row that is all zero uses no neuron, and adds nothing.
@@ -78,19 +77,19 @@ __global__ void __launch_bounds__(kBlendThreads)
 
 size_t follow_workspace(int layers, int num_rows, int intermediate) { return size_t(layers) * (num_rows + intermediate); }
 
-void follow(const FollowParams& p, const Joined& joined, Workspace workspace, StreamHandle stream) {
+void follow(const FollowParams& p, Workspace workspace, StreamHandle stream) {
   float *scores = workspace.floats, *sums = scores + size_t(p.layers) * p.intermediate;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_flag(p.intermediate % Vec<T>::size == 0 && aligned16(p.z), [&](auto flag) {
       launch("follow_sums", follow_sums_kernel<T, flag.value>, dim3(p.layers, p.num_rows), kSumWarps * kWarp, sizeof(SumShared),
-             stream, p, joined, sums);
+             stream, p, sums);
       launch("follow_blend", follow_blend_kernel<T, flag.value>,
-             dim3(p.layers, ceil_div(p.intermediate, kBlendThreads * Vec<T>::size)), kBlendThreads, 0, stream, p, joined, sums,
-             scores);
+             dim3(p.layers, ceil_div(p.intermediate, kBlendThreads * Vec<T>::size)), kBlendThreads, 0, stream, p, sums, scores);
     });
   });
-  select_each({scores, nullptr, p.neurons, 1, p.intermediate, p.kept}, p.layers, stream);
+  const SelectParams best{.gates = scores, .neurons = p.neurons, .num_rows = 1, .intermediate = p.intermediate, .kept = p.kept};
+  select_each(best, p.layers, workspace, stream);
 }
 
 }  // namespace sirius::cuda

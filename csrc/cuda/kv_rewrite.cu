@@ -10,12 +10,12 @@ constexpr int kEntries = 8;  // loads in flight
 // alone reads and writes them, in order of the slots: path[i] >= i and the path rises, so an entry is read before its slot is
 // overwritten. Moves each entry that changes its slot once in and once out.
 template <class T, bool Aligned>
-__global__ void kv_rewrite_kernel(const KvRewriteParams p, const int32_t* base, const int32_t* length_at) {
+__global__ void kv_rewrite_kernel(const KvRewriteParams p) {
   const int head_dim = p.cache.head_dim, parts = ceil_div(head_dim, Vec<T>::size), heads = p.layers * p.cache.kv_heads;
   const int index = int(blockIdx.x) * kRewriteThreads + int(threadIdx.x), begin = index % parts * Vec<T>::size,
             head = index / parts;
   if (head >= 2 * heads) return;
-  const int length = length_at ? *length_at : p.length, start = p.start + (base ? *base : 0);
+  const int length = p.length_at ? *p.length_at : p.length, start = p.start + (p.base ? *p.base : 0);
   void* const cache = head < heads ? p.k_cache : p.v_cache;
   T* const entries = static_cast<T*>(cache) + (size_t(head % heads) * p.cache.capacity + start) * head_dim;
 
@@ -34,14 +34,13 @@ __global__ void kv_rewrite_kernel(const KvRewriteParams p, const int32_t* base, 
 
 }  // namespace
 
-void kv_rewrite(const KvRewriteParams& p, const int32_t* base, const int32_t* length, StreamHandle stream) {
+void kv_rewrite(const KvRewriteParams& p, Workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const bool aligned = p.cache.head_dim % Vec<T>::size == 0 && aligned16(p.k_cache) && aligned16(p.v_cache);
     const int threads = 2 * p.layers * p.cache.kv_heads * ceil_div(p.cache.head_dim, Vec<T>::size);
     with_flag(aligned, [&](auto flag) {
-      launch("kv_rewrite", kv_rewrite_kernel<T, flag.value>, ceil_div(threads, kRewriteThreads), kRewriteThreads, 0, stream, p,
-             base, length);
+      launch("kv_rewrite", kv_rewrite_kernel<T, flag.value>, ceil_div(threads, kRewriteThreads), kRewriteThreads, 0, stream, p);
     });
   });
 }

@@ -3,43 +3,56 @@
 namespace sirius::cuda {
 namespace {
 
-struct Epilogue {
-  const void *bias, *residual;
-  void* out;
+// An output's row of weights: in which of the parts, and where there.
+struct Place {
+  int part, row;
+
+  __device__ __forceinline__ Place(const LinearParams& p, int output) : part(0), row(output) {
+    if (p.num_parts > 1 && row >= p.parts[0].weight.rows) {
+      row -= p.parts[0].weight.rows;
+      part = 1;
+      if (p.num_parts > 2 && row >= p.parts[1].weight.rows) {
+        row -= p.parts[1].weight.rows;
+        part = 2;
+      }
+    }
+  }
 };
 
-// grid: [rows of the weight / 16, rows of input / 16]
+// grid: [outputs / 16, rows of input / 16]
 template <class T, class Out, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
-    linear_kernel(const Input in, const T* weight, int out_features, const Epilogue e) {
+    linear_kernel(const LinearParams p, const Norm norm) {
   auto& shared = shared_memory<DotShared<Columns, 1>>();
-  const InputRows<T, Aligned, Columns> input(in, shared.scale);
-  const int first = int(blockIdx.x) * kTileRows;
-  dot_rows(input, in.width, shared,
-           [&](int, int row) { return weight + size_t(first + row < out_features ? first + row : out_features - 1) * in.width; });
-  for_each_sum<Columns>(out_features - first, input.rows(), [&](int row, int column) {
-    const size_t at = (size_t(blockIdx.y) * kTileRows + column) * out_features + first + row;
+  const int first = int(blockIdx.x) * kTileRows, width = p.parts[0].weight.cols;
+  const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, width}, shared.scale);
+  dot_rows(input, width, shared, [&](int, int row) {
+    const Place at(p, first + row < p.out_features ? first + row : p.out_features - 1);
+    return WeightRow<T, Aligned>(projection_at(p.parts, at.part).weight, at.row);
+  });
+  for_each_sum<Columns>(p.out_features - first, input.rows(), [&](int row, int column) {
+    const size_t to = (size_t(blockIdx.y) * kTileRows + column) * p.out_features + first + row;
+    const Place at(p, first + row);
     float sum = shared.sum(0, row, column);
-    if (e.bias) sum += to_float(static_cast<const T*>(e.bias)[first + row]);
-    if (e.residual) sum += to_float(static_cast<const T*>(e.residual)[at]);
-    static_cast<Out*>(e.out)[at] = from_float<Out>(sum);
+    if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) sum += to_float(bias[at.row]);
+    const float residual = p.residual ? to_float(static_cast<const T*>(p.residual)[to]) : 0.0f;
+    static_cast<Out*>(p.out)[to] = from_float<Out>(scaled(sum, p.scale, p.softcap, residual));
   });
 }
 
 }  // namespace
 
-void linear(const LinearParams& p, Norm norm, StreamHandle stream) {
-  const Matrix& m = p.matrices[0];
+void linear(const LinearParams& p, const Norm& norm, Workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool aligned = rows_aligned<T>(p.x, p.in) && rows_aligned<T>(m.weight, p.in) && aligned16(norm.weight);
+    bool aligned = rows_aligned<T>(p.x, p.parts[0].weight.cols) && aligned16(norm.weight);
+    for (int i = 0; i < p.num_parts; ++i) aligned = aligned && weights_aligned<T>(p.parts[i].weight);
     with_flag(aligned, [&](auto is_aligned) {
       with_flag(p.out_f32, [&](auto is_f32) {
         with_columns(p.num_rows, [&](auto columns) {
           using Out = std::conditional_t<is_f32.value, float, T>;
-          launch("linear", linear_kernel<T, Out, is_aligned.value, columns.value>, dot_grid(m.rows, p.num_rows),
-                 kDotWarps * kWarp, sizeof(DotShared<columns.value, 1>), stream, Input{p.x, norm, p.num_rows, p.in},
-                 static_cast<const T*>(m.weight), m.rows, Epilogue{m.bias, p.residual, p.out});
+          launch("linear", linear_kernel<T, Out, is_aligned.value, columns.value>, dot_grid(p.out_features, p.num_rows),
+                 kDotWarps * kWarp, sizeof(DotShared<columns.value, 1>), stream, p, norm);
         });
       });
     });

@@ -6,73 +6,72 @@ namespace {
 
 constexpr int kPairs = kTileRows / 2;
 
-// Pair i of all heads of q, k and v: elements d and d + head_dim / 2 of a head.
+// Pair number `pair` of all heads of q, k and v: two elements of a head. First come the pairs that are rotated; what is left of a
+// head is paired in the same way.
 struct Place {
-  int matrix, head, d;
+  int part, head, first, second;  // head: of all; the elements are numbered within the head
+  bool rotated;
 
   __device__ Place(const RopeParams& rope, int pair) {
-    const int half = rope.cache.head_dim / 2, all = pair / half, kv_heads = rope.cache.kv_heads;
-    matrix = all < rope.heads ? 0 : all < rope.heads + kv_heads ? 1 : 2;
-    head = matrix == 0 ? all : (all - rope.heads) % kv_heads;
-    d = pair % half;
+    const int head_dim = rope.cache.head_dim, d = pair % (head_dim / 2), half = rope.rotary_dim / 2;
+    head = pair / (head_dim / 2);
+    part = head < rope.heads ? 0 : head < rope.heads + rope.cache.kv_heads ? 1 : 2;
+    rotated = d < half && part < 2;
+    first = d < half ? d : d + half;
+    second = d < half ? d + half : d + head_dim / 2;
+  }
+
+  // The row of the part's matrix that the head's element 0 is.
+  __device__ int line(const RopeParams& rope) const {
+    return (part == 0 ? head : part == 1 ? head - rope.heads : head - rope.heads - rope.cache.kv_heads) * rope.cache.head_dim;
   }
 };
-
-// By comparison: an index would copy the parameters to local memory.
-__device__ __forceinline__ Matrix matrix_of(const QkvParams& p, int which) {
-  return which == 0 ? p.matrix[0] : which == 1 ? p.matrix[1] : p.matrix[2];
-}
 
 // grid: [pairs / 8, rows of input / 16]. The tile's rows r and r + 8 are a pair, which is rotated as soon as it is summed up.
 template <class T, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
-    qkv_kernel(const QkvParams p, const RopeParams rope, const Norm norm, const int32_t* base) {
+    qkv_kernel(const LinearParams p, const RopeParams rope, const Norm norm) {
   auto& shared = shared_memory<DotShared<Columns, 1>>();
-  const int head_dim = rope.cache.head_dim, half = head_dim / 2;
-  const int first = int(blockIdx.x) * kPairs, pairs = (rope.heads + 2 * rope.cache.kv_heads) * half;
-  const InputRows<T, Aligned, Columns> input({p.x, norm, rope.num_rows, p.hidden}, shared.scale);
-  dot_rows(input, p.hidden, shared, [&](int, int row) {
+  const int head_dim = rope.cache.head_dim, width = p.parts[0].weight.cols;
+  const int first = int(blockIdx.x) * kPairs, pairs = (rope.heads + 2 * rope.cache.kv_heads) * (head_dim / 2);
+  const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, width}, shared.scale);
+  dot_rows(input, width, shared, [&](int, int row) {
     const int pair = first + row % kPairs;
     const Place at(rope, pair < pairs ? pair : pairs - 1);
-    const size_t line = size_t(at.head) * head_dim + at.d + (row < kPairs ? 0 : half);
-    return static_cast<const T*>(matrix_of(p, at.matrix).weight) + line * p.hidden;
+    return WeightRow<T, Aligned>(projection_at(p.parts, at.part).weight, at.line(rope) + (row < kPairs ? at.first : at.second));
   });
   for_each_sum<Columns>(pairs - first < kPairs ? pairs - first : kPairs, input.rows(), [&](int row, int column) {
     const Place at(rope, first + row);
-    const int m = int(blockIdx.y) * kTileRows + column, offset = base ? *base : 0, line = at.head * head_dim + at.d;
+    const int m = int(blockIdx.y) * kTileRows + column;
     Pair sum{shared.sum(0, row, column), shared.sum(0, row + kPairs, column)};
-    if (const T* bias = static_cast<const T*>(matrix_of(p, at.matrix).bias)) {
-      sum.first += to_float(bias[line]);
-      sum.second += to_float(bias[line + half]);
+    if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) {
+      sum.first += to_float(bias[at.line(rope) + at.first]);
+      sum.second += to_float(bias[at.line(rope) + at.second]);
     }
-    if (at.matrix < 2) {
-      const size_t angle = size_t(offset + rope.positions[m]) * half + at.d;
+    if (at.rotated) {
+      const size_t angle = angles_of(rope, m) + at.first;
       sum = rotate(sum, rope.cos[angle], rope.sin[angle]);
     }
-    T* out = static_cast<T*>(rope.qkv) + size_t(m) * rope.heads * head_dim + line;
-    if (at.matrix > 0) {
-      const int slot = offset + (rope.slots ? rope.slots[m] : rope.first_slot + m);
-      out = static_cast<T*>(at.matrix == 1 ? rope.k_cache : rope.v_cache) +
-            (size_t(at.head) * rope.cache.capacity + slot) * head_dim + at.d;
-    }
-    out[0] = from_float<T>(sum.first);
-    out[half] = from_float<T>(sum.second);
+    T* const q = static_cast<T*>(rope.qkv) + (size_t(m) * rope.heads + at.head) * head_dim;
+    T* const out = head_output(rope, q, m, at.head);
+    out[at.first] = from_float<T>(sum.first);
+    out[at.second] = from_float<T>(sum.second);
   });
 }
 
 }  // namespace
 
-void qkv_rope_kv_write(const QkvParams& p, const RopeParams& rope, Norm norm, const int32_t* base, StreamHandle stream) {
-  with_type(rope.dtype, [&](auto type) {
+void qkv_rope_kv_write(const LinearParams& p, const RopeParams& rope, const Norm& norm, Workspace, StreamHandle stream) {
+  with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const bool aligned = rows_aligned<T>(p.x, p.hidden) && aligned16(p.matrix[0].weight) && aligned16(p.matrix[1].weight) &&
-                         aligned16(p.matrix[2].weight) && aligned16(norm.weight);
+    bool aligned = rows_aligned<T>(p.x, p.parts[0].weight.cols) && aligned16(norm.weight);
+    for (const Projection& part : p.parts) aligned = aligned && weights_aligned<T>(part.weight);
     const int pairs = (rope.heads + 2 * rope.cache.kv_heads) * (rope.cache.head_dim / 2);
     with_flag(aligned, [&](auto is_aligned) {
-      with_columns(rope.num_rows, [&](auto columns) {
+      with_columns(p.num_rows, [&](auto columns) {
         launch("qkv_rope_kv_write", qkv_kernel<T, is_aligned.value, columns.value>,
-               dim3(ceil_div(pairs, kPairs), ceil_div(rope.num_rows, kTileRows)), kDotWarps * kWarp,
-               sizeof(DotShared<columns.value, 1>), stream, p, rope, norm, base);
+               dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
+               sizeof(DotShared<columns.value, 1>), stream, p, rope, norm);
       });
     });
   });

@@ -130,13 +130,12 @@ __device__ __forceinline__ int32_t nth_largest(const Scores<PerThread>& scores, 
 // are read once, 4 bytes each, with PerThread 0 five times. all_scores: [intermediate], or null for a block alone. Of several
 // sets each has gates and `kept` neurons of its own, side by side; then count is null.
 template <int PerThread>
-__global__ void __launch_bounds__(kSelectThreads, 1)
-    select_kernel(SelectParams p, const int32_t* alive, float* all_scores, int32_t* count, int32_t* counter) {
+__global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams p, float* all_scores, int32_t* counter) {
   SelectShared& shared = shared_memory<SelectShared>();
   p.gates += size_t(blockIdx.y) * p.num_rows * p.intermediate;
   p.neurons += size_t(blockIdx.y) * p.kept;
   const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int rows = alive ? *alive : p.num_rows;
+  const int rows = p.alive ? *p.alive : p.num_rows;
   ScoreSource source{p.gates, rows, p.intermediate};
   if (all_scores) {
     const int neuron = int(blockIdx.x * blockDim.x + threadIdx.x);
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   __syncthreads();
   const uint64_t mine = lane < warps ? shared.warps[lane] : 0, up_to = warp_scan(mine);
   const uint64_t before = __shfl_sync(kAllLanes, up_to - mine, warp), all = __shfl_sync(kAllLanes, up_to, kWarp - 1);
-  if (threadIdx.x == 0 && count) *count = int(all >> 32) + min(int(uint32_t(all)), equals);
+  if (threadIdx.x == 0 && p.count) *p.count = int(all >> 32) + min(int(uint32_t(all)), equals);
 
   int above_before = int(before >> 32), equal_before = int(uint32_t(before));
   scores.each([&](int neuron, int32_t bits) {
@@ -185,11 +184,10 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
 }
 
 template <int PerThread>
-void launch_select(const SelectParams& p, int sets, int32_t* count, const int32_t* alive, float* scores, int32_t* counter,
-                   StreamHandle stream) {
+void launch_select(const SelectParams& p, int sets, float* scores, int32_t* counter, StreamHandle stream) {
   const int threads = PerThread ? kWarp * ceil_div(p.intermediate, kWarp * PerThread) : kSelectThreads;
   launch("select", select_kernel<PerThread>, dim3(scores ? ceil_div(p.intermediate, threads) : 1, sets), threads,
-         sizeof(SelectShared), stream, p, alive, scores, count, counter);
+         sizeof(SelectShared), stream, p, scores, counter);
 }
 
 // The kernel for a row of that length.
@@ -205,13 +203,13 @@ auto select_launcher(int intermediate) {
 
 size_t select_workspace(int num_rows, int intermediate) { return num_rows <= kRowsAlone ? 0 : intermediate; }
 
-void select(const SelectParams& p, int32_t* count, const int32_t* alive, Workspace workspace, StreamHandle stream) {
+void select(const SelectParams& p, Workspace workspace, StreamHandle stream) {
   float* scores = p.num_rows <= kRowsAlone ? nullptr : workspace.floats;
-  select_launcher(p.intermediate)(p, 1, count, alive, scores, workspace.counters, stream);
+  select_launcher(p.intermediate)(p, 1, scores, workspace.counters, stream);
 }
 
-void select_each(const SelectParams& p, int sets, StreamHandle stream) {
-  select_launcher(p.intermediate)(p, sets, nullptr, nullptr, nullptr, nullptr, stream);
+void select_each(const SelectParams& p, int sets, Workspace, StreamHandle stream) {
+  select_launcher(p.intermediate)(p, sets, nullptr, nullptr, stream);
 }
 
 }  // namespace sirius::cuda

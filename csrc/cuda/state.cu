@@ -1,19 +1,23 @@
 // What a period does to its own state, in device memory, so that it can be replayed without the host.
-#include "common.cuh"
+#include "weights.cuh"
 
 namespace sirius::cuda {
 namespace {
 
-// grid: [num_rows]; one block a row, moved as it is. A token of -1 was chosen from logits that are not finite: the host does not
-// know yet when it is embedded, and does not look at what comes of it.
-__global__ void embed_kernel(const char* table, const int32_t* tokens, size_t bytes, char* out) {
-  const char* from = table + size_t(max(tokens[blockIdx.x], 0)) * bytes;
-  char* to = out + size_t(blockIdx.x) * bytes;
-  if (bytes % 16 == 0 && aligned16(table) && aligned16(out)) {
-    for (size_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16)
-      store(reinterpret_cast<bf16_t*>(to + i), load(reinterpret_cast<const bf16_t*>(from + i)));
-  } else {
-    for (size_t i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from[i];
+constexpr int kEmbedThreads = 128;
+
+// grid: [num_rows]; one block a row. A token of -1 was chosen from logits that are not finite: the host does not know yet when it
+// is embedded, and does not look at what comes of it.
+template <class T, bool Aligned>
+__global__ void embed_kernel(const EmbedParams p) {
+  const int hidden = p.table.cols;
+  const WeightRow<T, Aligned> from(p.table, max(p.tokens[blockIdx.x], 0));
+  T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
+  for (int c = int(threadIdx.x) * Vec<T>::size; c < hidden; c += kEmbedThreads * Vec<T>::size) {
+    Vec<T> part = from.load(c, hidden);
+#pragma unroll
+    for (int i = 0; i < Vec<T>::size; ++i) part.v[i] = from_float<T>(p.scale * to_float(part.v[i]));
+    store_part<Aligned>(to, c, hidden, part);
   }
 }
 
@@ -44,13 +48,16 @@ __global__ void advance_kernel(const AdvanceParams p) {
 
 }  // namespace
 
-void embed(Dtype dtype, const void* table, const int32_t* tokens, int num_rows, int hidden, void* out, StreamHandle stream) {
-  launch("embed", embed_kernel, num_rows, 128, 0, stream, static_cast<const char*>(table), tokens,
-         size_t(hidden) * size_of(dtype), static_cast<char*>(out));
+void embed(const EmbedParams& p, Workspace, StreamHandle stream) {
+  with_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_flag(weights_aligned<T>(p.table) && aligned16(p.out),
+              [&](auto flag) { launch("embed", embed_kernel<T, flag.value>, p.num_rows, kEmbedThreads, 0, stream, p); });
+  });
 }
 
-void grow(const GrowParams& p, StreamHandle stream) { launch("grow", grow_kernel, 1, kWarp, 0, stream, p); }
+void grow(const GrowParams& p, Workspace, StreamHandle stream) { launch("grow", grow_kernel, 1, kWarp, 0, stream, p); }
 
-void advance(const AdvanceParams& p, StreamHandle stream) { launch("advance", advance_kernel, 1, 1, 0, stream, p); }
+void advance(const AdvanceParams& p, Workspace, StreamHandle stream) { launch("advance", advance_kernel, 1, 1, 0, stream, p); }
 
 }  // namespace sirius::cuda

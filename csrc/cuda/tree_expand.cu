@@ -19,12 +19,12 @@ struct ExpandParts {
 };
 
 // A warp writes what a leaf proposes: keys, 0 where it has fewer, and tokens.
-__device__ void propose(const TreeExpandParams& p, int32_t* fault, const ExpandParts& parts, int num_parts, int leaf,
-                        uint64_t* keys, int32_t* tokens) {
+__device__ void propose(const TreeExpandParams& p, const ExpandParts& parts, int num_parts, int leaf, uint64_t* keys,
+                        int32_t* tokens) {
   const int lane = int(threadIdx.x) % kWarp;
   const float inverse_temperature = 1.0f / p.score_temperature;
   const LogitStats stats = row_stats<true>(parts.stats + size_t(leaf) * num_parts, num_parts, inverse_temperature);
-  if (fault && lane == 0 && stats.argmax < 0 && p.scores[leaf] > kLowest) *fault = 1;
+  if (p.fault && lane == 0 && stats.argmax < 0 && p.scores[leaf] > kLowest) *p.fault = 1;
   const uint64_t* largest = parts.largest + size_t(leaf) * num_parts * p.width;
   const uint64_t found = warp_largest(largest, num_parts * p.width, p.width);
   const int count = 1.0f / stats.sum > p.prune ? 1 : p.width;
@@ -40,12 +40,12 @@ __device__ void propose(const TreeExpandParams& p, int32_t* fault, const ExpandP
 // chooses among them
 template <bool Aligned>
 __global__ void __launch_bounds__(kLogitWarps* kWarp, 1)
-    tree_expand_kernel(const TreeExpandParams p, int32_t* fault, ExpandParts parts, int32_t* counter) {
+    tree_expand_kernel(const TreeExpandParams p, ExpandParts parts, int32_t* counter) {
   ExpandShared& shared = shared_memory<ExpandShared>();
   const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int num_parts = int(gridDim.x), part = int(blockIdx.y * gridDim.x + blockIdx.x);
   float x[kLogitsPerThread];
-  load_logits<Aligned>(p.logits, p.vocab, fault != nullptr, x);
+  load_logits<Aligned>(p.logits, p.vocab, p.fault != nullptr, x);
   {
     uint64_t keys[kLogitsPerThread];
 #pragma unroll
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kLogitWarps* kWarp, 1)
 
   uint64_t* keys = reinterpret_cast<uint64_t*>(&shared + 1);
   int32_t* tokens = reinterpret_cast<int32_t*>(keys + p.num_leaves * p.width);
-  for (int leaf = warp; leaf < p.num_leaves; leaf += warps) propose(p, fault, parts, num_parts, leaf, keys, tokens);
+  for (int leaf = warp; leaf < p.num_leaves; leaf += warps) propose(p, parts, num_parts, leaf, keys, tokens);
   __syncthreads();
   if (warp != 0) return;
   const uint64_t chosen = warp_largest(keys, p.num_leaves * p.width, p.width);
@@ -80,14 +80,14 @@ size_t tree_expand_workspace(int num_leaves, int vocab, int width) {
   return size_t(num_leaves) * logit_parts(vocab) * (width * sizeof(uint64_t) + sizeof(LogitStats)) / sizeof(float);
 }
 
-void tree_expand(const TreeExpandParams& p, int32_t* fault, Workspace workspace, StreamHandle stream) {
+void tree_expand(const TreeExpandParams& p, Workspace workspace, StreamHandle stream) {
   const size_t proposals = size_t(p.num_leaves) * p.width;
   ExpandParts parts;
   parts.largest = reinterpret_cast<uint64_t*>(workspace.floats);
   parts.stats = reinterpret_cast<LogitStats*>(parts.largest + proposals * logit_parts(p.vocab));
   with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
     launch("tree_expand", tree_expand_kernel<flag.value>, dim3(logit_parts(p.vocab), p.num_leaves), logit_threads(p.vocab),
-           sizeof(ExpandShared) + proposals * (sizeof(uint64_t) + sizeof(int32_t)), stream, p, fault, parts, workspace.counters);
+           sizeof(ExpandShared) + proposals * (sizeof(uint64_t) + sizeof(int32_t)), stream, p, parts, workspace.counters);
   });
 }
 

@@ -21,7 +21,7 @@ __global__ void tree_mask_kernel(const TreeMaskParams p) {
 
 }  // namespace
 
-void tree_mask(const TreeMaskParams& p, StreamHandle stream) {
+void tree_mask(const TreeMaskParams& p, Workspace, StreamHandle stream) {
   launch("tree_mask", tree_mask_kernel, ceil_div(p.num_nodes, kMaskThreads), kMaskThreads, 0, stream, p);
 }
 

@@ -128,38 +128,84 @@ class PeriodGraph:
         logits = model.run(nodes, self._draft_by, alive=record.counts[depth - 1 : depth] if depth else None)
         grown = slice(new, new + width)
         model.launch(
-            "tree_expand_within", logits.data_ptr(), self._scores[start:].data_ptr(), self._config.score_temperature, self._prune,
-            record.tokens[grown].data_ptr(), self._rows.data_ptr(), self._scores[grown].data_ptr(),
-            record.counts[depth:].data_ptr(), stop - start, model.weights.vocab, width, record.fault.data_ptr(),
-        )  # fmt: skip
+            "tree_expand",
+            logits=logits,
+            scores=self._scores[start:],
+            score_temperature=self._config.score_temperature,
+            prune=self._prune,
+            tokens=record.tokens[grown],
+            parents=self._rows,
+            new_scores=self._scores[grown],
+            count=record.counts[depth:],
+            fault=record.fault,
+            num_leaves=stop - start,
+            vocab=model.weights.vocab,
+            width=width,
+        )
         model.launch(
-            "grow", self._rows.data_ptr(), self._parents.data_ptr(), self._mask.data_ptr(), new, start, width, self._mask.shape[1]
+            "grow",
+            rows=self._rows,
+            parents=self._parents,
+            mask=self._mask,
+            first=new,
+            leaves=start,
+            width=width,
+            mask_words=self._mask.shape[1],
         )
 
     def _accept(self, logits: torch.Tensor) -> None:
         """SPEC section 3, step 4."""
         model, record, config, tree = self._model, self.record, self._config, self.width > 1
         model.launch(
-            "accept_within", logits.data_ptr(), record.tokens[1:].data_ptr(), self._parents.data_ptr() if tree else 0,
-            self._scores.data_ptr() if tree else 0, config.threshold, config.score_temperature, config.accept == "match",
-            record.likelihoods.data_ptr(), self._argmax.data_ptr(), record.path[1:].data_ptr(), record.accepted.data_ptr(),
-            len(record.tokens), model.weights.vocab, self._limit.data_ptr(), record.fault.data_ptr(),
-        )  # fmt: skip
+            "accept",
+            logits=logits,
+            drafts=record.tokens[1:],
+            parents=self._parents if tree else None,
+            scores=self._scores if tree else None,
+            threshold=config.threshold,
+            score_temperature=config.score_temperature,
+            match=config.accept == "match",
+            likelihoods=record.likelihoods,
+            argmax=self._argmax,
+            path=record.path[1:],
+            accepted=record.accepted,
+            limit=self._limit,
+            fault=record.fault,
+            num_rows=len(record.tokens),
+            vocab=model.weights.vocab,
+        )
 
     def _interleave(self) -> None:
         """Step 5: F's own token is the next root; a tree's accepted entries of the cache move next to the old one's; a set of S
         that follows the text is chosen anew."""
         model, record, w = self._model, self.record, self._model.weights
         model.launch(
-            "advance", record.accepted.data_ptr(), self._argmax.data_ptr(), record.path.data_ptr(), record.tokens.data_ptr(),
-            model.base.data_ptr(), self._remaining.data_ptr(), self._limit.data_ptr(), record.limit.data_ptr(),
-            self._root.data_ptr(), self._kept.data_ptr(), self.depth,
-        )  # fmt: skip
+            "advance",
+            accepted=record.accepted,
+            argmax=self._argmax,
+            path=record.path,
+            tokens=record.tokens,
+            length=model.base,
+            remaining=self._remaining,
+            limit=self._limit,
+            used_limit=record.limit,
+            root=self._root,
+            kept=self._kept,
+            depth=self.depth,
+        )
         if self.width > 1:
             model.launch(
-                "kv_rewrite_from", model.k_cache.data_ptr(), model.v_cache.data_ptr(), record.path.data_ptr(), 0, len(w.layers),
-                w.kv_heads, model.capacity, w.head_dim, self._root.data_ptr(), self._kept.data_ptr(), typed=True,
-            )  # fmt: skip
+                "kv_rewrite",
+                dtype=w.dtype_code,
+                k_cache=model.k_cache,
+                v_cache=model.v_cache,
+                path=record.path,
+                base=self._root,
+                length_at=self._kept,
+                cache=(w.kv_heads, model.capacity, w.head_dim),
+                layers=len(w.layers),
+                start=0,
+            )
         if self._follows:
             model.launch_follow(record.path, self._kept, len(record.tokens), self._draft_by, record.fault)
 

@@ -161,26 +161,27 @@ class CudaModel(Model):
             return self._run_many(nodes, argmax, keep_z)
         with dispatch.guard(self.device):
             self._handle.step(
-                nodes.tokens.data_ptr(),
-                nodes.offsets.data_ptr(),
-                self.cos.data_ptr(),
-                self.sin.data_ptr(),
-                nodes.mask.data_ptr(),
-                nodes.mask.shape[1],
-                self.k_cache.data_ptr(),
-                self.v_cache.data_ptr(),
-                *sparsity,
-                self._logits.data_ptr(),
-                0 if argmax is None else argmax.data_ptr(),
-                self._workspace.data_ptr(),
-                self._kept_z(m).data_ptr() if keep_z else 0,
-                m,
-                nodes.first,
-                self.capacity,
-                self.base.data_ptr(),
-                0 if alive is None else alive.data_ptr(),
-                self.counters.data_ptr(),
-                dispatch.stream(self.device),
+                tokens=nodes.tokens.data_ptr(),
+                positions=nodes.offsets.data_ptr(),
+                cos=self.cos.data_ptr(),
+                sin=self.sin.data_ptr(),
+                max_position=self.capacity,
+                mask=nodes.mask.data_ptr(),
+                mask_words=nodes.mask.shape[1],
+                k_cache=self.k_cache.data_ptr(),
+                v_cache=self.v_cache.data_ptr(),
+                sparsity=sparsity,
+                logits=self._logits.data_ptr(),
+                argmax=0 if argmax is None else argmax.data_ptr(),
+                workspace=self._workspace.data_ptr(),
+                z=self._kept_z(m).data_ptr() if keep_z else 0,
+                num_rows=m,
+                first_slot=nodes.first,
+                capacity=self.capacity,
+                base=self.base.data_ptr(),
+                alive=0 if alive is None else alive.data_ptr(),
+                counters=self.counters.data_ptr(),
+                stream=dispatch.stream(self.device),
             )
         return self._logits[:m]
 
@@ -200,39 +201,58 @@ class CudaModel(Model):
         else:
             torch.mm(normed.float(), w.lm_head.float().t(), out=logits)
         if argmax is not None:
-            self.launch("argmax", logits.data_ptr(), m, w.vocab, argmax.data_ptr())
+            self.launch("argmax", logits=logits, argmax=argmax, num_rows=m, vocab=w.vocab)
         return logits
 
     def _attention_of(self, nodes: Nodes, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
         w, m = self.weights, len(x)
         normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
         qkv = torch.cat([F.linear(normed, weight, bias) for weight, bias in layer.qkv], 1)
-        shape = w.kv_heads, self.capacity, w.head_dim
-        caches = self.k_cache[index].data_ptr(), self.v_cache[index].data_ptr()
+        shared = {
+            "dtype": w.dtype_code,
+            "positions": nodes.offsets,
+            "base": self.base,
+            "k_cache": self.k_cache[index],
+            "v_cache": self.v_cache[index],
+            "cache": (w.kv_heads, self.capacity, w.head_dim),
+            "num_rows": m,
+            "heads": w.heads,
+        }
         self.launch(
-            "rope_kv_write_from", qkv.data_ptr(), self.cos.data_ptr(), self.sin.data_ptr(), nodes.offsets.data_ptr(), nodes.first,
-            *caches, m, w.heads, *shape, self.base.data_ptr(), typed=True,
-        )  # fmt: skip
+            "rope_kv_write",
+            **shared,
+            qkv=qkv,
+            cos=self.cos,
+            sin=self.sin,
+            first_slot=nodes.first,
+            rotary_dim=w.head_dim,
+        )
         attended = torch.empty(m, w.heads * w.head_dim, dtype=w.dtype, device=self.device)
         self.launch(
-            "tree_attention_from", qkv.data_ptr(), qkv.shape[1], *caches, nodes.mask.data_ptr(), attended.data_ptr(),
-            w.head_dim**-0.5, nodes.mask.shape[1], m, w.heads, *shape, self.base.data_ptr(), typed=True,
-        )  # fmt: skip
+            "tree_attention",
+            **shared,
+            q=qkv,
+            q_stride=qkv.shape[1],
+            mask=nodes.mask,
+            mask_words=nodes.mask.shape[1],
+            out=attended,
+            scale=w.head_dim**-0.5,
+        )
         return F.linear(attended, layer.output, layer.output_bias)
 
-    def launch(self, name: str, *arguments, typed: bool = False) -> None:
-        """Call one of the extension's functions with what they all end with, the workspace, the counters and the stream.
-
-        typed: its first argument is the dtype.
-        """
-        first = (self.weights.dtype_code,) if typed else ()
+    def launch(self, name: str, **fields) -> None:
+        """Call one of the extension's functions with the fields of its arguments and what they all end with, the workspace, the
+        counters and the stream. Tensors go by their address, None as null."""
+        plain = {
+            field: 0 if value is None else value.data_ptr() if isinstance(value, torch.Tensor) else value
+            for field, value in fields.items()
+        }
         with dispatch.guard(self.device):
             getattr(self._extension(), name)(
-                *first,
-                *arguments,
-                self._workspace.data_ptr(),
-                self.counters.data_ptr(),
-                dispatch.stream(self.device),
+                **plain,
+                workspace=self._workspace.data_ptr(),
+                counters=self.counters.data_ptr(),
+                stream=dispatch.stream(self.device),
             )
 
     def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
@@ -257,10 +277,21 @@ class CudaModel(Model):
         """
         w, (_, neurons, _, kept) = self.weights, sparsity
         self.launch(
-            "follow_from", self._kept_z(nodes).data_ptr(), joined.data_ptr(), w.down_squares.data_ptr(),
-            self._statistic.data_ptr(), neurons, DECAY, len(w.layers), nodes, w.intermediate, kept, count.data_ptr(),
-            0 if fault is None else fault.data_ptr(), typed=True,
-        )  # fmt: skip
+            "follow",
+            dtype=w.dtype_code,
+            z=self._kept_z(nodes),
+            rows=joined,
+            count_at=count,
+            fault=fault,
+            down_squares=w.down_squares,
+            statistic=self._statistic,
+            neurons=neurons,
+            decay=DECAY,
+            layers=len(w.layers),
+            num_rows=nodes,
+            intermediate=w.intermediate,
+            kept=kept,
+        )
 
     def following(self, kept: int) -> tuple[torch.Tensor, ...]:
         """What a set that follows the text changes, for who must undo it."""

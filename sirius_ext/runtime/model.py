@@ -46,7 +46,7 @@ class Model:
         self._rows = 0
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._z = torch.empty(0, dtype=weights.dtype, device=self.device)
-        self._handle = self._extension().Model(*weights.arguments())
+        self._handle = self._extension().Model(**weights.arguments())
 
     def _extension(self) -> ModuleType:
         """Where the compiled passes are."""
@@ -203,24 +203,25 @@ class Model:
         m = len(tokens)
         logits, argmax = self._logits[:m], self._argmax[:m] if argmax is None else argmax
         self._handle.step(
-            tokens.data_ptr(),
-            positions.data_ptr(),
-            self.cos.data_ptr(),
-            self.sin.data_ptr(),
-            mask.data_ptr(),
-            mask.shape[1],
-            self.k_cache.data_ptr(),
-            self.v_cache.data_ptr(),
-            *((Kind.DENSE, 0, 0, 0) if sparsity is None else sparsity.arguments()),
-            logits.data_ptr(),
-            argmax.data_ptr(),
-            self._workspace.data_ptr(),
-            self._kept_z(m).data_ptr() if keep_z else 0,
-            m,
-            first_slot,
-            prefix,
-            self.capacity,
-            torch.get_num_threads(),
+            tokens=tokens.data_ptr(),
+            positions=positions.data_ptr(),
+            cos=self.cos.data_ptr(),
+            sin=self.sin.data_ptr(),
+            max_position=self.capacity,
+            mask=mask.data_ptr(),
+            mask_words=mask.shape[1],
+            k_cache=self.k_cache.data_ptr(),
+            v_cache=self.v_cache.data_ptr(),
+            sparsity=(Kind.DENSE, 0, 0, 0) if sparsity is None else sparsity.arguments(),
+            logits=logits.data_ptr(),
+            argmax=argmax.data_ptr(),
+            workspace=self._workspace.data_ptr(),
+            z=self._kept_z(m).data_ptr() if keep_z else 0,
+            num_rows=m,
+            first_slot=first_slot,
+            prefix=prefix,
+            capacity=self.capacity,
+            threads=torch.get_num_threads(),
         )
         return logits, argmax
 
