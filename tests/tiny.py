@@ -59,7 +59,7 @@ _CONFIGS |= {
         {**_sizes(96, 144, 3, 6, 3), "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
     "qwen3": (transformers.Qwen3Config, {**_sizes(64, 131, 3, 4, 2), "head_dim": 24}),
-    "smollm3": (transformers.SmolLM3Config, {**_sizes(64, 120, 4, 4, 2), "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "smollm3": (transformers.SmolLM3Config, {**_sizes(64, 120, 4, 4, 2), "no_rope_layer_interval": 2}),
     "phi3": (
         transformers.Phi3Config,
         {

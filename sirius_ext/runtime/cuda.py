@@ -5,14 +5,14 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 
 from ..config import SiriusConfig
 from ..decoding.sparsity import DECAY, CSparse, FSparse, Kind
 from ..decoding.tree import Tree
 from ..kernels import dispatch
-from ..models.weights import Layer, Weights
+from ..models.weights import Weights
 from .graphs import Nodes, Replay, graph_mode
+from .layers import Attend, Neurons, decoder_layer, embed, norm
 from .model import Model
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
@@ -186,59 +186,61 @@ class CudaModel(Model):
         return self._logits[:m]
 
     def _run_many(self, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
-        """F over more rows than our kernels are for: torch multiplies, our kernels rotate, write and attend."""
-        w, m = self.weights, len(nodes.tokens)
-        x = F.embedding(nodes.tokens.clamp(min=0), w.embedding)  # -1 stands behind logits that are not finite
+        """F over more rows than our kernels are for: torch multiplies and writes the cache, our kernel attends."""
+        w, m, d = self.weights, len(nodes.tokens), self.weights.description
+        places = (self.base + nodes.offsets).long()
+        slots = (self.base + nodes.first + torch.arange(m, device=self.device)).long()
+        angles = self.cos[:, places], self.sin[:, places]
+        x = embed(w, nodes.tokens.clamp(min=0).long())  # -1 stands behind logits that are not finite
         for index, layer in enumerate(w.layers):
-            x = x + self._attention_of(nodes, x, layer, index)
-            x = self._mlp(x, layer, index, _Kept(self._kept_z(m)) if keep_z else None)
-        normed = F.rms_norm(x, (w.hidden,), w.final_norm, w.eps)
-        logits = self._logits[:m]
+            neurons = _keeping(self._kept_z(m)[index]) if keep_z else None
+            x = decoder_layer(d, layer, x, angles, self._attend_in_tree(nodes, index, slots), neurons)
+        normed, head, out = norm(d, x, w.final_norm), w.lm_head.data.t(), self._logits[:m]
         if w.dtype == torch.float32:
-            torch.mm(normed, w.lm_head.t(), out=logits)
+            torch.mm(normed, head, out=out)
         elif self.device.type == "cuda":
-            torch.mm(normed, w.lm_head.t(), out_dtype=torch.float32, out=logits)
+            torch.mm(normed, head, out_dtype=torch.float32, out=out)
         else:
-            torch.mm(normed.float(), w.lm_head.float().t(), out=logits)
+            torch.mm(normed.float(), head.float(), out=out)
+        if d.logit_scale != 1.0:
+            out *= d.logit_scale
+        if d.logit_softcap:
+            out.div_(d.logit_softcap).tanh_().mul_(d.logit_softcap)
         if argmax is not None:
-            self.launch("argmax", logits=logits, argmax=argmax, num_rows=m, vocab=w.vocab)
-        return logits
+            self.launch("argmax", logits=out, argmax=argmax, num_rows=m, vocab=w.vocab)
+        return out
 
-    def _attention_of(self, nodes: Nodes, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
-        w, m = self.weights, len(x)
-        normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
-        qkv = torch.cat([F.linear(normed, weight, bias) for weight, bias in layer.qkv], 1)
-        shared = {
-            "dtype": w.dtype_code,
-            "positions": nodes.offsets,
-            "base": self.base,
-            "k_cache": self.k_cache[index],
-            "v_cache": self.v_cache[index],
-            "cache": (w.kv_heads, self.capacity, w.head_dim),
-            "num_rows": m,
-            "heads": w.heads,
-        }
-        self.launch(
-            "rope_kv_write",
-            **shared,
-            qkv=qkv,
-            cos=self.cos,
-            sin=self.sin,
-            first_slot=nodes.first,
-            rotary_dim=w.head_dim,
-        )
-        attended = torch.empty(m, w.heads * w.head_dim, dtype=w.dtype, device=self.device)
-        self.launch(
-            "tree_attention",
-            **shared,
-            q=qkv,
-            q_stride=qkv.shape[1],
-            mask=nodes.mask,
-            mask_words=nodes.mask.shape[1],
-            out=attended,
-            scale=w.head_dim**-0.5,
-        )
-        return F.linear(attended, layer.output, layer.output_bias)
+    def _attend_in_tree(self, nodes: Nodes, index: int, slots: torch.Tensor) -> Attend:
+        """Attention of a layer for nodes of the tree, whose keys and values go to `slots`."""
+        w, d, layer = self.weights, self.weights.description, self.weights.layers[index]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            keys, values = self.k_cache[index], self.v_cache[index]
+            keys.index_copy_(1, slots, k.transpose(0, 1))
+            values.index_copy_(1, slots, v.transpose(0, 1))
+            out = torch.empty(len(q), w.heads * w.head_dim, dtype=w.dtype, device=self.device)
+            self.launch(
+                "tree_attention",
+                dtype=w.dtype_code,
+                q=q.contiguous(),
+                q_stride=w.heads * w.head_dim,
+                k_cache=keys,
+                v_cache=values,
+                cache=(w.kv_heads, self.capacity, w.head_dim),
+                base=self.base,
+                mask=nodes.mask,
+                mask_words=nodes.mask.shape[1],
+                positions=nodes.offsets,
+                window=layer.window,
+                out=out,
+                scale=d.attention_scale,
+                softcap=d.attention_softcap,
+                num_rows=len(q),
+                heads=w.heads,
+            )
+            return out
+
+        return attend
 
     def launch(self, name: str, **fields) -> None:
         """Call one of the extension's functions with the fields of its arguments and what they all end with, the workspace, the
@@ -314,11 +316,11 @@ class CudaModel(Model):
         return self._periods[key]
 
 
-class _Kept:
-    """An observer that keeps z, T [layers, m, I]."""
+def _keeping(kept: torch.Tensor) -> Neurons:
+    """Keeps a layer's z, T [m, I]."""
 
-    def __init__(self, kept: torch.Tensor) -> None:
-        self._kept = kept
+    def neurons(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        kept.copy_(z)
+        return z
 
-    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
-        self._kept[layer].copy_(z)
+    return neurons

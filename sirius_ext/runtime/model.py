@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from .. import _C
 from ..config import SiriusConfig
@@ -18,7 +17,8 @@ from ..decoding.sparsity import CSparse, FSparse, Kind
 from ..decoding.tree import Tree
 from ..kernels import ops
 from ..kernels.dispatch import is_cuda
-from ..models.weights import Layer, Weights
+from ..models.weights import Weights
+from .layers import Attend, Neurons, attention, decoder_layer, embed, logits, norm
 
 CACHE_GRAIN = 256  # slots; capacity grows in these steps and never shrinks
 PREFILL_CHUNK = 512  # prompt tokens in a pass: bounds the activations, and the progress between two signs of life
@@ -63,8 +63,7 @@ class Model:
             self.capacity = self._grown(slots)
             shape = (len(w.layers), w.kv_heads, self.capacity, w.head_dim)
             self.k_cache, self.v_cache = (torch.empty(shape, dtype=w.dtype, device=self.device) for _ in range(2))
-            angles = torch.arange(self.capacity, device=self.device).float()[:, None] * w.inv_freq
-            self.cos, self.sin = angles.cos() * w.rope_scale, angles.sin() * w.rope_scale
+            self.cos, self.sin = w.angles(torch.arange(self.capacity, device=self.device))
             self._rows = 0  # the workspace depends on the capacity
         if rows > self._rows:
             self._rows = rows
@@ -99,21 +98,37 @@ class Model:
     ) -> Iterator[torch.Tensor]:
         """Tokens, int64 [t], behind `start` others through F, or with a sparsity through S, in torch: their embeddings, then what
         each layer makes of them, T [t, H]."""
-        x = F.embedding(tokens.to(self.device), self.weights.embedding)
+        w, end = self.weights, start + len(tokens)
+        d, angles = w.description, (self.cos[:, start:end], self.sin[:, start:end])
+        x = embed(w, tokens.to(self.device))
         yield x
-        for index, layer in enumerate(self.weights.layers):
-            x = x + self._attention(x, layer, index, start)
-            x = self._mlp(x, layer, index, observer) if sparsity is None else self._sparse_mlp(x, layer, index, sparsity)
+        for index, layer in enumerate(w.layers):
+            attend, neurons = self._attend(index, start), _neurons(index, observer, sparsity)
+            x = decoder_layer(d, layer, x, angles, attend, neurons)
             yield x
+
+    def _attend(self, index: int, start: int) -> Attend:
+        """Attention of a layer for tokens from position `start` on, whose keys and values it keeps."""
+        d, layer = self.weights.description, self.weights.layers[index]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            end = start + len(q)
+            # Where scores are NaN or infinite, torch's attention may give numbers all the same. Zero times a number is zero, and
+            # zero times what is none is NaN.
+            self._hidden += 0 * (q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32))
+            keys, values = self.k_cache[index], self.v_cache[index]
+            keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
+            return attention(d, layer, q, keys[:, :end], values[:, :end], start)
+
+        return attend
 
     def _last_norm(self, x: torch.Tensor) -> torch.Tensor:
         """Of the last row, T [1, H]."""
-        return F.rms_norm(x[-1:], (self.weights.hidden,), self.weights.final_norm, self.weights.eps)
+        return norm(self.weights.description, x[-1:], self.weights.final_norm)
 
     def _head(self, normed: torch.Tensor) -> torch.Tensor:
         """The logits of one row, float32 [V]."""
-        # Our own LM head: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
-        return ops.linear(normed, self.weights.lm_head, out_dtype=torch.float32)[0]
+        return logits(self.weights, normed)[0]
 
     def fault(self, tokens: torch.Tensor, start: int, sparsity: CSparse | FSparse | None = None) -> str | None:
         """Where the first values arise that are not finite, when tokens, int64 [t], are read once more behind the `start` ones
@@ -135,48 +150,6 @@ class Model:
         if not bool(normed.isfinite().all()):
             return "the final norm"
         return None if bool(self._head(normed).isfinite().all()) else "the LM head"
-
-    def _attention(self, x: torch.Tensor, layer: Layer, index: int, start: int) -> torch.Tensor:
-        w, end = self.weights, start + len(x)
-        normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
-        q, k, v = (F.linear(normed, weight, bias).view(len(x), -1, w.head_dim).transpose(0, 1) for weight, bias in layer.qkv)
-        q, k = self._rotate(q, start), self._rotate(k, start)
-        # Where scores are NaN or infinite, torch's attention may give numbers all the same. Zero times a number is zero, and zero
-        # times what is none is NaN.
-        self._hidden += 0 * (q.sum(dtype=torch.float32) + k.sum(dtype=torch.float32))
-        self.k_cache[index, :, start:end] = k
-        self.v_cache[index, :, start:end] = v
-        attended = F.scaled_dot_product_attention(
-            q[None],
-            self.k_cache[index, :, :end][None],
-            self.v_cache[index, :, :end][None],
-            attn_mask=None if start == 0 else torch.ones(len(x), end, dtype=torch.bool, device=self.device).tril(start),
-            is_causal=start == 0,
-            enable_gqa=True,
-        )[0]
-        return F.linear(attended.transpose(0, 1).reshape(len(x), -1), layer.output, layer.output_bias)
-
-    def _mlp(self, x: torch.Tensor, layer: Layer, index: int, observer: Observer | None = None) -> torch.Tensor:
-        normed = F.rms_norm(x, (self.weights.hidden,), layer.post_norm, self.weights.eps)
-        gates = F.silu(F.linear(normed, layer.gate))
-        z = gates * F.linear(normed, layer.up)
-        if observer is not None:
-            observer.observe(index, gates, z)
-        return torch.addmm(x, z, layer.down)
-
-    def _sparse_mlp(self, x: torch.Tensor, layer: Layer, index: int, sparsity: CSparse | FSparse) -> torch.Tensor:
-        normed = F.rms_norm(x, (self.weights.hidden,), layer.post_norm, self.weights.eps)
-        gates = ops.gate(normed, layer.gate)
-        kept = sparsity.neurons[index] if isinstance(sparsity, CSparse) else sparsity.choose(index, gates)
-        if len(kept) == 0:  # no gate reaches FSparse's threshold
-            return x
-        return ops.down(ops.up(normed, layer.up, gates, kept), layer.down, kept, x)
-
-    def _rotate(self, heads: torch.Tensor, start: int) -> torch.Tensor:
-        """heads: T [heads, t, D] at positions start, start + 1, ..."""
-        cos, sin = (table[start : start + heads.shape[1]] for table in (self.cos, self.sin))
-        first, second = heads.float().chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(heads.dtype)
 
     def step(
         self,
@@ -201,7 +174,7 @@ class Model:
         passes overwrite.
         """
         m = len(tokens)
-        logits, argmax = self._logits[:m], self._argmax[:m] if argmax is None else argmax
+        out, argmax = self._logits[:m], self._argmax[:m] if argmax is None else argmax
         self._handle.step(
             tokens=tokens.data_ptr(),
             positions=positions.data_ptr(),
@@ -213,7 +186,7 @@ class Model:
             k_cache=self.k_cache.data_ptr(),
             v_cache=self.v_cache.data_ptr(),
             sparsity=(Kind.DENSE, 0, 0, 0) if sparsity is None else sparsity.arguments(),
-            logits=logits.data_ptr(),
+            logits=out.data_ptr(),
             argmax=argmax.data_ptr(),
             workspace=self._workspace.data_ptr(),
             z=self._kept_z(m).data_ptr() if keep_z else 0,
@@ -223,7 +196,7 @@ class Model:
             capacity=self.capacity,
             threads=torch.get_num_threads(),
         )
-        return logits, argmax
+        return out, argmax
 
     def _kept_z(self, rows: int) -> torch.Tensor:
         """Where a pass of so many rows leaves silu(gate x) * (up x) of every layer: T [layers, rows, I]. Graphs know the place:
@@ -248,6 +221,22 @@ class Model:
         if path and path[-1] != len(path):
             places = torch.tensor([0, *path], dtype=torch.int32, device=self.device)
             ops.kv_rewrite(self.k_cache, self.v_cache, root, places)
+
+
+def _neurons(index: int, observer: Observer | None, sparsity: CSparse | FSparse | None) -> Neurons | None:
+    """What happens to the neurons of a layer: they are observed, or those that S leaves out are zeroed."""
+
+    def observed(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if observer is not None:
+            observer.observe(index, gates, z)
+        return z
+
+    def kept(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        assert sparsity is not None
+        chosen = sparsity.neurons[index] if isinstance(sparsity, CSparse) else sparsity.choose(index, gates.float())
+        return torch.zeros_like(z).index_copy_(1, chosen.long(), z[:, chosen.long()])
+
+    return observed if sparsity is None else kept
 
 
 def not_finite(prompt: int, new: int, reader: str, where: str | None) -> ValueError:
