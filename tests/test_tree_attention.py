@@ -262,8 +262,8 @@ def test_window(backend, dtype, shape, window, kind, softcap):
 
 @pytest.mark.parametrize("prefix", [0, 1, 3, 127, 128, 129, 256, 300])
 def test_every_edge_of_a_window(backend, prefix):
-    """With q = 0 every weight is the same. Slot i has a 1 in column i, of the one head or the other, so that the result is the list
-    of the slots seen."""
+    """With q = 0 every weight is the same. Slot i has a 1 in column i, of the one head or the other, so that the result is the
+    list of the slots seen."""
     values = torch.eye(310).view(310, 2, 155).transpose(0, 1).contiguous()
     mask = reference.tree_mask(chain(3))
     positions = prefix + torch.arange(3, dtype=torch.int32)
