@@ -12,6 +12,7 @@ import torch
 
 from sirius_ext import _simt
 from sirius_ext.kernels import dispatch, ops, reference
+from sirius_ext.kernels.matrix import Matrix
 
 # A backend is a name and the module whose functions it stands for; conftest.py turns the names into fixtures.
 CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas()]
@@ -82,6 +83,8 @@ class OnDevice:
             storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # bytes here and there
 
             def there(value):
+                if isinstance(value, Matrix):
+                    return Matrix(there(value.data), there(value.scales))
                 if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
                     return value
                 storage = value.untyped_storage()
@@ -103,10 +106,10 @@ class OnDevice:
 
 
 def call(functions: ModuleType, name: str, *, workspace: int = 0, **fields) -> None:
-    """Call a compiled CUDA function with the fields of csrc/params.h. Tensors go by their address; beside them go a workspace of
-    so many floats, the counters and the stream."""
+    """Call a compiled CUDA function with the fields of csrc/params.h. Tensors go by their address, None as null; beside them go a
+    workspace of so many floats, the counters and the stream."""
     floats, counters = torch.full((workspace,), math.nan), torch.zeros(functions.counters, dtype=torch.int32)
-    plain = {name: x.data_ptr() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+    plain = {key: 0 if x is None else x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in fields.items()}
     getattr(functions, name)(**plain, workspace=floats.data_ptr(), counters=counters.data_ptr(), stream=0)
     assert not counters.any(), "counters that are not left at zero"
 
@@ -151,6 +154,14 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def small_integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Integers from -3 to 3. Sums of their products stay below 2^24: exact in float32, whatever the order."""
     return torch.randint(-3, 4, shape).to(dtype)
+
+
+def apart(weight: torch.Tensor) -> Matrix:
+    """A weight as a matrix whose rows stand apart, with NaN between them."""
+    rows, cols = weight.shape
+    wide = torch.full((rows, cols + 5), math.nan, dtype=weight.dtype)
+    wide[:, :cols] = weight
+    return Matrix(walled(wide)[:, :cols])
 
 
 def neuron_lists(intermediate: int) -> dict[str, torch.Tensor | None]:
@@ -246,10 +257,34 @@ def dot_error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return sum_error(x.float().abs() @ weight.float().abs().T, x.shape[1])
 
 
-def exponential_error(g: torch.Tensor, u: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """How far two float32 results of `silu(g) * u` may be apart: the exponential and the division add a few units of their own,
-    and may underflow."""
-    return 16 * U * (g * torch.sigmoid(g) * u).abs() + torch.finfo(torch.float32).tiny * (g * u).abs()
+def exponential_error(g: torch.Tensor, u: torch.Tensor | float = 1.0, activation: str = "silu") -> torch.Tensor:
+    """How far a float32 result of `act(g) * u` may be from the exact one: the exponential and the division add a few units of
+    their own, and may underflow. silu's exponent is g; gelu's is a polynomial in g, whose rounding is a relative error of the
+    exponential that grows with it."""
+    units = 16 * U * (1 + (0 if activation == "silu" else gelu_exponent(g).abs()))
+    return units * (exact_activation(g, activation) * u).abs() + torch.finfo(torch.float32).tiny * (g * u).abs()
+
+
+def gelu_exponent(g: torch.Tensor) -> torch.Tensor:
+    """gelu_tanh(g) is `g * sigmoid` of this."""
+    return 2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
+
+
+def exact_activation(g: torch.Tensor, activation: str) -> torch.Tensor:
+    return g * torch.sigmoid(g if activation == "silu" else gelu_exponent(g))
+
+
+def activation_error(x: torch.Tensor, gate: torch.Tensor, activation: str, up: torch.Tensor | None = None) -> torch.Tensor:
+    """How far two float32 results of `act(gate x) * (up x)`, or without `up` of `act(gate x)`, may be apart. |act'| stays below
+    1.2. The twin's gelu adds 1 to a tanh near -1, whose own rounding is then left."""
+    g, gate_error = x.float() @ gate.float().T, dot_error(x, gate)
+    if up is None:
+        u, up_error = torch.ones_like(g), torch.zeros_like(g)
+    else:
+        u, up_error = x.float() @ up.float().T, dot_error(x, up)
+    value = exact_activation(g, activation)
+    twin = 4 * U * (g * u).abs() if activation == "gelu_tanh" else 0.0
+    return 1.2 * gate_error * (u.abs() + up_error) + value.abs() * up_error + exponential_error(g, u, activation) + twin
 
 
 # (changed arguments, error, message) for ops that take logits [3, 5], scores [3] and a score temperature.

@@ -286,10 +286,25 @@ def accept_within(functions, limit, logits, drafts, threshold, match, parents, s
     likelihoods, accepted = poisoned(n - 1, dtype=torch.float32), poisoned(1, dtype=torch.int32)
     argmax, path = poisoned(n, dtype=torch.int32), poisoned(n - 1, dtype=torch.int32)
     call(
-        functions, "accept_within", walled(logits), walled(drafts), parents, scores, threshold, 0.6, match, likelihoods.tensor,
-        argmax.tensor, path.tensor, accepted.tensor, n, vocab, torch.tensor([limit], dtype=torch.int32), fault,
+        functions,
+        "accept",
         workspace=functions.accept_workspace(n, vocab),
-    )  # fmt: skip
+        logits=walled(logits),
+        drafts=walled(drafts),
+        parents=parents,
+        scores=scores,
+        threshold=threshold,
+        score_temperature=0.6,
+        match=match,
+        likelihoods=likelihoods.tensor,
+        argmax=argmax.tensor,
+        path=path.tensor,
+        accepted=accepted.tensor,
+        limit=torch.tensor([limit], dtype=torch.int32),
+        fault=fault,
+        num_rows=n,
+        vocab=vocab,
+    )
     return likelihoods.check(), argmax.check(), path.check()[: int(accepted.check())].tolist()
 
 

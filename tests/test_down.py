@@ -2,6 +2,8 @@ import pytest
 import torch
 from backends import (
     Guarded,
+    U,
+    apart,
     as_float,
     assert_close,
     assert_same_bits,
@@ -63,6 +65,29 @@ def test_integers_are_exact(backend, dtype, shape, kind):
     residual = small_integers(m, hidden, dtype=dtype)
     exact = x.double() @ weight[rows].double() + residual.double()
     assert_same_bits(backend.down(x, weight, neurons, residual), exact.to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scale(backend, dtype, shape):
+    m, intermediate, hidden = shape
+    x, weight = walled(randn(m, intermediate, dtype=dtype)), walled(randn(intermediate, hidden, dtype=dtype))
+    residual, out = walled(randn(m, hidden, dtype=dtype)), poisoned(m, hidden, dtype=dtype)
+    backend.down(x, weight, residual=residual, scale=0.37, out=out.tensor)
+    exact = reference.down(*as_float(x, weight, None, residual), scale=0.37)
+    assert_close(out.check(), exact, 0.37 * error_of(x, weight) + 4 * U * (exact.abs() + 2 * residual.float().abs()))
+
+
+def test_scale_is_of_the_sum_alone(backend, dtype):
+    x, weight, residual = (small_integers(*shape, dtype=dtype) for shape in ((7, 151), (151, 33), (7, 33)))
+    exact = 0.5 * (x.double() @ weight.double()) + residual.double()
+    assert_same_bits(backend.down(x, weight, residual=residual, scale=0.5), exact.to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["dense", "odd"])
+def test_rows_that_stand_apart(kernels, dtype, kind):
+    neurons = neuron_lists(151)[kind]
+    x, weight = randn(3, 151 if neurons is None else len(neurons), dtype=dtype), randn(151, 63, dtype=dtype)
+    assert_same_bits(kernels.down(x, apart(weight), neurons), kernels.down(x, weight, neurons))
 
 
 def test_residual_may_be_the_output(backend, dtype):

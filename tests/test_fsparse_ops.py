@@ -7,11 +7,14 @@ import torch
 from backends import (
     MLP_SHAPES,
     U,
+    activation_error,
+    apart,
     as_float,
     assert_close,
     assert_same_bits,
     call,
     dot_error,
+    exact_activation,
     exponential_error,
     neuron_lists,
     poison_unselected,
@@ -32,23 +35,33 @@ TINY = torch.finfo(torch.float32).tiny
 # ------------------------------------------------------------------------------------------------------------------------ gate
 
 
+@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
 @pytest.mark.parametrize("shape", MLP_SHAPES, ids=str)
-def test_gate_against_reference(backend, dtype, shape):
+def test_gate_against_reference(backend, dtype, shape, activation):
     m, hidden, intermediate = shape
     x, weight = walled(randn(m, hidden, dtype=dtype)), walled(randn(intermediate, hidden, dtype=dtype))
-    exact = reference.gate(*as_float(x, weight))
-    error = 1.1 * dot_error(x, weight) + exponential_error(x.float() @ weight.float().T)
+    exact = reference.gate(*as_float(x, weight), activation=activation)
+    error = activation_error(x, weight, activation)
     out = poisoned(m, intermediate, dtype=torch.float32)
-    assert backend.gate(x, weight, out=out.tensor) is out.tensor
+    assert backend.gate(x, weight, activation=activation, out=out.tensor) is out.tensor
     assert_close(out.check(), exact, error)
 
 
-def test_gate_of_integers_leaves_only_silu(backend, dtype):
+@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
+def test_gate_of_integers_leaves_only_the_activation(backend, dtype, activation):
     x, weight = small_integers(7, 151, dtype=dtype), small_integers(33, 151, dtype=dtype)
     g = x.double() @ weight.double().T
-    out = backend.gate(x, weight)
+    out = backend.gate(x, weight, activation=activation)
     assert out.dtype == torch.float32
-    assert_close(out, g * torch.sigmoid(g), exponential_error(g))
+    twin = 4 * U * g.abs() if backend is reference and activation == "gelu_tanh" else 0.0
+    assert_close(out, exact_activation(g, activation), exponential_error(g, activation=activation) + twin)
+
+
+def test_gate_and_up_with_rows_that_stand_apart(kernels, dtype):
+    x, weight, neurons = randn(3, 151, dtype=dtype), randn(33, 151, dtype=dtype), neuron_lists(33)["odd"]
+    gates = kernels.gate(x, weight)
+    assert_same_bits(kernels.gate(x, apart(weight)), gates)
+    assert_same_bits(kernels.up(x, apart(weight), gates, neurons), kernels.up(x, weight, gates, neurons))
 
 
 @pytest.mark.parametrize("gate", [-60000.0, -200.0, 0.0, 200.0, 60000.0])
@@ -137,10 +150,18 @@ def test_select_by_the_rows_that_are_alive(cuda_functions, m):
         for kept, threshold in ((1, None), (233, None), (0, 0.9), (0, 100.0)):
             neurons, count = poisoned(intermediate, dtype=torch.int32), poisoned(1, dtype=torch.int32)
             call(
-                cuda_functions, "select_alive", walled(gates), None if threshold is None else torch.tensor([threshold]),
-                neurons.tensor, count.tensor, m, intermediate, kept, torch.tensor([alive], dtype=torch.int32),
+                cuda_functions,
+                "select",
                 workspace=cuda_functions.select_workspace(m, intermediate),
-            )  # fmt: skip
+                gates=walled(gates),
+                threshold=None if threshold is None else torch.tensor([threshold]),
+                neurons=neurons.tensor,
+                count=count.tensor,
+                alive=torch.tensor([alive], dtype=torch.int32),
+                num_rows=m,
+                intermediate=intermediate,
+                kept=kept,
+            )
             expected = reference.select(gates[:alive], kept or None, threshold)
             assert count.check().tolist() == [len(expected)]
             assert_same_bits(neurons.check()[: len(expected)], expected)

@@ -66,8 +66,19 @@ def test_start_and_length_from_memory(length):
     caches = [Guarded(cache) for cache in before]
     path = int32(0, 1, 3, 5, 6, 10, 11, 12, 20, 21, 23, 30)
     base, count = int32(15), int32(length)
-    tensors = [cache.tensor for cache in caches]
-    backends.call(_simt, "kv_rewrite_from", 0, *tensors, path, 2, 2, 3, 61, 40, base, count, workspace=0)
+    backends.call(
+        _simt,
+        "kv_rewrite",
+        dtype=ops.DTYPES[torch.float32],
+        k_cache=caches[0].tensor,
+        v_cache=caches[1].tensor,
+        path=path,
+        base=base,
+        length_at=count,
+        cache=(3, 61, 40),
+        layers=2,
+        start=2,
+    )
     for cache, old in zip(caches, before):
         expected = old.clone()
         expected[:, :, 17 : 17 + length] = old.index_select(2, 17 + path[:length].long())

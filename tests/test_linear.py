@@ -1,8 +1,23 @@
+import math
+
 import pytest
 import torch
-from backends import Guarded, as_float, assert_close, assert_same_bits, poisoned, randn, small_integers, sum_error, walled
+from backends import (
+    Guarded,
+    U,
+    apart,
+    as_float,
+    assert_close,
+    assert_same_bits,
+    poisoned,
+    randn,
+    small_integers,
+    sum_error,
+    walled,
+)
 
 from sirius_ext.kernels import ops, reference
+from sirius_ext.kernels.matrix import Matrix
 
 # (rows, in, out)
 SHAPES = [
@@ -42,6 +57,52 @@ def test_integers_are_exact(backend, dtype, shape):
     out = poisoned(m, rows, dtype=torch.float32)
     backend.linear(x, weight, bias, residual, out_dtype=torch.float32, out=out.tensor)
     assert_same_bits(out.check(), exact.float())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("scale", "softcap"), [(0.37, 0.0), (1.0, 5.0), (0.37, 3.0)])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=str)
+def test_scale_and_softcap(backend, dtype, shape, scale, softcap, out_dtype):
+    m, width, rows = shape
+    x, weight = walled(randn(m, width, dtype=dtype)), walled(randn(rows, width, dtype=dtype))
+    bias, residual = walled(randn(rows, dtype=dtype)), walled(randn(m, rows, dtype=dtype))
+    out = poisoned(m, rows, dtype=out_dtype or dtype)
+    settings = {"scale": scale, "softcap": softcap}
+    result = backend.linear(x, weight, bias, residual, **settings, out_dtype=out_dtype, out=out.tensor)
+    assert result is out.tensor
+    exact = reference.linear(*as_float(x, weight, bias, residual), **settings)
+    # tanh's slope is at most 1; it, the products and the quotient add a few units of what is added to the residual.
+    added = exact.abs() + residual.float().abs()
+    assert_close(out.check(), exact, scale * error_of(x, weight, bias) + 24 * U * added)
+
+
+def test_scale_is_of_the_sum_and_the_bias_alone(backend, dtype):
+    x, weight = small_integers(7, 151, dtype=dtype), small_integers(33, 151, dtype=dtype)
+    bias, residual = small_integers(33, dtype=dtype), small_integers(7, 33, dtype=dtype)
+    exact = 0.5 * (x.double() @ weight.double().T + bias.double()) + residual.double()
+    assert_same_bits(backend.linear(x, weight, bias, residual, scale=0.5), exact.to(dtype))
+
+
+@pytest.mark.parametrize("softcap", [0.7, 1.0, 30.0])
+def test_softcap_of_every_size(backend, softcap):
+    """Near zero, where a tanh by exponentials cancels; where its two forms meet; and where it is the cap."""
+    sizes = torch.cat([torch.logspace(-30, 5, 1001), softcap * torch.linspace(0.5, 0.75, 257), torch.tensor([0.0, 3e38])])
+    values = torch.cat([sizes, -sizes])
+    out = backend.linear(torch.ones(1, 1), values[:, None], softcap=softcap)[0]
+    exact = torch.tensor(softcap).double() * torch.tanh(values.double() / torch.tensor(softcap).double())
+    assert_close(out, exact, 16 * U * exact.abs())
+
+
+def test_softcap_of_what_is_no_number(backend):
+    values = torch.tensor([math.nan, math.inf, -math.inf])
+    out = backend.linear(torch.ones(1, 1), values[:, None], softcap=2.0)[0].tolist()
+    assert math.isnan(out[0]) and out[1:] == [2.0, -2.0]
+
+
+@pytest.mark.parametrize("m", [1, 3, 17])
+def test_rows_that_stand_apart(kernels, dtype, m):
+    x, weight = randn(m, 151, dtype=dtype), randn(33, 151, dtype=dtype)
+    assert_same_bits(kernels.linear(x, apart(weight)), kernels.linear(x, weight))
 
 
 def test_float32_output_is_not_rounded(backend, dtype):
@@ -94,6 +155,12 @@ def test_thread_invariance(cpu_kernels, dtype, m):
         ({"bias": torch.zeros(4, dtype=torch.float64)}, TypeError, "^bias: "),
         ({"residual": torch.zeros(1, 4)}, ValueError, "^residual: expected shape"),
         ({"residual": torch.zeros(2, 4, dtype=torch.bfloat16)}, TypeError, "^residual: "),
+        ({"weight": Matrix(torch.zeros(4, 9))}, ValueError, "^weight: expected shape"),
+        ({"weight": Matrix(torch.zeros(4, 8, dtype=torch.bfloat16))}, TypeError, "^weight: expected torch.float32"),
+        ({"weight": Matrix(torch.zeros(4, 8, device="meta"))}, ValueError, "^weight: .*on meta"),
+        ({"weight": Matrix(torch.zeros(8, 4).T)}, ValueError, "^weight: expected a contiguous"),
+        ({"softcap": -1.0}, ValueError, "^softcap: expected a number of at least 0"),
+        ({"softcap": math.nan}, ValueError, "^softcap: expected a number of at least 0"),
         ({"out_dtype": torch.float16}, TypeError, "^out_dtype: "),
         ({"out": torch.zeros(2, 5)}, ValueError, "^out: expected shape"),
         ({"out": torch.zeros(2, 4, dtype=torch.float16)}, TypeError, "^out: "),

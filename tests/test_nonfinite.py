@@ -146,16 +146,31 @@ def test_tree_expand(backend, vocab, width, fault):
 def judged(functions, logits, drafts, scores=None, parents=None, match=False):
     """The accepted run, and whether a fault was marked."""
     n, vocab = logits.shape
-    outputs = [poisoned(size, dtype=torch.int32) for size in (n, n - 1, 1)]
+    argmax, path, accepted = (poisoned(size, dtype=torch.int32) for size in (n, n - 1, 1))
     likelihoods, fault = poisoned(n - 1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
     call(
-        functions, "accept_within", walled(logits), walled(drafts), parents, scores, 0.0, 0.6, match, likelihoods.tensor,
-        *(each.tensor for each in outputs), n, vocab, torch.tensor([n], dtype=torch.int32), fault,
+        functions,
+        "accept",
         workspace=functions.accept_workspace(n, vocab),
-    )  # fmt: skip
-    _, path, accepted = (each.check() for each in outputs)
+        logits=walled(logits),
+        drafts=walled(drafts),
+        parents=parents,
+        scores=scores,
+        threshold=0.0,
+        score_temperature=0.6,
+        match=match,
+        likelihoods=likelihoods.tensor,
+        argmax=argmax.tensor,
+        path=path.tensor,
+        accepted=accepted.tensor,
+        limit=torch.tensor([n], dtype=torch.int32),
+        fault=fault,
+        num_rows=n,
+        vocab=vocab,
+    )
+    argmax.check()
     assert (likelihoods.check()[drafts < 0].nan_to_num(0.0) == 0).all()
-    return path[: int(accepted)].tolist(), bool(fault)
+    return path.check()[: int(accepted.check())].tolist(), bool(fault)
 
 
 @pytest.mark.parametrize("vocab", [33, 9001])
@@ -192,15 +207,28 @@ def test_marks_of_tree_expand(cuda_functions, fault):
     logits, scores = torch.randn(3, vocab), torch.tensor([-1.0, -math.inf, -0.5])
 
     def marked():
-        outputs = [poisoned(width, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32)]
+        tokens, parents, new_scores = (poisoned(width, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32))
         count, mark = poisoned(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         call(
-            cuda_functions, "tree_expand_within", walled(logits), scores, 0.6, 1.0, *(each.tensor for each in outputs),
-            count.tensor, 3, vocab, width, mark, workspace=cuda_functions.tree_expand_workspace(3, vocab, width),
-        )  # fmt: skip
-        tokens, parents, _ = (each.check() for each in outputs)
-        assert count.check().tolist() == [width] and (tokens >= 0).all() and (tokens < vocab).all()
-        return bool(mark), set(parents.tolist())
+            cuda_functions,
+            "tree_expand",
+            workspace=cuda_functions.tree_expand_workspace(3, vocab, width),
+            logits=walled(logits),
+            scores=scores,
+            score_temperature=0.6,
+            prune=1.0,
+            tokens=tokens.tensor,
+            parents=parents.tensor,
+            new_scores=new_scores.tensor,
+            count=count.tensor,
+            fault=mark,
+            num_leaves=3,
+            vocab=vocab,
+            width=width,
+        )
+        new_scores.check()
+        assert count.check().tolist() == [width] and (tokens.check() >= 0).all() and (tokens.check() < vocab).all()
+        return bool(mark), set(parents.check().tolist())
 
     assert marked()[0] is False
     logits[1, 7] = fault  # behind a leaf that is dead

@@ -26,14 +26,25 @@ def test_against_reference(backend, dtype, shape, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_residual_is_added_in_place(backend, dtype, shape):
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_offset_and_residual(backend, dtype, shape, offset):
     x, weight = walled(randn(*shape, dtype=dtype)), walled(randn(shape[1], dtype=dtype))
-    before = randn(*shape, dtype=dtype)
-    residual, out = Guarded(before), poisoned(*shape, dtype=dtype)
-    backend.rms_norm(x, weight, 1e-6, residual.tensor, out=out.tensor)
-    assert_same_bits(residual.check(), (before.float() + x.float()).to(dtype))
-    exact = reference.rms_norm(*as_float(residual.tensor, weight, 1e-6))
-    assert_close(out.check(), exact, error_of(exact, shape[1]))
+    residual, out = walled(randn(*shape, dtype=dtype)), poisoned(*shape, dtype=dtype)
+    assert backend.rms_norm(x, weight, 1e-6, residual, offset=offset, out=out.tensor) is out.tensor
+    exact = reference.rms_norm(*as_float(x, weight, 1e-6, residual), offset=offset)
+    normed = reference.rms_norm(*as_float(x, weight.float().abs() + offset, 1e-6))
+    assert_close(out.check(), exact, error_of(normed, shape[1]) + 2 * U * exact.abs())
+
+
+def test_where_the_output_may_be(backend, dtype):
+    x, residual, weight = randn(7, 129, dtype=dtype), randn(7, 129, dtype=dtype), randn(129, dtype=dtype)
+    expected = backend.rms_norm(x, weight, 1e-6, residual, offset=1.0)
+    out = Guarded(residual)
+    backend.rms_norm(x, weight, 1e-6, out.tensor, offset=1.0, out=out.tensor)
+    assert_same_bits(out.check(), expected)
+    out = Guarded(x)
+    backend.rms_norm(out.tensor, weight, 1e-6, residual, offset=1.0, out=out.tensor)
+    assert_same_bits(out.check(), expected)
 
 
 def test_zeros_stay_zeros(backend, dtype):

@@ -1,3 +1,5 @@
+import math
+
 import backends
 import pytest
 import torch
@@ -20,8 +22,8 @@ SHAPES = [
 POSITIONS = 200
 
 
-def tables(head_dim):
-    angles = torch.arange(POSITIONS).unsqueeze(1) / 100.0 ** (torch.arange(head_dim // 2) / (head_dim // 2))
+def tables(rotary_dim):
+    angles = torch.arange(POSITIONS).unsqueeze(1) / 100.0 ** (torch.arange(rotary_dim // 2) / max(1, rotary_dim // 2))
     return angles.cos(), angles.sin()
 
 
@@ -86,6 +88,84 @@ def test_batch_and_thread_invariance(kernels, dtype, head_dim):
         assert_same_bits(one_by_one, tensor)
 
 
+def heads_of(qkv, shape):
+    """q, k and v, [m, heads, D] each."""
+    _, heads, kv_heads, head_dim, _ = shape
+    return qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rotary", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("norms", ["neither", "q", "both", "both, with an offset"])
+def test_norms_and_partial_rotation(backend, dtype, shape, rotary, norms):
+    head_dim = shape[3]
+    rotary_dim = 2 * int(rotary * head_dim / 2)
+    qkv, _, _, positions, slots, *caches = inputs(shape, dtype)
+    cos, sin = tables(rotary_dim)
+    weights = {"q_norm": randn(head_dim, dtype=dtype), "k_norm": randn(head_dim, dtype=dtype)}
+    if norms == "neither":
+        weights = {}
+    elif norms == "q":
+        del weights["k_norm"]
+    settings = {"eps": 1e-5, "offset": 1.0 if norms.endswith("offset") else 0.0}
+
+    exact = [tensor.clone() for tensor in as_float(qkv, *caches)]
+    as_floats = {name: weight.float() for name, weight in weights.items()}
+    reference.rope_kv_write(exact[0], cos, sin, positions, slots, *exact[1:], **as_floats, **settings)
+    written = [Guarded(tensor) for tensor in (qkv, *caches)]
+    backend.rope_kv_write(
+        written[0].tensor,
+        walled(cos),
+        walled(sin),
+        walled(positions),
+        walled(slots),
+        written[1].tensor,
+        written[2].tensor,
+        **{name: walled(weight) for name, weight in weights.items()},
+        **settings,
+    )
+    out, k_cache, v_cache = (guarded.check() for guarded in written)
+
+    places, (q, k, v) = slots.long(), heads_of(qkv, shape)
+    written_q, *rest = heads_of(out, shape)
+    for one, other in zip(rest, (k, v)):
+        assert_same_bits(one, other)
+    assert_same_bits(v_cache[:, places], v.transpose(0, 1))
+    written_k, exact_k = (cache[:, places].transpose(0, 1) for cache in (k_cache, exact[1]))
+    for name, old, new, right in (("q_norm", q, written_q, heads_of(exact[0], shape)[0]), ("k_norm", k, written_k, exact_k)):
+        rotated, relative = old.float(), 0.0
+        if name in weights:
+            # As in test_rms_norm.py. A weight is of about the size of its parts, however its offset cancels.
+            size = as_floats[name].abs() + settings["offset"]
+            rotated = reference.rms_norm(old.float().reshape(-1, head_dim), size, settings["eps"]).view(old.shape)
+            relative = (8 * math.sqrt(head_dim) + 18) * U
+        error = relative * rotated.double().abs()
+        pairs = rotation_error(rotated[..., :rotary_dim])
+        error[..., :rotary_dim] = pairs + relative / (6 * U) * pairs
+        assert_close(new, right, error)
+        if name not in weights:
+            assert_same_bits(new[..., rotary_dim:], old[..., rotary_dim:])
+    untouched = torch.ones(k_cache.shape[1], dtype=torch.bool)
+    untouched[places] = False
+    for cache, old in zip((k_cache, v_cache), caches):
+        assert_same_bits(cache[:, untouched], old[:, untouched])
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 24, 40])
+def test_a_row_alone_with_norms(kernels, dtype, rotary_dim):
+    qkv, _, _, positions, slots, *caches = inputs((7, 6, 2, 40, 33), dtype)
+    settings = {"q_norm": randn(40, dtype=dtype), "k_norm": randn(40, dtype=dtype), "eps": 1e-6, "offset": 1.0}
+    together = [tensor.clone() for tensor in (qkv, *caches)]
+    kernels.rope_kv_write(together[0], *tables(rotary_dim), positions, slots, *together[1:], **settings)
+    for row in range(7):
+        alone = qkv[row : row + 1].clone()
+        here = slice(row, row + 1)
+        kernels.rope_kv_write(alone, *tables(rotary_dim), positions[here], slots[here], *caches, **settings)
+        assert_same_bits(alone, together[0][here])
+    for one_by_one, tensor in zip(caches, together[1:]):
+        assert_same_bits(one_by_one, tensor)
+
+
 @pytest.mark.parametrize("first_slot", [0, 3])
 def test_positions_and_slots_from_memory(first_slot):
     """A replayed graph finds the committed length in device memory, and adds it to positions and slots."""
@@ -95,7 +175,21 @@ def test_positions_and_slots_from_memory(first_slot):
     with backends.using("simt-forward") as simt:
         simt.rope_kv_write(expected[0], cos, sin, 17 + positions, 17 + first_slot + positions, *expected[1:])
     backends.call(
-        _simt, "rope_kv_write_from", 0, qkv, cos, sin, positions, first_slot, *caches, 5, 4, 2, 33, 40, base, workspace=0
+        _simt,
+        "rope_kv_write",
+        dtype=ops.DTYPES[torch.float32],
+        qkv=qkv,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        first_slot=first_slot,
+        base=base,
+        k_cache=caches[0],
+        v_cache=caches[1],
+        cache=(2, 33, 40),
+        num_rows=5,
+        heads=4,
+        rotary_dim=40,
     )
     for tensor, other in zip((qkv, *caches), expected):
         assert_same_bits(tensor, other)
@@ -120,6 +214,10 @@ def int32(*values):
         ({"v_cache": torch.zeros(2, 5, 8, device="meta")}, ValueError, "^v_cache: .*on meta"),
         ({"cos": torch.zeros(10, 8)}, ValueError, "^cos: expected shape"),
         ({"cos": torch.zeros(10, 4, dtype=torch.float16)}, TypeError, "^cos: "),
+        ({"q_norm": torch.zeros(7)}, ValueError, "^q_norm: expected shape"),
+        ({"k_norm": torch.zeros(8, dtype=torch.float16)}, TypeError, "^k_norm: expected torch.float32"),
+        ({"k_norm": torch.zeros(8, device="meta")}, ValueError, "^k_norm: .*on meta"),
+        ({"sin": torch.zeros(10, 3)}, ValueError, "^sin: expected shape"),
         ({"sin": torch.zeros(9, 4)}, ValueError, "^sin: expected shape"),
         ({"sin": torch.zeros(10, 4, dtype=torch.float64)}, TypeError, "^sin: "),
         ({"positions": int32(0)}, ValueError, "^positions: expected shape"),

@@ -43,19 +43,21 @@ def visible_of(mask, prefix, capacity):
     return visible
 
 
-def attention_error(q, k_cache, v_cache, visible, scale):
+def attention_error(q, k_cache, v_cache, visible, scale, softcap=0.0):
     """Weights w sum to 1, so an output is off by at most what its weights are off by, times |v|.
 
     A score's error (a sum of D products) is a relative error of its weight, and again of the sum they are divided by; the
     exponential adds a few units. Bodies may round the exponentials, which lie in [0, 1], to T before they multiply V: half an ulp
-    of T each, or half of the least number where T is float16. The sum over the slots adds its own.
+    of T each, or half of the least number where T is float16. The sum over the slots adds its own. A cap's slope is at most 1,
+    and its tanh adds a few units.
     """
     k = torch.where(visible.any(0)[:, None], k_cache.float(), 0.0)
     v = torch.where(visible.any(0)[:, None], v_cache.float(), 0.0)
-    weights_times_v = reference.attend(q, k, v.abs(), visible, scale)
+    weights_times_v = reference.attend(q, k, v.abs(), visible, scale, softcap)
     group = q.shape[1] // k.shape[0]
     products = torch.einsum("mhd,hsd->mhs", q.float().abs(), k.abs().repeat_interleave(group, 0)).amax(-1, keepdim=True) * scale
     relative = 2 * sum_error(products, q.shape[2]) + 4 * U * products + 32 * U + torch.finfo(q.dtype).eps / 2
+    relative = relative + 2 * 24 * U * softcap
     least = 2.0**-25 if q.dtype == torch.float16 else 0.0
     slots = int(visible.sum(1).max())
     all_v = torch.einsum("ms,hsd->mhd", visible.float(), v.abs()).repeat_interleave(group, 1)
@@ -197,6 +199,152 @@ def test_a_row_alone_and_in_a_tree(kernels, dtype, shape):
     assert_same_bits(out[path[-1] :][:1], alone)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_softcap(backend, dtype, shape, softcap):
+    m, heads, _, head_dim, prefix, _ = shape
+    q, k_cache, v_cache, mask, visible = inputs(shape, dtype, tree(m))
+    exact = reference.attend(q, k_cache, v_cache, visible, 0.3, softcap)
+    out = poisoned(m, heads, head_dim, dtype=dtype)
+    backend.tree_attention(q, k_cache, v_cache, prefix, mask, 0.3, softcap=softcap, out=out.tensor)
+    assert_close(out.check(), exact, attention_error(q, k_cache, v_cache, visible, 0.3, softcap))
+
+
+# ----------------------------------------------------------------------------------------------------------- sliding windows
+
+# As SHAPES, and the window
+WINDOWS = [
+    ((1, 1, 1, 8, 0, 1), 1),
+    ((1, 4, 1, 64, 576, 601), 1),
+    ((1, 4, 1, 64, 576, 601), 200),
+    ((2, 3, 3, 16, 31, 40), 7),
+    ((5, 8, 2, 64, 300, 310), 64),
+    ((7, 4, 4, 80, 400, 410), 128),
+    ((16, 9, 3, 64, 255, 280), 129),
+    ((17, 4, 1, 128, 383, 400), 256),
+    ((40, 6, 2, 8, 515, 560), 100),
+    ((3, 2, 1, 200, 258, 263), 131),
+    ((70, 2, 1, 16, 700, 775), 90),
+]
+
+
+def positions_of(mask, prefix):
+    """The slots of a row's bits hold the tokens up to its own."""
+    seen = [sum((value & (1 << 64) - 1).bit_count() for value in row) for row in mask.tolist()]
+    return torch.tensor(seen, dtype=torch.int32) + prefix - 1
+
+
+def windowed_inputs(shape, dtype, parents, window):
+    """As `inputs`, and the rows' positions. What no row's window reaches is NaN too."""
+    q, *caches, mask, visible = inputs(shape, dtype, parents)
+    positions = positions_of(mask, shape[4])
+    visible &= torch.arange(shape[5]) > positions[:, None] - window
+    for cache in caches:
+        cache[:, ~visible.any(0)] = math.nan
+    return q, *caches, mask, visible, positions
+
+
+@pytest.mark.parametrize(("shape", "window"), WINDOWS, ids=str)
+@pytest.mark.parametrize("kind", [chain, tree], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_window(backend, dtype, shape, window, kind, softcap):
+    m, heads, _, head_dim, prefix, _ = shape
+    q, k_cache, v_cache, mask, visible, positions = windowed_inputs(shape, dtype, kind(m), window)
+    exact = reference.attend(q, k_cache, v_cache, visible, 0.3, softcap)
+    settings = {"positions": walled(positions), "window": window, "softcap": softcap}
+    out = poisoned(m, heads, head_dim, dtype=dtype)
+    result = backend.tree_attention(
+        walled(q), walled(k_cache), walled(v_cache), prefix, walled(mask), 0.3, **settings, out=out.tensor
+    )
+    assert result is out.tensor
+    assert_close(out.check(), exact, attention_error(q, k_cache, v_cache, visible, 0.3, softcap))
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3, 127, 128, 129, 256, 300])
+def test_every_edge_of_a_window(backend, prefix):
+    """With q = 0 every weight is the same. Slot i has a 1 in column i, of the one head or the other, so that the result is the
+    list of the slots seen."""
+    values = torch.eye(310).view(310, 2, 155).transpose(0, 1).contiguous()
+    mask = reference.tree_mask(chain(3))
+    positions = prefix + torch.arange(3, dtype=torch.int32)
+    for window in (3, 4, 64, 127, 128, 129, 200, 299, 1000):
+        settings = {"positions": positions, "window": window}
+        out = backend.tree_attention(torch.zeros(3, 2, 155), torch.ones_like(values), values, prefix, mask, 1.0, **settings)
+        for row, position in zip(out.flatten(1), positions.tolist()):
+            seen = list(range(max(0, position - window + 1), position + 1))
+            assert row.nonzero().flatten().tolist() == seen
+            assert_close(row[seen], torch.full((len(seen),), 1 / len(seen)), 2 * U)
+
+
+@pytest.mark.parametrize("window", [1000, 350])
+def test_a_window_that_holds_everything(kernels, dtype, window):
+    q, k_cache, v_cache, mask, _ = inputs((16, 9, 3, 64, 300, 340), dtype, tree(16))
+    settings = {"positions": positions_of(mask, 300), "window": window}
+    whole = kernels.tree_attention(q, k_cache, v_cache, 300, mask, 0.2)
+    assert_same_bits(kernels.tree_attention(q, k_cache, v_cache, 300, mask, 0.2, **settings), whole)
+
+
+# (heads, kv_heads, head_dim, position of the row, window)
+INVARIANT_WINDOWS = [
+    (4, 1, 64, 300, 40),
+    (3, 3, 40, 129, 41),
+    (4, 2, 128, 400, 128),
+    (9, 3, 64, 400, 129),
+    (9, 3, 64, 639, 300),
+    (4, 2, 16, 640, 257),
+]
+
+
+@pytest.mark.parametrize("shape", INVARIANT_WINDOWS, ids=str)
+def test_a_windowed_row_alone_in_a_chain_and_in_a_tree(kernels, dtype, shape):
+    """A token's bits depend on its own position and on what it sees: not on where the drafts start, nor on the rows beside it,
+    whose windows begin elsewhere."""
+    heads, kv_heads, head_dim, position, window = shape
+    capacity = position + 41
+    q, k_cache, v_cache = (
+        randn(n, s, head_dim, dtype=dtype) for n, s in ((1, heads), (kv_heads, capacity), (kv_heads, capacity))
+    )
+
+    def attended(q, caches, prefix, parents):
+        mask = reference.tree_mask(parents)
+        settings = {"positions": positions_of(mask, prefix), "window": window}
+        return kernels.tree_attention(q, *caches, prefix, mask, 0.2, **settings)
+
+    # Alone, it reads nothing that lies before its window.
+    caches = [cache.clone() for cache in (k_cache, v_cache)]
+    for cache in caches:
+        cache[:, : position - window + 1] = math.nan
+    alone = attended(q, caches, position, chain(1))
+    assert alone.isfinite().all()
+    for m, j in ((2, 0), (2, 1), (3, 2), (7, 3), (16, 0), (16, 15), (17, 16), (40, 13)):
+        rows = randn(m, heads, head_dim, dtype=dtype)
+        rows[j] = q[0]
+        assert_same_bits(attended(rows, (k_cache, v_cache), position - j, chain(m))[j : j + 1], alone)
+
+    # Three branches of depth 4 below one root: nodes 1 + 3 * depth + branch.
+    parents = torch.tensor([-1, 0, 0, 0, *range(1, 10)], dtype=torch.int32)
+    path = [0, 2, 5, 8, 11]
+    prefix = position - 4
+    scattered = [randn(kv_heads, capacity, head_dim, dtype=dtype) for _ in "kv"]
+    for cache, contiguous in zip(scattered, (k_cache, v_cache)):
+        cache[:, :prefix] = contiguous[:, :prefix]
+        for depth, node in enumerate(path):
+            cache[:, prefix + node] = contiguous[:, prefix + depth]
+    rows = randn(len(parents), heads, head_dim, dtype=dtype)
+    rows[path[-1]] = q[0]
+    assert_same_bits(attended(rows, scattered, prefix, parents)[path[-1] :][:1], alone)
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_thread_invariance_with_a_window(cpu_kernels, dtype, m):
+    q, k_cache, v_cache, mask, _, positions = windowed_inputs((m, 9, 3, 64, 576, 601), dtype, tree(m), 300)
+    settings = {"positions": positions, "window": 300, "softcap": 20.0}
+    torch.set_num_threads(1)
+    one = cpu_kernels.tree_attention(q, k_cache, v_cache, 576, mask, 0.125, **settings)
+    torch.set_num_threads(2)
+    assert_same_bits(cpu_kernels.tree_attention(q, k_cache, v_cache, 576, mask, 0.125, **settings), one)
+
+
 @pytest.mark.parametrize("m", [1, 16])
 def test_thread_invariance(cpu_kernels, dtype, m):
     q, k_cache, v_cache, mask, _ = inputs((m, 9, 3, 64, 576, 601), dtype, tree(m))
@@ -214,9 +362,23 @@ def test_prefix_from_memory(cuda_functions, dtype, prefix, m):
     q, k_cache, v_cache, mask, _ = inputs(shape, dtype, tree(m))
     out, base = poisoned(*q.shape, dtype=dtype), torch.tensor([prefix], dtype=torch.int32)
     backends.call(
-        cuda_functions, "tree_attention_from", ops.DTYPES[dtype], q, q.stride(0), k_cache, v_cache, mask, out.tensor, 0.2, 1, m,
-        6, 2, 3072, 40, base, workspace=cuda_functions.tree_attention_workspace(m, 6, 40, 3072),
-    )  # fmt: skip
+        cuda_functions,
+        "tree_attention",
+        workspace=cuda_functions.tree_attention_workspace(m, 6, 40, 3072),
+        dtype=ops.DTYPES[dtype],
+        q=q,
+        q_stride=q.stride(0),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cache=(2, 3072, 40),
+        base=base,
+        mask=mask,
+        mask_words=1,
+        out=out.tensor,
+        scale=0.2,
+        num_rows=m,
+        heads=6,
+    )
     assert_same_bits(out.check(), ops.tree_attention(q, k_cache, v_cache, prefix, mask, 0.2))
 
 
@@ -263,6 +425,13 @@ def test_head_too_large():
         ({"prefix": -1}, ValueError, "^prefix: "),
         ({"prefix": 6}, ValueError, "^prefix: "),
         ({"prefix": 5}, ValueError, "^mask: .*beyond"),
+        ({"softcap": -1.0}, ValueError, "^softcap: "),
+        ({"window": -1}, ValueError, "^window: "),
+        ({"window": 4}, ValueError, "^positions: expected a tensor, since there is a window"),
+        ({"window": 4, "positions": torch.tensor([3, 4])}, TypeError, "^positions: expected torch.int32"),
+        ({"window": 4, "positions": torch.zeros(3, dtype=torch.int32)}, ValueError, "^positions: expected shape"),
+        ({"window": 4, "positions": torch.tensor([3, 3], dtype=torch.int32)}, ValueError, "^positions: expected prefix - 1"),
+        ({"window": 1, "positions": torch.tensor([3, 4], dtype=torch.int32)}, ValueError, "^positions: expected prefix - 1"),
         ({"out": torch.zeros(2, 4, 9)}, ValueError, "^out: expected shape"),
         ({"out": torch.zeros(2, 4, 8, dtype=torch.float16)}, TypeError, "^out: "),
     ],

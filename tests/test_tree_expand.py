@@ -247,9 +247,21 @@ def test_places_that_stay_empty(cuda_functions, vocab, alive):
     tokens, parents, new_scores = (poisoned(width, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32))
     count = poisoned(1, dtype=torch.int32)
     call(
-        cuda_functions, "tree_expand", logits, scores, 0.6, 1.0, tokens.tensor, parents.tensor, new_scores.tensor, count.tensor,
-        4, vocab, width, workspace=cuda_functions.tree_expand_workspace(4, vocab, width),
-    )  # fmt: skip
+        cuda_functions,
+        "tree_expand",
+        workspace=cuda_functions.tree_expand_workspace(4, vocab, width),
+        logits=logits,
+        scores=scores,
+        score_temperature=0.6,
+        prune=1.0,
+        tokens=tokens.tensor,
+        parents=parents.tensor,
+        new_scores=new_scores.tensor,
+        count=count.tensor,
+        num_leaves=4,
+        vocab=vocab,
+        width=width,
+    )
     found = min(width, alive * vocab)
     assert count.check().tolist() == [found]
     assert tokens.check()[found:].tolist() == parents.check()[found:].tolist() == [0] * (width - found)
