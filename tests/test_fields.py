@@ -37,12 +37,10 @@ def test_parts_stand_side_by_side():
     x, bias = torch.randn(3, 40), torch.randn(33)
     weights = [Matrix(torch.randn(rows, 40)) for rows in (33, 100, 7)]
     out = torch.empty(3, 140)
-    parts = [(weights[0].raw, bias.data_ptr()), weights[1].raw, {"weight": weights[2].raw}]
-    parts[1] = (parts[1],)
+    parts = [(weights[0].raw, bias.data_ptr()), (weights[1].raw,), {"weight": weights[2].raw}]
     for threads in (1, 2, 3):
-        _C.linear(
-            dtype=0, x=x.data_ptr(), parts=parts, out=out.fill_(torch.nan).data_ptr(), num_rows=3, out_features=140, threads=threads
-        )  # fmt: skip
+        given = {"x": x.data_ptr(), "parts": parts, "out": out.fill_(torch.nan).data_ptr(), "num_rows": 3, "out_features": 140}
+        _C.linear(dtype=0, **given, threads=threads)
         expected = torch.cat([weights[0].dot(x, bias), weights[1].dot(x), weights[2].dot(x)], 1)
         torch.testing.assert_close(out, expected)
 

@@ -110,7 +110,7 @@ MUTATIONS = {
         lambda: test_rms_norm.test_against_reference(ops, BF16, (5, 63), 1.0),
     ),
     "attention uses slots before they are listed": (
-        without_barrier("attention.cu", "slots[number - begin] = slot;\n  }", "attention.cu"),
+        without_barrier("attention.cu", "slots[position - begin] = slot;\n  }", "attention.cu"),
         lambda: test_tree_attention.test_against_reference(ops, BF16, (5, 8, 2, 64, 100, 129), test_tree_attention.tree),
     ),
     "a block asks whether it is the last before it knows": (

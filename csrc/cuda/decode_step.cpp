@@ -35,7 +35,7 @@ class Layers {
     x_ = arena_.take(row * m_.hidden);
     qkv_ = arena_.take(row * (m_.heads + 2 * m_.kv_heads) * m_.head_dim);
     attended_ = arena_.take(row * m_.heads * m_.head_dim);
-    added_ = arena_.take(row * m_.hidden);
+    branch_ = arena_.take(row * m_.hidden);
     z_ = arena_.take(row * m_.intermediate);
     gates_ = arena_.take<float>(size_t(p.num_rows) * m_.intermediate * sizeof(float));
     neurons_ = arena_.take<int32_t>(m_.intermediate * sizeof(int32_t));
@@ -135,18 +135,18 @@ class Layers {
                     .num_rows = p_.num_rows,
                     .heads = m_.heads},
                    workspace_, stream_);
-    const bool norm_follows = w.after_attention.weight;
+    const Join to = join(w.after_attention);
     linear({.dtype = m_.dtype,
             .x = attended_,
             .parts = {w.output},
             .num_parts = 1,
-            .residual = norm_follows ? nullptr : x_,
-            .out = norm_follows ? added_ : x_,
-            .scale = m_.residual_scale,
+            .residual = to.residual,
+            .out = to.out,
+            .scale = to.scale,
             .num_rows = p_.num_rows,
             .out_features = m_.hidden},
            {}, workspace_, stream_);
-    if (norm_follows) add_normalised(w.after_attention);
+    finish_join(w.after_attention);
   }
 
   void mlp_block(int layer) const {
@@ -199,25 +199,32 @@ class Layers {
           .num_neurons = kept},
          w.before_mlp, workspace_, stream_);
     }
-    const bool norm_follows = w.after_mlp.weight;
+    const Join to = join(w.after_mlp);
     down({.dtype = m_.dtype,
           .x = z,
           .down = w.down,
           .neurons = neurons,
           .num_neurons_at = count,
-          .residual = norm_follows ? nullptr : x_,
-          .out = norm_follows ? added_ : x_,
-          .scale = m_.residual_scale,
+          .residual = to.residual,
+          .out = to.out,
+          .scale = to.scale,
           .num_rows = p_.num_rows,
           .num_neurons = kept},
          workspace_, stream_);
-    if (norm_follows) add_normalised(w.after_mlp);
+    finish_join(w.after_mlp);
   }
 
-  // x += norm(added)
-  void add_normalised(const Norm& norm) const {
+  // How what attention or MLP make joins x: as it is written, or by a norm behind it, which needs the whole row.
+  struct Join {
+    const void* residual;
+    void* out;
+    float scale;
+  };
+  Join join(const Norm& after) const { return after.weight ? Join{nullptr, branch_, 1.0f} : Join{x_, x_, m_.residual_scale}; }
+  void finish_join(const Norm& after) const {
+    if (!after.weight) return;
     rms_norm(
-        {.dtype = m_.dtype, .x = added_, .norm = norm, .residual = x_, .out = x_, .num_rows = p_.num_rows, .hidden = m_.hidden},
+        {.dtype = m_.dtype, .x = branch_, .norm = after, .residual = x_, .out = x_, .num_rows = p_.num_rows, .hidden = m_.hidden},
         workspace_, stream_);
   }
 
@@ -228,7 +235,7 @@ class Layers {
   const Pass& pass_;
   StreamHandle stream_;
   Arena arena_;
-  void *x_, *qkv_, *attended_, *added_, *z_;
+  void *x_, *qkv_, *attended_, *branch_, *z_;
   float* gates_;
   int32_t *neurons_, *count_;
   Workspace workspace_;
