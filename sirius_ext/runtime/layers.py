@@ -69,7 +69,8 @@ def logits(weights: Weights, normed: torch.Tensor) -> torch.Tensor:
 
 def _join(d: Description, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """The residual stream after a block, whose result goes through a norm if the family has one there."""
-    added = added if weight is None else norm(d, added, weight)
+    if weight is not None:
+        return x + norm(d, added, weight)
     return x + (added if d.residual_scale == 1.0 else added * d.residual_scale)
 
 
