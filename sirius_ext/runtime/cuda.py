@@ -1,46 +1,51 @@
-"""The model on a CUDA device: passes that can be captured in graphs, and periods that need the host only for their record."""
+"""The model on a CUDA device: passes that can be captured in graphs, since all that changes stands in device memory."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..config import SiriusConfig
-from ..decoding.sparsity import DECAY, CSparse, FSparse, Kind
-from ..decoding.tree import Tree
 from ..kernels import dispatch
 from ..models.weights import Layer, Weights
+from .cache import Cache
 from .graphs import Nodes, Replay, graph_mode
-from .model import Model
+from .model import Model, arguments_of
+from .passes import Kind, Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
-FIRST_CAPACITY = 256  # slots of the first cache; it doubles as needed, and graphs are captured anew when it does
+FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
+
+Arguments = tuple[int, int, int, int]  # of a pass: kind, the addresses of neurons and thresholds, how many neurons are kept
 
 
-class CudaModel(Model):
-    """As `Model`. Everything that changes between two passes of one shape stands in device memory."""
+class CudaCache(Cache):
+    """As `Cache`, and everything else that the graphs over it read: whatever changes between two passes of one shape stands in
+    device memory, at a place of its own.
+
+    base: int32 [1], the slot of the tree's root.
+    statistic: float32 [layers, I], of a set that follows the text.
+    steps, periods: the graphs of passes and of whole periods over this cache, by what was captured. They go when the cache gets
+        other memory.
+    """
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights)
-        self.graph_mode = graph_mode()
-        self.base = torch.zeros(1, dtype=torch.int32, device=self.device)  # the root's slot
-        # Its own: what is made while a graph is captured belongs to that graph.
-        self.counters = torch.zeros(self._extension().counters, dtype=torch.int32, device=self.device)
-        self._steps: dict[object, Replay] = {}
-        self._periods: dict[object, object] = {}
-        # CSparse's sets, int32 [layers, kept], by kept, and the statistic of one that follows the text: where graphs find them.
-        self._neurons: dict[int, torch.Tensor] = {}
-        self._statistic: torch.Tensor | None = None
-        self._joined, self._joined_count = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (MAX_NODES, 1))
+        self.base = torch.zeros(1, dtype=torch.int32, device=weights.device)
+        self.statistic: torch.Tensor | None = None
+        self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept
         self._thresholds: torch.Tensor | None = None
-        self._taken: CSparse | FSparse | None = None  # what stands there
+        self._taken: Sparsity | None = None  # what stands there
+        self._arguments: Arguments = Kind.DENSE, 0, 0, 0
 
-    def _extension(self) -> ModuleType:
-        return dispatch.cuda_functions(self.device)
+    def _release(self) -> None:
+        super()._release()
+        self.steps: dict[object, Replay] = {}
+        self.periods: dict[object, Any] = {}
 
     def _grown(self, slots: int) -> int:
         capacity = max(FIRST_CAPACITY, self.capacity)
@@ -48,151 +53,191 @@ class CudaModel(Model):
             capacity *= 2
         return capacity
 
-    def reserve(self, slots: int, rows: int) -> None:
-        """As `Model.reserve`. RuntimeError that says what to lower if the device's memory does not suffice."""
-        if rows > MAX_NODES:
-            raise ValueError(
-                f"period, tree_width: expected a tree of at most {MAX_NODES} nodes on a CUDA device, got {rows}; lower one"
-            )
-        try:
-            super().reserve(slots + AHEAD, rows)
-        except torch.OutOfMemoryError as error:
-            self.capacity = 0
-            raise RuntimeError(
-                f"cuda: out of memory for a cache of {slots} tokens and passes of {rows}; lower max_new_tokens, the prompt's "
-                f"length, period or tree_width ({error})"
-            ) from error
+    def _grow(self, slots: int) -> None:
+        super()._grow(slots)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        self.steps.clear()
+        self.periods.clear()
 
     def _make_room(self, rows: int) -> None:
-        self._steps.clear()
-        self._periods.clear()
-        w, words = self.weights, -(-rows // 64)
-        integers = {"dtype": torch.int32, "device": self.device}
-        self._logits = torch.empty(rows, w.vocab, device=self.device)
-        self._argmax = torch.empty(rows, **integers)
-        self._tokens, self._offsets = torch.zeros(rows, **integers), torch.zeros(rows, **integers)
-        self._masks = torch.zeros(rows * words, dtype=torch.int64, device=self.device)
-        few = self._handle.workspace(min(rows, FEW_ROWS), self.capacity)
-        many = 4 * self._extension().tree_attention_workspace(rows, w.heads, w.head_dim, self.capacity)
-        judged = 4 * max(
-            self._extension().accept_workspace(rows, w.vocab),
-            self._extension().tree_expand_workspace(FEW_ROWS, w.vocab, FEW_ROWS),
+        super()._make_room(rows)
+        self._forget_graphs()
+        device = self.weights.device
+        self.staged_tokens, self.staged_offsets = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
+        self.staged_masks = torch.zeros(rows * -(-rows // 64), dtype=torch.int64, device=device)
+
+    def staged(self, asked: Pass) -> Nodes:
+        """What a pass asks for, in the device's memory, where the graph of a pass of its shape reads it."""
+        m, words = asked.mask.shape
+        nodes = Nodes(
+            self.staged_tokens[:m],
+            self.staged_offsets[:m],
+            self.staged_masks[: m * words].view(m, words),
+            asked.first_slot - asked.prefix,
         )
-        followed = 4 * self._extension().follow_workspace(len(w.layers), rows, w.intermediate)
-        self._workspace = torch.empty(max(few, many, judged, followed), dtype=torch.uint8, device=self.device)
+        nodes.tokens.copy_(asked.tokens)
+        nodes.offsets.copy_(asked.positions - asked.prefix)
+        nodes.mask.copy_(asked.mask)
+        self.base.fill_(asked.prefix)
+        return nodes
 
-    def step(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
-        prefix: int,
-        first_slot: int,
-        sparsity: CSparse | FSparse | None = None,
-        argmax: torch.Tensor | None = None,
-        keep_z: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Model.step`, whose arguments stand in the host's memory. The logits are the device's."""
-        m, words = mask.shape
-        nodes = Nodes(self._tokens[:m], self._offsets[:m], self._masks[: m * words].view(m, words), first_slot - prefix)
-        nodes.tokens.copy_(tokens)
-        nodes.offsets.copy_(positions - prefix)
-        nodes.mask.copy_(mask)
-        self.base.fill_(prefix)
-        key = m, words, nodes.first, keep_z, self.take(sparsity)
-        if key not in self._steps:
-            self._steps[key] = Replay(
-                lambda: self.run(nodes, key[-1], self._argmax[:m], keep_z=keep_z),
-                self.device,
-                self.graph_mode != "off",
-                f"a pass of {m} tokens",
-            )
-        self._steps[key]()
-        best = self._argmax[:m]
-        return self._logits[:m], best if argmax is None else argmax.copy_(best)
-
-    def take(self, sparsity: CSparse | FSparse | None) -> tuple[int, ...]:
-        """Put a prompt's sets, or the thresholds, where passes find them. Returns what `run` takes."""
+    def take(self, sparsity: Sparsity | None) -> Arguments:
+        """Put a prompt's sets, or the thresholds, where passes find them. Returns what `CudaModel.run` takes."""
         if sparsity is None:
-            return Kind.DENSE, 0, 0, 0
-        if sparsity is not self._taken:  # a text's passes all come with the same one
-            if isinstance(self._taken, CSparse):
-                self._taken.keep(self._taken.neurons.clone(), self._taken.statistic.clone())
+            return arguments_of(None)
+        if sparsity is not self._taken:  # a sequence's passes all come with the same one
+            if self._taken is not None and self._taken.neurons is not None:
+                statistic = self._taken.statistic
+                self._taken.place(self._taken.neurons.clone(), None if statistic is None else statistic.clone())
             self._taken, self._arguments = sparsity, self._held(sparsity)
         return self._arguments
 
-    def _held(self, sparsity: CSparse | FSparse) -> tuple[int, ...]:
-        kind, _, thresholds, kept = sparsity.arguments()
-        neurons = 0
-        if kind == Kind.LISTED:
-            held = self._neurons.get(kept)
-            if held is None:
-                held = self._neurons[kept] = torch.empty_like(sparsity.neurons)
-            if self._statistic is None:
-                self._statistic = torch.empty_like(sparsity.statistic)
-            # From now on what stands here is the set, which graphs change.
-            sparsity.keep(held.copy_(sparsity.neurons), self._statistic.copy_(sparsity.statistic))
+    def _held(self, sparsity: Sparsity) -> Arguments:
+        kind, neurons, thresholds, kept = arguments_of(sparsity)
+        if sparsity.neurons is not None:
+            if kept not in self._neurons:
+                self._neurons[kept] = torch.empty_like(sparsity.neurons)
+            held, statistic = self._neurons[kept].copy_(sparsity.neurons), sparsity.statistic
+            if statistic is not None:
+                if self.statistic is None:
+                    self.statistic = torch.empty_like(statistic)
+                statistic = self.statistic.copy_(statistic)
+            sparsity.place(held, statistic)  # from now on what stands here is the set, which graphs change
             neurons = held.data_ptr()
-        if kind == Kind.THRESHOLD:
+        if sparsity.thresholds is not None:
             if self._thresholds is None:
                 self._thresholds = torch.empty_like(sparsity.thresholds)
             self._thresholds.copy_(sparsity.thresholds)
             thresholds = self._thresholds.data_ptr()
         return kind, neurons, thresholds, kept
 
+    def followed(self, kept: int) -> tuple[torch.Tensor, ...]:
+        """What a set of so many neurons that follows the text changes, for who must undo it."""
+        assert self.statistic is not None
+        return self._neurons[kept], self.statistic
+
+
+class CudaModel(Model):
+    """As `Model`. All passes are on one stream: they share the workspace, and the counters."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.graph_mode = graph_mode()
+        self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._outgrown: list[torch.Tensor] = []  # graphs that were captured with them go on with them
+        # Its own: what is made while a graph is captured belongs to that graph.
+        self.counters = torch.zeros(self._extension().counters, dtype=torch.int32, device=self.device)
+
+    def _extension(self) -> ModuleType:
+        return dispatch.cuda_functions(self.device)
+
+    def new_cache(self) -> CudaCache:
+        return CudaCache(self.weights)
+
+    def reserve(self, cache: Cache, slots: int, rows: int) -> None:
+        """As `Model.reserve`. ValueError for a tree that is too large; RuntimeError that says what to lower if the device's
+        memory does not suffice."""
+        if rows > MAX_NODES:
+            raise ValueError(
+                f"period, tree_width: expected a tree of at most {MAX_NODES} nodes on a CUDA device, got {rows}; lower one"
+            )
+        try:
+            try:
+                super().reserve(cache, slots + AHEAD, rows)
+            except torch.OutOfMemoryError:
+                self.caches.clear()  # of other sequences, for prompts that may never come
+                super().reserve(cache, slots + AHEAD, rows)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"cuda: out of memory for a cache of {slots} tokens and passes of {rows}; lower max_new_tokens, the prompt's "
+                f"length, period or tree_width ({error})"
+            ) from error
+
+    def _make_room(self, cache: Cache, rows: int) -> None:
+        w, functions = self.weights, self._extension()
+        few = self._handle.workspace(min(rows, FEW_ROWS), cache.capacity)
+        many = 4 * functions.tree_attention_workspace(rows, w.heads, w.head_dim, cache.capacity)
+        judged = 4 * max(functions.accept_workspace(rows, w.vocab), functions.tree_expand_workspace(FEW_ROWS, w.vocab, FEW_ROWS))
+        followed = 4 * functions.follow_workspace(len(w.layers), rows, w.intermediate)
+        size = max(few, many, judged, followed)
+        if size > self._workspace.numel():
+            self._outgrown.append(self._workspace)
+            self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def step(self, cache: Cache, asked: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Model.step`; what is asked stands in the host's memory. The logits are the device's."""
+        assert isinstance(cache, CudaCache)
+        m, words = asked.mask.shape
+        with self.lock:
+            nodes, sparsity = cache.staged(asked), cache.take(asked.sparsity)
+            key = m, words, nodes.first, asked.keep_z, sparsity
+            if key not in cache.steps:
+                cache.steps[key] = Replay(
+                    lambda: self.run(cache, nodes, sparsity, cache.argmax[:m], keep_z=asked.keep_z),
+                    self.device,
+                    self.graph_mode != "off",
+                    f"a pass of {m} tokens",
+                )
+            cache.steps[key]()
+        best = cache.argmax[:m]
+        return cache.logits[:m], best if asked.argmax is None else asked.argmax.copy_(best)
+
     def run(
         self,
+        cache: CudaCache,
         nodes: Nodes,
-        sparsity: tuple[int, ...],
+        sparsity: Arguments,
         argmax: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
         keep_z: bool = False,
     ) -> torch.Tensor:
-        """Launch one pass over some nodes of the tree whose root stands at slot `base`.
+        """Launch one pass over some nodes of the tree whose root stands at the cache's slot `base`.
 
-        sparsity: what `take` returned.
+        sparsity: what `CudaCache.take` returned.
         argmax: int32 [m], gets every row's; -1 where a logit is not finite.
         alive: int32 [1]; only so many rows count in FSparse's choice.
-        keep_z: as in `Model.step`.
-        Returns the logits, float32 [m, V], which the next pass overwrites.
+        keep_z: as in `Pass`.
+        Returns the logits, float32 [m, V], which the next pass over this cache overwrites.
         """
         m = len(nodes.tokens)
         if m > FEW_ROWS:
-            return self._run_many(nodes, argmax, keep_z)
+            return self._run_many(cache, nodes, argmax, keep_z)
         with dispatch.guard(self.device):
             self._handle.step(
                 nodes.tokens.data_ptr(),
                 nodes.offsets.data_ptr(),
-                self.cos.data_ptr(),
-                self.sin.data_ptr(),
+                cache.cos.data_ptr(),
+                cache.sin.data_ptr(),
                 nodes.mask.data_ptr(),
                 nodes.mask.shape[1],
-                self.k_cache.data_ptr(),
-                self.v_cache.data_ptr(),
+                cache.k.data_ptr(),
+                cache.v.data_ptr(),
                 *sparsity,
-                self._logits.data_ptr(),
+                cache.logits.data_ptr(),
                 0 if argmax is None else argmax.data_ptr(),
                 self._workspace.data_ptr(),
-                self._kept_z(m).data_ptr() if keep_z else 0,
+                cache.z(m).data_ptr() if keep_z else 0,
                 m,
                 nodes.first,
-                self.capacity,
-                self.base.data_ptr(),
+                cache.capacity,
+                cache.base.data_ptr(),
                 0 if alive is None else alive.data_ptr(),
                 self.counters.data_ptr(),
                 dispatch.stream(self.device),
             )
-        return self._logits[:m]
+        return cache.logits[:m]
 
-    def _run_many(self, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
+    def _run_many(self, cache: CudaCache, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
         """F over more rows than our kernels are for: torch multiplies, our kernels rotate, write and attend."""
         w, m = self.weights, len(nodes.tokens)
-        x = F.embedding(nodes.tokens.clamp(min=0), w.embedding)  # -1 stands behind logits that are not finite
+        x = F.embedding(nodes.tokens.clamp(min=0), w.embedding)  # -1 comes after logits that are not finite
         for index, layer in enumerate(w.layers):
-            x = x + self._attention_of(nodes, x, layer, index)
-            x = self._mlp(x, layer, index, _Kept(self._kept_z(m)) if keep_z else None)
+            x = x + self._attention_of(cache, nodes, x, layer, index)
+            x = self._mlp(x, layer, index, _Kept(cache.z(m)) if keep_z else None)
         normed = F.rms_norm(x, (w.hidden,), w.final_norm, w.eps)
-        logits = self._logits[:m]
+        logits = cache.logits[:m]
         if w.dtype == torch.float32:
             torch.mm(normed, w.lm_head.t(), out=logits)
         elif self.device.type == "cuda":
@@ -203,24 +248,24 @@ class CudaModel(Model):
             self.launch("argmax", logits.data_ptr(), m, w.vocab, argmax.data_ptr())
         return logits
 
-    def _attention_of(self, nodes: Nodes, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
+    def _attention_of(self, cache: CudaCache, nodes: Nodes, x: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
         w, m = self.weights, len(x)
         normed = F.rms_norm(x, (w.hidden,), layer.input_norm, w.eps)
         qkv = torch.cat([F.linear(normed, weight, bias) for weight, bias in layer.qkv], 1)
-        shape = w.kv_heads, self.capacity, w.head_dim
-        caches = self.k_cache[index].data_ptr(), self.v_cache[index].data_ptr()
+        shape = w.kv_heads, cache.capacity, w.head_dim
+        caches = cache.k[index].data_ptr(), cache.v[index].data_ptr()
         self.launch(
-            "rope_kv_write_from", qkv.data_ptr(), self.cos.data_ptr(), self.sin.data_ptr(), nodes.offsets.data_ptr(), nodes.first,
-            *caches, m, w.heads, *shape, self.base.data_ptr(), typed=True,
+            "rope_kv_write_from", qkv.data_ptr(), cache.cos.data_ptr(), cache.sin.data_ptr(), nodes.offsets.data_ptr(),
+            nodes.first, *caches, m, w.heads, *shape, cache.base.data_ptr(), typed=True,
         )  # fmt: skip
         attended = torch.empty(m, w.heads * w.head_dim, dtype=w.dtype, device=self.device)
         self.launch(
             "tree_attention_from", qkv.data_ptr(), qkv.shape[1], *caches, nodes.mask.data_ptr(), attended.data_ptr(),
-            w.head_dim**-0.5, nodes.mask.shape[1], m, w.heads, *shape, self.base.data_ptr(), typed=True,
+            w.head_dim**-0.5, nodes.mask.shape[1], m, w.heads, *shape, cache.base.data_ptr(), typed=True,
         )  # fmt: skip
         return F.linear(attended, layer.output, layer.output_bias)
 
-    def launch(self, name: str, *arguments, typed: bool = False) -> None:
+    def launch(self, name: str, *arguments: object, typed: bool = False) -> None:
         """Call one of the extension's functions with what they all end with, the workspace, the counters and the stream.
 
         typed: its first argument is the dtype.
@@ -234,53 +279,6 @@ class CudaModel(Model):
                 self.counters.data_ptr(),
                 dispatch.stream(self.device),
             )
-
-    def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
-        """As `Model.follow`."""
-        self._joined[: len(path) + 1].copy_(torch.tensor([0, *path], dtype=torch.int32))
-        self._joined_count.fill_(len(path) + 1)
-        self.launch_follow(self._joined, self._joined_count, nodes, self.take(sparsity))
-
-    def launch_follow(
-        self,
-        joined: torch.Tensor,
-        count: torch.Tensor,
-        nodes: int,
-        sparsity: tuple[int, ...],
-        fault: torch.Tensor | None = None,
-    ) -> None:
-        """Choose the set that `take` has put in its place anew.
-
-        joined: int32, in device memory: the nodes of the last pass, over so many nodes, that joined the sequence.
-        count: int32 [1], how many.
-        fault: int32 [1]; where it is 1 the set stays what it was.
-        """
-        w, (_, neurons, _, kept) = self.weights, sparsity
-        self.launch(
-            "follow_from", self._kept_z(nodes).data_ptr(), joined.data_ptr(), w.down_squares.data_ptr(),
-            self._statistic.data_ptr(), neurons, DECAY, len(w.layers), nodes, w.intermediate, kept, count.data_ptr(),
-            0 if fault is None else fault.data_ptr(), typed=True,
-        )  # fmt: skip
-
-    def following(self, kept: int) -> tuple[torch.Tensor, ...]:
-        """What a set that follows the text changes, for who must undo it."""
-        return self._neurons[kept], self._statistic
-
-    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:  # noqa: F821
-        """As `Model.replay`, after the prefill."""
-        if self.graph_mode == "step":
-            return None
-        depth = config.period - 1 if config.mode == "sirius" else 0
-        draft = self.take(sparsity)
-        judge = draft if config.mode == "sparse" else self.take(None)
-        follows = config.mode == "sirius" and sparsity.follows
-        settings = config.prune, config.accept, config.threshold, config.score_temperature
-        key = depth, tree.width, *settings, draft, judge, follows
-        if key not in self._periods:
-            from ..decoding.period_graph import PeriodGraph
-
-            self._periods[key] = PeriodGraph(self, config, depth, draft, judge, follows)
-        return self._periods[key]
 
 
 class _Kept:
