@@ -113,7 +113,8 @@ class _TimedReplay:
 def idle_share(model: Model, device: torch.device, run: Callable[[], object]) -> float | None:
     """The share of its time that the device does not spend in replayed periods while `run` decodes one text, from the first
     period's start to the last one's end: the record's copy to the host, and waiting for the host. None if nothing is replayed."""
-    periods, clock = getattr(model, "_periods", {}).values(), Clock(device)
+    periods = [period for cache in model.caches for period in getattr(cache, "periods", {}).values()]
+    clock = Clock(device)
     timed = []
     for period in periods:
         timed.append((period, period._replay))

@@ -1,37 +1,39 @@
-"""From a call of `transformers`' generate to texts: what may be asked, where a text ends, prompts one by one."""
+"""A model and how to decode with it."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import jinja2
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .config import SiriusConfig
-from .decoding import loop
-from .decoding.calibrate import load_thresholds
+from .decoding.sequence import Request, Sequence, start
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
-from .integrations.settings import Taken, check_surroundings, refuse_resolved, take
+from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device as kernels_for
 from .kernels.dispatch import has_cuda_kernels
-from .models.hub import load_model
+from .models.hub import load_model, parse_dtype
 from .models.weights import Weights, restore
-from .runtime.model import Model, model_of
+from .runtime.backend import model_of
+from .runtime.cache import Cache
+from .runtime.model import Model
 
 BACKENDS = ("auto", "cpu", "cuda")
+THREADS_PER_CPU = 4  # at most: more of them only wait for each other
 
 # Makes generate greedy, whatever sampling the model's own generation config proposes.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
+_changes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 _advised: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
@@ -49,12 +51,20 @@ def prepare(model: PreTrainedModel) -> Model:
     ready = _models.get(model)
     if ready is None or not ready.weights.is_current(model):
         ready = _models[model] = model_of(Weights(model))
+    # What was computed with weights that have been changed in place since (by an optimizer, say) must not be reused. A change by
+    # way of `weight.data` is not seen: `release` the model after one.
+    changes = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+    if _changes.get(model) != changes:
+        _changes[model] = changes
+        ready.caches.clear()
     return ready
 
 
 def release(model: PreTrainedModel) -> None:
     """Forget what `prepare` made and give the model's weights their layout back."""
-    if _models.pop(model, None) is not None:
+    ready = _models.pop(model, None)
+    if ready is not None:
+        ready.caches.clear()
         restore(model)
 
 
@@ -66,12 +76,24 @@ def is_prepared(model: PreTrainedModel) -> bool:
 class SiriusOutput(ModelOutput):
     """What a call gives.
 
-    sequences: int64 [batch, length], prompts included, padded behind the end of a text.
+    sequences: int64 [batch, length], prompts included, padded after the end of a text.
     stats: `Stats` of the call.
+    cache: of a call with one prompt, that of its text: all tokens but the last. Given to `generate` (as cache, or past_key_values)
+        with a prompt that begins with these tokens, it spares reading any of them; the entries of decoded tokens are then those
+        of decode passes, whose bits differ from a prefill's. It is not a Cache of `transformers` but the model's own, on loan:
+        the model keeps those of its last texts, and a later call may go on in this one, which then holds what that call left in
+        it. Without it, a prompt that begins as one of these texts did is read from the first chunk on that differs, bit for bit
+        as if all had been read.
     """
 
-    sequences: torch.LongTensor = None
-    stats: Stats = None
+    sequences: torch.Tensor | None = None
+    stats: Stats | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """`cache`, by the name that `transformers` had for it until 5.24."""
+        return self.cache
 
 
 class Engine:
@@ -121,30 +143,63 @@ class Engine:
             ) from error
         return cls(model, config, tokenizer)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
         config: SiriusConfig | None = None,
-        streamer: BaseStreamer | None = None,
-        tokenizer=None,
-        generator: torch.Generator | None = None,
-        passes: Model | None = None,
-        **settings,
+        **settings: Any,
     ) -> SiriusOutput:
         """Decode; `transformers`' own generate resolves the settings, so what it takes is taken here too.
 
         input_ids: int64 [batch, t], left-padded where attention_mask is 0; on any device. The text's batch-mates do not matter:
             prompts are decoded one by one.
         config: in place of the engine's.
-        tokenizer: for stop_strings, in place of the engine's.
-        generator: draws what do_sample draws; torch's default one without it.
-        passes: what runs the passes, in place of the engine's own (a seat of `evaluation.Batch`, say).
-        settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, ...; a setting that
-            cannot be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a ValueError.
+        settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, streamer, ...; a
+            setting that cannot be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a
+            ValueError. Also generator, which draws what do_sample draws, in place of torch's default one; tokenizer, for
+            stop_strings, in place of the engine's; return_dict_in_generate=False, for the sequences alone; cache or past_key_values, that of an earlier `SiriusOutput`, for one prompt.
         """
+        _, returned = _decode(self.model, self._resolve(input_ids, attention_mask, config, settings))
+        return cast(SiriusOutput, returned)  # a tensor only for who asked for it
+
+    def start(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        config: SiriusConfig | None = None,
+        **settings: Any,
+    ) -> Sequence:
+        """The text that `generate` would decode, to be decoded step by step; the first step reads the prompt. Any number of them
+        may be alive at a time.
+
+        input_ids: int64 [1, t]. The other arguments are those of `generate`.
+        """
+        call = self._resolve(input_ids, attention_mask, config, settings)
+        if len(call.requests) != 1:
+            raise ValueError(f"input_ids: expected one prompt, got {len(call.requests)}; a sequence is one text")
+        return next(_sequences(self.model, call))
+
+    def requests(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        config: SiriusConfig | None = None,
+        **settings: Any,
+    ) -> list[Request]:
+        """What `generate` would decode, resolved, for who decodes it by other means. Arguments are those of `generate`."""
+        return self._resolve(input_ids, attention_mask, config, settings).requests
+
+    def _resolve(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        config: SiriusConfig | None,
+        settings: Mapping[str, Any],
+    ) -> Call:
         if not isinstance(input_ids, torch.Tensor):
             raise TypeError(f"input_ids: expected an integer tensor, got {type(input_ids).__name__}")
         if attention_mask is None:
@@ -155,37 +210,56 @@ class Engine:
             "return_dict_in_generate": True,
             "input_ids": input_ids.to(self.model.device),
             "attention_mask": attention_mask.to(self.model.device),
-            "streamer": streamer,
-            "tokenizer": self.tokenizer if tokenizer is None else tokenizer,
-            "generator": generator,
             **settings,
         }
-        return call(self.model, arguments, self.config if config is None else _checked(config), passes)[1]
+        if arguments.get("tokenizer") is None:
+            arguments["tokenizer"] = self.tokenizer
+        return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)
+
+
+def _weights_of(model: PreTrainedModel) -> Weights:
+    return prepare(model).weights
 
 
 def call(
-    model: PreTrainedModel, arguments: Mapping, config: SiriusConfig, passes: Model | None = None
+    model: PreTrainedModel, arguments: Mapping[str, Any], config: SiriusConfig
 ) -> tuple[SiriusOutput, SiriusOutput | torch.Tensor]:
-    """A call of `transformers`' generate, decoded here: that one resolves the settings, we take what it would drop.
+    """A call of `transformers`' generate, decoded here.
 
     arguments: of generate, by name.
-    passes: runs the passes, in place of the model's own.
     Returns what was decoded, and what generate returns of it: the sequences alone, unless return_dict_in_generate is set.
     """
-    arguments, taken = take(arguments, model)
-    check_surroundings(model)
+    return _decode(model, resolve(model, arguments, config, _weights_of))
 
-    # A name in this signature that transformers' own decoding does not have would be taken out of the call: hence **inputs.
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
-        attention_mask = inputs.get("attention_mask")
-        _check_positions(inputs.get("position_ids"), attention_mask, input_ids)
-        output = decode_batch(
-            model, input_ids, config, logits_processor, stopping_criteria, generation_config, attention_mask, taken, passes
-        )
-        return output, output if generation_config.return_dict_in_generate else output.sequences
 
-    generate = type(model).generate  # not one that `attach` put in its place
-    return generate(model, **arguments, custom_generate=decode)
+def _sequences(model: PreTrainedModel, call: Call) -> Iterator[Sequence]:
+    """The texts of a call, each started when it is asked for."""
+    for request in call.requests:
+        sequence = start(prepare(model), request, call.cache)
+        if request.streamer is not None:
+            request.streamer.put(call.input_ids.cpu())
+        yield sequence
+
+
+def _decode(model: PreTrainedModel, call: Call) -> tuple[SiriusOutput, SiriusOutput | torch.Tensor]:
+    """All texts of a call, one after the other. Returns what `call` does."""
+    texts, stats = [], []
+    for sequence in _sequences(model, call):
+        stats.append(sequence.run())
+        texts.append(sequence.tokens)
+    _advise(model, stats)
+    cache = sequence.cache if len(texts) == 1 else None
+    sequences = call.padded(texts)
+    output = SiriusOutput(sequences=sequences, stats=Stats(stats), cache=cache)
+    return output, output if call.in_dict else sequences
+
+
+def _advise(model: PreTrainedModel, stats: Iterable[PromptStats]) -> None:
+    """Warn of a text that drafts made slower, once a model: a loop over many texts must not say it every time."""
+    advice = next((each.advice for each in stats if each.advice), None)
+    if advice and model not in _advised:
+        _advised.add(model)
+        warnings.warn(advice, CostlyDrafts, stacklevel=2)
 
 
 def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
@@ -236,148 +310,37 @@ def check_device(name: str | int | torch.device, backend: str = "auto") -> torch
     return device
 
 
-def decode_batch(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    config: SiriusConfig,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    attention_mask: torch.Tensor | None,
-    taken: Taken,
-    passes: Model | None = None,
-) -> SiriusOutput:
-    """The decoding method that `transformers`' generate calls in place of its own, with everything resolved.
+class Source(Protocol):
+    """Where an engine comes from, as the command line and plans of evaluations have it: `Engine.from_pretrained` says what the
+    names mean."""
 
-    input_ids: int64 [batch, t].
-    taken: what generate was not told of.
-    passes: runs them, in place of the model's own.
-    """
-    refuse_resolved(generation_config, config, len(input_ids), taken.streamer)
-    if taken.stop_strings:
-        if taken.tokenizer is None:
-            raise ValueError("stop_strings: they need the model's tokenizer, but none was given")
-        stopping_criteria = StoppingCriteriaList([*stopping_criteria, StopStringCriteria(taken.tokenizer, taken.stop_strings)])
-    ready = prepare(model) if passes is None else passes
-    thresholds = None
-    if config.thresholds is not None and config.mode != "full":
-        thresholds = load_thresholds(config.thresholds, ready.weights, config.density)
-    prompts = _prompts(input_ids, attention_mask, ready.weights)
-    streamer = taken.streamer
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    texts = []
-    for row, prompt in enumerate(prompts):
-        text = _Text(row, input_ids.cpu(), len(prompt), ready.weights.context, stopping_criteria, streamer)
-        process = _Processor(logits_processor, row, input_ids, len(prompt)) if logits_processor else None
-        options = loop.Options(process, generation_config.do_sample, taken.generator, thresholds)
-        text.stats = loop.generate(ready, prompt, config, text, options)
-        text.stats.finish = text.finish
-        texts.append(text)
-    if streamer is not None:
-        streamer.end()
-    _advise(model, texts)
-    sequences = _pad(input_ids, [text.tokens for text in texts], generation_config)
-    return SiriusOutput(sequences=sequences, stats=Stats(text.stats for text in texts))
+    @property
+    def model(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def threads(self) -> int | None: ...
 
 
-def _advise(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
-    """Warn of a text that drafts made slower, once a model: a loop over many texts must not say it every time."""
-    advice = next((text.stats.advice for text in texts if text.stats.advice), None)
-    if advice and model not in _advised:
-        _advised.add(model)
-        warnings.warn(advice, CostlyDrafts, stacklevel=2)
+def engine_of(source: Source, config: SiriusConfig) -> Engine:
+    """The engine, and so many CPU threads, if it says how many."""
+    if source.threads is not None:
+        torch.set_num_threads(check_threads(source.threads))
+    return Engine.from_pretrained(source.model, config, source.device, parse_dtype(source.dtype))
 
 
-class _Processor:
-    """`transformers`' logits processors, which want the batch as it was given: its padding, and this prompt in its row."""
-
-    def __init__(self, processors: LogitsProcessorList, row: int, batch: torch.Tensor, length: int) -> None:
-        self._row, self._rows = row, len(batch)
-        self._padding = batch[row, : batch.shape[1] - length]
-        # Behind a top-k a top-p looks at k tokens: it need not sort the vocabulary.
-        first = next((i for i, each in enumerate(processors) if isinstance(each, TopKLogitsWarper)), len(processors))
-        few = all(isinstance(each, (TopPLogitsWarper, MinPLogitsWarper)) for each in processors[first + 1 :])
-        cut = first + 1 if few else len(processors)
-        self._processors, self._of_few = LogitsProcessorList(processors[:cut]), LogitsProcessorList(processors[cut:])
-
-    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        device = self._padding.device  # where the processors keep what they need
-        ids = torch.cat((self._padding, ids.to(device))).repeat(self._rows, 1)
-        batch = logits.to(device).repeat(self._rows, 1)
-        processed = self._processors(ids, batch)
-        if not isinstance(processed, torch.Tensor):
-            raise TypeError(f"logits_processor: expected it to return a tensor, got {type(processed).__name__}")
-        if processed.shape != batch.shape:
-            raise ValueError(f"logits_processor: expected scores of shape {list(batch.shape)}, got {list(processed.shape)}")
-        logits = processed[self._row].float()
-        if self._of_few:
-            kept = logits.isfinite()
-            logits[kept] = self._of_few(None, logits[kept][None])[0]
-        # NaN is not less than anything, and is its row's maximum. -inf rules a token out, as processors do; not all of them.
-        if not bool((most := logits.max()).isfinite()):
-            what = "scores of -inf alone" if most < 0 else f"a score of {float(most)}"
-            raise ValueError(f"logits_processor: expected a likeliest token, got {what} at position {ids.shape[1]} of the text")
-        return logits
+def most_threads() -> int:
+    return THREADS_PER_CPU * (os.cpu_count() or 1)
 
 
-class _Text:
-    """One text as it grows: knows where it ends and hands tokens to the streamer once they are certain."""
-
-    def __init__(
-        self,
-        row: int,
-        batch: torch.Tensor,
-        length: int,
-        context: int,
-        criteria: StoppingCriteriaList,
-        streamer: BaseStreamer | None,
-    ) -> None:
-        self._row, self._rows, self._streamer = row, len(batch), streamer
-        self._ids = batch[row]  # criteria are asked about the batch as it was given: its padding, and this text in its row
-        self._eos: set[int] = set()
-        self._others = []
-        self.tokens: list[int] = []
-        self.ended, self.finish = False, ""
-        self.stats: PromptStats | None = None
-        # The two criteria of nearly every call are plain arithmetic; the rest are asked token by token.
-        self.limit, self._limit_reason = context - length, "context"
-        for criterion in criteria:
-            if isinstance(criterion, EosTokenCriteria):
-                self._eos.update(criterion.eos_token_id.flatten().tolist())
-            elif isinstance(criterion, MaxLengthCriteria):
-                room = max(1, criterion.max_length - batch.shape[1])  # one token comes always, as in transformers
-                if room <= self.limit:
-                    self.limit, self._limit_reason = room, "length"
-            else:
-                self._others.append(criterion)
-
-    def commit(self, tokens: list[int]) -> int:
-        count = 0
-        for token in tokens:
-            self.tokens.append(token)
-            count += 1
-            if self._others:
-                self._ids = torch.cat((self._ids, torch.tensor([token])))
-            if token in self._eos:
-                self.finish = "eos"
-            elif self._others and self._asked():
-                self.finish = "criteria"
-            elif len(self.tokens) >= self.limit:
-                self.finish = self._limit_reason
-            if self.finish:
-                self.ended = True
-                break
-        if self._streamer is not None:
-            self._streamer.put(torch.tensor(tokens[:count]))
-        return count
-
-    def _asked(self) -> bool:
-        ids = self._ids.repeat(self._rows, 1)
-        done = torch.zeros(self._rows, dtype=torch.bool)
-        for criterion in self._others:
-            done = done | criterion(ids, None)  # a tensor, or as transformers has it, a single bool
-        return bool(done[self._row])
+def check_threads(count: int) -> int:
+    """The same count. ValueError for one that this machine cannot serve."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most_threads():
+        expected = f"1 to {most_threads()} ({THREADS_PER_CPU} for each CPU)"
+        raise ValueError(f"threads: expected {expected}, got {count!r}")
+    return count
 
 
 def _checked(config: SiriusConfig | None) -> SiriusConfig:
@@ -386,40 +349,3 @@ def _checked(config: SiriusConfig | None) -> SiriusConfig:
     if not isinstance(config, SiriusConfig):
         raise TypeError(f"config: expected a SiriusConfig, got {type(config).__name__}")
     return config
-
-
-def _check_positions(positions: torch.Tensor | None, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
-    """ValueError unless the tokens of each prompt stand at 0, 1, 2, ..."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    if positions is not None and bool(((positions.to(mask.device) - mask.cumsum(-1) + 1) * mask).any()):
-        raise ValueError("position_ids: expected those of the prompt, 0, 1, 2, ..., got others")
-
-
-def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weights: Weights) -> list[torch.Tensor]:
-    """The prompts without their padding, int64 [t] each; ValueError if one is empty, too long or not a prompt at all."""
-    prompts = []
-    for row, ids in enumerate(input_ids.cpu()):
-        if attention_mask is not None:
-            mask = attention_mask[row].bool().cpu()
-            if not bool((mask[1:] >= mask[:-1]).all()):
-                raise ValueError(f"attention_mask: expected left padding only (0 ... 0 1 ... 1), got something else in row {row}")
-            ids = ids[mask]
-        if len(ids) == 0:
-            raise ValueError(f"input_ids: prompt {row} is empty")
-        if len(ids) >= weights.context:
-            raise ValueError(
-                f"input_ids: prompt {row} has {len(ids)} tokens; the model's context holds {weights.context}, one for the answer"
-            )
-        if not 0 <= int(ids.min()) <= int(ids.max()) < weights.vocab:
-            raise ValueError(f"input_ids: expected token ids in [0, {weights.vocab}), got {int(ids.min())} to {int(ids.max())}")
-        prompts.append(ids)
-    return prompts
-
-
-def _pad(input_ids: torch.Tensor, texts: Sequence[list[int]], generation_config: GenerationConfig) -> torch.Tensor:
-    longest = max(map(len, texts))
-    pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
-    if pad is None:
-        pad = 0 if eos is None else int(torch.as_tensor(eos).flatten()[0])
-    rows = [torch.tensor(text + [pad] * (longest - len(text))) for text in texts]
-    return torch.cat((input_ids, torch.stack(rows).to(input_ids.device)), dim=1)

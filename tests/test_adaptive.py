@@ -10,8 +10,9 @@ from tiny import NAMES, engine, prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.config import MAX_AUTO_PERIOD
-from sirius_ext.decoding import loop, reference
+from sirius_ext.decoding import reference
 from sirius_ext.decoding.period import AdaptivePeriod, Costs
+from sirius_ext.decoding.sequence import Sequence
 
 KIND = ("csparse", 0.5)
 
@@ -313,13 +314,13 @@ def test_costs_are_kept_with_the_model(monkeypatch):
 def test_a_period_of_one_is_a_plain_step(monkeypatch):
     """Drafting nothing costs no pass of S."""
     monkeypatch.setattr(AdaptivePeriod, "next", lambda self: 1)
-    passes, run = [], loop._Decoding._pass
+    passes, run = [], Sequence._pass
 
     def watched(self, nodes, sparsity=None, argmax=None, keep_z=False):
         passes.append(sparsity)
         return run(self, nodes, sparsity, argmax, keep_z)
 
-    monkeypatch.setattr(loop._Decoding, "_pass", watched)
+    monkeypatch.setattr(Sequence, "_pass", watched)
     tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)
     assert tokens == decode("qwen2", SiriusConfig(mode="full"), 8, 20)[0]
     assert passes == [None] * 38 and all(period.drafted == 0 for period in stats.periods)

@@ -9,8 +9,9 @@ from test_default_model import in_bfloat16, loaded
 from test_evaluation import CSQA, write
 
 from sirius_ext import Engine, SiriusConfig
+from sirius_ext.cli import evaluation as commands
 from sirius_ext.cli import main as cli
-from sirius_ext.evaluation import commands, transcript
+from sirius_ext.evaluation import transcript
 from sirius_ext.evaluation.analyze import Analysis, Token, Transcript, analyze, summary
 from sirius_ext.evaluation.tasks import TASKS, Item, Verdict
 

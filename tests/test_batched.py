@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import threading
 
 import pytest
 import torch
@@ -26,26 +25,38 @@ def prompts(prefix):
     return [torch.cat((prompt(100)[:, :prefix], prompt(length)), 1) for length in LENGTHS]
 
 
-def decode(engine, ids, config, count, passes=None, **settings):
+COLUMNS = ("drafted", "nodes", "accepted", "branch", "committed", "cut")
+
+
+def told(text):
     """The text, why it ended, and its periods."""
-    out = engine.generate(ids, config=config, max_new_tokens=count, do_sample=False, passes=passes, **settings)
-    stats = out.stats.prompts[0]
-    columns = ("drafted", "nodes", "accepted", "branch", "committed", "cut")
-    periods = [[getattr(period, column) for column in columns] for period in stats.periods]
-    return out.sequences[0, ids.shape[1] :].tolist(), stats.finish, stats.density, stats.prompt_tokens, periods
+    stats = text.stats
+    periods = [[getattr(period, column) for column in COLUMNS] for period in stats.periods]
+    return text.tokens, stats.finish, stats.density, stats.prompt_tokens, periods
 
 
-def side_by_side(engine, texts, configs, seats, prefix=0, **settings):
+def ask(make, ids, config, count, **settings):
+    return make(ids, config=config, max_new_tokens=count, do_sample=False, **settings)
+
+
+def decode(engine, ids, config, count, **settings):
+    """A text alone."""
+    text = ask(engine.start, ids, config, count, **settings)
+    text.run()
+    return told(text)
+
+
+def side_by_side(engine, texts, configs, live, prefix=0, **settings):
     """What `decode` gives for every prompt (and how many tokens) and config."""
-    found = {}
-
-    def job(index, ids, count, seat):
-        for number, config in enumerate(configs):
-            with seat:
-                found[index, number] = decode(engine, ids, config, count, passes=seat, **settings)
-
-    batch = Batch(prepare(engine.model).weights, texts[0][0][0, :prefix])
-    batch.run([functools.partial(job, index, *text) for index, text in enumerate(texts)], seats)
+    requests = (
+        ((index, number), *ask(engine.requests, ids, config, count, **settings))
+        for index, (ids, count) in enumerate(texts)
+        for number, config in enumerate(configs)
+    )
+    batch, found = Batch(prepare(engine.model), texts[0][0][0, :prefix]), {}
+    for key, text, error in batch.decode(requests, live):
+        assert error is None and text.stats.decode_seconds is text.stats.prefill_seconds is None
+        found[key] = told(text)
     return found
 
 
@@ -109,31 +120,47 @@ def test_half_precision():
     assert sum(same) >= len(same) - 1
 
 
-def test_a_failed_job_is_raised():
-    weights = prepare(engine("llama").model).weights
+def test_a_failed_text_is_told_of():
+    """The others go on."""
+    one, config = engine("llama"), SiriusConfig(period=4)
 
-    def job(seat):
-        raise TypeError("broken")
+    def broken(ids, scores):
+        if ids.shape[1] > 12:
+            raise TypeError("broken")
+        return torch.zeros(1, dtype=torch.bool)
 
-    with pytest.raises(TypeError, match="broken"):
-        Batch(weights, torch.empty(0, dtype=torch.int64)).run([job], 2)
-    assert threading.active_count() < 5
+    criteria = [StoppingCriteriaList([each]) for each in (broken, lambda ids, scores: torch.zeros(1, dtype=torch.bool))]
+    requests = [(i, *ask(one.requests, prompt(5), config, 20, stopping_criteria=each)) for i, each in enumerate(criteria)]
+    found = {key: (text, error) for key, text, error in Batch(prepare(one.model), torch.empty(0).long()).decode(requests, 2)}
+    assert isinstance(found[0][1], TypeError) and found[0][0].finish == "error"
+    assert found[1][1] is None and told(found[1][0]) == decode(one, prompt(5), config, 20)
 
 
 def test_a_failed_pass_stops_the_texts(monkeypatch):
     """No text takes the failure for a result of its own."""
-    weights, ended = prepare(engine("llama").model).weights, []
-
-    def job(seat):
-        try:
-            with seat:
-                seat.reserve(8, 1)
-                seat.prefill(torch.tensor([1, 2]))
-        except Exception:
-            ended.append(seat)
-
-    batch = Batch(weights, torch.empty(0, dtype=torch.int64))
-    monkeypatch.setattr("sirius_ext.evaluation.batched.F.embedding", lambda *_: 1 / 0)
+    one = engine("llama")
+    requests = [(i, *ask(one.requests, prompt(5), SiriusConfig(), 8)) for i in range(5)]
+    batch = Batch(prepare(one.model), torch.empty(0).long())
+    monkeypatch.setattr("sirius_ext.evaluation.batched.embed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        batch.run([job] * 5, 2)
-    assert not ended
+        next(batch.decode(requests, 2))
+
+
+def test_a_prompt_without_the_prefix():
+    one = engine("llama")
+    batch = Batch(prepare(one.model), prompt(100)[0, :9])
+    for ids in (prompt(20), prompt(100)[:, :9], prompt(100)[:, :4]):
+        with pytest.raises(ValueError, match="^prompt: expected one that begins with the batch's 9 tokens and goes on"):
+            next(batch.decode([(0, *ask(one.requests, ids, SiriusConfig(), 8))], 2))
+
+
+def test_a_prompt_of_several_modes_is_read_once(monkeypatch):
+    """Whether they ask at the same time or later."""
+    one, modes = engine("llama"), [config_of(mode, SiriusConfig(period=4)) for mode in MODES]
+    read, batch = [], Batch(prepare(one.model), prompt(100)[0, :9])
+    rows = Batch._rows_of_prefill
+    monkeypatch.setattr(Batch, "_rows_of_prefill", lambda *arguments: read.append(arguments[2]) or rows(*arguments))
+    requests = [(i, *ask(one.requests, prompt(100), config, 8)) for i, config in enumerate(modes)]
+    found = {key: told(text) for key, text, _ in batch.decode(requests, 2)}
+    assert len(read) == 1
+    assert found == {i: decode(one, prompt(100), config, 8) for i, config in enumerate(modes)}

@@ -6,16 +6,19 @@ import contextlib
 import pytest
 import torch
 from backends import assert_same_bits, emulated
-from tiny import Tokens, decoder, prompt, seeded, tiny
+from tiny import decoder, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
-from sirius_ext.decoding import loop, reference
-from sirius_ext.decoding.sparsity import FSparse, Kind
+from sirius_ext.decoding import reference
+from sirius_ext.decoding.prefill import drive, read
+from sirius_ext.decoding.sequence import Request, start
+from sirius_ext.decoding.sparsity import FSparse
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import dispatch
 from sirius_ext.runtime import cuda
 from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Nodes
+from sirius_ext.runtime.passes import Kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,16 +114,15 @@ def test_thresholds(place):
     name, ids, config = "mistral", prompt(9), SiriusConfig(period=4, sparsity="fsparse")
     values = torch.tensor([0.3, 0.5])
     model, place_of = place.model(name), place.device
-    tokens = []
+    cache, tokens = model.new_cache(), []
     for sparsity in (FSparse(90, 0.5, values.to(place_of)), FSparse(90, 0.5, (values / 2).to(place_of))):
-        kind, neurons, thresholds, _ = model.take(sparsity)
+        kind, neurons, thresholds, _ = cache.take(sparsity)
         assert (kind, neurons) == (Kind.THRESHOLD, 0)
         tokens.append(thresholds)
     assert tokens[0] == tokens[1], "a graph would not see the new thresholds"
 
-    text = Tokens(16)
-    with torch.no_grad():
-        loop.generate(model, ids[0], config, text, loop.Options(thresholds=values))
+    text = start(model, Request(ids[0], config, 16, thresholds=values))
+    text.run()
     expected, _ = reference.generate(decoder(name), ids[0].tolist(), config, 16, [], thresholds=values.tolist())
     assert text.tokens == expected
 
@@ -137,7 +139,8 @@ def test_the_host_decides_the_same(place, monkeypatch, values):
         engine = Engine(tiny("mistral", torch.bfloat16).to(place.device))
         tokens, stats = decode(engine, ids, config, 16)
         texts[mode] = tokens, rows(stats.periods)
-        assert bool(prepare(engine.model)._periods) == (mode != "step")
+        (cache,) = prepare(engine.model).caches
+        assert bool(cache.periods) == (mode != "step")
     assert texts["off"] == texts["step"] == texts["period"]
 
 
@@ -155,18 +158,18 @@ def test_match_is_the_full_text_in_16_bits(place, dtype, period):
 def test_batch_invariance(place, dtype):
     """A node's logits are the same bits in a pass of its own and among sixteen."""
     model, m = place.model("llama3", dtype), 16
-    model.reserve(128, m)
-    with torch.no_grad():
-        model.prefill(prompt(20)[0])
-    model.base.fill_(20)
+    cache = model.new_cache()
+    model.reserve(cache, 128, m)
+    drive(model, cache, read(cache, prompt(20)[0]))
+    cache.base.fill_(20)
     integers = {"dtype": torch.int32, "device": place.device}
     mask = torch.tensor([[(1 << i + 1) - 1] for i in range(m)], device=place.device)
     tokens, offsets = torch.arange(3, 3 + m, **integers), torch.arange(m, **integers)
-    dense = model.take(None)
-    together = model.run(Nodes(tokens, offsets, mask, 0), dense).clone()
+    dense = cache.take(None)
+    together = model.run(cache, Nodes(tokens, offsets, mask, 0), dense).clone()
     for i in range(m):
         one = slice(i, i + 1)
-        assert_same_bits(model.run(Nodes(tokens[one], offsets[one], mask[one], i), dense), together[one])
+        assert_same_bits(model.run(cache, Nodes(tokens[one], offsets[one], mask[one], i), dense), together[one])
 
 
 def test_rules_of_the_host(place):
@@ -200,14 +203,14 @@ def test_ends(place):
 
 
 def test_a_new_prompt_needs_no_new_graph(place):
-    engine, config = place.engine("mistral"), SiriusConfig(period=3)
-    model = place.model("mistral")
+    engine, config = Engine(tiny("mistral").to(place.device)), SiriusConfig(period=3)
     decode(engine, prompt(40), config, 20)
-    model.reserve(200, 3)
-    graphs, cache = dict(model._periods), model.k_cache.data_ptr()
+    (cache,) = prepare(engine.model).caches
+    graphs, keys = dict(cache.periods), cache.k.data_ptr()
     for length in (3, 30, 17):
         decode(engine, prompt(length), config, 8)
-    assert model._periods == graphs and model.k_cache.data_ptr() == cache
+    assert list(prepare(engine.model).caches) == [cache]
+    assert cache.periods == graphs and cache.k.data_ptr() == keys
 
 
 def test_the_cache_doubles(place):
@@ -215,9 +218,12 @@ def test_the_cache_doubles(place):
     model = prepare(engine.model)
     config = SiriusConfig(period=3)
     short = decode(engine, prompt(5), config, 6)[0]
-    assert model.capacity == cuda.FIRST_CAPACITY
-    model.reserve(cuda.FIRST_CAPACITY + 1, 3)
-    assert model.capacity == 2 * cuda.FIRST_CAPACITY and not model._periods
+    (cache,) = model.caches
+    assert cache.capacity == cuda.FIRST_CAPACITY and cache.periods
+    held = cache.k[:, :, : len(cache.tokens)].clone()
+    model.reserve(cache, cuda.FIRST_CAPACITY + 1, 3)
+    assert cache.capacity == 2 * cuda.FIRST_CAPACITY and not cache.periods
+    assert torch.equal(cache.k[:, :, : len(cache.tokens)], held)
     assert decode(engine, prompt(5), config, 6)[0] == short
 
 
@@ -230,14 +236,24 @@ def test_errors(place, monkeypatch):
         Engine(tiny("mistral").to(place.device))
     monkeypatch.delenv("SIRIUS_GRAPHS")
 
-    def full(*_, **__):
+    empty = torch.empty
+
+    def full(*shape, **how):
+        if 0 in shape:
+            return empty(*shape, **how)
         raise torch.OutOfMemoryError("no memory")
 
     engine = Engine(tiny("mistral").to(place.device))
+    decode(engine, prompt(3), SiriusConfig(period=3), 5)
+    model = prepare(engine.model)
+    cache, (kept,) = model.new_cache(), model.caches
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", full)
         with pytest.raises(RuntimeError, match="^cuda: out of memory for a cache of .* lower max_new_tokens"):
-            prepare(engine.model).reserve(100, 3)
+            model.reserve(cache, 100, 3)
+    # The caches of other texts were given up before.
+    assert not len(model.caches) and not kept.tokens and not kept.nbytes
+    model.reserve(cache, 100, 3)
     assert decode(engine, prompt(3), SiriusConfig(period=3), 5)[0]
 
 

@@ -11,10 +11,11 @@ import transformers
 from tiny import Collector, prompt, tiny
 from torch import nn
 
-import sirius_ext.runtime.model
 from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach
-from sirius_ext.decoding import loop
+from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.engine import check_device
+from sirius_ext.models.weights import Weights
+from sirius_ext.runtime.model import Model
 
 MATCH = SiriusConfig(accept="match", period=4, density=0.5)
 FULL = SiriusConfig(mode="full")
@@ -215,17 +216,18 @@ def test_the_prompt_is_not_changed():
 def test_a_long_prompt_is_read_in_chunks(monkeypatch, length, config):
     """The text, and for the sparse model the neurons, are those of one pass."""
     expected = alone("llama3", config, length)
-    monkeypatch.setattr(sirius_ext.model, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr("sirius_ext.runtime.cache.PREFILL_CHUNK", 8)
     engine = Engine(tiny("llama3"), config)
     assert text(engine, length) == expected
 
 
 @torch.no_grad()
 def test_chunks_give_the_logits_of_transformers(monkeypatch):
-    monkeypatch.setattr(sirius_ext.model, "PREFILL_CHUNK", 8)
-    model = sirius_ext.runtime.model.Model(sirius_ext.runtime.model.Weights(tiny("qwen2")))
-    model.reserve(40, 1)
-    logits = model.prefill(prompt(37)[0])
+    monkeypatch.setattr("sirius_ext.runtime.cache.PREFILL_CHUNK", 8)
+    model = Model(Weights(tiny("qwen2")))
+    cache = model.new_cache()
+    model.reserve(cache, 40, 1)
+    logits = drive(model, cache, read(cache, prompt(37)[0]))
     torch.testing.assert_close(logits, tiny("qwen2")(prompt(37)).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -304,25 +306,6 @@ def test_generating_from_another_thread_in_the_middle_of_a_text():
     thread.join(timeout=30)
     assert out.sequences[0, 8:].tolist() == alone("llama3", THRESHOLD, 8)
     assert results == [alone("llama3", SPARSE, 33)]
-
-
-def test_two_calls_that_begin_together(monkeypatch):
-    """Of two threads, both may have prepared before either decodes. Here the second one decodes in the middle of the first."""
-    model = tiny("llama3")
-    first, second = Engine(model, THRESHOLD), Engine(model, SPARSE)
-    decode, results = loop.generate, []
-
-    def second_decodes_in_the_first(*args):
-        monkeypatch.setattr(loop, "generate", decode)
-        stats = []
-        streamer = Meanwhile(lambda: stats.append(decode(*args)))
-        out = first.generate(prompt(8), max_new_tokens=COUNT, streamer=streamer)
-        results.append(out.sequences[0, 8:].tolist())
-        return stats[0] if stats else decode(*args)
-
-    monkeypatch.setattr(loop, "generate", second_decodes_in_the_first)
-    results.append(text(second, 33))
-    assert results == [alone("llama3", THRESHOLD, 8), alone("llama3", SPARSE, 33)]
 
 
 def test_two_models_at_a_time():

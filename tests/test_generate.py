@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiny import NAMES, VOCAB, decoder, engine, full_text, prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.decoding import loop, reference
+from sirius_ext.decoding import reference
+from sirius_ext.decoding.sequence import Sequence
 from sirius_ext.decoding.sparsity import kept_neurons
 from sirius_ext.kernels import ops
 
@@ -193,27 +194,30 @@ def test_the_longest_period():
 
 @pytest.fixture
 def periods(monkeypatch):
-    """A list that fills with one record a period: the text before it, what S drafted, and the loop's state behind it."""
+    """A list that fills with one record a period: the text before it, what S drafted, and its state after it."""
     records = []
-    accept, run = ops.accept, loop._Decoding._period
+    accept, run = ops.accept, Sequence._period
 
     def watched_accept(logits, drafts, *args, **kwargs):
         records[-1]["drafts"] = drafts.tolist()
         return accept(logits, drafts, *args, **kwargs)
 
-    def watched_period(self, period):
-        records.append({"before": [*self.prompt.tolist(), *self.text.tokens]})
-        run(self, period)
-        after = [*self.prompt.tolist(), *self.text.tokens]
+    def watched_period(self, started):
+        prompt = self.request.prompt.tolist()
+        records.append({"before": [*prompt, *self.tokens]})
+        step = yield from run(self, started)
+        after = [*prompt, *self.tokens]
         cache = slice(0, len(after) - 1)  # x0 is not in it
+        assert self.cache.tokens == after[cache]
         records[-1] |= {
             "after": after,
-            "keys": self.model.k_cache[:, :, cache].clone(),
-            "values": self.model.v_cache[:, :, cache].clone(),
+            "keys": self.cache.k[:, :, cache].clone(),
+            "values": self.cache.v[:, :, cache].clone(),
         }
+        return step
 
     monkeypatch.setattr(ops, "accept", watched_accept)
-    monkeypatch.setattr(loop._Decoding, "_period", watched_period)
+    monkeypatch.setattr(Sequence, "_period", watched_period)
     return records
 
 

@@ -8,11 +8,13 @@ import re
 import pytest
 import torch
 from backends import assert_same_bits, call, emulated, poisoned, walled
-from tiny import Tokens, prompt, seeded, tiny
+from tiny import prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
-from sirius_ext.decoding import loop
+from sirius_ext.decoding import sequence
+from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.reading import ROWS, Reader
+from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import CSparse, FSparse, sparsity_of
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation import batched
@@ -20,6 +22,7 @@ from sirius_ext.evaluation.batched import Batch
 from sirius_ext.kernels import reference
 from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Nodes
+from sirius_ext.runtime.passes import Fault
 
 FAULTS = [math.nan, -math.nan, math.inf, -math.inf]
 VOCABS = [1, 2, 31, 64, 1134, 9001]
@@ -255,20 +258,21 @@ def test_a_token_that_is_none_is_embedded_somehow(place, rows):
         transformer = tiny("mistral").to(where)
         model = prepare(transformer)
         assert isinstance(model, CudaModel)
-        model.reserve(64, rows)
-        model.prefill(prompt(9)[0])
-        model.base.fill_(9)
+        cache = model.new_cache()
+        model.reserve(cache, 64, rows)
+        drive(model, cache, read(cache, prompt(9)[0]))
+        cache.base.fill_(9)
         integers = {"dtype": torch.int32, "device": where}
         mask = torch.tensor([[1 << row] for row in range(rows)], device=where)
         tokens = torch.full((rows,), -1, **integers)
         nodes = Nodes(tokens, torch.zeros(rows, **integers), mask, 0)
         best = torch.empty(rows, **integers)
-        logits = model.run(nodes, model.take(None), argmax=best).clone()
+        logits = model.run(cache, nodes, cache.take(None), argmax=best).clone()
         assert best.tolist() == reference.argmax(logits.cpu()).tolist()
         tokens.zero_()
-        assert_same_bits(logits, model.run(nodes, model.take(None)))
+        assert_same_bits(logits, model.run(cache, nodes, cache.take(None)))
         transformer.lm_head.weight[7] = math.nan
-        model.run(nodes, model.take(None), argmax=best)
+        model.run(cache, nodes, cache.take(None), argmax=best)
         assert best.tolist() == [-1] * rows
 
 
@@ -300,6 +304,19 @@ MESSAGE = re.compile(
 )
 
 
+class Tokens:
+    """The tokens of a text with a limit, as they are committed: a streamer."""
+
+    def __init__(self, limit):
+        self.limit, self.tokens = limit, []
+
+    def put(self, value):
+        self.tokens += value.tolist()
+
+    def end(self):
+        assert len(self.tokens) == self.limit
+
+
 class Changing(Tokens):
     """A text that changes the model once so many tokens are committed."""
 
@@ -307,12 +324,11 @@ class Changing(Tokens):
         super().__init__(limit)
         self._count, self._change = count, change
 
-    def commit(self, tokens):
-        taken = super().commit(tokens)
+    def put(self, value):
+        super().put(value)
         if self._change is not None and len(self.tokens) >= self._count:
             self._change()
             self._change = None
-        return taken
 
 
 @torch.no_grad()
@@ -320,15 +336,21 @@ def decode(transformer, values, text, process=None):
     """Fills the text; returns what the error says, if there is one: position, new tokens, pass, origin."""
     config, model = SiriusConfig(**{"density": 0.4, "threshold": 0.05, **values}), prepare(transformer)
     sample = config.accept == "sample"
-    options = loop.Options(process=process, sample=sample, generator=seeded(5) if sample else None)
+    generator = seeded(5) if sample else None
+    request = Request(IDS, config, text.limit, process=process, sample=sample, generator=generator, streamer=text)
     try:
-        loop.generate(model, IDS, config, text, options)
+        start(model, request).run()
     except ValueError as error:
         assert not model.lock.locked()
         position, before, new, reader, origin = MESSAGE.match(str(error)).groups()
         assert int(before) == len(IDS) and int(position) == int(before) + int(new)
         return int(position), int(new), reader, origin
     return None
+
+
+def periods_of(model):
+    """The graphs of whole periods over its caches."""
+    return [period for cache in model.caches for period in getattr(cache, "periods", {}).values()]
 
 
 @functools.cache
@@ -371,7 +393,7 @@ def test_a_token_whose_embedding_is_nan(place, values):
         again = Tokens(COUNT)
         assert decode(transformer, values, again) is None and again.tokens == good
         # The mark in device memory is not that of the text before, which would leave all periods to the host.
-        assert not any(period.record.fault for period in getattr(prepare(transformer), "_periods", {}).values())
+        assert not any(period.record.fault for period in periods_of(prepare(transformer)))
 
 
 @pytest.mark.parametrize("place", CUDA_PLACES)
@@ -479,7 +501,7 @@ def test_a_weight_that_breaks_on_the_way(place, values, part, fault):
 def test_which_model_met_it(place, width, kept, reader, monkeypatch):
     """A neuron that S keeps breaks its drafts; one that it leaves out is met by F."""
     made = []
-    monkeypatch.setattr(loop, "sparsity_of", lambda *arguments: made.append(sparsity_of(*arguments)) or made[-1])
+    monkeypatch.setattr(sequence, "sparsity_of", lambda *arguments: made.append(sparsity_of(*arguments)) or made[-1])
     with at(place) as where:
         transformer = tiny(NAME).to(where)
 
@@ -539,10 +561,16 @@ def test_processors(place, values):
 
 def test_what_is_read_again_as_the_sparse_model():
     model = prepare(tiny(NAME))
-    model.reserve(20, 1)
+    cache = model.new_cache()
+    model.reserve(cache, 20, 1)
+
+    def fault(sparsity=None):
+        return model.fault(cache, Fault(part, len(IDS), sparsity))
+
     with torch.no_grad():
         for sparsity in (CSparse(LAYERS, model.weights.intermediate, 0.3), FSparse(model.weights.intermediate, 0.3)):
-            model.prefill(IDS, sparsity)
+            cache.rewind(0)
+            drive(model, cache, read(cache, IDS, sparsity))
             part = torch.tensor([3, 4])
             kept = sparsity.neurons[1].tolist() if isinstance(sparsity, CSparse) else []
             neuron = next(i for i in range(model.weights.intermediate) if i not in kept)
@@ -550,29 +578,24 @@ def test_what_is_read_again_as_the_sparse_model():
             before = up.clone()
             if kept:
                 up[neuron] = math.nan
-                assert model.fault(part, len(IDS), sparsity) is None
+                assert fault(sparsity) is None
                 up[kept[0]] = math.nan
             else:
-                assert model.fault(part, len(IDS), sparsity) is None
+                assert fault(sparsity) is None
                 up.fill_(math.nan)
-            assert model.fault(part, len(IDS), sparsity) == model.fault(part, len(IDS)) == f"layer 1 of {LAYERS}"
+            assert fault(sparsity) == fault() == f"layer 1 of {LAYERS}"
             up.copy_(before)
         never = FSparse(model.weights.intermediate, 0.3, torch.full((LAYERS,), 1e9))
-        assert model.fault(part, len(IDS), never) is None
+        assert fault(never) is None
 
 
 def test_what_cannot_be_repeated():
     """Read again, all is well: the error says that it does not know."""
     with torch.no_grad():
         transformer = tiny(NAME)
-        model, reads = prepare(transformer), []
+        model = prepare(transformer)
         prefill = model.prefill
-
-        def once(*arguments):
-            reads.append(prefill(*arguments))
-            return torch.full_like(reads[-1], math.nan)
-
-        model.prefill = once
+        model.prefill = lambda *arguments: torch.full_like(prefill(*arguments), math.nan)
         assert decode(transformer, {}, Tokens(3)) == (len(IDS), 0, "the prefill (full model)", None)
 
 
@@ -583,11 +606,13 @@ def test_long_prompts():
         model, ids = prepare(transformer), torch.cat((prompt(600)[0], IDS))
         ids[ids == 3] = 4
         ids[100] = 3
-        model.reserve(700, 1)
-        assert model.fault(ids, 0) is None
+        cache = model.new_cache()
+        model.reserve(cache, 700, 1)
+        assert model.fault(cache, Fault(ids, 0)) is None
         transformer.model.embed_tokens.weight[3] = math.nan
-        assert not model.prefill(ids).isfinite().any()
-        assert model.fault(ids, 0) == "the embedding of token 3"
+        with pytest.raises(ValueError, match="the embedding of token 3"):
+            drive(model, cache, read(cache, ids))
+        assert model.fault(cache, Fault(ids, 0)) == "the embedding of token 3"
 
 
 def test_what_nobody_reads():
@@ -602,9 +627,10 @@ def test_what_nobody_reads():
         return out
 
     model._mlp = overflow
-    model.reserve(700, 1)
+    cache = model.new_cache()
+    model.reserve(cache, 700, 1)
     with torch.no_grad():
-        assert model.prefill(ids).isfinite().all() and model.fault(ids, 0) is None
+        assert drive(model, cache, read(cache, ids)).isfinite().all() and model.fault(cache, Fault(ids, 0)) is None
 
 
 # ------------------------------------------------------------------------------------------------------- reading, many texts
@@ -616,7 +642,7 @@ def test_reader(place, values):
     with at(place) as where, torch.no_grad():
         transformer = tiny(NAME).to(where)
         weights = prepare(transformer).weights
-        reader = Reader(weights, 60)
+        reader = Reader(prepare(transformer), 60)
         sparsity = None if values is None else sparsity_of(SiriusConfig(**values), weights)
         text = torch.arange(30, 30 + 2 * ROWS, dtype=torch.int32)
         transformer.model.embed_tokens.weight[50] = math.nan
@@ -645,11 +671,21 @@ def test_side_by_side(prefix):
     prompts = [torch.cat((prompt(50)[:, :prefix], prompt(length)), 1) for length in (7, 12, 3, 21, 33, 9)]
     configs = [SiriusConfig(mode="full"), SiriusConfig(period=4), SiriusConfig(period=4, tree_width=3, sparsity="fsparse")]
 
-    def result(ids, config, passes=None):
+    def request(ids, config):
+        return engine.requests(ids, config=config, max_new_tokens=16)[0]
+
+    def result(ids, config):
         try:
-            return engine.generate(ids, config=config, max_new_tokens=16, passes=passes).sequences[0].tolist()
+            return engine.generate(ids, config=config, max_new_tokens=16).sequences[0].tolist()
         except ValueError as error:
             return str(error)
+
+    def together(asked, live):
+        batch = Batch(prepare(transformer), prompts[0][0, :prefix])
+        found = {}
+        for key, text, error in batch.decode([(each, request(*each[1:])) for each in asked], live):
+            found[key[0]] = str(error) if error else [*text.request.prompt.tolist(), *text.tokens]
+        return found
 
     first = result(prompts[0], configs[0])[prompts[0].shape[1] :]
     token = next(token for token in first[3:] if all(token not in ids for ids in prompts))
@@ -659,27 +695,13 @@ def test_side_by_side(prefix):
     assert any(isinstance(each, str) for row in alone for each in row) and any(
         isinstance(each, list) for row in alone for each in row
     )
-    found = {}
-
-    def job(index, seat):
-        for number, config in enumerate(configs):
-            with seat:
-                found[index, number] = result(prompts[index], config, seat)
-
-    batch = Batch(prepare(transformer).weights, prompts[0][0, :prefix])
-    batch.run([functools.partial(job, index) for index in range(len(prompts))], 3)
+    asked = [((i, j), prompts[i], config) for i in range(len(prompts)) for j, config in enumerate(configs)]
+    found = together(asked, 3)
     assert [[found[i, j] for j in range(len(configs))] for i in range(len(prompts))] == alone
     # a prompt's fault, also when its prefill is not done again
     bad = torch.cat((prompts[0], torch.tensor([[token, 1]])), 1)
-    seen = []
-
-    def read(seat):
-        for _ in "ab":
-            with seat:
-                seen.append(result(bad, configs[1], seat))
-
-    Batch(prepare(transformer).weights, prompts[0][0, :prefix]).run([read], 1)
-    assert seen == [result(bad, configs[1])] * 2 and "the prefill" in seen[0]
+    seen = together([(number, bad, configs[1]) for number in range(2)], 1)
+    assert list(seen.values()) == [result(bad, configs[1])] * 2 and "the prefill" in seen[0]
 
 
 @pytest.mark.parametrize("part", ["q", "k"])
@@ -696,10 +718,7 @@ def test_side_by_side_nothing_is_hidden(dtype, part, layer, monkeypatch):
     engine, ids = Engine(transformer), IDS[None]
     message = f"in the prefill .full model.; .* come from layer {layer} of {LAYERS}"
     with pytest.raises(ValueError, match=f"^model: .* position 4 .4 of the prompt .* {message}"):
-        Batch(prepare(transformer).weights, IDS[:4])
-
-    def job(seat):
-        with seat, pytest.raises(ValueError, match=f"^model: .* position 7 .7 of the prompt .* {message}"):
-            engine.generate(ids, max_new_tokens=3, passes=seat)
-
-    Batch(prepare(transformer).weights, IDS[:0]).run([job], 1)
+        Batch(prepare(transformer), IDS[:4])
+    ((_, _, error),) = Batch(prepare(transformer), IDS[:0]).decode([(0, engine.requests(ids, max_new_tokens=3)[0])], 1)
+    with pytest.raises(ValueError, match=f"^model: .* position 7 .7 of the prompt .* {message}"):
+        raise error

@@ -18,7 +18,7 @@ def test_full(name):
     text = prompt(LONG + 7)
     with torch.no_grad():
         logits = model(text).logits[0]
-    reader = Reader(prepare(model).weights, LONG + 7)
+    reader = Reader(prepare(model), LONG + 7)
     reader.prefill(text[0, :7])
     scores, likeliest = reader.score(text[0, 7:].int(), temperature=0.6)
     expected = torch.log_softmax(logits / 0.6, -1)[6:-1].gather(-1, text[0, 7:, None])[:, 0]
@@ -35,7 +35,7 @@ def test_what_a_model_decodes_is_what_it_finds_likeliest(mode, sparsity):
     asked = prompt(9)
     text = Engine(model, config).generate(asked, max_new_tokens=LONG, do_sample=False).sequences[0, 9:].int()
     weights = prepare(model).weights
-    reader = Reader(weights, 9 + LONG)
+    reader = Reader(prepare(model), 9 + LONG)
     for _ in range(2):
         reader.prefill(asked[0], sparsity_of(config, weights) if mode == "sparse" else None)
         assert torch.equal(reader.score(text)[1], text.long())
@@ -43,7 +43,7 @@ def test_what_a_model_decodes_is_what_it_finds_likeliest(mode, sparsity):
 
 def test_back_to():
     model = tiny()
-    reader = Reader(prepare(model).weights, 40)
+    reader = Reader(prepare(model), 40)
     reader.prefill(prompt(8)[0])
     tokens = prompt(12)[0].int()
     behind, (scores, _) = [reader.next], reader.score(tokens)

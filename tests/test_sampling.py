@@ -7,12 +7,14 @@ import itertools
 import pytest
 import torch
 import transformers
-from tiny import NAMES, PLAIN, Collector, Tokens, by_engine, engine, every_way, prompt, seeded, tiny
+from tiny import NAMES, PLAIN, Collector, by_engine, engine, every_way, prompt, seeded, tiny
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sirius_ext import SiriusConfig
-from sirius_ext.decoding import loop, sampling
-from sirius_ext.engine import _Processor, prepare
+from sirius_ext.decoding import sampling
+from sirius_ext.decoding.sequence import Request, start
+from sirius_ext.engine import prepare
+from sirius_ext.generation.resolve import _Processor
 
 SAMPLE = SiriusConfig(accept="sample", period=5, density=0.4)
 TREE = SiriusConfig(accept="sample", period=5, density=0.4, tree_width=3)
@@ -73,10 +75,10 @@ def drawn(config, warpers, runs=RUNS, seed=0):
     generator, counts, periods = seeded(seed), torch.zeros(VOCAB**DEPTH, dtype=torch.int64), []
     warp = LogitsProcessorList(WARPERS[warpers])
     process = (lambda ids, logits: warp(ids[None], logits[None].clone())[0]) if warp else None
-    options = loop.Options(process, sample=True, generator=generator)
+    request = Request(START, config, DEPTH + 1, process=process, sample=True, generator=generator)
     for _ in range(runs):
-        text = Tokens(DEPTH + 1)
-        periods += loop.generate(small_model(), START, config, text, options).periods
+        text = start(small_model(), request)
+        periods += text.run().periods
         counts[functools.reduce(lambda index, token: VOCAB * index + token, text.tokens[:DEPTH], 0)] += 1
     return counts, periods
 

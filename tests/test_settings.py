@@ -11,7 +11,7 @@ from torch import nn
 
 import sirius_ext
 from sirius_ext import Engine, SiriusConfig, attach
-from sirius_ext.integrations.settings import IDLE, KNOWN, ONLY, USED
+from sirius_ext.generation.settings import IDLE, KNOWN, ONLY, USED
 
 MATCH = SiriusConfig(accept="match", period=4)
 IDS = prompt(8)
@@ -28,7 +28,7 @@ def model():
 
 
 def test_all_that_transformers_takes_is_known():
-    """If this fails, transformers has a new argument or setting. Until it is named in integrations/settings.py a call with it
+    """If this fails, transformers has a new argument or setting. Until it is named in generation/settings.py a call with it
     is refused. Read what it does, then name it there: in USED if its effect comes through logits processors or stopping criteria,
     in IDLE if no text decoded here can depend on it, in ONLY if it is to be refused; and add a case to test_hf.py."""
     arguments = inspect.signature(transformers.GenerationMixin.generate).parameters.keys() - {"self", "kwargs"}

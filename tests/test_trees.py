@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import NAMES, PLAIN, Tokens, decoder, engine, full_text, prompt, seeded, tiny
+from tiny import NAMES, PLAIN, decoder, engine, full_text, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.decoding import calibrate, loop, reference
+from sirius_ext.decoding import calibrate, reference
+from sirius_ext.decoding.prefill import drive, read
+from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import CSparse, FSparse
 from sirius_ext.engine import prepare
+from sirius_ext.runtime.passes import Pass
 
 WIDTHS, PERIODS = (1, 2, 3, 4, 8, 16), (1, 2, 5, 16)
 SPARSITIES, ACCEPT = ("csparse", "fsparse"), ("threshold", "match", "sample")
@@ -268,36 +271,26 @@ def test_the_tree_saves_what_the_chain_loses():
     assert tokens == full_text(small, ids, 41) and len(stats.branches) > 1
 
 
-class Watched(Tokens):
-    """Compares the cache with a fresh prefill whenever tokens are committed: all of them but the last are in it."""
-
-    def __init__(self, limit, model, plain, ids):
-        super().__init__(limit)
-        self.model, self.plain, self.ids, self.periods = model, plain, ids, 0
-
-    @torch.no_grad()
-    def commit(self, tokens):
-        taken = super().commit(tokens)
-        known = [*self.ids, *self.tokens[:-1]]
-        layers = self.plain(torch.tensor([known])).past_key_values.layers
-        for cache, part in ((self.model.k_cache, "keys"), (self.model.v_cache, "values")):
-            fresh = torch.cat([getattr(layer, part) for layer in layers])
-            torch.testing.assert_close(cache[:, :, : len(known)], fresh, rtol=1e-4, atol=1e-4)
-        self.periods += len(tokens) > 1
-        return taken
-
-
 @pytest.mark.parametrize("accept", ACCEPT)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_the_cache_is_that_of_a_fresh_prefill(name, sparsity, accept):
-    model, ids = prepare(engine(name).model), prompt(9)[0]
+    """Whenever tokens are committed: all of them but the last are in it."""
+    plain, ids = tiny(name), prompt(9)[0]
     config = SiriusConfig(accept=accept, sparsity=sparsity, tree_width=4, period=6, density=0.1, threshold=0.05)
-    text = Watched(40, model, tiny(name), ids.tolist())
-    stats = loop.generate(model, ids, config, text, loop.Options(sample=accept == "sample", generator=seeded(0)))
-    assert len(text.tokens) == 40 and text.periods >= 4
-    assert any((period.branch or 0) > 0 for period in stats.periods), "nothing was moved"
+    text = start(prepare(engine(name).model), Request(ids, config, 40, sample=accept == "sample", generator=seeded(0)))
+    periods = 0
+    while not text.ended:
+        periods += len(text.step().tokens) > 1
+        known = [*ids.tolist(), *text.tokens[:-1]]
+        assert text.cache.tokens == known
+        layers = plain(torch.tensor([known])).past_key_values.layers
+        for cache, part in ((text.cache.k, "keys"), (text.cache.v, "values")):
+            fresh = torch.cat([getattr(layer, part) for layer in layers])
+            torch.testing.assert_close(cache[:, :, : len(known)], fresh, rtol=1e-4, atol=1e-4)
+    assert len(text.tokens) == 40 and periods >= 4
+    assert any((period.branch or 0) > 0 for period in text.stats.periods), "nothing was moved"
 
 
 # ------------------------------------------------------------------------------------------------------- density 1 is the model
@@ -309,13 +302,13 @@ def test_the_cache_is_that_of_a_fresh_prefill(name, sparsity, accept):
 def test_all_neurons_are_the_full_model_bit_for_bit(isa, name, dtype):
     model = prepare(engine(name, dtype).model)
     layers, neurons = len(model.weights.layers), model.weights.intermediate
-    model.reserve(20, 1)
-    sparse = CSparse(layers, neurons, 1)
-    model.prefill(prompt(11)[0], sparse)
+    cache, sparse = model.new_cache(), CSparse(layers, neurons, 1)
+    model.reserve(cache, 20, 1)
+    drive(model, cache, read(cache, prompt(11)[0], sparse))
     arguments = (torch.tensor([5], dtype=torch.int32), torch.tensor([11], dtype=torch.int32), torch.tensor([[1]]), 11, 11)
-    full = model.step(*arguments)[0].clone()
+    full = model.step(cache, Pass(*arguments))[0].clone()
     for each in (sparse, FSparse(neurons, 1), FSparse(neurons, 1, torch.zeros(layers))):
-        torch.testing.assert_close(model.step(*arguments, each)[0], full, **EXACT)
+        torch.testing.assert_close(model.step(cache, Pass(*arguments, each))[0], full, **EXACT)
     config = SiriusConfig(accept="match", sparsity="fsparse", density=1, period=6)
     tokens, stats = decode(engine(name, dtype), prompt(11), config, 40)
     assert tokens == full_text(engine(name, dtype), prompt(11), 40)

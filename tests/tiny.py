@@ -183,20 +183,6 @@ def by_engine(model, config, ids=None, **settings):
 every_way = pytest.mark.parametrize("way", [by_call, by_attach, by_engine], ids=lambda way: way.__name__)
 
 
-class Tokens:
-    """A text as `correction.generate` wants one, that only counts: what is committed, up to a limit."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.ended = limit, False
-        self.tokens: list[int] = []
-
-    def commit(self, tokens: list[int]) -> int:
-        taken = tokens[: self.limit - len(self.tokens)]
-        self.tokens += taken
-        self.ended = len(self.tokens) == self.limit
-        return len(taken)
-
-
 class Collector:
     """A streamer that keeps what it gets: the prompt, then the tokens of each `put`."""
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from ..errors import reason
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
@@ -61,14 +63,6 @@ def reads(parse: Callable) -> Callable:
             raise argparse.ArgumentTypeError(reason(error)) from error
 
     return read
-
-
-def reason(error: BaseException) -> str:
-    """An exception's whole message on one line, but for one of many lines, which would be no easier to read."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (" " if len(lines) <= 6 else "\n").join(lines) or type(error).__name__
 
 
 def _number(text: str, kind: type, what: str):

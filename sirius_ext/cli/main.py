@@ -18,11 +18,11 @@ from .. import __version__
 from ..config import SPARSITIES, SiriusConfig
 from ..decoding.calibrate import calibrate, check_density
 from ..decoding.stats import CostlyDrafts, Stats
-from ..engine import GREEDY, encode, prepare
-from ..evaluation import commands as evaluation_commands
+from ..engine import GREEDY, encode, engine_of, prepare
+from ..errors import reason
 from ..kernels import ops
 from ..kernels.dispatch import has_cuda_kernels
-from . import demo, interrupts
+from . import demo, evaluation, interrupts
 from .arguments import (
     Parser,
     as_option,
@@ -35,9 +35,8 @@ from .arguments import (
     output_file,
     output_text,
     period,
-    reason,
 )
-from .options import DEFAULTS, add_command, add_decoding_options, add_setting, check_used, decoding_config, engine_of, used_by
+from .options import DEFAULTS, add_command, add_decoding_options, add_setting, check_used, decoding_config, used_by
 from .streamer import KeepingStreamer
 from .terminal import BROKEN_PIPE, Console, drop_output, flushed
 
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             arguments = sys.argv[1:] if arguments is None else arguments
             check_text(arguments)
             if arguments[:1] == ["lm_eval"]:
-                return evaluation_commands.lm_eval(arguments[1:])
+                return evaluation.lm_eval(arguments[1:])
             options = parser.parse_args(arguments)
             parser = options.parser
             return options.command(options)
@@ -123,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibration.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the thresholds")
 
-    evaluation_commands.add(commands)
+    evaluation.add(commands)
 
     show = add_command(commands, "demo", _demo, "transformers, Full, CSparse and Sirius side by side")
     show.add_argument("--density", type=number, default=demo.DENSITY, help="fraction of MLP neurons kept (default: %(default)s)")

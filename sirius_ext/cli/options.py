@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Container
-
-import torch
 
 from ..config import ACCEPT_RULES, SiriusConfig
 from ..decoding.calibrate import read_thresholds
-from ..engine import Engine
+from ..engine import check_threads
 from ..models.hub import DEFAULT_MODEL, parse_dtype
 from .arguments import input_file, integer, number, period, reads
 
 DEFAULTS = SiriusConfig()
-THREADS_PER_CPU = 4  # at most: more of them only wait for each other
 FIELDS = ("sparsity", "follow", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold")
 
 
@@ -89,25 +85,6 @@ def check_used(options: argparse.Namespace, used: Container[str], by: str) -> No
     for name in FIELDS:
         if hasattr(options, name) and name not in used:
             raise ValueError(f"{name}: {by} does not use it")
-
-
-def engine_of(options, config: SiriusConfig) -> Engine:
-    """options: anything with what `add_command` adds: model, device, dtype and threads."""
-    if options.threads is not None:
-        torch.set_num_threads(check_threads(options.threads))
-    return Engine.from_pretrained(options.model, config, options.device, parse_dtype(options.dtype))
-
-
-def most_threads() -> int:
-    return THREADS_PER_CPU * (os.cpu_count() or 1)
-
-
-def check_threads(count: int) -> int:
-    """The same count. ValueError for one that this machine cannot serve."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most_threads():
-        expected = f"1 to {most_threads()} ({THREADS_PER_CPU} for each CPU)"
-        raise ValueError(f"threads: expected {expected}, got {count!r}")
-    return count
 
 
 @reads

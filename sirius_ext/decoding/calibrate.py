@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 
 from ..models.weights import Weights
-from ..runtime.model import PREFILL_CHUNK, Model
+from ..runtime.cache import chunks
+from ..runtime.model import Model
+from ..runtime.passes import Prefill
 
 FORMAT = "sirius_ext thresholds 1"
 HELD_BACK = 0.2  # of the text: what the thresholds are tried on
 LEAST_TOKENS = 64
+STRETCH = 512  # tokens that are read after each other as one text
 _BITS = 15  # of a float32 dropped: 65536 bins, each 1/256 of its values wide
 
 
@@ -53,13 +56,14 @@ def calibrate(model: Model, tokens: torch.Tensor, density: float, progress: Call
     if len(tokens) < LEAST_TOKENS:
         raise ValueError(f"text: expected at least {LEAST_TOKENS} tokens, got {len(tokens)}")
     held_back = max(1, int(HELD_BACK * len(tokens)))
-    length = min(PREFILL_CHUNK, w.context)
-    model.reserve(length, 1)
+    length, cache = min(STRETCH, w.context), model.new_cache()
+    model.reserve(cache, length, 1)
     read, found = 0, []
     for part in tokens.split([len(tokens) - held_back, held_back]):
         observer = _Histograms(len(w.layers))
         for stretch in part.split(length):
-            model.prefill(stretch, observer)
+            for start, stop in chunks(0, len(stretch)):
+                model.prefill(cache, Prefill(stretch, start, stop, observer))
             read += len(stretch)
             if progress is not None:
                 progress(read)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import weakref
 
 from ..config import MAX_AUTO_PERIOD
+from ..runtime.model import Model
 
 FIRST_ALPHA = 0.9  # acceptance assumed before anything is known
 _PRIOR = 4.0  # drafts that an assumption counts for
@@ -18,8 +20,7 @@ _PROBE = 32, 512  # tokens by F alone before drafting is tried again: at first, 
 
 
 class Costs:
-    """What a pass of F costs in passes of S, by its rows: a straight line through recent passes, by least squares. Kept with the
-    model, so that a second text knows.
+    """What a pass of F costs in passes of S, by its rows: a straight line through recent passes, by least squares.
 
     Ratios and not seconds: both are bound by the memory, whose speed other programs change all the time; only passes that ran one
     after the other can be compared.
@@ -42,6 +43,25 @@ class Costs:
             n, x, y, xx, xy = n + 0.5, x + at / 2, y + value / 2, xx + at * at / 2, xy + at * value / 2
         slope = max(0.0, (n * xy - x * y) / (n * xx - x * x))
         return max(0.1, y / n + slope * (rows - x / n))
+
+
+class Learned:
+    """What the texts of a model have shown, for those to come.
+
+    alphas: how often S was right in the last text, by what it was and who judged.
+    """
+
+    def __init__(self) -> None:
+        self.costs = Costs()
+        self.alphas: dict[object, float] = {}
+
+
+_learned: weakref.WeakKeyDictionary[Model, Learned] = weakref.WeakKeyDictionary()
+
+
+def learned(model: Model) -> Learned:
+    """It lives as long as the model does."""
+    return _learned.setdefault(model, Learned())
 
 
 @dataclasses.dataclass

@@ -7,15 +7,33 @@ from collections.abc import Iterator
 import torch
 
 from ..config import SiriusConfig
-from ..runtime.cuda import CudaModel
-from ..runtime.graphs import Nodes, Record, Replay, profiled
+from ..runtime.cache import Cache
+from ..runtime.cuda import Arguments, CudaCache, CudaModel
+from ..runtime.graphs import Nodes, Replay, profiled
+from ..runtime.model import Model
 from .sampling import PRUNE
+from .sparsity import DECAY, CSparse, FSparse
 from .stats import Period
+
+
+class Record:
+    """What the host learns of a period: views of one int32 array, so that one copy brings all of it.
+
+    accepted, limit: [1], the accepted run and the longest that there could be. fault: [1], not 0 once logits of S or F were not
+    finite; the rest then says nothing. counts: [depth], nodes of each depth that were drafted. path: [depth + 1], the accepted
+    nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32 [nodes - 1].
+    """
+
+    def __init__(self, depth: int, nodes: int, device: torch.device) -> None:
+        sizes = (1, 1, 1, depth, depth + 1, nodes, nodes - 1)
+        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.accepted, self.limit, self.fault, self.counts, self.path, self.tokens, likelihoods = self.memory.split(sizes)
+        self.likelihoods = likelihoods.view(torch.float32)
 
 
 class PeriodGraph:
     """SPEC section 3, steps 2 to 5, and section 4, without the host: the tree, the length of the text and what is left of it
-    stand in device memory.
+    stand in device memory. It is for the one cache.
 
     Node 0 is x0; the nodes of depth d are 1 + (d - 1) * width ... Every depth has all its places; one that stays empty has a
     score of -inf, and counts for nothing.
@@ -24,21 +42,21 @@ class PeriodGraph:
     def __init__(
         self,
         model: CudaModel,
+        cache: CudaCache,
         config: SiriusConfig,
         depth: int,
-        draft: tuple[int, ...],
-        judge: tuple[int, ...],
+        draft: Arguments,
+        judge: Arguments,
         follows: bool,
     ) -> None:
-        self._model, self._config, self.depth = model, config, depth
+        self._model, self._cache, self._config, self.depth = model, cache, config, depth
         self._prune = PRUNE if config.prune else 1.0
         self._draft_by, self._judge_by, self._follows = draft, judge, follows
         self.width = config.tree_width if depth else 1
         nodes, device = 1 + depth * self.width, model.device
         self.record = Record(depth, nodes, device)
-        integers = {"dtype": torch.int32, "device": device}
-        # Positions behind the root's. A chain's shape never changes; a tree's grows with every depth.
-        places = torch.arange(nodes, **integers)
+        # Positions, counted from the root's. A chain's shape never changes; a tree's grows with every depth.
+        places = torch.arange(nodes, dtype=torch.int32, device=device)
         self._offsets = (places + self.width - 1) // self.width
         self._parents = places - 1
         words = -(-nodes // 64)
@@ -48,12 +66,12 @@ class PeriodGraph:
                 self._mask[node, ancestor // 64] |= _bit(ancestor % 64)
         self._mask = self._mask.to(device)
         self._scores = torch.zeros(nodes, device=device)
-        self._rows = torch.zeros(self.width, **integers)
-        self._argmax = torch.zeros(nodes, **integers)
-        self._remaining, self._limit, self._root, self._kept = (torch.zeros(1, **integers) for _ in range(4))
-        self._state = (self.record.tokens, self.record.fault, model.base, self._remaining, self._limit)
+        self._rows = torch.zeros_like(places[: self.width])
+        self._argmax = torch.zeros_like(places)
+        self._remaining, self._limit, self._root, self._kept = (torch.zeros_like(places[:1]) for _ in range(4))
+        self._state: tuple[torch.Tensor, ...] = (self.record.tokens, self.record.fault, cache.base, self._remaining, self._limit)
         if follows:
-            self._state += model.following(draft[-1])
+            self._state += cache.followed(draft[-1])
         self._replay = Replay(
             self._launch, device, model.graph_mode == "period", f"a period of {depth + 1} and width {self.width}", self._state
         )
@@ -65,7 +83,7 @@ class PeriodGraph:
         """A text whose last committed token, x0, will stand at slot `length`, and that may take so many more tokens."""
         self.record.tokens[:1].fill_(token)
         self.record.fault.zero_()
-        self._model.base.fill_(length)
+        self._cache.base.fill_(length)
         self._remaining.fill_(remaining)
         self._limit.fill_(max(0, min(self.depth, remaining - 1)))
 
@@ -94,7 +112,8 @@ class PeriodGraph:
         return Period(drafted, sum(counts[:drafted]), accepted, branch, len(tokens), depth < self.depth, likelihoods), tokens
 
     def _start(self, copy: torch.Tensor) -> torch.cuda.Event | None:
-        self._replay()
+        with self._model.lock:
+            self._replay()
         copy.copy_(self.record.memory, non_blocking=True)
         if self._model.device.type != "cuda":
             return None
@@ -107,7 +126,7 @@ class PeriodGraph:
             for depth in range(self.depth):
                 self._draft(depth)
         with profiled(self._model.device, "verify"):
-            logits = self._model.run(self._nodes(0, len(self.record.tokens)), self._judge_by, keep_z=self._follows)
+            logits = self._model.run(self._cache, self._nodes(0, len(self.record.tokens)), self._judge_by, keep_z=self._follows)
         with profiled(self._model.device, "accept"):
             self._accept(logits)
         with profiled(self._model.device, "interleave"):
@@ -117,15 +136,15 @@ class PeriodGraph:
         return Nodes(self.record.tokens[start:stop], self._offsets[start:stop], self._mask[start:stop], start)
 
     def _draft(self, depth: int) -> None:
-        """The leaves at `depth` through S, and the nodes behind them."""
-        model, width, record = self._model, self.width, self.record
+        """The leaves at `depth` through S, and their children."""
+        model, cache, width, record = self._model, self._cache, self.width, self.record
         start = 1 + (depth - 1) * width if depth else 0
         stop = new = 1 + depth * width
         nodes = self._nodes(start, stop)
         if width == 1:
-            model.run(nodes, self._draft_by, argmax=record.tokens[new : new + 1])
+            model.run(cache, nodes, self._draft_by, argmax=record.tokens[new : new + 1])
             return
-        logits = model.run(nodes, self._draft_by, alive=record.counts[depth - 1 : depth] if depth else None)
+        logits = model.run(cache, nodes, self._draft_by, alive=record.counts[depth - 1 : depth] if depth else None)
         grown = slice(new, new + width)
         model.launch(
             "tree_expand",
@@ -178,14 +197,14 @@ class PeriodGraph:
     def _interleave(self) -> None:
         """Step 5: F's own token is the next root; a tree's accepted entries of the cache move next to the old one's; a set of S
         that follows the text is chosen anew."""
-        model, record, w = self._model, self.record, self._model.weights
+        model, cache, record, w = self._model, self._cache, self.record, self._model.weights
         model.launch(
             "advance",
             accepted=record.accepted,
             argmax=self._argmax,
             path=record.path,
             tokens=record.tokens,
-            length=model.base,
+            length=cache.base,
             remaining=self._remaining,
             limit=self._limit,
             used_limit=record.limit,
@@ -197,17 +216,53 @@ class PeriodGraph:
             model.launch(
                 "kv_rewrite",
                 dtype=w.dtype_code,
-                k_cache=model.k_cache,
-                v_cache=model.v_cache,
+                k_cache=cache.k,
+                v_cache=cache.v,
                 path=record.path,
                 base=self._root,
                 length_at=self._kept,
-                cache=(w.kv_heads, model.capacity, w.head_dim),
+                cache=(w.kv_heads, cache.capacity, w.head_dim),
                 layers=len(w.layers),
                 start=0,
             )
         if self._follows:
-            model.launch_follow(record.path, self._kept, len(record.tokens), self._draft_by, record.fault)
+            _, neurons, _, kept = self._draft_by
+            nodes, (_, statistic) = len(record.tokens), cache.followed(kept)
+            model.launch(
+                "follow",
+                dtype=w.dtype_code,
+                z=cache.z(nodes),
+                rows=record.path,
+                down_squares=w.down_squares,
+                statistic=statistic,
+                neurons=neurons,
+                decay=DECAY,
+                layers=len(w.layers),
+                num_rows=nodes,
+                intermediate=w.intermediate,
+                kept=kept,
+                count_at=self._kept,
+                fault=record.fault,
+            )
+
+
+def period_graph(
+    model: Model, cache: Cache, config: SiriusConfig, width: int, sparsity: CSparse | FSparse | None
+) -> PeriodGraph | None:
+    """What decodes a sequence, after its prefill, without asking the host between its periods: a greedy rule's, on a CUDA
+    device; None elsewhere."""
+    if not isinstance(model, CudaModel) or not isinstance(cache, CudaCache) or model.graph_mode == "step":
+        return None
+    depth = int(config.period) - 1 if config.mode == "sirius" else 0
+    draft = cache.take(sparsity)
+    judge = draft if config.mode == "sparse" else cache.take(None)
+    follows = config.mode == "sirius" and sparsity is not None and sparsity.follows
+    key = depth, width, config.prune, config.accept, config.threshold, config.score_temperature, draft, judge, follows
+    if key not in cache.periods:
+        cache.periods[key] = PeriodGraph(model, cache, config, depth, draft, judge, follows)
+    found = cache.periods[key]
+    assert isinstance(found, PeriodGraph)
+    return found
 
 
 def _bit(index: int) -> int:

@@ -5,37 +5,36 @@ from __future__ import annotations
 import torch
 
 from ..kernels import ops
-from ..models.weights import Weights
-from ..runtime.model import model_of, not_finite
+from ..runtime.model import Model, not_finite
+from ..runtime.passes import Fault, Pass
+from .prefill import drive, read
 from .sparsity import CSparse, FSparse
 
 ROWS = 16  # tokens in a pass: what the kernels of every backend read the weights once for
 
 
 class Reader:
-    """F, or S, behind a text of up to `capacity` tokens, in a cache of its own.
+    """F, or S, after a text of up to `capacity` tokens, in a cache of its own.
 
     tokens: of the text, int32 [t], in the host's memory.
-    next: the logits behind them, float32 [V], on the model's device.
+    next: the logits after them, float32 [V], on the model's device.
     Both are there once `prefill` was called. ValueError wherever the logits of F or S are not finite.
     """
 
-    def __init__(self, weights: Weights, capacity: int) -> None:
-        self._model, self._capacity = model_of(weights), capacity
-        self._model.reserve(capacity, ROWS)
+    def __init__(self, model: Model, capacity: int) -> None:
+        self._model, self._cache, self._capacity = model, model.new_cache(), capacity
+        model.reserve(self._cache, capacity, ROWS)
         self._mask = ops.tree_mask(torch.arange(-1, ROWS - 1, dtype=torch.int32))
 
     def prefill(self, prompt: torch.Tensor, sparsity: CSparse | FSparse | None = None) -> None:
         """Begin anew with a prompt, int64 [t], as F, or with a new sparsity as S: F reads the prompt then too, as in decoding.
-        ValueError if it does not fit."""
+        What it has in common with the prompt before is not read again. ValueError if it does not fit."""
         self._check(len(prompt))
         self._sparsity = sparsity
         # FSparse chooses for a pass, not for a row: a token's neurons are its own only when it is alone.
         self._rows = 1 if isinstance(sparsity, FSparse) else ROWS
-        logits = self._model.prefill(prompt, sparsity)
-        if not bool(logits.isfinite().all()):
-            raise not_finite(len(prompt), 0, "the prefill (full model)", self._model.fault(prompt, 0))
-        self.next = self._behind_prompt = logits
+        self._cache.rewind(self._cache.reusable(prompt.tolist(), observed=isinstance(sparsity, CSparse)))
+        self.next = self._after_prompt = drive(self._model, self._cache, read(self._cache, prompt, sparsity))
         self.tokens, self._prompt = prompt.int(), len(prompt)
 
     def score(self, tokens: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,11 +51,11 @@ class Reader:
         return torch.cat(scores), torch.cat(likeliest)
 
     def back_to(self, length: int) -> None:
-        """Forget the tokens behind the first `length`, which hold the prompt at least."""
+        """Forget the tokens after the first `length`, which hold the prompt at least."""
         if not self._prompt <= length <= len(self.tokens):
             raise ValueError(f"length: expected {self._prompt} to {len(self.tokens)}, got {length}")
         if length == self._prompt:
-            self.tokens, self.next = self.tokens[:length], self._behind_prompt
+            self.tokens, self.next = self.tokens[:length], self._after_prompt
         elif length < len(self.tokens):
             last = self.tokens[length - 1 : length]
             self.tokens = self.tokens[: length - 1]
@@ -65,15 +64,14 @@ class Reader:
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         start, m = len(self.tokens), len(tokens)
         positions = torch.arange(start, start + m, dtype=torch.int32)
-        logits, best = self._model.step(
-            tokens.contiguous(), positions, self._mask[:m], prefix=start, first_slot=start, sparsity=self._sparsity
-        )
-        best = best.tolist()
+        asked = Pass(tokens.contiguous(), positions, self._mask[:m], prefix=start, first_slot=start, sparsity=self._sparsity)
+        logits, argmax = self._model.step(self._cache, asked)
+        best = argmax.tolist()
         if -1 in best:
-            read = best.index(-1) + 1
-            where = self._model.fault(tokens[:read].long(), start, self._sparsity)
+            count = best.index(-1) + 1
+            where = self._model.fault(self._cache, Fault(tokens[:count].long(), start, self._sparsity))
             reader = f"reading (the {'sparse' if self._sparsity else 'full'} model)"
-            raise not_finite(self._prompt, start + read - self._prompt, reader, where)
+            raise not_finite(self._prompt, start + count - self._prompt, reader, where)
         self.tokens = torch.cat((self.tokens, tokens))
         return logits
 

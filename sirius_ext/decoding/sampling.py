@@ -33,13 +33,13 @@ class Rule(Protocol):
     takes_argmax: bool  # the model's own argmax is the choice, and the one proposal of a chain: nothing else need be computed
 
     def choose(self, logits: torch.Tensor) -> int:
-        """One token behind logits float32 [V] of the model that decides."""
+        """One token by the logits, float32 [V], of the model that decides."""
 
     def expand(self, tree: Tree, logits: Logits) -> None:
-        """One more depth of the tree behind its leaves, by their logits of S. Adds no node if there is none to add."""
+        """One more depth of the tree, by its leaves' logits of S. Adds no node if there is none to add."""
 
     def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
-        """Judge a tree by its logits of F: the accepted nodes, F's own token behind them, and the likelihood of every draft."""
+        """Judge a tree by its logits of F: the accepted nodes, F's own token after them, and the likelihood of every draft."""
 
 
 class Greedy:
@@ -61,15 +61,9 @@ class Greedy:
 
     def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
         config, logits = self._config, logits.all()
-        nodes = tree.on(logits.device)
+        tokens, parents, scores = tree.on(logits.device)
         likelihoods, argmax, path = ops.accept(
-            logits,
-            nodes.tokens[1:],
-            config.threshold,
-            config.score_temperature,
-            config.accept == "match",
-            nodes.parents,
-            nodes.scores,
+            logits, tokens[1:], config.threshold, config.score_temperature, config.accept == "match", parents, scores
         )
         path = path.tolist()
         return path, int(argmax[path[-1] if path else 0]), likelihoods.tolist()
@@ -134,8 +128,9 @@ class Sampling:
                 return path, self._draw(target), likelihoods
 
     def _likelihoods(self, tree: Tree, logits: torch.Tensor) -> list[float]:
-        config, nodes = self._config, tree.on(logits.device)
-        return ops.accept(logits, nodes.tokens[1:], config.threshold, config.score_temperature, parents=nodes.parents)[0].tolist()
+        config, (tokens, parents, _) = self._config, tree.on(logits.device)
+        likelihoods, *_ = ops.accept(logits, tokens[1:], config.threshold, config.score_temperature, parents=parents)
+        return [float(each) for each in likelihoods.tolist()]
 
     def _uniform(self) -> float:
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))

@@ -137,7 +137,9 @@ class PromptStats(_Metrics):
     mode, period, tree_width: as configured.
     density: of the sparse model, parameters touched per token / all parameters (1 in mode "full").
     prompt_tokens, tokens: lengths of prompt and returned text.
-    finish: "eos", "length" (the limit asked for), "context" (the model's limit) or "criteria" (a stopping criterion or string).
+    reused_tokens: of the prompt, those that a cache held already and that were not prefilled again.
+    finish: "eos", "length" (the limit asked for), "context" (the model's limit), "criteria" (a stopping criterion or string),
+        "cancelled", or "error" (one was raised).
     Seconds are wall time; None where texts were decoded side by side, so that none has a time of its own.
     """
 
@@ -146,6 +148,7 @@ class PromptStats(_Metrics):
     density: float
     prompt_tokens: int
     tree_width: int = 1
+    reused_tokens: int = 0
     tokens: int = 0
     finish: str = ""
     prefill_seconds: float | None = 0.0

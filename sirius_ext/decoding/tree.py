@@ -1,26 +1,15 @@
-"""What the sparse model drafts: a tree of tokens behind the last committed one (SPEC sections 3 and 4). A chain is one of width
+"""What the sparse model drafts: a tree of tokens after the last committed one (SPEC sections 3 and 4). A chain is one of width
 1."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 
 from ..kernels import ops
 
 
-@dataclasses.dataclass
-class Nodes:
-    """tokens, parents: int32 [nodes]. scores: float32 [nodes]. A chain has no need of the last two."""
-
-    tokens: torch.Tensor
-    parents: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-
-
 class Tree:
-    """Up to `depth` tokens ahead in up to `width` branches. Node 0 is x0; the nodes of a depth stand side by side, behind those
+    """Up to `depth` tokens ahead in up to `width` branches. Node 0 is x0; the nodes of a depth stand side by side, after those
     of the depth before. Node i's cache slot is the root's position + i.
 
     tokens, parents: int32 [nodes].
@@ -80,15 +69,15 @@ class Tree:
             self._positions[new] = self.position + self.depth
             ops.tree_mask(self.parents, out=self.mask)
 
-    def on(self, device: torch.device) -> Nodes:
-        """The tree so far, in a device's memory."""
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Tokens, parents and scores of the tree so far, in a device's memory. A chain has no need of the last two."""
         tokens = self.tokens[: self.size].to(device)
         if self.width == 1:
-            return Nodes(tokens)
-        return Nodes(tokens, self.parents[: self.size].to(device), self.scores[: self.size].to(device))
+            return tokens, None, None
+        return tokens, self.parents[: self.size].to(device), self.scores[: self.size].to(device)
 
     def path(self, node: int) -> list[int]:
-        """The nodes from behind the root to this one."""
+        """The nodes on the way from the root, which is left out, to this one."""
         path = []
         while node > 0:
             path.append(node)

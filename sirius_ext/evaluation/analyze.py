@@ -66,7 +66,8 @@ def analyze(engine: Engine, task: Task, item: Item, config: SiriusConfig, shots:
 class _Oracle:
     def __init__(self, engine: Engine, task: Task, item: Item, config: SiriusConfig, shots: int) -> None:
         self.task, self.item, self.config, self.tokenizer = task, item, config, engine.tokenizer
-        weights = prepare(engine.model).weights
+        model = prepare(engine.model)
+        weights = model.weights
         prompt = encode(engine.tokenizer, task.prompt(item, shots), chat=False)["input_ids"][0]
         self.start, self.limit = len(prompt), min(task.max_new_tokens, weights.context - len(prompt))
         if self.limit < 1:
@@ -75,7 +76,7 @@ class _Oracle:
             )
         thresholds = load_thresholds(config.thresholds, weights, config.density) if config.thresholds else None
         capacity = self.start + self.limit
-        self.full, self.sparse = Reader(weights, capacity), Reader(weights, capacity)
+        self.full, self.sparse = Reader(model, capacity), Reader(model, capacity)
         self.full.prefill(prompt)
         self.sparse.prefill(prompt, sparsity_of(config, weights, thresholds))
         eos = engine.model.generation_config.eos_token_id

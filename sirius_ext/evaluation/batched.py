@@ -1,40 +1,43 @@
 """Many texts decoded at once, for accuracy alone: no latency is measured here.
 
-Every text runs the engine's own loop (`Engine.generate`) in a thread of its own, on a `Seat` in place of a `Model`. What a seat
-is asked to compute waits until all seated texts ask; then one pass computes all of it, so that the weights are read once for
-many rows. Prefills, drafts and verifications share passes. A sparse text's rows go through the dense MLP too, whose neurons
-outside its set are then zeroed.
+Each text is a `decoding.Sequence`, over a cache of this module. The passes that all of them ask for next are computed as one, so
+that the weights are read once for many rows: prefills, drafts and verifications together. A sparse text's rows go through the
+dense MLP too, whose neurons outside its set are then zeroed.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 
-from ..config import SiriusConfig
-from ..decoding.sparsity import CSparse, FSparse
-from ..decoding.tree import Tree
+from ..decoding.prefill import Passes
+from ..decoding.sequence import Request, Sequence, Step
+from ..decoding.sparsity import CSparse, Usage
 from ..kernels import ops
-from ..models.weights import Layer, Weights
-from ..runtime.model import CACHE_GRAIN, PREFILL_CHUNK, Model, not_finite
+from ..models.families import Description
+from ..models.weights import Weights
+from ..runtime.cache import Cache
+from ..runtime.layers import Attend, Neurons, decoder_layer, embed, logits, norm
+from ..runtime.model import Model, not_finite
+from ..runtime.passes import Fault, Pass, Prefill, Result, Sparsity
 
-KEPT_PROMPTS = 32  # of which the keys and values are at hand, for the next mode
+KEPT_CHUNKS = 64  # of prompts, whose keys and values are at hand for the next mode
+
+Key = TypeVar("Key")
 
 
 @dataclasses.dataclass
 class _Rows:
     """What one text asks of a pass: m tokens through F, or with a sparsity through S.
 
-    keys, values: T [layers, kv_heads, C, D], the text's cache behind the batch's prefix.
+    keys, values: T [layers, kv_heads, C, D], the text's cache after the batch's prefix.
     tokens, positions: int64 [m].
-    slot: of the first token in the cache; the others stand behind it.
+    slot: of the first token in the cache; the others stand after it.
     visible: bool [m, slot + m]; None if all is seen.
     wanted: of so many last rows the logits are wanted.
     seen_by: who observes the rows, if anybody.
@@ -48,8 +51,8 @@ class _Rows:
     slot: int
     visible: torch.Tensor | None
     wanted: int
-    sparsity: CSparse | FSparse | None = None
-    seen_by: CSparse | None = None
+    sparsity: Sparsity | None = None
+    seen_by: Usage | None = None
     z: torch.Tensor | None = None
     logits: torch.Tensor | None = None  # float32 [wanted, V], once computed
 
@@ -58,226 +61,200 @@ class _Rows:
         return self.slot + len(self.tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """What F made of a chunk of a prompt: its cache entries, what its tokens used, and the logits after it, float32 [V]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    usage: Usage
+    logits: torch.Tensor
+
+
+class _Tail(Cache):
+    """A text's cache after the batch's prefix: slot i holds the token at position `first` + i."""
+
+    def __init__(self, weights: Weights, first: int) -> None:
+        super().__init__(weights)
+        self.first = first
+
+    def reserve(self, slots: int, rows: int = 0) -> None:
+        super().reserve(max(0, slots - self.first))
+
+    def compact(self, root: int, path: list[int]) -> None:
+        super().compact(root - self.first, path)
+
+
 @dataclasses.dataclass
-class _Prompt:
-    """What F made of a prompt: the cache entries behind the batch's prefix, what CSparse saw, and the last token's logits."""
+class _Live(Generic[Key]):
+    """A text that is being decoded: its step, and what that waits for."""
 
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    seen: CSparse | None = None
-    logits: torch.Tensor | None = None
-
-
-class Seat:
-    """A place in the batch: a cache for one text at a time, and what `correction.generate` asks of a `Model`."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch, self.weights, self.lock = batch, batch.weights, threading.Lock()
-        self.keys = self.values = _cache(batch.weights, 0)
-
-    def __enter__(self) -> Seat:
-        self._batch.sit()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._batch.rise()
-
-    def reserve(self, slots: int, rows: int) -> None:
-        """Room for a text of so many tokens, the batch's prefix among them."""
-        slots = -(-(slots - self._batch.shared) // CACHE_GRAIN) * CACHE_GRAIN
-        if slots > self.keys.shape[2]:
-            self.keys, self.values = _cache(self.weights, slots), _cache(self.weights, slots)
-
-    def prefill(self, tokens: torch.Tensor, observer: CSparse | FSparse | None = None) -> torch.Tensor:
-        """As `Model.prefill`. The batch's prefix, which the prompt must begin with, and prompts of late are not read again."""
-        shared = self._batch.shared
-        if len(tokens) <= shared or not torch.equal(tokens[:shared], self._batch.prefix):
-            raise ValueError(f"tokens: expected a prompt that begins with the batch's {shared} tokens and goes on")
-        prompt = self._batch.prompt(tokens)
-        self._batch.rise()  # passes do not wait for who waits for the same prompt
-        with prompt.lock:
-            self._batch.sit()
-            if prompt.logits is None:
-                self._read(tokens[shared:], prompt)
-        size = len(tokens) - shared
-        self.keys[:, :, :size], self.values[:, :, :size] = prompt.keys, prompt.values
-        if observer is not None:
-            observer.absorb(prompt.seen)
-        return prompt.logits
-
-    def _read(self, tokens: torch.Tensor, prompt: _Prompt) -> None:
-        prompt.seen = self._batch.new_statistic()
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            end = start + len(chunk)
-            visible = torch.ones(len(chunk), end, dtype=torch.bool).tril(start)
-            positions = torch.arange(start, end) + self._batch.shared
-            rows = _Rows(self.keys, self.values, chunk, positions, start, visible, 1, seen_by=prompt.seen)
-            logits = self._batch.compute(rows)[0]
-        prompt.keys, prompt.values = self.keys[:, :, :end].clone(), self.values[:, :, :end].clone()
-        prompt.logits = logits.clone()
-
-    def step(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
-        prefix: int,
-        first_slot: int,
-        sparsity: CSparse | FSparse | None = None,
-        argmax: torch.Tensor | None = None,
-        keep_z: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Model.step`."""
-        slot, before = first_slot - self._batch.shared, prefix - self._batch.shared
-        bits = ((mask.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1).bool()[:, : slot + len(tokens) - before]
-        visible = None if bool(bits.all()) else torch.cat((torch.ones(len(tokens), before, dtype=torch.bool), bits), 1)
-        rows = _Rows(self.keys, self.values, tokens.long(), positions.long(), slot, visible, len(tokens), sparsity)
-        if keep_z:
-            shape = len(self.weights.layers), len(tokens), self.weights.intermediate
-            self._z = rows.z = torch.empty(shape, dtype=self.weights.dtype)
-        logits = self._batch.compute(rows)
-        return logits, ops.argmax(logits, out=argmax)
-
-    def fault(self, tokens: torch.Tensor, start: int, sparsity: CSparse | FSparse | None = None) -> str | None:
-        """As `Model.fault`, by a model with a cache of its own."""
-        model, shared = Model(self.weights), self._batch.shared
-        model.reserve(start + len(tokens), 1)
-        for cache, of_prefix, own in (
-            (model.k_cache, self._batch._keys, self.keys),
-            (model.v_cache, self._batch._values, self.values),
-        ):
-            if start:
-                cache[:, :, :shared] = of_prefix
-                cache[:, :, shared:start] = own[:, :, : start - shared]
-        return model.fault(tokens, start, sparsity)
-
-    def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
-        """As `Model.follow`."""
-        sparsity.follow(self._z, torch.tensor([0, *path], dtype=torch.int32))
-
-    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> None:
-        """As `Model.replay`: the texts wait for each other after every pass."""
-
-    def keep(self, root: int, path: list[int]) -> None:
-        """As `Model.keep`."""
-        if path and path[-1] != len(path):
-            moved = torch.tensor([0, *path], dtype=torch.int32)
-            ops.kv_rewrite(self.keys, self.values, root - self._batch.shared, moved)
-
-
-def _cache(weights: Weights, slots: int) -> torch.Tensor:
-    return torch.empty(len(weights.layers), weights.kv_heads, slots, weights.head_dim, dtype=weights.dtype)
+    key: Key
+    sequence: Sequence
+    cache: _Tail
+    step: Passes[Step]
+    asked: Prefill | Pass | Fault
 
 
 class Batch:
     """Texts that share passes.
 
     prefix: what all texts begin with, int64 [t]; may be empty. It is read once, and all rows of a pass look at it together.
-        ValueError if F's logits behind it are not finite.
+        ValueError if F's logits after it are not finite.
     """
 
-    def __init__(self, weights: Weights, prefix: torch.Tensor) -> None:
-        self.weights, self.prefix, self.shared = weights, prefix, 0
-        self._lock = threading.Lock()
-        self._all_ask = threading.Condition(self._lock)  # or none is left
-        self._computed = threading.Condition(self._lock)
-        self._working, self._seated, self._stopped = 0, 0, False
-        self._asked: list[_Rows] = []
-        self._prompts: collections.OrderedDict[tuple[int, ...], _Prompt] = collections.OrderedDict()
-        self._seen = None
-        self._keys = self._values = _cache(weights, 0)
-        if len(prefix):
-            keys, values, seen = _cache(weights, len(prefix)), _cache(weights, len(prefix)), self.new_statistic()
-            visible = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
-            rows = _Rows(keys, values, prefix, torch.arange(len(prefix)), 0, visible, 1, seen_by=seen)
-            self._compute([rows])
-            if not bool(rows.logits.isfinite().all()):
-                model = Model(weights)
-                model.reserve(len(prefix), 1)
-                raise not_finite(len(prefix), 0, "the prefill (full model)", model.fault(prefix, 0))
-            self._keys, self._values, self._seen, self.shared = keys, values, seen, len(prefix)
+    def __init__(self, model: Model, prefix: torch.Tensor) -> None:
+        self._model, self._weights, self._prefix = model, model.weights, prefix
+        self._shared = len(prefix)
+        self._cache = Cache(self._weights)
+        self._cache.reserve(self._shared)
+        self._usage = self._new_usage()
+        self._free: list[_Tail] = []
+        self._chunks: collections.OrderedDict[tuple[int, ...], _Chunk] = collections.OrderedDict()
+        if self._shared:
+            self._read_prefix()
 
-    def _compute(self, asked: list[_Rows]) -> None:
-        _Pass(self.weights, self._keys, self._values, asked).run()
+    @torch.no_grad()
+    def _read_prefix(self) -> None:
+        cache, shared = self._cache, self._shared
+        visible = torch.ones(shared, shared, dtype=torch.bool).tril()
+        rows = _Rows(cache.k, cache.v, self._prefix, torch.arange(shared), 0, visible, 1, seen_by=self._usage)
+        _Pass(self._weights, *(each[:, :, :0] for each in (cache.k, cache.v)), [rows]).run()
+        if rows.logits is None or not bool(rows.logits.isfinite().all()):
+            where = self._model.fault(cache, Fault(self._prefix, 0))
+            raise not_finite(shared, 0, "the prefill (full model)", where)
+        cache.hold(self._prefix.tolist())
 
-    def new_statistic(self) -> CSparse:
-        """CSparse's, of a prompt of which the prefix has been read."""
-        statistic = CSparse(len(self.weights.layers), self.weights.intermediate, 1.0)
-        if self._seen is not None:
-            statistic.absorb(self._seen)
-        return statistic
+    def _new_usage(self) -> Usage:
+        return Usage(len(self._weights.layers), self._weights.intermediate)
 
-    def prompt(self, tokens: torch.Tensor) -> _Prompt:
-        """What is known of it; nothing if it has no logits."""
-        with self._lock:
-            prompt = self._prompts.setdefault(tuple(tokens.tolist()), _Prompt())
-            self._prompts.move_to_end(tuple(tokens.tolist()))
-            if len(self._prompts) > KEPT_PROMPTS:
-                self._prompts.popitem(last=False)
-            return prompt
-
-    def run(self, jobs: Sequence[Callable[[Seat], None]], seats: int) -> None:
-        """Do the jobs, each with a seat of its own, `seats` of them at a time; the passes are computed in the calling thread.
-        What a job raises is raised here, when those that run have ended."""
-        free: queue.SimpleQueue[Seat] = queue.SimpleQueue()
-        for _ in range(seats):
-            free.put(Seat(self))
-        with ThreadPoolExecutor(seats) as threads:
-            self._working = len(jobs)
-            futures = [threads.submit(self._work, job, free) for job in jobs]
-            try:
-                self._serve()
-            finally:
-                with self._lock:
-                    self._stopped = True
-                    self._computed.notify_all()
-                threads.shutdown(cancel_futures=True)
-        for future in futures:
-            future.result()
-
-    def _work(self, job: Callable[[Seat], None], free: queue.SimpleQueue[Seat]) -> None:
-        seat = free.get()
-        try:
-            with torch.no_grad():
-                job(seat)
-        finally:
-            free.put(seat)
-            with self._lock:
-                self._working -= 1
-                self._all_ask.notify()
-
-    def _serve(self) -> None:
+    @torch.no_grad()
+    def decode(self, requests: Iterable[tuple[Key, Request]], live: int) -> Iterator[tuple[Key, Sequence, Exception | None]]:
+        """Decode texts, `live` of them at a time, and give each as it ends: its key, the text, and the error that ended it, if
+        one did. Nothing is timed. ValueError for a prompt that does not begin with the prefix, or has no more."""
+        waiting = iter(requests)
+        texts: list[_Live[Key]] = []
         while True:
-            with self._lock:
-                self._all_ask.wait_for(lambda: not self._working or (self._asked and len(self._asked) == self._seated))
-                if not self._working:
-                    return
-                asked, self._asked = self._asked, []
-            self._compute(asked)
-            with self._lock:
-                self._computed.notify_all()
+            texts += (self._begin(key, request) for key, request in itertools.islice(waiting, live - len(texts)))
+            if not texts:
+                return
+            going_on = []
+            for text, result in zip(texts, self._compute(texts)):
+                error = self._advance(text, result)
+                if text.sequence.ended:
+                    text.sequence.stats.prefill_seconds = text.sequence.stats.decode_seconds = None
+                    yield text.key, text.sequence, error
+                else:
+                    going_on.append(text)
+            texts = going_on
 
-    def sit(self) -> None:
-        """From now on passes wait for this text."""
-        with self._lock:
-            self._seated += 1
+    def _begin(self, key: Key, request: Request) -> _Live[Key]:
+        prompt, shared = request.prompt, self._shared
+        if len(prompt) <= shared or not torch.equal(prompt[:shared], self._prefix):
+            raise ValueError(f"prompt: expected one that begins with the batch's {shared} tokens and goes on")
+        cache = self._free.pop() if self._free else _Tail(self._weights, shared)
+        cache.rewind(0)
+        cache.reserve(len(prompt) + request.limit + request.tree().capacity)
+        if shared:
+            cache.hold(self._prefix.tolist(), self._usage, prefilled=True)
+        sequence = Sequence(self._model, request, cache, self._free.append)
+        step = sequence.passes()
+        return _Live(key, sequence, cache, step, next(step))
 
-    def rise(self) -> None:
-        with self._lock:
-            self._seated -= 1
-            self._all_ask.notify()
+    def _advance(self, text: _Live[Key], result: Result) -> Exception | None:
+        """Go on to the next pass that a text asks for, in its next step if need be, or to its end."""
+        try:
+            text.asked = text.step.send(result)
+        except StopIteration:
+            if not text.sequence.ended:
+                text.step = text.sequence.passes()
+                text.asked = next(text.step)
+        except Exception as error:
+            return error
+        return None
 
-    def compute(self, rows: _Rows) -> torch.Tensor:
-        """The logits of the wanted rows, once a pass has computed them."""
-        with self._lock:
-            self._asked.append(rows)
-            self._all_ask.notify()
-            self._computed.wait_for(lambda: rows.logits is not None or self._stopped)
-        if rows.logits is None:
-            raise SystemExit("the batch was stopped")  # ends the thread; no handler of errors takes it for a result
-        return rows.logits
+    def _compute(self, texts: list[_Live[Key]]) -> list[Result]:
+        """What the texts ask for, in one pass. A chunk of a prompt that several ask for, or have asked for of late, is read once:
+        a text is decoded in several modes."""
+        passes: dict[int, _Rows] = {}  # by the text's index
+        read: dict[tuple[int, ...], _Rows] = {}
+        known: dict[tuple[int, ...], _Chunk] = {}
+        for index, text in enumerate(texts):
+            if isinstance(text.asked, Pass):
+                passes[index] = self._rows_of_pass(text.cache, text.asked)
+            elif isinstance(text.asked, Prefill):
+                name = _name(text.asked)
+                if name in self._chunks:
+                    self._chunks.move_to_end(name)
+                    known[name] = self._chunks[name]
+                elif name not in read:
+                    read[name] = self._rows_of_prefill(text.cache, text.asked)
+        if passes or read:
+            keys, values = (each[:, :, : self._shared] for each in (self._cache.k, self._cache.v))
+            _Pass(self._weights, keys, values, [*passes.values(), *read.values()]).run()
+        for name, rows in read.items():
+            known[name] = self._chunks[name] = _chunk_of(rows)
+        while len(self._chunks) > KEPT_CHUNKS:
+            self._chunks.popitem(last=False)
+        results = []
+        for index, text in enumerate(texts):
+            if isinstance(text.asked, Pass):
+                logits = _computed(passes[index])
+                results.append(Result(logits, ops.argmax(logits, out=text.asked.argmax), passes[index].z))
+            elif isinstance(text.asked, Prefill):
+                results.append(Result(self._take(text.cache, text.asked, known[_name(text.asked)])))
+            else:
+                results.append(Result(fault=self._fault(text.cache, text.asked)))
+        return results
+
+    def _rows_of_prefill(self, cache: _Tail, asked: Prefill) -> _Rows:
+        positions, first = torch.arange(asked.start, asked.stop), asked.start - self._shared
+        visible = torch.ones(len(positions), first + len(positions), dtype=torch.bool).tril(first)
+        tokens = asked.prompt[asked.start : asked.stop]
+        return _Rows(cache.k, cache.v, tokens, positions, first, visible, 1, seen_by=self._new_usage())
+
+    def _take(self, cache: _Tail, asked: Prefill, chunk: _Chunk) -> torch.Tensor:
+        """Have a chunk of a prompt in a text's cache, whoever asked for it first. Returns logits as `Result` has them."""
+        place = slice(asked.start - self._shared, asked.stop - self._shared)
+        cache.k[:, :, place], cache.v[:, :, place] = chunk.keys, chunk.values
+        if isinstance(asked.observer, Usage):
+            asked.observer.absorb(chunk.usage)
+        return chunk.logits if asked.stop == len(asked.prompt) else 0 * chunk.logits.sum()
+
+    def _rows_of_pass(self, cache: _Tail, asked: Pass) -> _Rows:
+        m, slot, before = len(asked.tokens), asked.first_slot - self._shared, asked.prefix - self._shared
+        bits = ((asked.mask.unsqueeze(-1) >> torch.arange(64)) & 1).flatten(1).bool()[:, : slot + m - before]
+        visible = None if bool(bits.all()) else torch.cat((torch.ones(m, before, dtype=torch.bool), bits), 1)
+        rows = _Rows(cache.k, cache.v, asked.tokens.long(), asked.positions.long(), slot, visible, m, asked.sparsity)
+        if asked.keep_z:
+            rows.z = torch.empty(len(self._weights.layers), m, self._weights.intermediate, dtype=self._weights.dtype)
+        return rows
+
+    def _fault(self, tail: _Tail, asked: Fault) -> str | None:
+        """As `Model.fault`, over a cache of its own that holds prefix and text."""
+        cache, shared = self._model.new_cache(), self._shared
+        self._model.reserve(cache, asked.start + len(asked.tokens), 1)
+        if asked.start:
+            for whole, prefix, own in ((cache.k, self._cache.k, tail.k), (cache.v, self._cache.v, tail.v)):
+                whole[:, :, :shared] = prefix[:, :, :shared]
+                whole[:, :, shared : asked.start] = own[:, :, : asked.start - shared]
+        return self._model.fault(cache, asked)
+
+
+def _name(asked: Prefill) -> tuple[int, ...]:
+    """Of a chunk of a prompt: all tokens up to its end."""
+    return tuple(asked.prompt[: asked.stop].tolist())
+
+
+def _computed(rows: _Rows) -> torch.Tensor:
+    assert rows.logits is not None
+    return rows.logits
+
+
+def _chunk_of(rows: _Rows) -> _Chunk:
+    assert rows.seen_by is not None
+    keys, values = (each[:, :, rows.slot : rows.end].clone() for each in (rows.keys, rows.values))
+    return _Chunk(keys, values, rows.seen_by, _computed(rows)[0].clone())
 
 
 class _Pass:
@@ -285,82 +262,100 @@ class _Pass:
 
     def __init__(self, weights: Weights, keys: torch.Tensor, values: torch.Tensor, asked: list[_Rows]) -> None:
         self._weights, self._keys, self._values, self._asked = weights, keys, values, asked
-        self._group = weights.heads // weights.kv_heads
         self._shares, start = [], 0  # of each text, its rows among all
         for rows in asked:
             self._shares.append(slice(start, start + len(rows.tokens)))
             start += len(rows.tokens)
-        angles = torch.cat([rows.positions for rows in asked]).float()[:, None] * weights.inv_freq
-        self._cos, self._sin = (table[:, None] * weights.rope_scale for table in (angles.cos(), angles.sin()))
+        self._positions = torch.cat([rows.positions for rows in asked])
         # CSparse's sets, as what the z of a text's rows is multiplied with: T [layers, I].
         self._kept = [rows.sparsity.kept.to(weights.dtype) if isinstance(rows.sparsity, CSparse) else None for rows in asked]
-        self._biases = [None if rows.visible is None else self._bias(rows.visible) for rows in asked]
+        # By a layer's window: what each text's rows see of its own cache, and all rows of the prefix.
+        windows = {layer.window for layer in weights.layers}
+        self._own = {window: [self._bias(self._visible(rows, window)) for rows in asked] for window in windows}
+        self._of_prefix = {window: self._seen_of_prefix(window) for window in windows}
 
-    def _bias(self, visible: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores: T [m * group, slots]."""
+    def _visible(self, rows: _Rows, window: int) -> torch.Tensor | None:
+        """What rows see of their own text's cache: bool [m, slots]; None if they see all."""
+        if not window:
+            return rows.visible
+        # A slot's position is its number after the prefix, but for a tree's nodes, which are all inside the window.
+        places = torch.arange(self._keys.shape[2], self._keys.shape[2] + rows.end)
+        near = places > rows.positions[:, None] - window
+        return near if rows.visible is None else near & rows.visible
+
+    def _seen_of_prefix(self, window: int) -> torch.Tensor | None:
+        """What all rows see of the prefix: bool [rows, slots]; None if they see all."""
+        near = torch.arange(self._keys.shape[2]) > self._positions[:, None] - window
+        return near if window and not bool(near.all()) else None
+
+    def _bias(self, visible: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the scores: T [m * group, slots]; None for nothing."""
+        if visible is None:
+            return None
         bias = torch.zeros(visible.shape, dtype=self._weights.dtype).masked_fill_(~visible, -torch.inf)
-        return bias.repeat_interleave(self._group, 0)
+        return bias.repeat_interleave(self._weights.heads // self._weights.kv_heads, 0)
 
     @torch.no_grad()
     def run(self) -> None:
         """Every text gets its logits; its keys and values are in its cache."""
-        w = self._weights
-        x = F.embedding(torch.cat([rows.tokens for rows in self._asked]), w.embedding)
+        w, angles = self._weights, self._weights.angles(self._positions)
+        x = embed(w, torch.cat([rows.tokens for rows in self._asked]))
         for index, layer in enumerate(w.layers):
-            normed = ops.rms_norm(x, layer.input_norm, w.eps)
-            x = ops.linear(self._attention(normed, layer, index), layer.output, layer.output_bias, x)
-            normed = ops.rms_norm(x, layer.post_norm, w.eps)
-            x = torch.addmm(x, self._neurons(normed, layer, index), layer.down)
+            x = decoder_layer(w.description, layer, x, angles, self._attend(index), self._neurons(index))
         wanted = [x[share][-rows.wanted :] for rows, share in zip(self._asked, self._shares)]
-        normed = ops.rms_norm(torch.cat(wanted), w.final_norm, w.eps)
-        logits = ops.linear(normed, w.lm_head, out_dtype=torch.float32)
-        for rows, each in zip(self._asked, logits.split([len(each) for each in wanted])):
+        out = logits(w, norm(w.description, torch.cat(wanted), w.final_norm))
+        for rows, each in zip(self._asked, out.split([len(each) for each in wanted])):
             rows.logits = each
 
-    def _attention(self, normed: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
-        w = self._weights
-        q, k, v = (ops.linear(normed, weight, bias).view(len(normed), -1, w.head_dim) for weight, bias in layer.qkv)
-        q, k = self._rotate(q).view(len(q), w.kv_heads, self._group, w.head_dim), self._rotate(k)
-        out, weight = torch.empty_like(q), torch.empty(q.shape[:-1])
-        # As in `Model._attention`: 0, or NaN for a row whose query or key is not finite.
-        hidden = 0 * (q.sum((1, 2, 3), dtype=torch.float32) + k.sum((1, 2), dtype=torch.float32))
-        for rows, share, bias in zip(self._asked, self._shares, self._biases):
-            keys, values = rows.keys[index], rows.values[index]
-            keys[:, rows.slot : rows.end] = k[share].transpose(0, 1)
-            values[:, rows.slot : rows.end] = v[share].transpose(0, 1)
-            out[share], weight[share] = _attend(q[share], keys[:, : rows.end], values[:, : rows.end], bias)
-            out[share] += hidden[share].sum()
-        if self._keys.shape[2]:
-            of_prefix, its_weight = _attend(q, self._keys[index], self._values[index])
-            share = torch.sigmoid(its_weight - weight)[..., None]
-            out = torch.lerp(out.float(), of_prefix.float(), share).to(q.dtype)
-        return out.flatten(1)
+    def _attend(self, index: int) -> Attend:
+        """Attention of a layer: each text's rows to its own cache, and all rows together to the prefix."""
+        w, d, window = self._weights, self._weights.description, self._weights.layers[index].window
 
-    def _rotate(self, heads: torch.Tensor) -> torch.Tensor:
-        """heads: T [rows, heads, D]."""
-        first, second = heads.float().chunk(2, -1)
-        return torch.cat((first * self._cos - second * self._sin, second * self._cos + first * self._sin), -1).to(heads.dtype)
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q = q.view(len(q), w.kv_heads, -1, w.head_dim)
+            out, weight = torch.empty_like(q), torch.empty(q.shape[:-1])
+            # As in `Model._attend`: 0, or NaN for a row whose query or key is not finite.
+            hidden = 0 * (q.sum((1, 2, 3), dtype=torch.float32) + k.sum((1, 2), dtype=torch.float32))
+            for rows, share, bias in zip(self._asked, self._shares, self._own[window]):
+                keys, values = rows.keys[index], rows.values[index]
+                keys[:, rows.slot : rows.end] = k[share].transpose(0, 1)
+                values[:, rows.slot : rows.end] = v[share].transpose(0, 1)
+                out[share], weight[share] = _attention(d, q[share], keys[:, : rows.end], values[:, : rows.end], bias)
+                out[share] += hidden[share].sum()
+            if self._keys.shape[2]:
+                seen = self._of_prefix[window]
+                of_prefix, its_weight = _attention(d, q, self._keys[index], self._values[index], self._bias(seen))
+                share = torch.sigmoid(its_weight - weight)[..., None]
+                if seen is not None:  # rows so far on that they see nothing of it
+                    some = seen.any(-1)[:, None, None, None]
+                    share, of_prefix = share.where(some, 0.0), of_prefix.where(some, 0.0)
+                out = torch.lerp(out.float(), of_prefix.float(), share).to(q.dtype)
+            return out.flatten(1)
 
-    def _neurons(self, normed: torch.Tensor, layer: Layer, index: int) -> torch.Tensor:
-        """z = silu(gate x) * (up x), T [rows, I], with zeros where S leaves a neuron out."""
-        gates = ops.gate(normed, layer.gate)
-        z = gates.mul(ops.linear(normed, layer.up, out_dtype=torch.float32)).to(normed.dtype)
-        for rows, share, kept in zip(self._asked, self._shares, self._kept):
-            if rows.seen_by is not None:
-                rows.seen_by.observe(index, gates[share], z[share])
-            if rows.z is not None:
-                rows.z[index] = z[share]
-            if kept is not None:
-                z[share] *= kept[index]
-            elif rows.sparsity is not None:
-                chosen = torch.zeros(z.shape[1], dtype=z.dtype)
-                chosen[rows.sparsity.choose(index, gates[share])] = 1
-                z[share] *= chosen
-        return z
+        return attend
+
+    def _neurons(self, index: int) -> Neurons:
+        """What is seen, kept and left out of a layer's neurons."""
+
+        def neurons(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            for rows, share, kept in zip(self._asked, self._shares, self._kept):
+                if rows.seen_by is not None:
+                    rows.seen_by.observe(index, gates[share], z[share])
+                if rows.z is not None:
+                    rows.z[index] = z[share]
+                if kept is not None:
+                    z[share] *= kept[index]
+                elif rows.sparsity is not None:
+                    chosen = torch.zeros(z.shape[1], dtype=z.dtype)
+                    chosen[rows.sparsity.choose(index, gates[share].float())] = 1
+                    z[share] *= chosen
+            return z
+
+        return neurons
 
 
-def _attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None = None
+def _attention(
+    d: Description, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of m rows, and the logarithm of what their weights add up to, by which it can be joined with that of other keys.
 
@@ -369,6 +364,11 @@ def _attend(
     """
     m, kv_heads, group, size = q.shape
     queries = q.transpose(0, 1).reshape(1, kv_heads, m * group, size)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, weight = attend(queries, keys[None], values[None], attn_mask=bias)
-    return out.view(kv_heads, m, group, size).transpose(0, 1), weight.view(kv_heads, m, group).transpose(0, 1)
+    if d.attention_softcap:  # torch's own attention has none
+        scores = queries[0].float() @ keys.float().transpose(1, 2) * d.attention_scale
+        scores = torch.tanh(scores / d.attention_softcap) * d.attention_softcap + (0.0 if bias is None else bias)
+        out, weight = scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
+    else:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, weight = attend(queries, keys[None], values[None], attn_mask=bias, scale=d.attention_scale)
+    return out.to(q.dtype).view(kv_heads, m, group, size).transpose(0, 1), weight.view(kv_heads, m, group).transpose(0, 1)

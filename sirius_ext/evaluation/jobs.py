@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from ..cli.arguments import reason
+from ..errors import reason
 from .extras import need
 from .plan import Plan
 from .runner import Results, merge, progress_bar, running

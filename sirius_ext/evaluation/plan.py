@@ -7,10 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..cli.options import engine_of
 from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds
-from ..engine import Engine, prepare
+from ..engine import Engine, engine_of, prepare
 from .hub_data import load_items
 from .runner import Results, config_of, evaluate
 from .tasks import TASKS, Item, Task, load_task
@@ -22,7 +21,7 @@ SHOTS = 5
 class Plan:
     """A model, a task, and how to decode it.
 
-    model, dtype, device, threads: as `options.add_command` has them.
+    model, dtype, device, threads: as `engine.Source` has them.
     data: the folder of the tasks' files; None is the Hugging Face hub.
     shots: examples in the prompt; None is 5, or as many as the task has.
     skip: items left out at the beginning: those that settings were chosen on, say.

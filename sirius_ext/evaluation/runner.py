@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import reprlib
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -20,13 +20,16 @@ from rich.table import Table
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..cli.arguments import parse_period
 from ..config import SiriusConfig
+from ..decoding.sequence import Request, Sequence
 from ..decoding.stats import Period, PromptStats, Stats
 from ..engine import GREEDY, Engine, prepare
-from .batched import Batch, Seat
+from .batched import Batch
 from .statistics import mcnemar, wilson
 from .tasks import Item, Task
+
+T = TypeVar("T")
+FAILURES = (ValueError, RuntimeError, MemoryError)  # of an item, which then counts as wrong
 
 # What a mode's name makes of a config.
 MODES = {
@@ -42,7 +45,7 @@ MODES = {
 SETTINGS = {
     "density": float,
     "follow": lambda text: {"yes": True, "no": False}[text],
-    "period": parse_period,
+    "period": lambda text: text if text == "auto" else int(text),
     "tree_width": int,
     "threshold": float,
     "score_temperature": float,
@@ -209,7 +212,7 @@ def _difference(found: dict, run: dict) -> str:
     return ", ".join(sorted(key for key in {*run, *found} if run.get(key) != found.get(key)))
 
 
-def merge(files: Sequence[Path], run: dict | None = None) -> tuple[dict, list[dict]]:
+def merge(files: SequenceOf[Path], run: dict | None = None) -> tuple[dict, list[dict]]:
     """The run and the records of files of one run, each item and mode once: one that failed gives way to one that did not.
 
     ValueError if a file was made by another run than `run`, or than the first file.
@@ -235,8 +238,8 @@ def progress_bar(console: Console) -> Progress:
 def evaluate(
     engine: Engine,
     task: Task,
-    items: Sequence[Item],
-    modes: Sequence[str],
+    items: SequenceOf[Item],
+    modes: SequenceOf[str],
     base: SiriusConfig,
     results: Results,
     shots: int,
@@ -254,32 +257,46 @@ def evaluate(
     stop = StoppingCriteriaList([StopStringCriteria(engine.tokenizer, list(task.stop))])
     with progress_bar(console) as bar:
         progress = bar.add_task(task.name, total=len(items) * len(modes))
-        adding = threading.Lock()
-
-        def decode(item: Item, mode: str, seat: Seat | None = None) -> None:
-            record = {"mode": mode, "id": item.id, **_decode(engine, task, item, configs[mode], shots, stop, seat)}
-            with adding:
-                results.add(record)
-                bar.update(progress, advance=1, description=f"{task.name} {running(results.records, modes)}")
-
         waiting = [(item, mode) for item in items for mode in modes if (mode, item.id) not in done]
         bar.update(progress, completed=len(items) * len(modes) - len(waiting))
+
+        def keep(item: Item, mode: str, decode: Callable[[], Sequence]) -> None:
+            found = _judged(engine, task, item, decode)
+            results.add({"mode": mode, "id": item.id, **(found if batch == 1 else found | {"seconds": None})})
+            bar.update(progress, advance=1, description=f"{task.name} {running(results.records, modes)}")
+
+        def ask(make: Callable[..., T], item: Item, mode: str) -> T:
+            inputs = engine.tokenizer(task.prompt(item, shots), return_tensors="pt")
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            settings = {"max_new_tokens": task.max_new_tokens, "stopping_criteria": stop, **GREEDY}
+            return make(**inputs, config=configs[mode], **settings)
+
+        def requests() -> Iterator[tuple[tuple[Item, str], Request]]:
+            for item, mode in waiting:
+                try:
+                    (request,) = ask(engine.requests, item, mode)
+                except FAILURES as error:
+                    keep(item, mode, functools.partial(_ended, None, error))
+                else:
+                    yield (item, mode), request
+
         if batch == 1:
             for item, mode in waiting:
-                decode(item, mode)
+                keep(item, mode, functools.partial(ask, engine.start, item, mode))
         elif waiting:
-            jobs = [functools.partial(decode, *each) for each in waiting]
-            Batch(prepare(engine.model).weights, _common(engine.tokenizer, task, items, shots)).run(jobs, batch)
+            texts = Batch(prepare(engine.model), _common(engine.tokenizer, task, items, shots))
+            for (item, mode), sequence, error in texts.decode(requests(), batch):
+                keep(item, mode, functools.partial(_ended, sequence, error))
 
 
-def _common(tokenizer, task: Task, items: Sequence[Item], shots: int) -> torch.Tensor:
+def _common(tokenizer, task: Task, items: SequenceOf[Item], shots: int) -> torch.Tensor:
     """The tokens that all prompts begin with, int64 [t]; each prompt has more."""
     prompts = [tokenizer(task.prompt(item, shots))["input_ids"] for item in items]
     shared = os.path.commonprefix(prompts)
     return torch.tensor(shared[: min(map(len, prompts)) - 1], dtype=torch.int64)
 
 
-def running(records: Iterable[dict], modes: Sequence[str]) -> str:
+def running(records: Iterable[dict], modes: SequenceOf[str]) -> str:
     """Accuracies so far."""
     shares = []
     for mode in modes:
@@ -288,24 +305,23 @@ def running(records: Iterable[dict], modes: Sequence[str]) -> str:
     return ", ".join(shares)
 
 
-def _decode(
-    engine: Engine, task: Task, item: Item, config: SiriusConfig, shots: int, stop: StoppingCriteriaList, seat: Seat | None
-) -> dict:
+def _ended(sequence: Sequence | None, error: Exception | None) -> Sequence:
+    """A text that has ended, unless by an error, which is raised."""
+    if sequence is None or error is not None:
+        raise error or ValueError("there is no text")
+    return sequence
+
+
+def _judged(engine: Engine, task: Task, item: Item, decode: Callable[[], Sequence]) -> dict[str, Any]:
+    """What is kept of an item: its text, decoded to the end, and how right it is; or why there is none."""
     started = time.perf_counter()
     try:
-        inputs = engine.tokenizer(task.prompt(item, shots), return_tensors="pt")
-        settings = {"max_new_tokens": task.max_new_tokens, "stopping_criteria": stop, "passes": seat, **GREEDY}
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with seat or contextlib.nullcontext():
-            out = engine.generate(**inputs, config=config, **settings)
-        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        sequence = decode()
+        stats, tokens = sequence.run(), sequence.tokens
         text = engine.tokenizer.decode(tokens, skip_special_tokens=True)
         verdict = task.judge(item, task.answer_in(text))
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except FAILURES as error:
         return {"correct": False, "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}
-    stats = out.stats.prompts[0]
-    if seat is not None:
-        stats.prefill_seconds = stats.decode_seconds = None
     return {
         "correct": verdict.correct,
         "answer": verdict.answer,
@@ -321,7 +337,7 @@ def _decode(
             "density": stats.density,
             "periods": [[period.drafted, period.accepted, period.committed, period.cut] for period in stats.periods],
         },
-        "seconds": time.perf_counter() - started if seat is None else None,
+        "seconds": time.perf_counter() - started,
     }
 
 
@@ -342,7 +358,7 @@ def _stats(record: dict) -> PromptStats:
     )
 
 
-def summarize(records: Sequence[dict], modes: Sequence[str]) -> list[dict]:
+def summarize(records: SequenceOf[dict], modes: SequenceOf[str]) -> list[dict]:
     """Per mode: items, failures, accuracy with Wilson's 95 % interval, what it gained and lost against Full on the items that
     both have and McNemar's p, and the pooled metrics of SPEC section 7."""
     by_mode = {mode: {record["id"]: record for record in records if record["mode"] == mode} for mode in modes}
@@ -364,7 +380,7 @@ def summarize(records: Sequence[dict], modes: Sequence[str]) -> list[dict]:
     return rows
 
 
-def _pooled(records: Sequence[dict]) -> dict:
+def _pooled(records: SequenceOf[dict]) -> dict:
     if not records:
         return {}
     stats = Stats(_stats(record) for record in records)
@@ -377,7 +393,7 @@ def _pooled(records: Sequence[dict]) -> dict:
     return row
 
 
-def columns_of(rows: Sequence[dict]) -> dict[str, list[str]]:
+def columns_of(rows: SequenceOf[dict]) -> dict[str, list[str]]:
     """The summary's cells as text, column by column; columns that no row has anything for are left out."""
 
     def shown(name: str, form: str) -> list[str]:
@@ -398,7 +414,7 @@ def columns_of(rows: Sequence[dict]) -> dict[str, list[str]]:
     return {name: cells for name, cells in columns.items() if any(cells)}
 
 
-def report(title: str, rows: Sequence[dict], console: Console) -> None:
+def report(title: str, rows: SequenceOf[dict], console: Console) -> None:
     """The summary as a table."""
     caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
     table = Table(title=title, caption=caption, padding=(0, 0))

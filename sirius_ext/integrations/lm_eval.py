@@ -18,13 +18,12 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..cli.options import check_threads
 from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds, read_thresholds
 from ..decoding.reading import Reader
 from ..decoding.sparsity import sparsity_of
 from ..decoding.stats import Stats
-from ..engine import GREEDY, Engine, prepare
+from ..engine import GREEDY, Engine, check_threads, prepare
 from ..models.hub import parse_dtype
 
 SCORERS = ("full", "sparse")
@@ -84,7 +83,8 @@ class SiriusLM(TemplateLM):
         if self.tokenizer is None:
             raise ValueError("pretrained: it has no tokenizer, so a task's texts cannot be read")
         self.max_gen_toks = max_gen_toks
-        self.weights = prepare(self.engine.model).weights
+        self._model = prepare(self.engine.model)
+        self.weights = self._model.weights
         if self.config.thresholds is not None:
             # For this model? Otherwise every request would fail, one by one.
             load_thresholds(self.config.thresholds, self.weights, self.config.density)
@@ -198,7 +198,7 @@ class SiriusLM(TemplateLM):
         thresholds = None
         if self.scorer == "sparse" and self.config.thresholds is not None:
             thresholds = load_thresholds(self.config.thresholds, self.weights, self.config.density)
-        reader = Reader(self.weights, max((len(context) + len(rest) for _, context, rest in fitted), default=1))
+        reader = Reader(self._model, max((len(context) + len(rest) for _, context, rest in fitted), default=1))
         answers, before = [], None
         for key, context, continuation in tqdm(fitted, desc=f"loglikelihood, {self.scorer}", disable=disable_tqdm):
             if context != before:  # the choices of a question come one after the other

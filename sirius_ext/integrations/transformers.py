@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..config import SiriusConfig
 from ..engine import Engine, SiriusOutput, call, inside, is_prepared, release
-from .settings import arguments_of
+from ..generation.settings import arguments_of
 
 
 def generate(

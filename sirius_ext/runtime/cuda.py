@@ -1,46 +1,51 @@
-"""The model on a CUDA device: passes that can be captured in graphs, and periods that need the host only for their record."""
+"""The model on a CUDA device: passes that can be captured in graphs, since all that changes stands in device memory."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from ..config import SiriusConfig
-from ..decoding.sparsity import DECAY, CSparse, FSparse, Kind
-from ..decoding.tree import Tree
 from ..kernels import dispatch
 from ..models.weights import Weights
+from .cache import Cache
 from .graphs import Nodes, Replay, graph_mode
 from .layers import Attend, Neurons, decoder_layer, embed, norm
-from .model import Model
+from .model import Model, arguments_of
+from .passes import Kind, Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
-FIRST_CAPACITY = 256  # slots of the first cache; it doubles as needed, and graphs are captured anew when it does
+FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
+
+Arguments = tuple[int, int, int, int]  # of a pass: kind, the addresses of neurons and thresholds, how many neurons are kept
 
 
-class CudaModel(Model):
-    """As `Model`. Everything that changes between two passes of one shape stands in device memory."""
+class CudaCache(Cache):
+    """As `Cache`, and everything else that the graphs over it read: whatever changes between two passes of one shape stands in
+    device memory, at a place of its own.
+
+    base: int32 [1], the slot of the tree's root.
+    statistic: float32 [layers, I], of a set that follows the text.
+    steps, periods: the graphs of passes and of whole periods over this cache, by what was captured. They go when the cache gets
+        other memory.
+    """
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights)
-        self.graph_mode = graph_mode()
-        self.base = torch.zeros(1, dtype=torch.int32, device=self.device)  # the root's slot
-        # Its own: what is made while a graph is captured belongs to that graph.
-        self.counters = torch.zeros(self._extension().counters, dtype=torch.int32, device=self.device)
-        self._steps: dict[object, Replay] = {}
-        self._periods: dict[object, object] = {}
-        # CSparse's sets, int32 [layers, kept], by kept, and the statistic of one that follows the text: where graphs find them.
-        self._neurons: dict[int, torch.Tensor] = {}
-        self._statistic: torch.Tensor | None = None
-        self._joined, self._joined_count = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (MAX_NODES, 1))
+        self.base = torch.zeros(1, dtype=torch.int32, device=weights.device)
+        self.statistic: torch.Tensor | None = None
+        self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept
         self._thresholds: torch.Tensor | None = None
-        self._taken: CSparse | FSparse | None = None  # what stands there
+        self._taken: Sparsity | None = None  # what stands there
+        self._arguments: Arguments = Kind.DENSE, 0, 0, 0
 
-    def _extension(self) -> ModuleType:
-        return dispatch.cuda_functions(self.device)
+    def _release(self) -> None:
+        super()._release()
+        self.steps: dict[object, Replay] = {}
+        self.periods: dict[object, Any] = {}
 
     def _grown(self, slots: int) -> int:
         capacity = max(FIRST_CAPACITY, self.capacity)
@@ -48,154 +53,194 @@ class CudaModel(Model):
             capacity *= 2
         return capacity
 
-    def reserve(self, slots: int, rows: int) -> None:
-        """As `Model.reserve`. RuntimeError that says what to lower if the device's memory does not suffice."""
-        if rows > MAX_NODES:
-            raise ValueError(
-                f"period, tree_width: expected a tree of at most {MAX_NODES} nodes on a CUDA device, got {rows}; lower one"
-            )
-        try:
-            super().reserve(slots + AHEAD, rows)
-        except torch.OutOfMemoryError as error:
-            self.capacity = 0
-            raise RuntimeError(
-                f"cuda: out of memory for a cache of {slots} tokens and passes of {rows}; lower max_new_tokens, the prompt's "
-                f"length, period or tree_width ({error})"
-            ) from error
+    def _grow(self, slots: int) -> None:
+        super()._grow(slots)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        self.steps.clear()
+        self.periods.clear()
 
     def _make_room(self, rows: int) -> None:
-        self._steps.clear()
-        self._periods.clear()
-        w, words = self.weights, -(-rows // 64)
-        integers = {"dtype": torch.int32, "device": self.device}
-        self._logits = torch.empty(rows, w.vocab, device=self.device)
-        self._argmax = torch.empty(rows, **integers)
-        self._tokens, self._offsets = torch.zeros(rows, **integers), torch.zeros(rows, **integers)
-        self._masks = torch.zeros(rows * words, dtype=torch.int64, device=self.device)
-        few = self._handle.workspace(min(rows, FEW_ROWS), self.capacity)
-        many = 4 * self._extension().tree_attention_workspace(rows, w.heads, w.head_dim, self.capacity)
-        judged = 4 * max(
-            self._extension().accept_workspace(rows, w.vocab),
-            self._extension().tree_expand_workspace(FEW_ROWS, w.vocab, FEW_ROWS),
+        super()._make_room(rows)
+        self._forget_graphs()
+        device = self.weights.device
+        self.staged_tokens, self.staged_offsets = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(2))
+        self.staged_masks = torch.zeros(rows * -(-rows // 64), dtype=torch.int64, device=device)
+
+    def staged(self, asked: Pass) -> Nodes:
+        """What a pass asks for, in the device's memory, where the graph of a pass of its shape reads it."""
+        m, words = asked.mask.shape
+        nodes = Nodes(
+            self.staged_tokens[:m],
+            self.staged_offsets[:m],
+            self.staged_masks[: m * words].view(m, words),
+            asked.first_slot - asked.prefix,
         )
-        followed = 4 * self._extension().follow_workspace(len(w.layers), rows, w.intermediate)
-        self._workspace = torch.empty(max(few, many, judged, followed), dtype=torch.uint8, device=self.device)
+        nodes.tokens.copy_(asked.tokens)
+        nodes.offsets.copy_(asked.positions - asked.prefix)
+        nodes.mask.copy_(asked.mask)
+        self.base.fill_(asked.prefix)
+        return nodes
 
-    def step(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
-        prefix: int,
-        first_slot: int,
-        sparsity: CSparse | FSparse | None = None,
-        argmax: torch.Tensor | None = None,
-        keep_z: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Model.step`, whose arguments stand in the host's memory. The logits are the device's."""
-        m, words = mask.shape
-        nodes = Nodes(self._tokens[:m], self._offsets[:m], self._masks[: m * words].view(m, words), first_slot - prefix)
-        nodes.tokens.copy_(tokens)
-        nodes.offsets.copy_(positions - prefix)
-        nodes.mask.copy_(mask)
-        self.base.fill_(prefix)
-        key = m, words, nodes.first, keep_z, self.take(sparsity)
-        if key not in self._steps:
-            self._steps[key] = Replay(
-                lambda: self.run(nodes, key[-1], self._argmax[:m], keep_z=keep_z),
-                self.device,
-                self.graph_mode != "off",
-                f"a pass of {m} tokens",
-            )
-        self._steps[key]()
-        best = self._argmax[:m]
-        return self._logits[:m], best if argmax is None else argmax.copy_(best)
-
-    def take(self, sparsity: CSparse | FSparse | None) -> tuple[int, ...]:
-        """Put a prompt's sets, or the thresholds, where passes find them. Returns what `run` takes."""
+    def take(self, sparsity: Sparsity | None) -> Arguments:
+        """Put a prompt's sets, or the thresholds, where passes find them. Returns what `CudaModel.run` takes."""
         if sparsity is None:
-            return Kind.DENSE, 0, 0, 0
-        if sparsity is not self._taken:  # a text's passes all come with the same one
-            if isinstance(self._taken, CSparse):
-                self._taken.keep(self._taken.neurons.clone(), self._taken.statistic.clone())
+            return arguments_of(None)
+        if sparsity is not self._taken:  # a sequence's passes all come with the same one
+            if self._taken is not None and self._taken.neurons is not None:
+                statistic = self._taken.statistic
+                self._taken.place(self._taken.neurons.clone(), None if statistic is None else statistic.clone())
             self._taken, self._arguments = sparsity, self._held(sparsity)
         return self._arguments
 
-    def _held(self, sparsity: CSparse | FSparse) -> tuple[int, ...]:
-        kind, _, thresholds, kept = sparsity.arguments()
-        neurons = 0
-        if kind == Kind.LISTED:
-            held = self._neurons.get(kept)
-            if held is None:
-                held = self._neurons[kept] = torch.empty_like(sparsity.neurons)
-            if self._statistic is None:
-                self._statistic = torch.empty_like(sparsity.statistic)
-            # From now on what stands here is the set, which graphs change.
-            sparsity.keep(held.copy_(sparsity.neurons), self._statistic.copy_(sparsity.statistic))
+    def _held(self, sparsity: Sparsity) -> Arguments:
+        kind, neurons, thresholds, kept = arguments_of(sparsity)
+        if sparsity.neurons is not None:
+            if kept not in self._neurons:
+                self._neurons[kept] = torch.empty_like(sparsity.neurons)
+            held, statistic = self._neurons[kept].copy_(sparsity.neurons), sparsity.statistic
+            if statistic is not None:
+                if self.statistic is None:
+                    self.statistic = torch.empty_like(statistic)
+                statistic = self.statistic.copy_(statistic)
+            sparsity.place(held, statistic)  # from now on what stands here is the set, which graphs change
             neurons = held.data_ptr()
-        if kind == Kind.THRESHOLD:
+        if sparsity.thresholds is not None:
             if self._thresholds is None:
                 self._thresholds = torch.empty_like(sparsity.thresholds)
             self._thresholds.copy_(sparsity.thresholds)
             thresholds = self._thresholds.data_ptr()
         return kind, neurons, thresholds, kept
 
+    def followed(self, kept: int) -> tuple[torch.Tensor, ...]:
+        """What a set of so many neurons that follows the text changes, for who must undo it."""
+        assert self.statistic is not None
+        return self._neurons[kept], self.statistic
+
+
+class CudaModel(Model):
+    """As `Model`. All passes are on one stream: they share the workspace, and the counters."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.graph_mode = graph_mode()
+        self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._outgrown: list[torch.Tensor] = []  # graphs that were captured with them go on with them
+        # Its own: what is made while a graph is captured belongs to that graph.
+        self.counters = torch.zeros(self._extension().counters, dtype=torch.int32, device=self.device)
+
+    def _extension(self) -> ModuleType:
+        return dispatch.cuda_functions(self.device)
+
+    def new_cache(self) -> CudaCache:
+        return CudaCache(self.weights)
+
+    def reserve(self, cache: Cache, slots: int, rows: int) -> None:
+        """As `Model.reserve`. ValueError for a tree that is too large; RuntimeError that says what to lower if the device's
+        memory does not suffice."""
+        if rows > MAX_NODES:
+            raise ValueError(
+                f"period, tree_width: expected a tree of at most {MAX_NODES} nodes on a CUDA device, got {rows}; lower one"
+            )
+        try:
+            try:
+                super().reserve(cache, slots + AHEAD, rows)
+            except torch.OutOfMemoryError:
+                self.caches.clear()  # of other sequences, for prompts that may never come
+                super().reserve(cache, slots + AHEAD, rows)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"cuda: out of memory for a cache of {slots} tokens and passes of {rows}; lower max_new_tokens, the prompt's "
+                f"length, period or tree_width ({error})"
+            ) from error
+
+    def _make_room(self, cache: Cache, rows: int) -> None:
+        w, functions = self.weights, self._extension()
+        few = self._handle.workspace(min(rows, FEW_ROWS), cache.capacity)
+        many = 4 * functions.tree_attention_workspace(rows, w.heads, w.head_dim, cache.capacity)
+        judged = 4 * max(functions.accept_workspace(rows, w.vocab), functions.tree_expand_workspace(FEW_ROWS, w.vocab, FEW_ROWS))
+        followed = 4 * functions.follow_workspace(len(w.layers), rows, w.intermediate)
+        size = max(few, many, judged, followed)
+        if size > self._workspace.numel():
+            self._outgrown.append(self._workspace)
+            self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def step(self, cache: Cache, asked: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Model.step`; what is asked stands in the host's memory. The logits are the device's."""
+        assert isinstance(cache, CudaCache)
+        m, words = asked.mask.shape
+        with self.lock:
+            nodes, sparsity = cache.staged(asked), cache.take(asked.sparsity)
+            key = m, words, nodes.first, asked.keep_z, sparsity
+            if key not in cache.steps:
+                cache.steps[key] = Replay(
+                    lambda: self.run(cache, nodes, sparsity, cache.argmax[:m], keep_z=asked.keep_z),
+                    self.device,
+                    self.graph_mode != "off",
+                    f"a pass of {m} tokens",
+                )
+            cache.steps[key]()
+        best = cache.argmax[:m]
+        return cache.logits[:m], best if asked.argmax is None else asked.argmax.copy_(best)
+
     def run(
         self,
+        cache: CudaCache,
         nodes: Nodes,
-        sparsity: tuple[int, ...],
+        sparsity: Arguments,
         argmax: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
         keep_z: bool = False,
     ) -> torch.Tensor:
-        """Launch one pass over some nodes of the tree whose root stands at slot `base`.
+        """Launch one pass over some nodes of the tree whose root stands at the cache's slot `base`.
 
-        sparsity: what `take` returned.
+        sparsity: what `CudaCache.take` returned.
         argmax: int32 [m], gets every row's; -1 where a logit is not finite.
         alive: int32 [1]; only so many rows count in FSparse's choice.
-        keep_z: as in `Model.step`.
-        Returns the logits, float32 [m, V], which the next pass overwrites.
+        keep_z: as in `Pass`.
+        Returns the logits, float32 [m, V], which the next pass over this cache overwrites.
         """
         m = len(nodes.tokens)
         if m > FEW_ROWS:
-            return self._run_many(nodes, argmax, keep_z)
+            return self._run_many(cache, nodes, argmax, keep_z)
         with dispatch.guard(self.device):
             self._handle.step(
                 tokens=nodes.tokens.data_ptr(),
                 positions=nodes.offsets.data_ptr(),
-                cos=self.cos.data_ptr(),
-                sin=self.sin.data_ptr(),
-                max_position=self.capacity,
+                cos=cache.cos.data_ptr(),
+                sin=cache.sin.data_ptr(),
+                max_position=cache.capacity,
                 mask=nodes.mask.data_ptr(),
                 mask_words=nodes.mask.shape[1],
-                k_cache=self.k_cache.data_ptr(),
-                v_cache=self.v_cache.data_ptr(),
+                k_cache=cache.k.data_ptr(),
+                v_cache=cache.v.data_ptr(),
                 sparsity=sparsity,
-                logits=self._logits.data_ptr(),
+                logits=cache.logits.data_ptr(),
                 argmax=0 if argmax is None else argmax.data_ptr(),
                 workspace=self._workspace.data_ptr(),
-                z=self._kept_z(m).data_ptr() if keep_z else 0,
+                z=cache.z(m).data_ptr() if keep_z else 0,
                 num_rows=m,
                 first_slot=nodes.first,
-                capacity=self.capacity,
-                base=self.base.data_ptr(),
+                capacity=cache.capacity,
+                base=cache.base.data_ptr(),
                 alive=0 if alive is None else alive.data_ptr(),
                 counters=self.counters.data_ptr(),
                 stream=dispatch.stream(self.device),
             )
-        return self._logits[:m]
+        return cache.logits[:m]
 
-    def _run_many(self, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
+    def _run_many(self, cache: CudaCache, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
         """F over more rows than our kernels are for: torch multiplies and writes the cache, our kernel attends."""
         w, m, d = self.weights, len(nodes.tokens), self.weights.description
-        places = (self.base + nodes.offsets).long()
-        slots = (self.base + nodes.first + torch.arange(m, device=self.device)).long()
-        angles = self.cos[:, places], self.sin[:, places]
-        x = embed(w, nodes.tokens.clamp(min=0).long())  # -1 stands behind logits that are not finite
+        places = (cache.base + nodes.offsets).long()
+        slots = (cache.base + nodes.first + torch.arange(m, device=self.device)).long()
+        angles = cache.cos[:, places], cache.sin[:, places]
+        x = embed(w, nodes.tokens.clamp(min=0).long())  # -1 comes after logits that are not finite
         for index, layer in enumerate(w.layers):
-            neurons = _keeping(self._kept_z(m)[index]) if keep_z else None
-            x = decoder_layer(d, layer, x, angles, self._attend_in_tree(nodes, index, slots), neurons)
-        normed, head, out = norm(d, x, w.final_norm), w.lm_head.data.t(), self._logits[:m]
+            neurons = _keeping(cache.z(m)[index]) if keep_z else None
+            x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
+        normed, head, out = norm(d, x, w.final_norm), w.lm_head.data.t(), cache.logits[:m]
         if w.dtype == torch.float32:
             torch.mm(normed, head, out=out)
         elif self.device.type == "cuda":
@@ -210,12 +255,12 @@ class CudaModel(Model):
             self.launch("argmax", logits=out, argmax=argmax, num_rows=m, vocab=w.vocab)
         return out
 
-    def _attend_in_tree(self, nodes: Nodes, index: int, slots: torch.Tensor) -> Attend:
+    def _attend_in_tree(self, cache: CudaCache, nodes: Nodes, index: int, slots: torch.Tensor) -> Attend:
         """Attention of a layer for nodes of the tree, whose keys and values go to `slots`."""
         w, d, layer = self.weights, self.weights.description, self.weights.layers[index]
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = self.k_cache[index], self.v_cache[index]
+            keys, values = cache.k[index], cache.v[index]
             keys.index_copy_(1, slots, k.transpose(0, 1))
             values.index_copy_(1, slots, v.transpose(0, 1))
             out = torch.empty(len(q), w.heads * w.head_dim, dtype=w.dtype, device=self.device)
@@ -226,8 +271,8 @@ class CudaModel(Model):
                 q_stride=w.heads * w.head_dim,
                 k_cache=keys,
                 v_cache=values,
-                cache=(w.kv_heads, self.capacity, w.head_dim),
-                base=self.base,
+                cache=(w.kv_heads, cache.capacity, w.head_dim),
+                base=cache.base,
                 mask=nodes.mask,
                 mask_words=nodes.mask.shape[1],
                 positions=nodes.offsets,
@@ -242,9 +287,9 @@ class CudaModel(Model):
 
         return attend
 
-    def launch(self, name: str, **fields) -> None:
-        """Call one of the extension's functions with the fields of its arguments and what they all end with, the workspace, the
-        counters and the stream. Tensors go by their address, None as null."""
+    def launch(self, name: str, /, **fields: object) -> None:
+        """Call one of the extension's functions with the fields of its arguments and what they all end with, the
+        workspace, the counters and the stream. Tensors go by their address, None as null."""
         plain = {
             field: 0 if value is None else value.data_ptr() if isinstance(value, torch.Tensor) else value
             for field, value in fields.items()
@@ -256,64 +301,6 @@ class CudaModel(Model):
                 counters=self.counters.data_ptr(),
                 stream=dispatch.stream(self.device),
             )
-
-    def follow(self, sparsity: CSparse, nodes: int, path: list[int]) -> None:
-        """As `Model.follow`."""
-        self._joined[: len(path) + 1].copy_(torch.tensor([0, *path], dtype=torch.int32))
-        self._joined_count.fill_(len(path) + 1)
-        self.launch_follow(self._joined, self._joined_count, nodes, self.take(sparsity))
-
-    def launch_follow(
-        self,
-        joined: torch.Tensor,
-        count: torch.Tensor,
-        nodes: int,
-        sparsity: tuple[int, ...],
-        fault: torch.Tensor | None = None,
-    ) -> None:
-        """Choose the set that `take` has put in its place anew.
-
-        joined: int32, in device memory: the nodes of the last pass, over so many nodes, that joined the sequence.
-        count: int32 [1], how many.
-        fault: int32 [1]; where it is 1 the set stays what it was.
-        """
-        w, (_, neurons, _, kept) = self.weights, sparsity
-        self.launch(
-            "follow",
-            dtype=w.dtype_code,
-            z=self._kept_z(nodes),
-            rows=joined,
-            count_at=count,
-            fault=fault,
-            down_squares=w.down_squares,
-            statistic=self._statistic,
-            neurons=neurons,
-            decay=DECAY,
-            layers=len(w.layers),
-            num_rows=nodes,
-            intermediate=w.intermediate,
-            kept=kept,
-        )
-
-    def following(self, kept: int) -> tuple[torch.Tensor, ...]:
-        """What a set that follows the text changes, for who must undo it."""
-        return self._neurons[kept], self._statistic
-
-    def replay(self, config: SiriusConfig, tree: Tree, sparsity: CSparse | FSparse | None) -> PeriodGraph | None:  # noqa: F821
-        """As `Model.replay`, after the prefill."""
-        if self.graph_mode == "step":
-            return None
-        depth = config.period - 1 if config.mode == "sirius" else 0
-        draft = self.take(sparsity)
-        judge = draft if config.mode == "sparse" else self.take(None)
-        follows = config.mode == "sirius" and sparsity.follows
-        settings = config.prune, config.accept, config.threshold, config.score_temperature
-        key = depth, tree.width, *settings, draft, judge, follows
-        if key not in self._periods:
-            from ..decoding.period_graph import PeriodGraph
-
-            self._periods[key] = PeriodGraph(self, config, depth, draft, judge, follows)
-        return self._periods[key]
 
 
 def _keeping(kept: torch.Tensor) -> Neurons:

@@ -83,26 +83,11 @@ class Replay:
         self._graph = graph
 
 
-class Record:
-    """What the host learns of a period: views of one int32 array, so that one copy brings all of it.
-
-    accepted, limit: [1], the accepted run and the longest that there could be. fault: [1], not 0 once logits of S or F were not
-    finite; the rest then says nothing. counts: [depth], nodes of each depth that were drafted. path: [depth + 1], the accepted
-    nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32 [nodes - 1].
-    """
-
-    def __init__(self, depth: int, nodes: int, device: torch.device) -> None:
-        sizes = (1, 1, 1, depth, depth + 1, nodes, nodes - 1)
-        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.accepted, self.limit, self.fault, self.counts, self.path, self.tokens, likelihoods = self.memory.split(sizes)
-        self.likelihoods = likelihoods.view(torch.float32)
-
-
 @dataclasses.dataclass
 class Nodes:
     """Some nodes of a tree, in device memory, side by side.
 
-    tokens, offsets: int32 [m]; offsets are positions behind the root's.
+    tokens, offsets: int32 [m]; offsets are positions, counted from the root's.
     mask: int64 [m, words].
     first: the index of the first one; node i's slot is the root's + i.
     """

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import SiriusConfig
+from ..runtime.cache import Cache
 
 # Decide about the text or about what is returned, and are honoured.
 USED = frozenset(
@@ -130,7 +131,7 @@ ONLY: dict[str, tuple] = {
     "negative_prompt_attention_mask": (),
     "inputs_embeds": (),
     "cache_implementation": (),
-    # caches, by all the names that transformers has had for them
+    # caches, by all the names that transformers has had for them; one of ours is taken before
     "cache": (),
     "past_key_values": (),
     "cache_params": (),
@@ -142,8 +143,8 @@ _HINTS = {
     "use_cache": "use_cache=False",
     "token_healing": "token_healing (token healing changes the prompt)",
     "cache_implementation": "cache_implementation (the engine keeps its own cache)",
-    "cache": "cache (past_key_values): the engine keeps its own cache",
-    "past_key_values": "past_key_values: the engine keeps its own cache",
+    "cache": "cache (past_key_values): only what an earlier call gave as past_key_values",
+    "past_key_values": "past_key_values: only what an earlier call gave as past_key_values",
 }
 
 
@@ -168,6 +169,10 @@ class Taken:
     stop_strings: str | list[str] | None
     tokenizer: object | None
     generator: torch.Generator | None
+    cache: Cache | None
+
+
+CACHES = ("past_key_values", "cache")
 
 
 def take(arguments: Mapping, model: PreTrainedModel) -> tuple[dict, Taken]:
@@ -179,6 +184,9 @@ def take(arguments: Mapping, model: PreTrainedModel) -> tuple[dict, Taken]:
     config = arguments.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config: expected a GenerationConfig, got {type(config).__name__}")
+    caches = [arguments.pop(name) for name in CACHES if isinstance(arguments.get(name), Cache)]
+    if len(caches) > 1:
+        raise ValueError("past_key_values: expected one cache, got both past_key_values and cache")
     refuse(arguments, arguments)
     if config is not None:
         refuse(vars(config), _own_settings(config))
@@ -199,7 +207,7 @@ def take(arguments: Mapping, model: PreTrainedModel) -> tuple[dict, Taken]:
     generator = arguments.pop("generator", None)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-    return arguments, Taken(streamer, strings, arguments.pop("tokenizer", None), generator)
+    return arguments, Taken(streamer, strings, arguments.pop("tokenizer", None), generator, *(caches or [None]))
 
 
 def refuse(values: Mapping, names: Iterable[str]) -> None:
@@ -213,7 +221,7 @@ def refuse(values: Mapping, names: Iterable[str]) -> None:
         raise ValueError(f"generate: not supported by sirius_ext: {'; '.join(refused)}")
 
 
-def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: int, streamer: BaseStreamer | None) -> None:
+def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: int, taken: Taken) -> None:
     """ValueError for settings, resolved by `transformers`, that cannot be honoured, or not with this config or together."""
     refuse(vars(settings), ONLY.keys() & vars(settings).keys())
     corrects, sample = config.mode == "sirius", bool(settings.do_sample)
@@ -222,7 +230,8 @@ def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: i
         'accept="sample")': corrects and sample and config.accept != "sample",
         'accept="sample" without do_sample=True': corrects and not sample and config.accept == "sample",
         "num_return_sequences > 1 without do_sample=True": not sample and (settings.num_return_sequences or 1) > 1,
-        "a streamer with more than one prompt": streamer is not None and prompts > 1,
+        "a streamer with more than one prompt": taken.streamer is not None and prompts > 1,
+        "past_key_values with more than one prompt": taken.cache is not None and prompts > 1,
     }
     refused = [name for name, wanted in asked.items() if wanted]
     if refused:
@@ -272,7 +281,7 @@ def _is_one_of(value: object, allowed: tuple) -> bool:
 
 
 def _check_ids(arguments: dict) -> None:
-    """Of any integer type; int64 is what everything behind this takes."""
+    """Of any integer type; int64 is what everything after this takes."""
     name = "inputs" if arguments.get("inputs") is not None else "input_ids"
     ids = arguments.get(name)
     if ids is None:

@@ -8,7 +8,17 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ..cli.arguments import (
+from ..config import SPARSITIES, SiriusConfig
+from ..engine import THREADS_PER_CPU, most_threads
+from ..evaluation.analyze import analyze, summary
+from ..evaluation.extras import need
+from ..evaluation.jobs import by_processes, by_ray, launched, processes
+from ..evaluation.plan import Plan
+from ..evaluation.runner import MODES, Results, config_of, merge, modes_in, report, summarize
+from ..evaluation.study import SETTINGS, Runner, plot, study
+from ..evaluation.tasks import TASKS, Item
+from ..evaluation.transcript import page, show, show_summary
+from .arguments import (
     check_distinct,
     input_file,
     input_folder,
@@ -19,28 +29,17 @@ from ..cli.arguments import (
     reads,
     words,
 )
-from ..cli.options import (
+from .options import (
     DEFAULTS,
-    THREADS_PER_CPU,
     add_command,
     add_decoding_options,
     add_setting,
     add_sparsity_options,
     check_used,
     decoding_config,
-    most_threads,
     used_by,
 )
-from ..cli.terminal import Console
-from ..config import SPARSITIES, SiriusConfig
-from .analyze import analyze, summary
-from .extras import need
-from .jobs import by_processes, by_ray, launched, processes
-from .plan import Plan
-from .runner import MODES, Results, config_of, merge, modes_in, report, summarize
-from .study import SETTINGS, Runner, plot, study
-from .tasks import TASKS, Item
-from .transcript import page, show, show_summary
+from .terminal import Console
 
 
 def add(commands) -> None:

@@ -1,0 +1,56 @@
+"""A prompt read by F, chunk by chunk, after what its cache holds of it already."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TypeVar
+
+import torch
+
+from ..runtime.cache import Cache, chunks
+from ..runtime.model import Model, not_finite
+from ..runtime.passes import Fault, Pass, Prefill, Result
+from .sparsity import CSparse, FSparse, Usage
+
+T = TypeVar("T")
+# What computes something out of passes: it yields what it asks for, and is sent what comes of it.
+Passes = Generator[Prefill | Pass | Fault, Result, T]
+
+
+def drive(model: Model, cache: Cache, passes: Passes[T]) -> T:
+    """Compute what is asked for, one after the other, over a cache. Returns what comes of it all."""
+    try:
+        asked = next(passes)
+        while True:
+            asked = passes.send(model.compute(cache, asked))
+    except StopIteration as end:
+        return end.value
+
+
+def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None = None) -> Passes[torch.Tensor]:
+    """Have F read a prompt, int64 [t], that begins with all that the cache holds. The last token is always read.
+
+    sparsity: learns what the prompt's tokens used of every neuron, if that decides about it.
+    Returns the logits after the last token, float32 [V]. ValueError if they, or a query or key of any token, are not finite: the
+    cache then holds nothing.
+    """
+    tokens, held = prompt.tolist(), len(cache.tokens)
+    usage = None if sparsity is None else sparsity.usage
+    if usage is not None:
+        for stretch in cache.stretches:
+            assert isinstance(stretch.observed, Usage)
+            usage.absorb(stretch.observed)
+    # Zeros, and the logits after the last chunk; NaN stays NaN.
+    logits = torch.zeros((), device=cache.weights.device)
+    for start, stop in chunks(min(held, len(tokens) - 1), len(tokens)):
+        known = start < held  # the last token, which has been observed
+        observer = None if usage is None or known else Usage(*usage.squares.shape, usage.squares.device)
+        logits = logits + (yield Prefill(prompt, start, stop, observer)).logits
+        if observer is not None and usage is not None:
+            usage.absorb(observer)
+        if not known:
+            cache.hold(tokens[start:stop], observer, prefilled=True)
+    if not bool(logits.isfinite().all()):
+        cache.rewind(0)  # what it held is overwritten in the search
+        raise not_finite(len(tokens), 0, "the prefill (full model)", (yield Fault(prompt, 0)).fault)
+    return logits

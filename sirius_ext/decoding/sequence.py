@@ -1,0 +1,410 @@
+"""One text as it is decoded: prefill, then draft, verify, accept and interleave until it ends (SPEC sections 3 and 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from ..config import SiriusConfig
+from ..runtime.cache import Cache
+from ..runtime.graphs import profiled
+from ..runtime.model import Model, not_finite
+from ..runtime.passes import Fault, Pass, Result
+from .period import FIRST_ALPHA, AdaptivePeriod, learned
+from .period_graph import PeriodGraph, Record, period_graph
+from .prefill import Passes, drive, read
+from .sampling import Logits, rule_of
+from .sparsity import CSparse, FSparse, sparse_density, sparsity_of
+from .stats import Period, PromptStats
+from .tree import Tree
+
+# (token ids so far int64 [t], the logits after them float32 [V]) -> logits to decide by, float32 [V]
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Streamer(Protocol):
+    """Who wants a text's tokens once they are certain."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Some tokens, int64 [n], in order."""
+
+    def end(self) -> None:
+        """There are no more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A text to decode. Whoever makes one has checked that prompt and limit fit the context.
+
+    prompt: int64 [t], in the host's memory.
+    limit: new tokens at most, at least 1.
+    limited_by: why there are no more: "length" or "context".
+    eos: tokens that end the text.
+    stops: asked after every token, with the new tokens so far, whether the text ends there.
+    process: changes logits before they are used.
+    sample: draw tokens from the softmax of the processed logits, instead of taking the likeliest.
+    generator: draws them; torch's default one without it.
+    thresholds: FSparse's, float32 [layers].
+    streamer: gets the tokens of every step, and is told of the end.
+    """
+
+    prompt: torch.Tensor
+    config: SiriusConfig
+    limit: int
+    limited_by: str = "length"
+    eos: frozenset[int] = frozenset()
+    stops: Callable[[list[int]], bool] | None = None
+    process: Processor | None = None
+    sample: bool = False
+    generator: torch.Generator | None = None
+    thresholds: torch.Tensor | None = None
+    streamer: Streamer | None = None
+
+    def tree(self) -> Tree:
+        """An empty one, for the drafts of this text."""
+        corrects = self.config.mode == "sirius"
+        return Tree(self.config.longest_period - 1, self.config.tree_width) if corrects else Tree(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step of a sequence did.
+
+    tokens: that joined the text.
+    period: the verification, if there was one; it says what was drafted, and how much of it was accepted.
+    finish: why the text has ended, as `PromptStats` has it; "" if it has not.
+    """
+
+    tokens: list[int]
+    period: Period | None = None
+    finish: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.finish)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that S proposed."""
+        return self.period.nodes if self.period else 0
+
+    @property
+    def accepted(self) -> int:
+        """How many of them joined the text, unless it ended before."""
+        return self.period.accepted if self.period else 0
+
+    @property
+    def rejected(self) -> int:
+        return self.drafted - self.accepted
+
+
+class Sequence:
+    """A text, step by step: `step` until `ended`. Any number of them may be alive over one model, each with a cache of its own,
+    in one thread or in several; one sequence is for one thread at a time.
+
+    >>> sequence = engine.start(input_ids, max_new_tokens=256)
+    >>> while not sequence.ended:
+    ...     print(sequence.step().tokens)
+
+    tokens: new ones so far.
+    stats: `PromptStats` of what was done so far.
+    finish: why it has ended, as `PromptStats` has it; "" if it has not.
+    cache: holds the text's keys and values; the model keeps it for prompts to come once the text has ended, or this object is
+        dropped.
+    """
+
+    def __init__(self, model: Model, request: Request, cache: Cache, give_back: Callable[[Cache], None]) -> None:
+        """cache: with room for the text, which must begin with what it holds. give_back: called with it when the text has ended,
+        or nobody has a use for it any more. (`start` has both.)"""
+        self.model, self.request, self.cache = model, request, cache
+        self.tokens: list[int] = []
+        self.finish = ""
+        config, prompt = request.config, request.prompt
+        self._rule = rule_of(config, request.sample, request.generator)
+        self._sparsity: CSparse | FSparse | None = None
+        density = 1.0
+        if config.mode != "full":
+            self._sparsity = sparsity_of(config, model.weights, request.thresholds)
+            density = sparse_density(config, model.weights)
+        corrects = config.mode == "sirius"
+        self.stats = PromptStats(
+            mode=config.mode,
+            period=config.period if corrects else 1,
+            tree_width=config.tree_width if corrects else 1,
+            density=density,
+            prompt_tokens=len(prompt),
+            reused_tokens=min(len(cache.tokens), len(prompt) - 1),
+        )
+        self._tree = request.tree()
+        self._learned = learned(model)
+        self._adaptive: AdaptivePeriod | None = None
+        if corrects and config.period == "auto":
+            kind = (config.sparsity, config.follow, config.density, config.thresholds, config.tree_width)
+            assumed = self._learned.alphas.get((kind, config.accept), FIRST_ALPHA)
+            self._adaptive = AdaptivePeriod(self._learned.costs, kind, config.tree_width, config.longest_period, assumed)
+        # The text so far, for who wants to see it: logits processors.
+        self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
+        self._graph: PeriodGraph | None = None  # replayed for every step, where there is one
+        self._records: Iterator[Record] = iter(())
+        self._give_back = weakref.finalize(self, give_back, cache)
+        self._give_back.atexit = False
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.finish)
+
+    @property
+    def _length(self) -> int:
+        """Of the text in the cache: the last token, x0, is not among it yet."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    @torch.no_grad()
+    def step(self) -> Step:
+        """Go on: at first read the prompt and choose the first token; then decode one period, or one token where nothing is
+        corrected. RuntimeError if the text has ended. ValueError if logits of F or S are not finite: what was committed before
+        stays, and the sequence has ended."""
+        return drive(self.model, self.cache, self.passes())
+
+    def run(self) -> PromptStats:
+        """Go on to the end. Returns the stats."""
+        while not self.ended:
+            self.step()
+        return self.stats
+
+    def cancel(self) -> None:
+        """End the text where it is, between two steps."""
+        if not self.ended:
+            self._end("cancelled")
+
+    def passes(self) -> Passes[Step]:
+        """`step`, for who computes the passes."""
+        if self.ended:
+            raise RuntimeError(f"sequence: it has ended ({self.finish})")
+        started = time.perf_counter()
+        try:
+            if not self.tokens:
+                return (yield from self._begin(started))
+            if self._graph is not None:
+                record = next(self._records)
+                if not record.fault:
+                    return self._replayed(self._graph, record, started)
+                # The host goes over this period again, pass by pass, and says where the fault is.
+                self._graph, self._records = None, iter(())
+            if self.request.config.mode == "sirius":
+                return (yield from self._period(started))
+            return (yield from self._plain_step(started))
+        except BaseException:
+            if not self.ended:
+                self.finish = self.stats.finish = "error"
+                self._give_back()
+            raise
+
+    def _begin(self, started: float) -> Passes[Step]:
+        request, stats = self.request, self.stats
+        with profiled(self.model.device, "prefill"):
+            logits = yield from read(self.cache, request.prompt, self._sparsity)
+        if request.process and self._ids is not None:
+            self._ids[: len(request.prompt)] = request.prompt
+            logits = request.process(request.prompt, logits)
+        stats.prefill_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        token = self._rule.choose(logits)
+        step = self._commit([token], started)
+        if not self.ended and request.process is None and self._adaptive is None and self._rule.takes_argmax:
+            self._graph = period_graph(self.model, self.cache, request.config, self._tree.width, self._sparsity)
+            if self._graph is not None:
+                self._graph.begin(token, self._length, request.limit - 1)
+                self._records = self._graph.periods()
+        return step
+
+    def _commit(self, tokens: list[int], started: float, period: Period | None = None) -> Step:
+        """Have tokens join the text, up to its end; the last one is the root of what comes next. started: when the step was."""
+        request = self.request
+        if self._ids is not None:
+            end = len(request.prompt) + len(self.tokens) + len(tokens)
+            self._ids[end - len(tokens) : end] = torch.tensor(tokens)
+        self._tree.plant(tokens[-1], self._length + len(tokens))
+        before = len(self.tokens)
+        finish = ""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in request.eos:
+                finish = "eos"
+            elif request.stops is not None and request.stops(self.tokens):
+                finish = "criteria"
+            elif len(self.tokens) >= request.limit:
+                finish = request.limited_by
+            if finish:
+                break
+        committed = self.tokens[before:]
+        self.cache.hold(self.tokens[max(0, before - 1) : -1])
+        if request.streamer is not None:
+            request.streamer.put(torch.tensor(committed))
+        self.stats.tokens = len(self.tokens)
+        if period is not None:
+            period.committed = len(committed)
+            period.cut |= len(committed) < len(tokens)
+            self.stats.periods.append(period)
+        self.stats.decode_seconds = (self.stats.decode_seconds or 0.0) + time.perf_counter() - started
+        if finish:
+            self._end(finish)
+        return Step(committed, period, finish)
+
+    def _end(self, finish: str) -> None:
+        self.finish = self.stats.finish = finish
+        self._graph, self._records = None, iter(())
+        self._give_back()
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+
+    def _replayed(self, graph: PeriodGraph, record: Record, started: float) -> Step:
+        """A period that needed the host only for its record."""
+        period, tokens = graph.read(record)
+        period.seconds = time.perf_counter() - started
+        return self._commit(tokens, started, period if self.request.config.mode == "sirius" else None)
+
+    def _plain_step(self, started: float) -> Passes[Step]:
+        """One token by F alone, or by S alone."""
+        choice = torch.empty(1, dtype=torch.int32) if self._rule.takes_argmax else None
+        logits, _ = yield from self._pass(slice(0, 1), self._sparsity, choice)
+        return self._commit([self._rule.choose(logits[0]) if choice is None else int(choice)], started)
+
+    def _period(self, started: float) -> Passes[Step]:
+        """SPEC section 3, steps 2 to 5, and section 4."""
+        tree, sparsity, device, adaptive = self._tree, self._sparsity, self.model.device, self._adaptive
+        assert sparsity is not None
+        period = adaptive.next() if adaptive else int(self.request.config.period)
+        # The last period may be shorter: it need not commit more than the text may still take.
+        depth = min(period, self.request.limit - len(self.tokens)) - 1
+        with profiled(device, "draft"):
+            yield from self._draft(depth, sparsity)
+        drafted = time.perf_counter()
+        with profiled(device, "verify"):
+            logits, z = yield from self._pass(slice(0, tree.size), keep_z=sparsity.follows)
+        with profiled(device, "accept"):
+            path, own, likelihoods = self._rule.accept(tree, logits)
+        if adaptive:
+            adaptive.saw_full(tree.size, time.perf_counter() - drafted)
+            adaptive.observe(tree.depth, len(path))
+            self._learned.alphas[adaptive.kind, self.request.config.accept] = adaptive.alpha
+        # F overwrote the cache entries of S. A chain's accepted ones stand in their places; a tree's are moved there. Dropping
+        # the others is a matter of the length.
+        with profiled(device, "interleave"):
+            self.cache.compact(self._length, path)
+            if isinstance(sparsity, CSparse) and z is not None:
+                sparsity.follow(z, path)
+        tokens = tree.tokens[path].tolist() + [own]
+        record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), depth < period - 1, likelihoods)
+        record.seconds = time.perf_counter() - started
+        return self._commit(tokens, started, record)
+
+    def _draft(self, depth: int, sparsity: CSparse | FSparse) -> Passes[None]:
+        """Step 2: S consumes x0, then what it proposes, `depth` times, the leaves of a depth in one pass."""
+        tree = self._tree
+        while tree.depth < depth:
+            before, started = tree.size, time.perf_counter()
+            if tree.width == 1 and self._rule.takes_argmax:
+                yield from self._pass(tree.leaves, sparsity, tree.tokens[before : before + 1])
+                tree.grow_chain()
+            else:
+                logits, _ = yield from self._pass(tree.leaves, sparsity)
+                self._rule.expand(tree, logits)
+                if tree.size == before:
+                    break
+            if self._adaptive:
+                self._adaptive.saw_sparse(time.perf_counter() - started)
+
+    def _pass(
+        self,
+        nodes: slice,
+        sparsity: CSparse | FSparse | None = None,
+        argmax: torch.Tensor | None = None,
+        keep_z: bool = False,
+    ) -> Passes[tuple[Logits, torch.Tensor | None]]:
+        """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given. Returns the logits
+        and, after `keep_z`, what F made of the nodes, which S's set can follow."""
+        tree, length, process = self._tree, self._length, self.request.process
+        result: Result = yield Pass(
+            tree.tokens[nodes],
+            tree.positions(nodes),
+            tree.mask[nodes],
+            prefix=length,
+            first_slot=length + nodes.start,
+            sparsity=sparsity,
+            argmax=argmax,
+            keep_z=keep_z,
+        )
+        best = result.argmax.tolist()
+        if -1 in best:
+            yield from self._not_finite([nodes.start + row for row, token in enumerate(best) if token < 0], sparsity)
+        if process is None:
+            return Logits(result.logits), result.z
+        logits = Logits(result.logits, lambda row, each: process(self._text_to(nodes.start + row), each))
+        if argmax is not None:
+            argmax[0] = logits[0].argmax()
+        return logits, result.z
+
+    def _not_finite(self, nodes: list[int], sparsity: CSparse | FSparse | None) -> Passes[None]:
+        """Raise the error for the logits of some nodes, which F gave, or with a sparsity S: of the first whose fault can be
+        found."""
+        branches = [self._tree.tokens[[0, *self._tree.path(node)]].long() for node in nodes]
+        found, where = branches[0], None
+        for branch in branches:
+            where = (yield Fault(branch, self._length, sparsity)).fault
+            if where is not None:
+                found = branch
+                break
+        corrects = self.request.config.mode == "sirius"
+        if sparsity is None:
+            reader = "a verification (full model)" if corrects else "a step of the full model"
+        else:
+            reader = "a draft (sparse model)" if corrects else "a step of the sparse model"
+        prompt = len(self.request.prompt)
+        raise not_finite(prompt, self._length + len(found) - prompt, reader, where)
+
+    def _text_to(self, node: int) -> torch.Tensor:
+        """Prompt, committed tokens and the branch that ends with `node`, int64."""
+        assert self._ids is not None
+        return torch.cat((self._ids[: self._length + 1], self._tree.tokens[self._tree.path(node)].long()))
+
+
+def start(model: Model, request: Request, cache: Cache | None = None) -> Sequence:
+    """A sequence over a cache of the model's own. What of the prompt a kept cache holds already is not read again, where the
+    result is bit for bit the same.
+
+    cache: goes on from all tokens that this one holds, decoded ones too.
+    ValueError if the prompt does not begin with them, or it cannot be used here.
+    """
+    prompt, observed = request.prompt.tolist(), request.config.mode != "full" and request.config.sparsity == "csparse"
+    if cache is None:
+        cache = model.caches.take(prompt, observed)
+    else:
+        _check_cache(model, cache, prompt, observed)
+        model.caches.claim(cache)
+    tree = request.tree()
+    try:
+        # Slots for the whole text, and for drafts beyond its end that are never committed.
+        model.reserve(cache, len(prompt) + request.limit + tree.capacity, tree.capacity)
+        return Sequence(model, request, cache, model.caches.give)
+    except BaseException:
+        model.caches.give(cache)
+        raise
+
+
+def _check_cache(model: Model, cache: Cache, prompt: list[int], observed: bool) -> None:
+    if cache.weights is not model.weights:
+        raise ValueError("past_key_values: this cache was made by another model")
+    if prompt[: len(cache.tokens)] != cache.tokens:
+        raise ValueError(
+            f"past_key_values: the prompt, of {len(prompt)} tokens, does not begin with the {len(cache.tokens)} that this cache "
+            "holds (the model lends the caches of ended texts to later ones)"
+        )
+    if observed and any(stretch.observed is None for stretch in cache.stretches):
+        raise ValueError(
+            "past_key_values: this cache was filled by a mode that does not observe its neurons, which csparse chooses by"
+        )

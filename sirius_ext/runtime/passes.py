@@ -1,0 +1,121 @@
+"""What a model can be asked to compute, and what it must know of a sparse model for that."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Kind(enum.IntEnum):
+    """How the neurons of a pass are chosen. As in csrc/params.h, `Sparsity`."""
+
+    DENSE = 0
+    LISTED = 1
+    LARGEST = 2
+    THRESHOLD = 3
+
+
+class Sparsity(Protocol):
+    """The neurons that S keeps.
+
+    kind: LISTED, LARGEST or THRESHOLD.
+    kept_neurons: of every layer; of THRESHOLD it says nothing.
+    follows: the set is chosen anew after every verification.
+    """
+
+    kind: Kind
+    kept_neurons: int
+    follows: bool
+
+    @property
+    def neurons(self) -> torch.Tensor | None:
+        """Of LISTED, int32 [layers, kept_neurons], rising."""
+
+    @property
+    def statistic(self) -> torch.Tensor | None:
+        """Of a set that follows the text, float32 [layers, I]."""
+
+    @property
+    def thresholds(self) -> torch.Tensor | None:
+        """Of THRESHOLD, float32 [layers]."""
+
+    def place(self, neurons: torch.Tensor, statistic: torch.Tensor | None) -> None:
+        """Have neurons and statistic in other memory, which holds them already."""
+
+    def choose(self, layer: int, gates: torch.Tensor) -> torch.Tensor:
+        """The neurons of one layer for a pass with gates = silu(gate x), float32 [m, I]: int32 [kept], rising."""
+
+
+class Observer(Protocol):
+    """Who wants to know what happens inside a prefill."""
+
+    def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
+        """Some tokens of the text, in order: gates = silu(gate x) and z = gates * (up x), T [tokens, I]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """A chunk of a prompt through F.
+
+    prompt: int64 [t], all of it, in the host's memory.
+    start, stop: the chunk's place in it; the cache holds what comes before.
+    observer: sees every layer's gates.
+    """
+
+    prompt: torch.Tensor
+    start: int
+    stop: int
+    observer: Observer | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """m tokens of a sequence, side by side or in a tree, through F, or with a sparsity through S.
+
+    tokens, positions: int32 [m].
+    mask: int64 [m, words] (`ops.tree_mask`); row i sees slots [0, prefix) and the slots prefix + b for the bits b of mask[i].
+    first_slot: row i's key and value go to slot first_slot + i.
+    argmax: int32 [m], where the argmax goes; without it to the cache's own.
+    keep_z: of a pass through F, keep silu(gate x) * (up x).
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    prefix: int
+    first_slot: int
+    sparsity: Sparsity | None = None
+    argmax: torch.Tensor | None = None
+    keep_z: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """The search for the first value that is not finite: tokens, int64 [t], are read once more after the `start` ones before
+    them, whose cache entries are finite."""
+
+    tokens: torch.Tensor
+    start: int
+    sparsity: Sparsity | None = None
+
+
+_NOTHING = torch.empty(0)
+
+
+class Result(NamedTuple):
+    """What comes of it; a cache's own tensors are overwritten by later passes over it.
+
+    logits: of a `Pass`, float32 [m, V]. Of a `Prefill` those after the prompt's last token, float32 [V], and a zero for the
+        chunks before that one; NaN if a query or key of the chunk was not finite.
+    argmax: of the logits of a `Pass`, int32 [m], -1 where one is not finite.
+    z: what a `Pass` was asked to keep, T [layers, m, I].
+    fault: what a `Fault` has found, as an error has it.
+    """
+
+    logits: torch.Tensor = _NOTHING
+    argmax: torch.Tensor = _NOTHING
+    z: torch.Tensor | None = None
+    fault: str | None = None
