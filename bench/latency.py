@@ -203,7 +203,9 @@ def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advanc
     """What must be read for a token behind `context` tokens: weights once a pass, and the cache. advance: tokens that a period of
     Sirius commits. A tree's window is left out: it is far smaller than the weights."""
     mlp = weights.num_mlp_parameters
-    embeddings = weights.embedding.data.numel() * (1 if weights.embedding.data.data_ptr() == weights.lm_head.data.data_ptr() else 2)
+    embeddings = weights.embedding.data.numel() * (
+        1 if weights.embedding.data.data_ptr() == weights.lm_head.data.data_ptr() else 2
+    )
     others = weights.num_parameters - mlp - embeddings + weights.lm_head.data.numel()
     cache = kv_bytes(weights, context)
     full = (others + mlp) * weights.dtype.itemsize + cache

@@ -27,9 +27,10 @@ class SiriusConfig:
     density: fraction of MLP neurons kept in every layer, in (0, 1].
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
-    period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. "auto" chooses each
-        period, 32 at most, from the acceptance and the cost of passes measured so far (`adaptive.AdaptivePeriod`); under
-        "threshold" and "sample" the text then depends on these measurements and may differ from run to run.
+    period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts
+        as long as one more token is expected to bring more than it costs, for 32 at most, and not at all where F alone is faster
+        (`decoding.period.AdaptivePeriod`). What passes cost is measured once on a machine and kept in the cache folder; under
+        "threshold" and "sample" the text depends on it.
     tree_width: branches kept at each draft step, 1 to 16; 1 is a chain. A period has 1 + (period - 1) * tree_width nodes.
     prune: in a tree, a leaf whose best continuation is above 0.95 proposes only that one.
     threshold: a drafted token is kept when the full model gives it at least this likelihood, in [0, 1].

@@ -1,136 +1,172 @@
-"""`period="auto"`: the period that is expected to cost the least time per token, from recent acceptance and measured passes."""
+"""`period="auto"`: S drafts as long as one more token is expected to bring more than it costs.
+
+How likely F is to accept a token is read from S's confidence in it, by what F has made of earlier tokens of like confidence. What
+a pass costs is measured once for a model on a machine and kept (`costs.py`). Nothing that decides depends on the clock while a
+text is decoded, so that the same call gives the same text.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import statistics
-import weakref
+from collections.abc import Sequence
 
 from ..config import MAX_AUTO_PERIOD
-from ..runtime.model import Model
 
-FIRST_ALPHA = 0.9  # acceptance assumed before anything is known
-_PRIOR = 4.0  # drafts that an assumption counts for
-_FIRST = 4  # the first period of a text, and of a probe
-_FORGET = 0.9  # weight of a period's evidence after the next
-_FORGET_COST = 0.97  # weight of a pass's time after the next
-# What a pass of F is taken to cost before any was measured: (rows, passes of S), each counting for half a measured pass.
-_ASSUMED = ((1, 1.3), (16, 1.6))
-_PROBE = 32, 512  # tokens by F alone before drafting is tried again: at first, and at most
+# Confidences are told apart by these upper edges. Of each class: the share of tokens that F accepts by each rule, and the share
+# of all tokens that fall into it, before anything is known of a text. Rounded from what bench/traces.py found for two models.
+EDGES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
+PRIOR_ACCEPTED = {
+    "match": (0.22, 0.36, 0.5, 0.6, 0.7, 0.8, 0.88, 0.92, 0.96, 0.99),
+    "threshold": (0.38, 0.52, 0.65, 0.72, 0.8, 0.87, 0.92, 0.95, 0.97, 0.99),
+}
+PRIOR_ACCEPTED["sample"] = PRIOR_ACCEPTED["match"]  # a draw is accepted about as often as the likeliest tokens are the same
+PRIOR_SHARE = (0.05, 0.08, 0.1, 0.06, 0.08, 0.07, 0.09, 0.07, 0.16, 0.24)
+_PRIOR_TOKENS = 10.0  # what the prior of a class counts for
+_PRIOR_SHARES = 30.0  # and that of the shares
+_FORGET = 0.98  # what a token counts for after the next one of its class
+_FORGET_RATE = 0.95  # and a period, in the rate of the text
+
+# A text may cost this much more than F alone would, over its length so far or LEAST_TOKENS, whichever is more. The promise is
+# 2 %; the rest is for what is not in the costs.
+MOST_LOSS = 0.018
+LEAST_TOKENS = 64
 
 
+@dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a pass of F costs in passes of S, by its rows: a straight line through recent passes, by least squares.
+    """In passes of F over one token.
 
-    Ratios and not seconds: both are bound by the memory, whose speed other programs change all the time; only passes that ran one
-    after the other can be compared.
+    sparse: a pass of S.
+    full: of F's passes, (rows, cost), rising.
+    follow: having the set follow the text after a verification.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[object, tuple[float, ...]] = {}  # by the kind of S: weight, x, y, xx, xy
+    sparse: float
+    full: tuple[tuple[int, float], ...]
+    follow: float = 0.0
 
-    def observe(self, kind: object, rows: int, ratio: float) -> None:
-        """A pass of F over so many rows took `ratio` times as long as the passes of S beside it."""
-        expected = self.full(kind, rows)
-        ratio = min(max(ratio, expected / 2), 2 * expected)  # something else had the processor
-        new = (1.0, rows, ratio, rows * rows, rows * ratio)
-        self._sums[kind] = tuple(_FORGET_COST * old + add for old, add in zip(self._sums.get(kind, (0.0,) * 5), new))
+    def over(self, rows: int) -> float:
+        """A pass of F over so many tokens; between two that were measured, and beyond the last, by a straight line."""
+        points = ((1, 1.0), *self.full)
+        index = next((i for i, (measured, _) in enumerate(points[1:], start=1) if rows <= measured), len(points) - 1)
+        (low, cost), (high, next_cost) = points[index - 1], points[index]
+        return cost + (next_cost - cost) * (rows - low) / (high - low)
 
-    def full(self, kind: object, rows: int) -> float:
-        """Of one pass of F over so many rows, in passes of S of that kind; it never falls with the rows."""
-        n, x, y, xx, xy = self._sums.get(kind, (0.0,) * 5)
-        for at, value in _ASSUMED:
-            n, x, y, xx, xy = n + 0.5, x + at / 2, y + value / 2, xx + at * at / 2, xy + at * value / 2
-        slope = max(0.0, (n * xy - x * y) / (n * xx - x * x))
-        return max(0.1, y / n + slope * (rows - x / n))
+    def period(self, depth: int, width: int = 1) -> float:
+        """A period with a draft of this depth; without one, F alone."""
+        return depth * self.sparse + self.over(1 + depth * width) + (self.follow if depth else 0.0)
 
 
-class Learned:
-    """What the texts of a model have shown, for those to come.
+class Acceptance:
+    """How likely F is to accept a token of S, by S's confidence in it; learnt from the tokens that F has judged.
 
-    alphas: how often S was right in the last text, by what it was and who judged.
+    rule: `SiriusConfig.accept`.
     """
 
-    def __init__(self) -> None:
-        self.costs = Costs()
-        self.alphas: dict[object, float] = {}
+    def __init__(self, rule: str) -> None:
+        self._judged = [_PRIOR_TOKENS] * len(PRIOR_SHARE)
+        self._accepted = [_PRIOR_TOKENS * share for share in PRIOR_ACCEPTED[rule]]
+        self._seen = [_PRIOR_SHARES * share for share in PRIOR_SHARE]
 
-
-_learned: weakref.WeakKeyDictionary[Model, Learned] = weakref.WeakKeyDictionary()
-
-
-def learned(model: Model) -> Learned:
-    """It lives as long as the model does."""
-    return _learned.setdefault(model, Learned())
-
-
-@dataclasses.dataclass
-class AdaptivePeriod:
-    """Chooses each period of one text.
-
-    Where a draft is accepted with probability `alpha`, a period of n commits 1 + alpha + ... + alpha^(n - 1) tokens on average
-    and costs n - 1 passes of S and one of F over all nodes. `next` returns the n of least cost per token, at most twice the last
-    one, so that it is approached and not jumped to. n = 1 is F alone; it then probes drafting again after 32 tokens, twice as
-    many after each probe that did not change the answer, 512 at most.
-
-    kind: of S; what its passes cost is not compared with those of another.
-    assumed: alpha at first; that of the text before, say.
-    """
-
-    costs: Costs
-    kind: object
-    width: int = 1
-    longest: int = MAX_AUTO_PERIOD
-    assumed: float = FIRST_ALPHA
-
-    def __post_init__(self) -> None:
-        self._accepted, self._judged = self.assumed * _PRIOR, _PRIOR
-        self._last, self._wait, self._since = _FIRST, _PROBE[0], 0
-        self._sparse: list[float] = []  # seconds of this period's passes of S
-        self._sparse_before = self._full_before = None  # of the period before, if it had such a pass, and only one row in F's
+    def of(self, confidence: float) -> float:
+        """For a token of this confidence."""
+        index = bisect.bisect_right(EDGES, confidence)
+        return self._accepted[index] / self._judged[index]
 
     @property
-    def alpha(self) -> float:
-        return self._accepted / self._judged
+    def mean(self) -> float:
+        """For a token that S has not proposed yet."""
+        rates = (accepted / judged for accepted, judged in zip(self._accepted, self._judged))
+        return sum(seen * rate for seen, rate in zip(self._seen, rates)) / sum(self._seen)
 
-    def next(self) -> int:
-        best = self._best()
-        if best > 1:
-            self._wait, self._since = _PROBE[0], 0
-            self._last = min(best, max(2 * self._last, _FIRST))
-        elif self._since >= self._wait:
-            self._wait, self._since = min(2 * self._wait, _PROBE[1]), 0
-            self._last = _FIRST
+    def observe(self, confidence: float, accepted: bool) -> None:
+        """F has judged a token of this confidence."""
+        index = bisect.bisect_right(EDGES, confidence)
+        self._judged[index] = _FORGET * self._judged[index] + 1
+        self._accepted[index] = _FORGET * self._accepted[index] + accepted
+        self._seen = [_FORGET * seen for seen in self._seen]
+        self._seen[index] += 1
+
+
+class AdaptivePeriod:
+    """Says before each pass of S whether there shall be one more, for one text.
+
+    One more token is worth what it is likely to add to the accepted run: the product of the acceptances of those before it, times
+    the mean acceptance of a token. It must be worth at least its passes' cost, at the rate of tokens per cost that the text has
+    otherwise, and at least at Full's, which is one. That is the best rule that looks one token ahead.
+
+    Whatever is expected, a period begins no draft that could make the text dearer than F alone by more than MOST_LOSS.
+
+    costs: of this model's passes, in passes of F over one token.
+    rule: `SiriusConfig.accept`.
+    width: of the draft's tree.
+    longest: period.
+    """
+
+    def __init__(self, costs: Costs, rule: str, width: int = 1, longest: int = MAX_AUTO_PERIOD) -> None:
+        self.acceptance = Acceptance(rule)
+        self._costs, self._width, self._longest = costs, width, longest
+        self._tokens, self._spent = 0, 0.0  # of the text
+        self._recent_tokens = self._recent_cost = 20.0  # as if that many tokens had come by F alone
+        self._confidences: list[float] = []
+        self._reach = 1.0
+
+    def goes_on(self, room: int) -> bool:
+        """Whether S drafts one more token in this period. room: tokens that the text may still take."""
+        depth = len(self._confidences) + 1
+        if depth + 1 > min(self._longest, room):
+            return False
+        allowed = self._tokens + 1 + MOST_LOSS * max(LEAST_TOKENS, self._tokens + 1)
+        if self._spent + self._cost(depth) > allowed:  # if nothing of the draft is accepted
+            return False
+        rate = max(1.0, self._recent_tokens / self._recent_cost)
+        return self._reach * self.acceptance.mean >= rate * (self._cost(depth) - self._cost(depth - 1))
+
+    def drafted(self, confidence: float) -> None:
+        """S has proposed a token, with this likelihood."""
+        self._confidences.append(confidence)
+        self._reach *= self.acceptance.of(confidence)
+
+    def judged(self, accepted: int, committed: int) -> None:
+        """The period has ended: F accepted so many of its tokens one after the other, and so many joined the text."""
+        cost = self._cost(len(self._confidences))
+        self._tokens += committed
+        self._spent += cost
+        self._recent_tokens = _FORGET_RATE * self._recent_tokens + committed
+        self._recent_cost = _FORGET_RATE * self._recent_cost + cost
+        # What comes after a rejected token was never judged.
+        for index, confidence in enumerate(self._confidences[: accepted + 1]):
+            self.acceptance.observe(confidence, index < accepted)
+        self._confidences, self._reach = [], 1.0
+
+    def _cost(self, depth: int) -> float:
+        """Of a period with a draft of this depth."""
+        return self._costs.period(depth, self._width)
+
+
+def replay(
+    policy: AdaptivePeriod | int, confidences: Sequence[float], accepted: Sequence[bool], costs: Costs
+) -> tuple[int, float]:
+    """A recorded text decoded again, on paper: how many tokens, and at which cost in passes of F over one token.
+
+    policy: decides; a number is a fixed period.
+    confidences, accepted: of what S proposes at each place of the text, and whether F takes it there.
+    """
+    place, spent = 0, 0.0
+    while place < len(confidences):
+        room, depth = len(confidences) - place + 1, 0
+        if isinstance(policy, int):
+            depth = min(policy, room) - 1
         else:
-            self._since += 1
-            self._last = 1
-        return min(self._last, self.longest)
-
-    def _best(self) -> int:
-        best, least, tokens = 1, self.costs.full(self.kind, 1), 0.0
-        for n in range(1, self.longest + 1):
-            tokens += self.alpha ** (n - 1)
-            cost = (n - 1 + self.costs.full(self.kind, 1 + (n - 1) * self.width)) / tokens
-            if cost < least:
-                best, least = n, cost
-        return best
-
-    def saw_sparse(self, seconds: float) -> None:
-        """A pass of S took so long."""
-        self._sparse.append(seconds)
-
-    def saw_full(self, rows: int, seconds: float) -> None:
-        """The pass of F that ends a period took so long."""
-        sparse = statistics.median(self._sparse) if self._sparse else None
-        if sparse is not None and self._full_before is not None:
-            self.costs.observe(self.kind, 1, self._full_before / sparse)
-        unit = sparse if sparse is not None else self._sparse_before
-        if unit is not None:
-            self.costs.observe(self.kind, rows, seconds / unit)
-        self._sparse_before, self._full_before = sparse, seconds if rows == 1 else None
-        self._sparse.clear()
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """What became of a period's drafts: `accepted` right ones and, unless all were, one wrong."""
-        self._accepted = _FORGET * self._accepted + accepted
-        self._judged = _FORGET * self._judged + accepted + (accepted < drafted)
+            while policy.goes_on(room):
+                policy.drafted(confidences[place + depth])
+                depth += 1
+        run = 0
+        while run < depth and accepted[place + run]:
+            run += 1
+        if not isinstance(policy, int):
+            policy.judged(run, run + 1)
+        spent += costs.period(depth)
+        place += run + 1
+    return place, spent

@@ -406,7 +406,7 @@ def generate(
             tree = _draft(decoder, x0, position, neurons, config, depth, sampling)
             z: list[torch.Tensor] = []
             committed, path, record = _verify(decoder, tree, position, config, sampling, z)
-            if following:
+            if following and record.drafted:  # without a draft F decodes alone, and nothing is followed
                 neurons = following.neurons_after(torch.stack(z), [0, *path])
             record.cut = depth < period - 1
             committed = _until_eos(committed, eos_token_ids)

@@ -15,7 +15,8 @@ from ..runtime.cache import Cache
 from ..runtime.graphs import profiled
 from ..runtime.model import Model, not_finite
 from ..runtime.passes import Fault, Pass, Result
-from .period import FIRST_ALPHA, AdaptivePeriod, learned
+from .costs import costs_of
+from .period import AdaptivePeriod
 from .period_graph import PeriodGraph, Record, period_graph
 from .prefill import Passes, drive, read
 from .sampling import Logits, rule_of
@@ -65,10 +66,19 @@ class Request:
     thresholds: torch.Tensor | None = None
     streamer: Streamer | None = None
 
-    def tree(self) -> Tree:
+    def longest_period(self, model: Model) -> int:
+        """The period, or the longest that "auto" may choose. ValueError if a layer of the model does not see so far back."""
+        longest, window = self.config.longest_period, model.weights.description.narrowest
+        if window and longest > window:
+            if self.config.period == "auto":
+                return window
+            raise ValueError(f"period: expected at most {window}, this model's sliding window, got {longest}")
+        return longest
+
+    def tree(self, model: Model) -> Tree:
         """An empty one, for the drafts of this text."""
         corrects = self.config.mode == "sirius"
-        return Tree(self.config.longest_period - 1, self.config.tree_width) if corrects else Tree(0, 1)
+        return Tree(self.longest_period(model) - 1, self.config.tree_width) if corrects else Tree(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +150,12 @@ class Sequence:
             prompt_tokens=len(prompt),
             reused_tokens=min(len(cache.tokens), len(prompt) - 1),
         )
-        self._tree = request.tree()
-        self._learned = learned(model)
+        self._tree = request.tree(model)
         self._adaptive: AdaptivePeriod | None = None
         if corrects and config.period == "auto":
-            kind = (config.sparsity, config.follow, config.density, config.thresholds, config.tree_width)
-            assumed = self._learned.alphas.get((kind, config.accept), FIRST_ALPHA)
-            self._adaptive = AdaptivePeriod(self._learned.costs, kind, config.tree_width, config.longest_period, assumed)
+            costs, longest = costs_of(model, config, request.thresholds), request.longest_period(model)
+            self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest)
+            self.stats.sparse_cost = costs.sparse
         # The text so far, for who wants to see it: logits processors.
         self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
         self._graph: PeriodGraph | None = None  # replayed for every step, where there is one
@@ -278,20 +287,19 @@ class Sequence:
         """SPEC section 3, steps 2 to 5, and section 4."""
         tree, sparsity, device, adaptive = self._tree, self._sparsity, self.model.device, self._adaptive
         assert sparsity is not None
-        period = adaptive.next() if adaptive else int(self.request.config.period)
         # The last period may be shorter: it need not commit more than the text may still take.
-        depth = min(period, self.request.limit - len(self.tokens)) - 1
+        room = self.request.limit - len(self.tokens)
         with profiled(device, "draft"):
-            yield from self._draft(depth, sparsity)
-        drafted = time.perf_counter()
+            yield from self._draft(room, sparsity)
+        cut = tree.depth + 1 == room and (adaptive is not None or room < int(self.request.config.period))
+        if adaptive and tree.depth == 0:
+            return (yield from self._alone(adaptive, cut, started))
         with profiled(device, "verify"):
-            logits, z = yield from self._pass(slice(0, tree.size), keep_z=sparsity.follows)
+            logits, z = yield from self._pass(slice(0, tree.size), keep_z=sparsity.follows and tree.depth > 0)
         with profiled(device, "accept"):
             path, own, likelihoods = self._rule.accept(tree, logits)
         if adaptive:
-            adaptive.saw_full(tree.size, time.perf_counter() - drafted)
-            adaptive.observe(tree.depth, len(path))
-            self._learned.alphas[adaptive.kind, self.request.config.accept] = adaptive.alpha
+            adaptive.judged(len(path), len(path) + 1)
         # F overwrote the cache entries of S. A chain's accepted ones stand in their places; a tree's are moved there. Dropping
         # the others is a matter of the length.
         with profiled(device, "interleave"):
@@ -299,25 +307,46 @@ class Sequence:
             if isinstance(sparsity, CSparse) and z is not None:
                 sparsity.follow(z, path)
         tokens = tree.tokens[path].tolist() + [own]
-        record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), depth < period - 1, likelihoods)
+        record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), cut, likelihoods)
         record.seconds = time.perf_counter() - started
         return self._commit(tokens, started, record)
 
-    def _draft(self, depth: int, sparsity: CSparse | FSparse) -> Passes[None]:
-        """Step 2: S consumes x0, then what it proposes, `depth` times, the leaves of a depth in one pass."""
-        tree = self._tree
-        while tree.depth < depth:
-            before, started = tree.size, time.perf_counter()
+    def _alone(self, adaptive: AdaptivePeriod, cut: bool, started: float) -> Passes[Step]:
+        """A period without a draft: F's next token, at the cost of F alone. A set that follows the text stands still."""
+        choice = torch.empty(1, dtype=torch.int32) if self._rule.takes_argmax else None
+        logits, _ = yield from self._pass(slice(0, 1), None, choice)
+        token = self._rule.choose(logits[0]) if choice is None else int(choice)
+        adaptive.judged(0, 1)
+        return self._commit([token], started, Period(0, 0, 0, None, 1, cut, [], time.perf_counter() - started))
+
+    def _draft(self, room: int, sparsity: CSparse | FSparse) -> Passes[None]:
+        """Step 2: S consumes x0, then what it proposes, the leaves of a depth in one pass, until the period is full, the text has
+        no more room or, if the period is adaptive, one more token is not worth its cost."""
+        tree, adaptive = self._tree, self._adaptive
+        depth = 0 if adaptive else min(int(self.request.config.period), room) - 1
+        while adaptive.goes_on(room) if adaptive else tree.depth < depth:
+            before, leaves = tree.size, tree.leaves
             if tree.width == 1 and self._rule.takes_argmax:
-                yield from self._pass(tree.leaves, sparsity, tree.tokens[before : before + 1])
+                logits, _ = yield from self._pass(leaves, sparsity, tree.tokens[before : before + 1])
                 tree.grow_chain()
             else:
-                logits, _ = yield from self._pass(tree.leaves, sparsity)
+                logits, _ = yield from self._pass(leaves, sparsity)
                 self._rule.expand(tree, logits)
                 if tree.size == before:
                     break
-            if self._adaptive:
-                self._adaptive.saw_sparse(time.perf_counter() - started)
+            if adaptive:
+                adaptive.drafted(self._confidence(logits, leaves.start))
+
+    def _confidence(self, logits: Logits, first: int) -> float:
+        """How likely S finds the best node of the last depth, by the logits of its leaves before, the first of which is node
+        `first`."""
+        tree, nodes = self._tree, self._tree.leaves
+        rows = (tree.parents[nodes] - first).tolist()
+        temperature, best = self.request.config.score_temperature, 0.0
+        for row, token in zip(rows, tree.tokens[nodes].tolist()):
+            scores = logits[row] / temperature
+            best = max(best, float((scores[token] - scores.logsumexp(0)).exp()))
+        return best
 
     def _pass(
         self,
@@ -381,12 +410,12 @@ def start(model: Model, request: Request, cache: Cache | None = None) -> Sequenc
     ValueError if the prompt does not begin with them, or it cannot be used here.
     """
     prompt, observed = request.prompt.tolist(), request.config.mode != "full" and request.config.sparsity == "csparse"
+    tree = request.tree(model)
     if cache is None:
         cache = model.caches.take(prompt, observed)
     else:
         _check_cache(model, cache, prompt, observed)
         model.caches.claim(cache)
-    tree = request.tree()
     try:
         # Slots for the whole text, and for drafts beyond its end that are never committed.
         model.reserve(cache, len(prompt) + request.limit + tree.capacity, tree.capacity)

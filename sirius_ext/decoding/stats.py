@@ -138,6 +138,7 @@ class PromptStats(_Metrics):
     density: of the sparse model, parameters touched per token / all parameters (1 in mode "full").
     prompt_tokens, tokens: lengths of prompt and returned text.
     reused_tokens: of the prompt, those that a cache held already and that were not prefilled again.
+    sparse_cost: of a pass of S, in passes of F over one token, where periods are adaptive.
     finish: "eos", "length" (the limit asked for), "context" (the model's limit), "criteria" (a stopping criterion or string),
         "cancelled", or "error" (one was raised).
     Seconds are wall time; None where texts were decoded side by side, so that none has a time of its own.
@@ -150,6 +151,7 @@ class PromptStats(_Metrics):
     tree_width: int = 1
     reused_tokens: int = 0
     tokens: int = 0
+    sparse_cost: float | None = None
     finish: str = ""
     prefill_seconds: float | None = 0.0
     decode_seconds: float | None = 0.0

@@ -154,7 +154,7 @@ class Batch:
             raise ValueError(f"prompt: expected one that begins with the batch's {shared} tokens and goes on")
         cache = self._free.pop() if self._free else _Tail(self._weights, shared)
         cache.rewind(0)
-        cache.reserve(len(prompt) + request.limit + request.tree().capacity)
+        cache.reserve(len(prompt) + request.limit + request.tree(self._model).capacity)
         if shared:
             cache.hold(self._prefix.tolist(), self._usage, prefilled=True)
         sequence = Sequence(self._model, request, cache, self._free.append)

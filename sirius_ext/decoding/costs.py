@@ -1,0 +1,141 @@
+"""What passes cost, in passes of F over one token: measured once for a model on a machine, rounded, and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import SiriusConfig
+from ..kernels import ops
+from ..models.hub import cache_dir
+from ..runtime.model import Model
+from ..runtime.passes import Pass
+from .period import Costs
+from .sparsity import CSparse, FSparse, sparsity_of
+
+ROWS = (4, 16)  # of the passes of F that are measured, beside one
+_SECONDS = 1.0  # that measuring takes, unless few passes take longer
+_ROUNDS = 3, 15  # at least (one where passes are slow), at most
+_SLOTS = 128  # of the cache that is measured over
+
+
+_at_hand: weakref.WeakKeyDictionary[Model, dict[str, Costs]] = weakref.WeakKeyDictionary()
+
+
+def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None = None) -> Costs:
+    """The costs of this model's passes with the sparse model of a config, measured now if they never were on this machine.
+
+    thresholds: FSparse's, float32 [layers].
+    """
+    key, at_hand = _key(model, config), _at_hand.setdefault(model, {})
+    if key not in at_hand:
+        kept = _read().get(key)
+        if kept is None:
+            at_hand[key] = _measure(model, config, thresholds)
+            _write({**_read(), key: dataclasses.asdict(at_hand[key])})
+        else:
+            full = tuple((int(rows), float(cost)) for rows, cost in kept["full"])
+            at_hand[key] = Costs(float(kept["sparse"]), full, float(kept["follow"]))
+    return at_hand[key]
+
+
+def _key(model: Model, config: SiriusConfig) -> str:
+    """What the costs depend on."""
+    w = model.weights
+    backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
+    parts = (w.fingerprint()[:16], w.dtype, backend, _processor(), torch.get_num_threads(), config.sparsity)
+    return " ".join(map(str, (*parts, config.follow, config.density, config.thresholds, config.tree_width)))
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _file() -> Path:
+    return cache_dir() / "costs.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(_file().read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(known: dict[str, Any]) -> None:
+    """A cache folder that cannot be written to means measuring again, next time."""
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as new:
+            json.dump(known, new, indent=1)
+        os.replace(new.name, _file())
+    except OSError:
+        pass
+
+
+def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None) -> Costs:
+    w, width = model.weights, config.tree_width
+    cache, sparsity = model.new_cache(), sparsity_of(config, w, thresholds)
+    model.reserve(cache, _SLOTS, max(*ROWS, width))
+    cache.k.zero_()
+    cache.v.zero_()
+    if isinstance(sparsity, CSparse):  # any neurons, but not the first ones, which stand side by side
+        for layer in range(len(w.layers)):
+            z = torch.randn(1, w.intermediate, device=w.device)
+            sparsity.usage.observe(layer, z, z)
+
+    def run(rows: int, by: CSparse | FSparse | None, follow: bool = False) -> Callable[[], None]:
+        tokens, first = torch.zeros(rows, dtype=torch.int32), _SLOTS - rows
+        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
+        positions = torch.arange(first, _SLOTS, dtype=torch.int32)
+        asked = Pass(tokens, positions, mask, first, first, by, keep_z=follow)
+
+        def body() -> None:
+            result = model.compute(cache, asked)
+            if follow and isinstance(sparsity, CSparse) and result.z is not None:
+                sparsity.follow(result.z, list(range(1, rows)))
+            result.argmax.tolist()  # waits for the device
+
+        return body
+
+    bodies = {"full": run(1, None), "sparse": run(width, sparsity), **{rows: run(rows, None) for rows in ROWS}}
+    if sparsity.follows:
+        bodies["follow"] = run(ROWS[0], None, follow=True)
+    ratios: dict[object, list[float]] = {name: [] for name in bodies}
+    started = time.perf_counter()
+    for count in range(1 + _ROUNDS[1]):
+        seconds = {}
+        for name, body in bodies.items():
+            begun = time.perf_counter()
+            body()
+            seconds[name] = time.perf_counter() - begun
+        if count:  # the first round loads what there is to load
+            for name, taken in seconds.items():
+                ratios[name].append(taken / seconds["full"])
+        if time.perf_counter() - started > _SECONDS and count >= (_ROUNDS[0] if seconds["full"] < 0.05 else 1):
+            break
+    cost = {name: round(statistics.median(each), 2) for name, each in ratios.items()}
+    full, least = [], 1.0
+    for rows in ROWS:
+        least = max(least, cost[rows])
+        full.append((rows, least))
+    follow = max(0.0, round(cost["follow"] - cost[ROWS[0]], 2)) if sparsity.follows else 0.0
+    return Costs(cost["sparse"], tuple(full), follow)

@@ -1,0 +1,224 @@
+"""`period="auto"`: what it promises, by texts that were recorded once, over the costs of several machines; and that it changes
+nothing but the time."""
+
+import functools
+import json
+import pathlib
+
+import pytest
+from tiny import NAMES, decoder, engine, prompt, seeded, tiny
+
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.config import MAX_AUTO_PERIOD
+from sirius_ext.decoding import costs as measuring
+from sirius_ext.decoding import reference, sequence
+from sirius_ext.decoding.period import LEAST_TOKENS, Acceptance, AdaptivePeriod, Costs, replay
+
+FOLDER = pathlib.Path(__file__).parent.parent / "bench" / "results"
+MODELS = ("qwen2.5-coder-1.5b", "smollm2-135m")
+RULES = ("match", "threshold")
+# By density, since a lower one makes S cheaper: two that were measured, and what other machines would have.
+COSTS = {
+    "two cores without AMX": (0.5, Costs(0.67, ((4, 1.05), (16, 1.3)), 0.01)),
+    "bytes alone, .5": (0.5, Costs(0.626, ((16, 1.1),))),
+    "bytes alone, .4": (0.4, Costs(0.551, ((16, 1.1),))),
+    "tensor cores": (0.5, Costs(0.7, ((16, 1.15),))),
+    "weights in a cache": (0.5, Costs(0.9, ((4, 1.3), (16, 2.0)), 0.05)),
+    "four bits of eight": (0.5, Costs(0.3, ((16, 1.2),))),
+}
+FIXED = (1, 2, 4, 8, 16, 32)
+
+
+@functools.cache
+def texts(model: str, density: float, rule: str) -> list[tuple[list[float], list[bool]]]:
+    """Of each text, S's confidence at every place and whether F accepts what S proposes there."""
+    record = json.loads((FOLDER / f"traces-{model}.json").read_text())
+    index = record["densities"].index(density)
+    drafts = [text["drafts"][index] for text in record["texts"]]
+    return [([c / 1000 for c in each["confidence"]], [kept == "1" for kept in each[rule]]) for each in drafts]
+
+
+def tokens_per_cost(policy, model, costs, density, rule):
+    """Over all texts, and of each that is long enough for the promise."""
+    results = [
+        replay(policy(rule) if callable(policy) else policy, confidences, accepted, costs)
+        for confidences, accepted in texts(model, density, rule)
+    ]
+    tokens, spent = (sum(each) for each in zip(*results))
+    return tokens / spent, [count / cost for count, cost in results if count >= LEAST_TOKENS]
+
+
+@pytest.mark.parametrize("machine", COSTS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("model", MODELS)
+def test_never_slower_than_full_and_as_good_as_the_best_fixed_period(model, rule, machine):
+    density, costs = COSTS[machine]
+    together, each = tokens_per_cost(lambda rule: AdaptivePeriod(costs, rule), model, costs, density, rule)
+    assert len(each) >= 40 and min(each) >= 0.98
+    fixed = {period: tokens_per_cost(period, model, costs, density, rule)[0] for period in FIXED}
+    assert together >= 0.97 * max(fixed.values()), (together, fixed)
+
+
+def test_the_texts_are_worth_it():
+    """Where S is cheap enough, drafting gains a lot; somewhere every fixed period loses, and somewhere each other one is best."""
+    density, costs = COSTS["bytes alone, .5"]
+    assert tokens_per_cost(lambda rule: AdaptivePeriod(costs, rule), MODELS[0], costs, density, "threshold")[0] > 1.18
+    density, costs = COSTS["four bits of eight"]
+    assert tokens_per_cost(lambda rule: AdaptivePeriod(costs, rule), MODELS[0], costs, density, "threshold")[0] > 1.7
+    best = set()
+    for density, costs in COSTS.values():
+        for model in MODELS:
+            best.add(max(FIXED, key=lambda period: tokens_per_cost(period, model, costs, density, "match")[0]))  # noqa: B023
+    assert len(best) >= 3
+
+
+def test_a_confident_draft_goes_on_and_an_unsure_one_stops():
+    costs = Costs(0.5, ((16, 1.1),))
+    sure, unsure = AdaptivePeriod(costs, "match"), AdaptivePeriod(costs, "match")
+    for policy in (sure, unsure):
+        assert policy.goes_on(100)
+    sure.drafted(0.9999)
+    unsure.drafted(0.2)
+    assert sure.goes_on(100) and not unsure.goes_on(100)
+
+
+def test_what_drafts_may_lose_is_bounded_whatever_is_said():
+    """F takes nothing, S is sure of everything: the text costs at most 2 % more than F alone."""
+    for costs in (costs for _, costs in COSTS.values()):
+        for length in (LEAST_TOKENS, 200, 1000):
+            tokens, spent = replay(AdaptivePeriod(costs, "threshold"), [1.0] * length, [False] * length, costs)
+            assert spent <= 1.02 * tokens
+
+
+def test_a_text_that_always_agrees_is_drafted_to_the_end():
+    costs = Costs(0.5, ((16, 1.1),))
+    tokens, spent = replay(AdaptivePeriod(costs, "match"), [1.0] * 500, [True] * 500, costs)
+    assert tokens / spent > 1.75  # 1 / 0.5 with periods that never end
+
+
+def test_the_room_that_is_left():
+    policy = AdaptivePeriod(Costs(0.1, ((16, 1.0),)), "match", longest=4)
+    assert not policy.goes_on(1) and policy.goes_on(2)
+    for _ in range(3):
+        assert policy.goes_on(100)
+        policy.drafted(1.0)
+    assert not policy.goes_on(100)
+
+
+def test_acceptance_is_learnt():
+    acceptance = Acceptance("match")
+    before, mean = acceptance.of(0.97), acceptance.mean
+    assert acceptance.of(0.2) < before < acceptance.of(1.0)
+    for _ in range(50):
+        acceptance.observe(0.97, False)
+    assert acceptance.of(0.97) < 0.25 < before and acceptance.mean < mean
+    assert acceptance.of(1.0) > 0.9  # another class
+
+
+def test_costs_between_what_was_measured():
+    costs = Costs(0.6, ((4, 1.2), (16, 1.8)), 0.05)
+    assert [costs.over(rows) for rows in (1, 4, 10, 16, 28)] == pytest.approx([1, 1.2, 1.5, 1.8, 2.4])
+    assert costs.period(0) == 1 and costs.period(3) == pytest.approx(3 * 0.6 + 1.2 + 0.05)
+    assert costs.period(3, width=3) == pytest.approx(3 * 0.6 + 1.5 + 0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the text
+
+
+CHEAP = Costs(0.1, ((4, 1.0), (16, 1.05)))  # S drafts on for long
+DEAR = Costs(0.95, ((4, 1.3), (16, 2.0)), 0.05)  # and here never
+
+
+@pytest.fixture
+def cheap(monkeypatch, one_thread):
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: CHEAP)
+
+
+def decode(name, config, length, count, **settings):
+    out = engine(name).generate(prompt(length), config=config, max_new_tokens=count, **settings)
+    return out.sequences[0, length:].tolist(), out.stats.prompts[0]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("sparsity", ["csparse", "fsparse"])
+@pytest.mark.parametrize("name", NAMES)
+def test_match_is_the_full_text(cheap, name, sparsity, width):
+    config = SiriusConfig(period="auto", accept="match", sparsity=sparsity, tree_width=width, density=0.4)
+    for length in (1, 33):
+        tokens, stats = decode(name, config, length, 60)
+        assert tokens == decode(name, SiriusConfig(mode="full"), length, 60)[0]
+        assert stats.period == "auto" and sum(period.committed for period in stats.periods) == 59
+        assert all(period.drafted < MAX_AUTO_PERIOD for period in stats.periods)
+        assert len({period.drafted for period in stats.periods}) >= 2
+
+
+@pytest.mark.parametrize("accept", ["threshold", "match", "sample"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_is_that_of_its_periods(cheap, name, accept):
+    for sparsity, width in (("csparse", 1), ("fsparse", 3)):
+        config = SiriusConfig(period="auto", accept=accept, sparsity=sparsity, tree_width=width, density=0.3, threshold=0.05)
+        asked, sampling = {}, None
+        if accept == "sample":
+            asked = {"do_sample": True, "top_k": 0, "generator": seeded(1)}
+            sampling = reference.Sampling(seeded(1))
+        tokens, stats = decode(name, config, 8, 40, **asked)
+        planned = iter([period.drafted + 1 + period.cut for period in stats.periods])
+        expected, records = reference.generate(
+            decoder(name), prompt(8)[0].tolist(), config, 40, sampling=sampling, periods=planned
+        )
+        assert tokens == expected
+        columns = ("drafted", "nodes", "accepted", "branch", "committed", "cut")
+        assert [[getattr(period, column) for column in columns] for period in stats.periods] == [
+            [getattr(period, column) for column in columns] for period in records
+        ]
+
+
+def test_the_same_call_gives_the_same_text(one_thread):
+    """Nothing made up: whatever the costs are, they are measured once, and texts before this one do not matter."""
+    config = SiriusConfig(period="auto", density=0.4, threshold=0.05)
+    first = decode("llama3", config, 9, 60)[0]
+    decode("llama3", config, 30, 60)
+    assert decode("llama3", config, 9, 60)[0] == first
+
+
+def test_where_drafts_cannot_pay_the_full_model_decodes_alone(monkeypatch, one_thread):
+    """No pass of S, and nothing beside the passes of F."""
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: DEAR)
+    passes, run = [], sequence.Sequence._pass
+
+    def watched(self, nodes, sparsity=None, argmax=None, keep_z=False):
+        passes.append((sparsity, keep_z))
+        return run(self, nodes, sparsity, argmax, keep_z)
+
+    monkeypatch.setattr(sequence.Sequence, "_pass", watched)
+    tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)
+    assert passes == [(None, False)] * 19 and all(period.drafted == 0 for period in stats.periods)
+    assert tokens == decode("qwen2", SiriusConfig(mode="full"), 8, 20)[0]
+    assert stats.sparse_cost == 0.95 and stats.average_advance_length == 1
+
+
+def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
+    fresh, measured = Engine(tiny("llama3")), []
+    measure = measuring._measure
+    monkeypatch.setattr(measuring, "_measure", lambda *each: measured.append(each[1]) or measure(*each))
+    configs = [SiriusConfig(period="auto", density=0.4), SiriusConfig(period="auto", density=0.2)]
+    for config in (*configs, *configs):
+        fresh.generate(prompt(8), config=config, max_new_tokens=5)
+    assert measured == configs
+    kept = json.loads((cache / "costs.json").read_text())
+    assert len(kept) == 2
+    for cost in kept.values():
+        assert 0 < cost["sparse"] < 10 and [rows for rows, _ in cost["full"]] == list(measuring.ROWS)
+        assert all(a <= b for (_, a), (_, b) in zip(cost["full"], cost["full"][1:])) and cost["follow"] >= 0
+    Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)  # as another process would
+    assert measured == configs
+    (cache / "costs.json").write_text("no JSON")
+    Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)
+    assert len(measured) == 3 and len(json.loads((cache / "costs.json").read_text())) == 1
+
+
+def test_a_cache_folder_that_cannot_be_written_to(monkeypatch, tmp_path, one_thread):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "file" / "folder"))
+    out = Engine(tiny("llama3")).generate(prompt(8), config=SiriusConfig(period="auto"), max_new_tokens=5)
+    assert out.sequences.shape[1] == 13
