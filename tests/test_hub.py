@@ -241,19 +241,6 @@ def test_gguf(cache, tmp_path, monkeypatch):
     assert len(list((cache / "converted").iterdir())) == 2
 
 
-def test_gguf_of_unsupported_architecture(cache, tmp_path):
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), "qwen3")
-    with pytest.raises(hub.ModelLoadError, match="model: cannot use .*tiny.gguf.*qwen3.* supported are llama"):
-        hub.load_model(tmp_path / "tiny.gguf", progress=False)
-
-
-def test_gguf_with_scaled_rope_warns(cache, tmp_path):
-    file = tmp_path / "tiny.gguf"
-    file.write_bytes(b"GGUF rope_freqs.weight")
-    with pytest.warns(UserWarning, match="rotary frequencies"), pytest.raises(hub.ModelLoadError):
-        hub.load_model(file, progress=False)
-
-
 @pytest.mark.parametrize("content", [b"", b"GG", b"ggml and more", b"\x80\x02pickled"])
 def test_not_a_gguf(cache, tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)

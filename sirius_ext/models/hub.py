@@ -26,6 +26,9 @@ import rich.console
 import safetensors
 import torch
 
+from . import gguf_files
+from .families import check_supported
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +48,7 @@ _DTYPES = {
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _MANIFEST = "sirius_conversion.json"
+_CONVERSION = 2  # another number where GGUF files come out differently: what older versions left in the cache is not used then
 
 
 class ModelLoadError(ValueError):
@@ -157,26 +161,19 @@ def _load(
     return model.eval(), tokenizer
 
 
-def _supported_config(name: str, source: str | Path, **kwargs: str) -> PreTrainedConfig:
+def _supported_config(name: str, source: str) -> PreTrainedConfig:
     """The model's config, once its architecture is known to be supported: weights may take minutes to arrive."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    from .weights import check_supported
-
-    def check(config: PreTrainedConfig) -> None:
-        try:
-            check_supported(config)
-        except ValueError as error:
-            raise ModelLoadError(f"model: cannot use {name!r}: {str(error).removeprefix('model: ')}") from error
-
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ValueError:
         # An architecture that transformers does not know: our message is the better one, as it lists what is supported.
-        if "gguf_file" not in kwargs:
-            check(PreTrainedConfig.from_pretrained(source))
+        with _refusals(name):
+            check_supported(PreTrainedConfig.from_pretrained(source))
         raise
-    check(config)
+    with _refusals(name):
+        check_supported(config)
     return config
 
 
@@ -245,18 +242,12 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
     transformers parses a GGUF header in Python, several times a load: the default model takes 35 s, from the folder 1 s.
     """
     with open(file, "rb") as stream:
-        head = stream.read(1 << 26)
-    if not head.startswith(b"GGUF"):
-        raise ModelLoadError(f"model: {name!r} is not a GGUF file (it does not begin with 'GGUF')")
-    if b"rope_freqs.weight" in head:
-        warnings.warn(
-            f"{name}: this file scales its rotary frequencies (Llama 3.1 and later), which transformers does not read from GGUF; "
-            "long contexts will suffer. The original safetensors do not have this problem",
-            stacklevel=3,
-        )
+        if stream.read(4) != b"GGUF":
+            raise ModelLoadError(f"model: {name!r} is not a GGUF file (it does not begin with 'GGUF')")
     import transformers
 
-    key = f"{_sha256(file)[:32]}-{str(dtype).removeprefix('torch.')}-transformers{transformers.__version__}"
+    kind = f"{str(dtype).removeprefix('torch.')}-transformers{transformers.__version__}-{_CONVERSION}"
+    key = f"{_sha256(file)[:32]}-{kind}"
     folder = cache_dir() / "converted" / key
     if _is_intact(folder):
         return folder
@@ -282,14 +273,19 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
 
 
 def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     kwargs = {"gguf_file": file.name}
     # Without it the weights stay packed.
     unpacked = GgufConfig(dequantize=True)
     with _load_errors(name, "a damaged GGUF file, or one that transformers cannot read: "):
-        config = _supported_config(name, file.parent, **kwargs)
+        header = gguf_files.read_header(file)
+        with _refusals(name):
+            settings = gguf_files.config_settings(header)
+        config = AutoConfig.for_model(**settings)
+        with _refusals(name):
+            check_supported(config)
         model = _weights(file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
@@ -363,6 +359,15 @@ def _load_errors(name: str, reason: str) -> Iterator[None]:
         if type(error) in (KeyError, TypeError, IndexError, ZeroDivisionError):  # says little without its name
             said = f"{type(error).__name__}: {said}"
         raise ModelLoadError(f"model: cannot load {name!r}: {reason}{said}") from error
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """A ValueError that says why a model is not supported, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelLoadError(f"model: cannot use {name!r}: {' '.join(str(error).split()).removeprefix('model: ')}") from error
 
 
 @contextlib.contextmanager
