@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 from model_files import tiny_llama, write_gguf
+from safetensors.torch import load_file, save_file
+from tiny import FAMILY_NAMES, NAMES, prompt, tiny
 
 from sirius_ext.models import hub
 
@@ -150,6 +152,42 @@ def test_folder(folder, dtype):
     model, tokenizer = hub.load_model(folder, dtype=dtype, progress=False)
     assert_same_weights(model, transformers.AutoModelForCausalLM.from_pretrained(folder), hub.parse_dtype(dtype))
     assert tokenizer is None and not model.training
+
+
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
+def test_every_family(tmp_path, name):
+    expected = tiny(name)
+    expected.save_pretrained(tmp_path)
+    model, _ = hub.load_model(tmp_path, "fp32", progress=False)
+    assert type(model) is type(expected)
+    assert_same_weights(model, expected)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected.set_attn_implementation("eager")
+        assert torch.equal(model(prompt(60)).logits, expected(prompt(60)).logits)
+
+    weights = load_file(tmp_path / "model.safetensors")
+    first = "model.layers.0."
+    some = [min(weights), max(weights), next(key for key in weights if key.startswith(first) and "norm" in key)]
+    for key in some:
+        value = weights[key]
+        change_weights(tmp_path, lambda found, key=key: found.pop(key))
+        with pytest.raises(hub.ModelLoadError, match=r"\d+ weights are missing, the first is "):
+            hub.load_model(tmp_path, "fp32", progress=False)
+        change_weights(tmp_path, lambda found, key=key, value=value: found.update({key: value[:-1].clone()}))
+        with pytest.raises(hub.ModelLoadError, match=r"weights are mismatched, the first is .*shape in the file"):
+            hub.load_model(tmp_path, "fp32", progress=False)
+        change_weights(tmp_path, lambda found, key=key, value=value: found.update({key: value}))
+    change_weights(tmp_path, lambda found: found.update({f"{first}self_attn.sinks": torch.ones(4)}))
+    with pytest.raises(hub.ModelLoadError, match=f"1 weights are unexpected, the first is {first}self_attn.sinks"):
+        hub.load_model(tmp_path, "fp32", progress=False)
 
 
 def test_progress_goes_to_stderr(folder, capfd):
