@@ -1,4 +1,5 @@
 import hashlib
+import json
 import threading
 import zipfile
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 import transformers
 from model_files import tiny_llama, write_gguf
+from safetensors.torch import load_file, save_file
+from tiny import FAMILY_NAMES, NAMES, prompt, tiny
 
 from sirius_ext.models import hub
 
@@ -152,6 +155,106 @@ def test_folder(folder, dtype):
     assert tokenizer is None and not model.training
 
 
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
+def test_every_family(tmp_path, name):
+    expected = tiny(name)
+    expected.save_pretrained(tmp_path)
+    model, _ = hub.load_model(tmp_path, "fp32", progress=False)
+    assert type(model) is type(expected)
+    assert_same_weights(model, expected)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected.set_attn_implementation("eager")
+        assert torch.equal(model(prompt(60)).logits, expected(prompt(60)).logits)
+
+    weights = load_file(tmp_path / "model.safetensors")
+    first = "model.layers.0."
+    some = [min(weights), max(weights), next(key for key in weights if key.startswith(first) and "norm" in key)]
+    for key in some:
+        value = weights[key]
+        change_weights(tmp_path, lambda found, key=key: found.pop(key))
+        with pytest.raises(hub.ModelLoadError, match=r"\d+ weights are missing, the first is "):
+            hub.load_model(tmp_path, "fp32", progress=False)
+        change_weights(tmp_path, lambda found, key=key, value=value: found.update({key: value[:-1].clone()}))
+        with pytest.raises(hub.ModelLoadError, match=r"weights are mismatched, the first is .*shape in the file"):
+            hub.load_model(tmp_path, "fp32", progress=False)
+        change_weights(tmp_path, lambda found, key=key, value=value: found.update({key: value}))
+    change_weights(tmp_path, lambda found: found.update({f"{first}self_attn.sinks": torch.ones(4)}))
+    with pytest.raises(hub.ModelLoadError, match=f"1 weights are unexpected, the first is {first}self_attn.sinks"):
+        hub.load_model(tmp_path, "fp32", progress=False)
+
+
+@pytest.fixture(params=["gemma3", "mistral3"])
+def with_images(request, tmp_path):
+    """A model for text and images, and its folder."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    if request.param == "gemma3":
+        parts = transformers.Gemma3Config, tiny("gemma3").config, transformers.SiglipVisionConfig(**vision)
+        changes = {"mm_tokens_per_image": 4}
+    else:
+        parts = transformers.Mistral3Config, tiny("mistral").config, transformers.PixtralVisionConfig(**vision)
+        changes = {}
+    make, text, images = parts
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(make(text_config=text, vision_config=images, **changes)).eval()
+    folder = tmp_path / "images"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_the_text_model_of_a_model_with_images(with_images, own_head, tmp_path, capfd):
+    whole, folder = with_images
+    if own_head:
+        head = torch.randn(whole.lm_head.weight.shape)
+        change_weights(folder, lambda found: found.update({"language_model.lm_head.weight": head}))
+        whole.lm_head.weight = torch.nn.Parameter(head)
+    capfd.readouterr()
+    model, _ = hub.load_model(folder, "fp32")
+    err = capfd.readouterr().err
+    assert err.endswith(" s; the text model alone, without its part for images\n") and err.count("\n") == 1
+    assert type(model) in (transformers.Gemma3ForCausalLM, transformers.MistralForCausalLM)
+    assert hub.check_supported(model.config) and model.config.tie_word_embeddings != own_head and not model.training
+    assert not any(parameter.is_meta for parameter in (*model.parameters(), *model.buffers()))
+    with torch.no_grad():
+        assert torch.equal(model(prompt(90)).logits, whole(prompt(90)).logits)
+    model.save_pretrained(tmp_path / "text")
+    assert_same_weights(hub.load_model(tmp_path / "text", "fp32", progress=False)[0], model)
+
+
+def test_a_text_model_that_is_not_supported(with_images):
+    _, folder = with_images
+    settings = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
+        ({"text_config": {"model_type": "gpt2"}}, "architecture 'gpt2' is not supported"),
+    ):
+        (folder / "config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(hub.ModelLoadError, match=f"^model: cannot use .*images': {message}"):
+            hub.load_model(folder, progress=False)
+
+
+def test_a_model_with_images_that_lacks_a_weight(with_images):
+    _, folder = with_images
+    change_weights(folder, lambda found: found.pop("language_model.model.norm.weight"))
+    with pytest.raises(hub.ModelLoadError, match="1 weights are missing, the first is model.language_model.norm.weight"):
+        hub.load_model(folder, progress=False)
+
+
 def test_progress_goes_to_stderr(folder, capfd):
     hub.load_model(folder)
     out, err = capfd.readouterr()
@@ -239,19 +342,6 @@ def test_gguf(cache, tmp_path, monkeypatch):
     assert_same_weights(hub.load_model(file, dtype="fp32", progress=False)[0], expected)
     assert_same_weights(hub.load_model(file, dtype="bf16", progress=False)[0], expected, torch.bfloat16)
     assert len(list((cache / "converted").iterdir())) == 2
-
-
-def test_gguf_of_unsupported_architecture(cache, tmp_path):
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), "qwen3")
-    with pytest.raises(hub.ModelLoadError, match="model: cannot use .*tiny.gguf.*qwen3.* supported are llama"):
-        hub.load_model(tmp_path / "tiny.gguf", progress=False)
-
-
-def test_gguf_with_scaled_rope_warns(cache, tmp_path):
-    file = tmp_path / "tiny.gguf"
-    file.write_bytes(b"GGUF rope_freqs.weight")
-    with pytest.warns(UserWarning, match="rotary frequencies"), pytest.raises(hub.ModelLoadError):
-        hub.load_model(file, progress=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"ggml and more", b"\x80\x02pickled"])

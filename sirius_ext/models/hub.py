@@ -20,11 +20,14 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import safetensors
 import torch
+
+from . import gguf_files
+from .families import check_supported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +47,9 @@ _DTYPES = {
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_WITH_IMAGES = ("gemma3", "mistral3")  # models for text and images that have a text model of ours inside
 _MANIFEST = "sirius_conversion.json"
+_CONVERSION = 2  # another number where GGUF files come out differently: what older versions left in the cache is not used then
 
 
 class ModelLoadError(ValueError):
@@ -97,11 +102,12 @@ def default_model_path(progress: bool = True) -> Path:
 
 
 def load_model(
-    name: str | os.PathLike | None = None, dtype: torch.dtype | str = torch.bfloat16, progress: bool = True
+    name: str | os.PathLike[str] | None = None, dtype: torch.dtype | str = torch.bfloat16, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model on the CPU, in eval mode, and its tokenizer (None for a local folder that has none).
 
     name: a Hugging Face id, a local folder, a .gguf file, or "smollm2-135m-instruct" (also meant by None), the default model.
+        Of a model for text and images (Gemma 3, Mistral Small 3) it is the text model alone.
     dtype: of the weights; "auto" is the checkpoint's own, and bfloat16 for a GGUF file. GGUF files are dequantized to it; the
         result is kept in the cache folder, since it takes a while.
     progress: report on stderr what takes time.
@@ -141,14 +147,18 @@ def _load(
     local = Path(source).is_dir()
     # Downloads have progress bars of their own, which a spinner would garble.
     bars = not local and progress and sys.stderr.isatty()
-    with _reporting(f"loading {name}", progress, spinner=not bars), _quiet(bars):
-        from transformers import AutoTokenizer
+    with _reporting(f"loading {name}", progress, spinner=not bars) as remarks, _quiet(bars):
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
         with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
             config = _supported_config(name, source)
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
-            model = _weights(source, name, config, dtype)
+            if config.model_type in _WITH_IMAGES:
+                model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
+                remarks.append("the text model alone, without its part for images")
+            else:
+                model = _weights(AutoModelForCausalLM, source, name, config, dtype)
             if not local:
                 check_files(_snapshot(source), name)
         with _load_errors(name, "its tokenizer cannot be read: "):
@@ -157,37 +167,52 @@ def _load(
     return model.eval(), tokenizer
 
 
-def _supported_config(name: str, source: str | Path, **kwargs: str) -> PreTrainedConfig:
+def _supported_config(name: str, source: str) -> PreTrainedConfig:
     """The model's config, once its architecture is known to be supported: weights may take minutes to arrive."""
     from transformers import AutoConfig, PreTrainedConfig
 
-    from .weights import check_supported
-
-    def check(config: PreTrainedConfig) -> None:
-        try:
-            check_supported(config)
-        except ValueError as error:
-            raise ModelLoadError(f"model: cannot use {name!r}: {str(error).removeprefix('model: ')}") from error
-
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ValueError:
         # An architecture that transformers does not know: our message is the better one, as it lists what is supported.
-        if "gguf_file" not in kwargs:
-            check(PreTrainedConfig.from_pretrained(source))
+        with _refusals(name):
+            check_supported(PreTrainedConfig.from_pretrained(source))
         raise
-    check(config)
+    with _refusals(name):
+        check_supported(_text_config(config))
     return config
 
 
-def _weights(
-    source: str | Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, **kwargs: object
-) -> PreTrainedModel:
-    """The model with its weights. transformers fills missing ones, and those of another shape, with random numbers, drops unknown
-    ones, and goes on: refuse that."""
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text model's, of a model for text and images; the config itself of any other."""
+    if config.model_type not in _WITH_IMAGES:
+        return config
+    text: PreTrainedConfig = config.text_config
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        text.quantization_config = quantized
+    return text
+
+
+def _text_model(whole: Any) -> PreTrainedModel:
+    """The text model inside a model for text and images, with the weights that it has there. from_pretrained of the text model's
+    class does not find them by their names."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    body, head = whole.get_decoder(), whole.get_output_embeddings()
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(body.config, dtype=whole.dtype)
+    model.model, model.lm_head = body, head
+    model.config, model.generation_config = body.config, whole.generation_config
+    model.config.tie_word_embeddings = head.weight is body.embed_tokens.weight
+    return model
+
+
+def _weights(
+    kind: type[Any], source: str | Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, **kwargs: object
+) -> PreTrainedModel:
+    """A model of the class with its weights. transformers fills missing ones, and those of another shape, with random numbers,
+    drops unknown ones, and goes on: refuse that."""
+    model, info = kind.from_pretrained(
         source,
         config=config,
         dtype=dtype,
@@ -196,13 +221,13 @@ def _weights(
         ignore_mismatched_sizes=True,
         **kwargs,
     )
-    for kind, hint in (
+    for problem, hint in (
         ("missing", ""),
         ("mismatched", " (name, shape in the file, shape by config.json)"),
         ("unexpected", "; config.json describes another model, with fewer layers perhaps"),
     ):
-        if keys := sorted(map(str, info.get(f"{kind}_keys", ()))):
-            raise ModelLoadError(f"model: cannot use {name!r}: {len(keys)} weights are {kind}, the first is {keys[0]}{hint}")
+        if keys := sorted(map(str, info.get(f"{problem}_keys", ()))):
+            raise ModelLoadError(f"model: cannot use {name!r}: {len(keys)} weights are {problem}, the first is {keys[0]}{hint}")
     return model
 
 
@@ -245,18 +270,12 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
     transformers parses a GGUF header in Python, several times a load: the default model takes 35 s, from the folder 1 s.
     """
     with open(file, "rb") as stream:
-        head = stream.read(1 << 26)
-    if not head.startswith(b"GGUF"):
-        raise ModelLoadError(f"model: {name!r} is not a GGUF file (it does not begin with 'GGUF')")
-    if b"rope_freqs.weight" in head:
-        warnings.warn(
-            f"{name}: this file scales its rotary frequencies (Llama 3.1 and later), which transformers does not read from GGUF; "
-            "long contexts will suffer. The original safetensors do not have this problem",
-            stacklevel=3,
-        )
+        if stream.read(4) != b"GGUF":
+            raise ModelLoadError(f"model: {name!r} is not a GGUF file (it does not begin with 'GGUF')")
     import transformers
 
-    key = f"{_sha256(file)[:32]}-{str(dtype).removeprefix('torch.')}-transformers{transformers.__version__}"
+    kind = f"{str(dtype).removeprefix('torch.')}-transformers{transformers.__version__}-{_CONVERSION}"
+    key = f"{_sha256(file)[:32]}-{kind}"
     folder = cache_dir() / "converted" / key
     if _is_intact(folder):
         return folder
@@ -282,15 +301,20 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
 
 
 def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     kwargs = {"gguf_file": file.name}
     # Without it the weights stay packed.
     unpacked = GgufConfig(dequantize=True)
     with _load_errors(name, "a damaged GGUF file, or one that transformers cannot read: "):
-        config = _supported_config(name, file.parent, **kwargs)
-        model = _weights(file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
+        header = gguf_files.read_header(file)
+        with _refusals(name):
+            settings = gguf_files.config_settings(header)
+        config = AutoConfig.for_model(**settings)
+        with _refusals(name):
+            check_supported(config)
+        model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
     if config.eos_token_id is not None:
@@ -366,6 +390,15 @@ def _load_errors(name: str, reason: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """A ValueError that says why a model is not supported, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelLoadError(f"model: cannot use {name!r}: {' '.join(str(error).split()).removeprefix('model: ')}") from error
+
+
+@contextlib.contextmanager
 def _cache_errors() -> Iterator[None]:
     try:
         yield
@@ -376,20 +409,23 @@ def _cache_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[None]:
-    """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took."""
+def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[list[str]]:
+    """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took; and the remarks that
+    have come into the list meanwhile."""
     console = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=not enabled)
     live = console.is_terminal
     start = time.perf_counter()
+    remarks: list[str] = []
     try:
         if not live:
             console.print(f"{text} ...", end=" ")
         with console.status(f"{text} ...") if live and spinner and enabled else contextlib.nullcontext():
-            yield
+            yield remarks
     except BaseException:
         console.print("" if live else "failed")
         raise
-    console.print(f"{text} ... " if live else "", f"{time.perf_counter() - start:.1f} s", sep="")
+    took = f"{time.perf_counter() - start:.1f} s"
+    console.print(f"{text} ... " if live else "", "; ".join([took, *remarks]), sep="")
 
 
 @contextlib.contextmanager

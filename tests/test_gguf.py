@@ -1,0 +1,206 @@
+"""GGUF files of every architecture, as llama.cpp's converter writes them: the model that comes out is the one that went in."""
+
+import pytest
+import torch
+import transformers
+from model_files import llama3_divisors, tiny_llama, write_gguf
+from tiny import VOCAB, tiny
+
+from sirius_ext.models import gguf_files, hub
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+GLOBAL = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+GEMMA3 = {
+    "query_pre_attn_scalar": 32,
+    "rope_parameters": {"full_attention": GLOBAL, "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}},
+}
+MODELS = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True}),
+    "llama 3.1": ("llama3", {}),
+    "llama 3.1 of usual size": ("llama3", {"head_dim": 64, "rope_parameters": LLAMA3}),
+    "llama, linear": ("llama", {"rope_parameters": GLOBAL}),
+    "llama with small heads": ("llama", {"head_dim": 24}),
+    "mistral": ("mistral", {"head_dim": 32}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2, yarn with all it can have": (
+        "qwen2",
+        {"rope_parameters": YARN | {"attention_factor": 1.25, "beta_fast": 24.0, "beta_slow": 2.0}},
+    ),
+    "qwen3": ("qwen3", {"rms_norm_eps": 1e-5}),
+    "phi3": ("phi3", {}),
+    "phi3, long": ("phi3_windows", {}),
+    "phi3, long and partial": (
+        "phi3_windows",
+        {"sliding_window": None, "rope_parameters": {"partial_rotary_factor": 0.5}},
+    ),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3", GEMMA3 | {"sliding_window_pattern": 6}),
+    "gemma3 with a soft cap": ("gemma3", GEMMA3 | {"sliding_window_pattern": 6, "final_logit_softcapping": 5.0}),
+}
+# What a file says of no model, or another way.
+UNSAID = ("architectures", "dtype", "initializer_range", "sliding_window_pattern", "transformers_version", "_name_or_path")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def model_of(name):
+    base, changes = MODELS[name]
+    if name == "phi3, long and partial":
+        rope = tiny(base).config.rope_parameters
+        halves = {key: rope[key][:4] for key in ("short_factor", "long_factor")}
+        changes = changes | {"rope_parameters": rope | halves | changes["rope_parameters"]}
+    model = tiny(base, **changes)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.mul_(1024).round_().div_(1024)  # Gemma's are stored with 1 added
+    return model
+
+
+def settings(model):
+    return {key: value for key, value in model.config.to_dict().items() if key not in (*UNSAID, *SPECIAL)}
+
+
+@torch.no_grad()
+def logits(model, ids):
+    model.set_attn_implementation("eager")  # torch's own leaves out Gemma 2's soft cap
+    return model(ids).logits
+
+
+@pytest.fixture
+def load(cache, tmp_path):
+    def load(model, **changes):
+        write_gguf(tmp_path / "tiny.gguf", model, **changes)
+        return hub.load_model(tmp_path / "tiny.gguf", "fp32", progress=False)[0]
+
+    return load
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_comes_out_as_it_went_in(load, name):
+    expected = model_of(name)
+    model = load(expected)
+    if name == "mistral":  # whose files say Llama
+        assert isinstance(model, transformers.LlamaForCausalLM)
+        assert settings(model).items() >= {"head_dim": 32, "num_key_value_heads": 1, "hidden_size": 72}.items()
+    else:
+        assert settings(model) == settings(expected)
+    assert [getattr(model.config, key) for key in SPECIAL] == [0, 1, 1]
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[key]) for key, weight in state.items())
+    # Behind the windows and the lengths that scaled angles start from.
+    ids = torch.randint(VOCAB, (1, 150), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(logits(model, ids), logits(expected, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [3, [True, False, False, True, True, False, True]])
+def test_patterns_of_windows(load, pattern):
+    types = [index % 3 < 2 for index in range(7)] if pattern == 3 else pattern
+    expected = tiny("gemma3", layer_types=["sliding_attention" if slides else "full_attention" for slides in types])
+    model = load(expected, values={"{arch}.attention.sliding_window_pattern": pattern})
+    assert model.config.layer_types == expected.config.layer_types
+
+
+def test_gemma3_without_windows(load):
+    model = load(tiny("gemma3"), values={"{arch}.attention.sliding_window": None})
+    assert model.config.sliding_window is None and set(model.config.layer_types) == {"full_attention"}
+
+
+@pytest.mark.parametrize("name, layers, width", [("gemma2", 46, 48), ("gemma3", 62, 56)])
+def test_the_largest_gemmas_have_their_own_scale(tmp_path, name, layers, width):
+    """transformers takes minutes to load so many layers."""
+    model = tiny(name, num_hidden_layers=layers)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    settings = gguf_files.config_settings(gguf_files.read_header(tmp_path / "tiny.gguf"))
+    assert settings["query_pre_attn_scalar"] == width // model.config.num_attention_heads != settings["head_dim"]
+
+
+def test_keys_that_say_nothing(load):
+    values = {
+        "llama.attention.sliding_window": 64,
+        "llama.expert_count": 0,
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.attn_factor": 1.0,
+    }
+    expected = tiny_llama()
+    model = load(expected, values=values, tensors={"rope_freqs.weight": torch.ones(4)})
+    assert settings(model) == settings(expected)
+
+
+BAD_VALUES = {
+    "a window in a family without": ("llama", "attention.sliding_window", 40, "sliding_window' is 40, which is not supported"),
+    "experts": ("llama", "expert_count", 8, "'llama.expert_count' is 8, which is not supported"),
+    "a key of tomorrow": ("qwen3", "attention.sinks", True, "'qwen3.attention.sinks' is True, which is not supported"),
+    "sizes of each layer": ("llama", "feed_forward_length", [101, 101, 101], "feed_forward_length is .101, 101, 101., which"),
+    "no count of kv heads": ("llama", "attention.head_count_kv", None, "its header lacks llama.attention.head_count_kv"),
+    "values of another size": ("qwen3", "attention.value_length", 8, "heads have 24 elements in keys and another number in"),
+    "angles of a part": ("qwen3", "rope.dimension_count", 12, "turn 12 of a head's 24 elements"),
+    "heads that do not fill": ("qwen2", "attention.key_length", 8, "6 heads of 8 elements do not make up the width of 96"),
+    "a window of an old converter": ("phi3", "attention.sliding_window", None, "lacks phi3.attention.sliding_window"),
+    "an unknown scaling": ("llama", "rope.scaling.type", "dynamic", "rope scaling is of type 'dynamic' and has no factors"),
+    "long rope without factors": ("phi3", "rope.scaling.type", "longrope", "is of type 'longrope' and has no factors"),
+    "linear in phi3": ("phi3", "rope.scaling.factor", 2.0, "must be one of .'longrope'., got linear"),
+    "no factor of attention": ("phi3_windows", "rope.scaling.attn_factor", None, "it lacks one of rope_factors_short.weight, "),
+    "two scalings": ("llama3", "rope.scaling.factor", 2.0, "scaled twice, by tensors and by linear scaling of factor 2.0"),
+    "an endless factor": ("llama", "rope.scaling.factor", float("inf"), "rope scaling has the factor inf"),
+    "fewer layers": ("llama", "block_count", 2, "9 of its tensors are unknown in this .* the first is 'blk.2.attn_k.weight"),
+    "more layers": ("llama", "block_count", 4, "9 weights are missing, the first is model.layers.3."),
+    "layers without end": ("llama", "block_count", 1 << 31, "2147483648 layers of 29 tensors"),
+    "a pattern of other layers": ("gemma3", "attention.sliding_window_pattern", [True, False], "is .True, False. for 7 layers"),
+}
+BAD_TENSORS = {
+    "one kind of factors": (
+        "phi3_windows",
+        "rope_factors_long",
+        None,
+        "it lacks one of rope_factors_short.weight, rope_factors_l",
+    ),
+    "too few factors": ("phi3_windows", "rope_factors_long", torch.ones(7), "long_factor has 7 numbers for 8 angles"),
+    "16 bits": ("phi3_windows", "rope_factors_long", torch.ones(8).half(), "has shape .8,. and ggml's type 1; expected one"),
+    "other divisors": ("llama", "rope_freqs", torch.tensor([1.0, 2.0, 3.0, 4.0]), "by up to 4.0, and not as Llama 3.1 does"),
+    "divisors below 1": ("llama", "rope_freqs", torch.full((4,), 0.5), "rope_freqs.weight has 4 numbers for 4 angles, or some"),
+    "a tensor too many": ("llama", "blk.1.attn_sinks", torch.ones(6), "1 of its tensors are unknown .* is 'blk.1.attn_sinks.w"),
+    "no embedding": ("llama", "token_embd", None, "it has no token_embd.weight"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_VALUES, *BAD_TENSORS])
+def test_refuses(load, name):
+    base, key, value, message = (BAD_VALUES | BAD_TENSORS)[name]
+    changes = {"values": {"{arch}." + key: value}} if name in BAD_VALUES else {"tensors": {f"{key}.weight": value}}
+    with pytest.raises(hub.ModelLoadError, match=f"^model: cannot (use|load) '.*tiny.gguf': .*{message}") as error:
+        load(tiny(base), **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_of_a_model(load):
+    with pytest.raises(hub.ModelLoadError, match="one of 3 parts of a model; llama.cpp's llama-gguf-split --merge makes"):
+        load(tiny_llama(), values={"split.count": 3})
+
+
+@pytest.mark.parametrize(
+    "architecture, hint", [("smollm3", "; load its safetensors instead"), ("granite", "; load"), ("mamba", "")]
+)
+def test_architectures_that_transformers_cannot_read(load, architecture, hint):
+    message = (
+        f"model: cannot use .*architecture '{architecture}' are not supported{hint}.*; supported are llama .Llama, Mistral.; "
+    )
+    with pytest.raises(hub.ModelLoadError, match=message):
+        load(tiny_llama(), architecture=architecture)
+
+
+def test_divisors_that_are_nearly_llamas(load):
+    divisors = torch.tensor(llama3_divisors(16, tiny("llama3").config.rope_parameters))
+    divisors[3] *= 1 + 1e-4
+    with pytest.raises(hub.ModelLoadError, match="and not as Llama 3.1 does; load its safetensors instead"):
+        load(tiny("llama3"), tensors={"rope_freqs.weight": divisors})
