@@ -79,11 +79,11 @@ class SiriusOutput(ModelOutput):
     sequences: int64 [batch, length], prompts included, padded after the end of a text.
     stats: `Stats` of the call.
     cache: of a call with one prompt, that of its text: all tokens but the last. Given to `generate` (as cache, or
-        past_key_values) with a prompt that begins with these tokens, it spares reading any of them; the entries of decoded tokens are then those
-        of decode passes, whose bits differ from a prefill's. It is not a Cache of `transformers` but the model's own, on loan:
-        the model keeps those of its last texts, and a later call may go on in this one, which then holds what that call left in
-        it. Without it, a prompt that begins as one of these texts did is read from the first chunk on that differs, bit for bit
-        as if all had been read.
+        past_key_values) with a prompt that begins with these tokens, it spares reading any of them; the entries of decoded tokens
+        are then those of decode passes, whose bits differ from a prefill's. It is not a Cache of `transformers` but the model's
+        own, on loan: the model keeps those of its last texts, and a later call may go on in this one, which then holds what that
+        call left in it. Without it, a prompt that begins as one of these texts did is read from the first chunk on that differs,
+        bit for bit as if all had been read.
     """
 
     sequences: torch.Tensor | None = None
