@@ -89,7 +89,7 @@ class Layers:
         angles = torch.randn(2, MAX_POSITION, family.rotary_dim // 2)
         self.cos, self.sin = angles.cos(), angles.sin()
 
-    def handle(self):
+    def handle(self, functions):
         family = self.family
         norm = lambda weight: (0 if weight is None else weight.data_ptr(), EPS, family.offset)  # noqa: E731
         layers = [
@@ -106,7 +106,7 @@ class Layers:
             }
             for index, layer in enumerate(self.layers)
         ]
-        return _C.Model(
+        return functions.Model(
             dtype=ops.DTYPES[self.dtype],
             embedding=Matrix(self.embedding).raw,
             final_norm=norm(self.final_norm),
@@ -128,8 +128,12 @@ class Layers:
             logit_softcap=family.logit_softcap,
         )
 
-    def by_ops(self, tokens, positions, mask, prefix, caches, neurons):
-        """Logits, and z of every layer."""
+    def by_ops(self, tokens, positions, mask, prefix, caches, choose, fused):
+        """Logits, and z of every layer.
+
+        choose: makes a layer's neurons and z of the layer, the MLP's input and the layer's number.
+        fused: the product of q, k and v is not rounded before it is rotated.
+        """
         family, m = self.family, len(tokens)
 
         def normed(x, weight, residual=None):
@@ -145,19 +149,23 @@ class Layers:
         kept_z = []
         for index, layer in enumerate(self.layers):
             y = normed(x, layer["before_attention"])
-            qkv = torch.cat([ops.linear(y, weight, bias) for weight, bias in zip(layer["qkv"], layer["biases"])], 1)
+            wide = torch.float32 if fused else self.dtype
+            parts = [ops.linear(y, weight, bias, out_dtype=wide) for weight, bias in zip(layer["qkv"], layer["biases"])]
+            qkv = torch.cat(parts, 1)
             rope, cache = family.ropes[index], [each[index] for each in caches]
             cos, sin = (table[rope] if rope >= 0 else table[0, :, :0].contiguous() for table in (self.cos, self.sin))
             slots = torch.arange(prefix, prefix + m, dtype=torch.int32)
             norms = {"q_norm": layer["q_norm"], "k_norm": layer["k_norm"], "eps": EPS, "offset": family.offset}
-            ops.rope_kv_write(qkv, cos, sin, positions, slots, *cache, **norms)
-            q = qkv.view(m, -1, HEAD_DIM)[:, :HEADS]
+            entries = [each.to(wide) for each in cache]
+            ops.rope_kv_write(qkv, cos, sin, positions, slots, *entries, **norms)
+            for each, entry in zip(cache, entries):
+                each.copy_(entry)
+            q = qkv.to(self.dtype).view(m, -1, HEAD_DIM)[:, :HEADS]
             settings = {"positions": positions, "window": family.windows[index], "softcap": family.attention_softcap}
             attended = ops.tree_attention(q, *cache, prefix, mask, SCALE, **settings).flatten(1)
             x = joined(x, layer["after_attention"], ops.linear, attended, layer["output"])
             y = normed(x, layer["before_mlp"])
-            chosen = None if neurons is None else neurons[index]
-            z = ops.gate_up(y, layer["gate"], layer["up"], chosen, activation=family.activation)
+            chosen, z = choose(layer, y, index)
             kept_z.append(z)
             x = joined(x, layer["after_mlp"], ops.down, z, layer["down"], chosen)
         x = normed(x, self.final_norm)
@@ -172,47 +180,93 @@ PARENTS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", PARENTS)
-@pytest.mark.parametrize("sparse", [False, True], ids=["full", "listed"])
-def test_a_pass_is_its_ops(isa, dtype, family, shape, sparse):
-    layers, mask = Layers(FAMILIES[family], dtype), ops.tree_mask(PARENTS[shape].int())
-    m, prefix = len(mask), 300
-    tokens = torch.randint(VOCAB, (m,), dtype=torch.int32)
-    positions = prefix - 1 + torch.tensor([row.bit_count() for row in mask.flatten().tolist()], dtype=torch.int32)
-    caches = [randn(2, KV_HEADS, CAPACITY, HEAD_DIM, dtype=dtype) for _ in "kv"]
-    neurons = torch.stack([torch.randperm(INTERMEDIATE)[:41].sort().values.int() for _ in range(2)]) if sparse else None
-    written = [cache.clone() for cache in caches]
-    expected, expected_z = layers.by_ops(tokens, positions, mask, prefix, written, neurons)
+KEPT = 41
 
-    handle, logits, argmax = layers.handle(), poisoned(m, VOCAB, dtype=torch.float32), poisoned(m, dtype=torch.int32)
-    z, workspace = poisoned(2, m, INTERMEDIATE, dtype=dtype), torch.zeros(handle.workspace(m, CAPACITY), dtype=torch.uint8)
-    for threads in (1, 2, 3):
-        here = [cache.clone() for cache in caches]
+
+class Pass:
+    """Inputs of one pass, and what it must give."""
+
+    def __init__(self, family, shape, dtype, kind, fused=False):
+        self.layers, self.mask, self.kind = Layers(FAMILIES[family], dtype), ops.tree_mask(PARENTS[shape].int()), kind
+        self.m, self.prefix = len(self.mask), 300
+        self.tokens = torch.randint(VOCAB, (self.m,), dtype=torch.int32)
+        seen = torch.tensor([row.bit_count() for row in self.mask.flatten().tolist()], dtype=torch.int32)
+        self.positions = self.prefix - 1 + seen
+        self.caches = [randn(2, KV_HEADS, CAPACITY, HEAD_DIM, dtype=dtype) for _ in "kv"]
+        self.neurons = torch.stack([torch.randperm(INTERMEDIATE)[:KEPT].sort().values.int() for _ in range(2)])
+        self.written = [cache.clone() for cache in self.caches]
+        self.logits, self.z = self.layers.by_ops(
+            self.tokens, self.positions, self.mask, self.prefix, self.written, self.choose, fused
+        )
+
+    def choose(self, layer, y, index):
+        """The neurons of a layer, and its z."""
+        activation = {"activation": self.layers.family.activation}
+        if self.kind == Kind.LARGEST:
+            gates = ops.gate(y, layer["gate"], **activation)
+            chosen = ops.select(gates, KEPT)
+            return chosen, ops.up(y, layer["up"], gates, chosen)
+        chosen = self.neurons[index] if self.kind == Kind.LISTED else None
+        return chosen, ops.gate_up(y, layer["gate"], layer["up"], chosen, **activation)
+
+    def check(self, handle, base=None, **beside):
+        """That `handle.step` gives the same. base: int32 [1], from where on positions and slots are counted."""
+        m, start = self.m, 0 if base is None else int(base)
+        logits, argmax = poisoned(m, VOCAB, dtype=torch.float32), poisoned(m, dtype=torch.int32)
+        z = poisoned(2, m, INTERMEDIATE, dtype=self.layers.dtype)
+        workspace = torch.zeros(handle.workspace(m, CAPACITY), dtype=torch.uint8)
+        caches, positions = [cache.clone() for cache in self.caches], self.positions - start
+        if base is not None:
+            beside["base"] = base.data_ptr()
         handle.step(
-            tokens=tokens.data_ptr(),
+            tokens=self.tokens.data_ptr(),
             positions=positions.data_ptr(),
-            cos=layers.cos.data_ptr(),
-            sin=layers.sin.data_ptr(),
+            cos=self.layers.cos.data_ptr(),
+            sin=self.layers.sin.data_ptr(),
             max_position=MAX_POSITION,
-            mask=mask.data_ptr(),
-            mask_words=mask.shape[1],
-            k_cache=here[0].data_ptr(),
-            v_cache=here[1].data_ptr(),
-            sparsity=(Kind.LISTED, neurons.data_ptr(), 0, 41) if sparse else (Kind.DENSE,),
+            mask=self.mask.data_ptr(),
+            mask_words=self.mask.shape[1],
+            k_cache=caches[0].data_ptr(),
+            v_cache=caches[1].data_ptr(),
+            sparsity=(self.kind, self.neurons.data_ptr() if self.kind == Kind.LISTED else 0, 0, KEPT),
             logits=logits.tensor.data_ptr(),
             argmax=argmax.tensor.data_ptr(),
             workspace=workspace.data_ptr(),
-            z=0 if sparse else z.tensor.data_ptr(),
+            z=z.tensor.data_ptr() if self.kind == Kind.DENSE else 0,
             num_rows=m,
-            first_slot=prefix,
-            prefix=prefix,
+            first_slot=self.prefix - start,
+            prefix=self.prefix - start,
             capacity=CAPACITY,
-            threads=threads,
+            **beside,
         )
-        assert_same_bits(logits.check(), expected)
-        assert argmax.check().tolist() == expected.argmax(1).tolist()
-        for cache, wanted in zip(here, written):
+        assert_same_bits(logits.check(), self.logits)
+        assert argmax.check().tolist() == self.logits.argmax(1).tolist()
+        for cache, wanted in zip(caches, self.written):
             assert_same_bits(cache, wanted)
-        if not sparse:
-            assert_same_bits(z.check(), expected_z)
+        if self.kind == Kind.DENSE:
+            assert_same_bits(z.check(), self.z)
+
+
+KINDS = {"full": Kind.DENSE, "listed": Kind.LISTED, "largest": Kind.LARGEST}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", PARENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_is_its_ops(isa, dtype, family, shape, kind):
+    each = Pass(family, shape, dtype, KINDS[kind])
+    handle = each.layers.handle(_C)
+    for threads in (1, 2, 3):
+        each.check(handle, threads=threads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("shape", "kind"), [("a token", "full"), ("a chain", "listed"), ("a tree", "full"), ("a tree", "largest")]
+)
+def test_a_pass_of_cuda_is_its_ops(cuda_functions, dtype, family, shape, kind):
+    each = Pass(family, shape, dtype, KINDS[kind], fused=not FAMILIES[family].head_norms)
+    handle, counters = each.layers.handle(cuda_functions), torch.zeros(cuda_functions.counters, dtype=torch.int32)
+    for base in (None, torch.tensor([each.prefix], dtype=torch.int32)):
+        each.check(handle, base, counters=counters.data_ptr(), stream=0)
+        assert not counters.any()

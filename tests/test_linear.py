@@ -9,6 +9,7 @@ from backends import (
     as_float,
     assert_close,
     assert_same_bits,
+    call,
     poisoned,
     randn,
     small_integers,
@@ -118,6 +119,30 @@ def test_residual_may_be_the_output(backend, dtype):
     out = Guarded(residual)
     backend.linear(x, weight, residual=out.tensor, out=out.tensor)
     assert_same_bits(out.check(), backend.linear(x, weight, residual=residual))
+
+
+@pytest.mark.parametrize("rows", [(33, 7, 64), (5, 2, 1), (40, 16)], ids=str)
+@pytest.mark.parametrize(("m", "width"), [(1, 64), (5, 151), (17, 72)])
+def test_parts_side_by_side_of_normalised_input(cuda_functions, dtype, m, width, rows):
+    """What CUDA's passes ask of it beyond `ops.linear`."""
+    x, norm = randn(m, width, dtype=dtype), randn(width, dtype=dtype)
+    weights = [walled(randn(n, width, dtype=dtype)) for n in rows]
+    biases = [None if i == 1 else walled(randn(n, dtype=dtype)) for i, n in enumerate(rows)]
+    matrices = [Matrix(weight) for weight in weights]
+    out = poisoned(m, sum(rows), dtype=dtype)
+    call(
+        cuda_functions,
+        "linear",
+        dtype=ops.DTYPES[dtype],
+        x=walled(x),
+        parts=[(matrix.raw, 0 if bias is None else bias.data_ptr()) for matrix, bias in zip(matrices, biases)],
+        norm=(norm.data_ptr(), 1e-5, 1.0),
+        out=out.tensor,
+        num_rows=m,
+        out_features=sum(rows),
+    )
+    normed = ops.rms_norm(x, norm, 1e-5, offset=1.0)
+    assert_same_bits(out.check(), torch.cat([ops.linear(normed, *each) for each in zip(weights, biases)], 1))
 
 
 @pytest.mark.parametrize(("width", "rows"), [(1, 33), (151, 64), (576, 129), (1134, 31)])
