@@ -137,8 +137,8 @@ class _Metrics:
         if self.sparse_cost is None or self.alone is None or self.alone <= 0.5:
             return None
         return (
-            f"the full model decoded {self.alone:.0%} of the steps alone: a pass of the sparse model costs {self.sparse_cost:.2f} of "
-            "one of its own here, and a draft was not expected to bring more than it costs"
+            f"the full model decoded {self.alone:.0%} of the steps alone: a pass of the sparse model costs "
+            f"{self.sparse_cost:.2f} of one of its own here, and a draft was not expected to bring more than it costs"
         )
 
     def metrics(self) -> dict[str, float | None]:
