@@ -116,10 +116,11 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
 
         return body
 
-    bodies = {"full": run(1, None), "sparse": run(width, sparsity), **{rows: run(rows, None) for rows in ROWS}}
+    bodies: dict[str | int, Callable[[], None]] = {"full": run(1, None), "sparse": run(width, sparsity)}
+    bodies |= {rows: run(rows, None) for rows in ROWS}
     if sparsity.follows:
         bodies["follow"] = run(ROWS[0], None, follow=True)
-    ratios: dict[object, list[float]] = {name: [] for name in bodies}
+    ratios: dict[str | int, list[float]] = {name: [] for name in bodies}
     started = time.perf_counter()
     for count in range(1 + _ROUNDS[1]):
         seconds = {}
