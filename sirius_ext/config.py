@@ -45,7 +45,7 @@ class SiriusConfig:
     sparsity: str = "csparse"
     follow: bool = True
     density: float = 0.5
-    thresholds: str | os.PathLike | None = None
+    thresholds: str | os.PathLike[str] | None = None
     period: int | str = "auto"
     tree_width: int = 1
     prune: bool = False
@@ -88,12 +88,13 @@ class SiriusConfig:
     @property
     def longest_period(self) -> int:
         """The period, or the longest one that "auto" may choose."""
-        return MAX_AUTO_PERIOD if self.period == "auto" else self.period
+        return MAX_AUTO_PERIOD if isinstance(self.period, str) else self.period
 
 
 def _count(name: str, value: object, most: int, alternative: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer{alternative}, got {value!r}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name}: expected 1 to {most}{alternative}, got {value}")
-    return int(value)
+    count = int(value)
+    if not 1 <= count <= most:
+        raise ValueError(f"{name}: expected 1 to {most}{alternative}, got {count}")
+    return count

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import jinja2
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .config import SiriusConfig
 from .decoding.sequence import Request, Sequence, start
@@ -28,6 +28,9 @@ from .runtime.model import Model
 
 BACKENDS = ("auto", "cpu", "cuda")
 THREADS_PER_CPU = 4  # at most: more of them only wait for each other
+
+# One of `transformers`, or None. Its own types do not say of what a call returns whether it is one text or many.
+Tokenizer = Any
 
 # Makes generate greedy, whatever sampling the model's own generation config proposes.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -107,7 +110,7 @@ class Engine:
         on sharing its weights, and is decoded where they are.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None, tokenizer=None) -> None:
+    def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None, tokenizer: Tokenizer = None) -> None:
         self.config = _checked(config)
         self.model, self.tokenizer = inside(model), tokenizer
         prepare(self.model)
@@ -135,7 +138,7 @@ class Engine:
         config = _checked(config)
         model, tokenizer = load_model(name, dtype, progress)
         try:
-            model = model.to(device)
+            model = model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument
         except torch.OutOfMemoryError as error:
             size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
             raise RuntimeError(
@@ -263,7 +266,7 @@ def _advise(model: PreTrainedModel, stats: Iterable[PromptStats]) -> None:
         warnings.warn(advice, CostlyDrafts, stacklevel=2)
 
 
-def encode(tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
+def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask of a prompt, with `chat` inside the model's chat template.
 
     ValueError if there is no tokenizer, the prompt is empty, or `chat` is asked of a model without a template.

@@ -39,7 +39,7 @@ class Thresholds:
     tokens: tuple[int, int]
     model: str
 
-    def save(self, file: str | os.PathLike) -> None:
+    def save(self, file: str | os.PathLike[str]) -> None:
         Path(file).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
 
 
@@ -79,7 +79,7 @@ def check_density(density: float) -> None:
         raise ValueError(f"density: expected more than 0 and less than 1, got {density}")
 
 
-def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -> torch.Tensor:
+def load_thresholds(file: str | os.PathLike[str], weights: Weights, density: float) -> torch.Tensor:
     """The thresholds of a file, float32 [layers]. ValueError if it is not one, or made for another model or density."""
     values, model = read_thresholds(file, density)
     if model != weights.fingerprint() or len(values) != len(weights.layers):
@@ -87,7 +87,7 @@ def load_thresholds(file: str | os.PathLike, weights: Weights, density: float) -
     return values
 
 
-def read_thresholds(file: str | os.PathLike, density: float) -> tuple[torch.Tensor, str]:
+def read_thresholds(file: str | os.PathLike[str], density: float) -> tuple[torch.Tensor, str]:
     """The thresholds of a file, float32 [layers], and the model's fingerprint. ValueError if it is not one, or made for another
     density."""
     try:

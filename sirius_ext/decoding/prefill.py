@@ -24,7 +24,8 @@ def drive(model: Model, cache: Cache, passes: Passes[T]) -> T:
         while True:
             asked = passes.send(model.compute(cache, asked))
     except StopIteration as end:
-        return end.value
+        result: T = end.value
+        return result
 
 
 def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None = None) -> Passes[torch.Tensor]:
@@ -44,7 +45,7 @@ def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None 
     logits = torch.zeros((), device=cache.weights.device)
     for start, stop in chunks(min(held, len(tokens) - 1), len(tokens)):
         known = start < held  # the last token, which has been observed
-        observer = None if usage is None or known else Usage(*usage.squares.shape, usage.squares.device)
+        observer = None if usage is None or known else Usage(len(usage.squares), usage.squares.shape[1], usage.squares.device)
         logits = logits + (yield Prefill(prompt, start, stop, observer)).logits
         if observer is not None and usage is not None:
             usage.absorb(observer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ def csparse_statistic(z: torch.Tensor) -> torch.Tensor:
     Returns float32 [I].
     """
     norm = z.norm(dim=1, keepdim=True)
-    return torch.where(norm > 0, z / norm, 0.0).norm(dim=0)
+    statistic: torch.Tensor = torch.where(norm > 0, z / norm, 0.0).norm(dim=0)
+    return statistic
 
 
 def select_neurons(stat: torch.Tensor, density: float) -> torch.Tensor:
@@ -80,12 +82,12 @@ class Decoder:
     """A decoder of any supported family with a key/value cache, composed of the ops.
 
     Built from a loaded `transformers` causal LM, in that model's dtype, and from nothing else of this package: what a family is
-    is read from its modules here. The cache is two plain lists, `k` and `v`, of one tensor T [kv_heads, slots, D] a layer; a
-    pass overwrites the slots that it is told to.
+    is read from its modules here, which are `Any`: what attributes they have is the family's. The cache is two plain lists, `k`
+    and `v`, of one tensor T [kv_heads, slots, D] a layer; a pass overwrites the slots that it is told to.
     """
 
     @torch.no_grad()
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         config, body = model.config, model.model
         gemma = config.model_type.startswith("gemma")
         self.embedding = model.get_input_embeddings().weight.detach()
@@ -107,7 +109,7 @@ class Decoder:
         self.layers = [self._layer(layer, body, gemma) for layer in body.layers]
         self.reset(0)
 
-    def _layer(self, layer: torch.nn.Module, body: torch.nn.Module, gemma: bool) -> Layer:
+    def _layer(self, layer: Any, body: Any, gemma: bool) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         if hasattr(attention, "qkv_proj"):
             qkv = [attention.qkv_proj]
@@ -124,7 +126,7 @@ class Decoder:
             attention.sliding_window if hasattr(attention, "sliding_window") else getattr(body.config, "sliding_window", None)
         )
 
-        def norm(module: torch.nn.Module | None) -> torch.Tensor | None:
+        def norm(module: Any) -> torch.Tensor | None:
             return None if module is None else module.weight.detach()
 
         return Layer(
@@ -217,8 +219,9 @@ class Decoder:
             x = self._norm(hidden, layer.before_mlp)
             if callable(neurons):
                 gates = ops.gate(x, layer.gate, activation=self.activation)
-                kept = neurons(index, gates)
-                x = ops.up(x, layer.up, gates, kept)
+                chosen: torch.Tensor = neurons(index, gates)
+                kept: torch.Tensor | None = chosen
+                x = ops.up(x, layer.up, gates, chosen)
             else:
                 kept = None if neurons is None else neurons[index]
                 x = ops.gate_up(x, layer.gate, layer.up, kept, activation=self.activation)
@@ -280,7 +283,7 @@ class Tree:
 
     def path(self, node: int) -> list[int]:
         """The ancestors of a node, the root first."""
-        ancestors = []
+        ancestors: list[int] = []
         while self.parents[node] >= 0:
             node = self.parents[node]
             ancestors.insert(0, node)
@@ -396,12 +399,16 @@ def generate(
     periods: in place of config.period, that of each period.
     """
     neurons, following, logits = _prefill(decoder, prompt_ids, config, max_new_tokens, thresholds)
-    choose = (lambda row: sampling.draw(sampling.probabilities(row))) if sampling else (lambda row: int(row.argmax()))
+
+    def choose(row: torch.Tensor) -> int:
+        return sampling.draw(sampling.probabilities(row)) if sampling else int(row.argmax())
+
     tokens, records = [choose(logits)], []
     while len(tokens) < max_new_tokens and tokens[-1] not in eos_token_ids:
         x0, position = tokens[-1], len(prompt_ids) + len(tokens) - 1
         if config.mode == "sirius":
             period = next(periods) if periods is not None else config.period
+            assert isinstance(period, int)  # "auto" needs periods
             depth = min(period, max_new_tokens - len(tokens)) - 1
             tree = _draft(decoder, x0, position, neurons, config, depth, sampling)
             z: list[torch.Tensor] = []
@@ -428,10 +435,10 @@ class Following:
         self.down_squares = torch.stack([layer.down.float().square().sum(1) for layer in decoder.layers])
         self.kept = max(1, round(density * len(self.statistic[0])))
 
-    def neurons_after(self, z: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def neurons_after(self, z: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
         """z: float32 [L, m, I]; rows: those of tokens that joined the text."""
-        rows = torch.tensor(rows, dtype=torch.int32)
-        return ops.follow(z, rows, self.down_squares, self.statistic, self.kept, 2 ** (-1 / 32))
+        joined = torch.tensor(rows, dtype=torch.int32)
+        return list(ops.follow(z, joined, self.down_squares, self.statistic, self.kept, 2 ** (-1 / 32)))
 
 
 def _prefill(
@@ -462,15 +469,14 @@ def _draft(
         if sampling:
             leaves = sampling.expand(tree, leaves, logits, config.tree_width)
             continue
-        scores = torch.tensor([tree.scores[leaf] for leaf in leaves])
+        reach = torch.tensor([tree.scores[leaf] for leaf in leaves])
         prune = 0.95 if config.prune else 1.0
-        tokens, parents, scores = ops.tree_expand(logits, scores, config.tree_width, config.score_temperature, prune)
+        tokens, parents, scores = ops.tree_expand(logits, reach, config.tree_width, config.score_temperature, prune)
         if len(tokens) == 0:
             break
-        parents = [leaves[parent] for parent in parents]
+        tree.parents += [leaves[parent] for parent in parents.tolist()]
         leaves = list(range(len(tree.tokens), len(tree.tokens) + len(tokens)))
         tree.tokens += tokens.tolist()
-        tree.parents += parents
         tree.scores += scores.tolist()
     return tree
 
@@ -481,7 +487,7 @@ def _verify(
     """Steps 3 to 5: F consumes the tree, rewriting its cache entries; those of the accepted path move together behind x0. Each
     layer's z is appended to `z`. Returns the accepted tokens and F's own, the accepted nodes, and the period's record."""
     logits = decoder.nodes(tree, range(len(tree.tokens)), position, z=z)
-    likelihoods, argmax, path = ops.accept(
+    likelihoods, argmax, accepted = ops.accept(
         logits,
         torch.tensor(tree.tokens[1:], dtype=torch.int32),
         config.threshold,
@@ -493,7 +499,7 @@ def _verify(
     if sampling:
         path, own = sampling.accept(tree, logits)
     else:
-        path = path.tolist()
+        path = accepted.tolist()
         own = int(argmax[path[-1]] if path else argmax[0])
     decoder.compact(position, [0, *path])
     committed = [tree.tokens[node] for node in path] + [own]

@@ -54,18 +54,18 @@ class Greedy:
         return int(logits.argmax())
 
     def expand(self, tree: Tree, logits: Logits) -> None:
-        config, logits = self._config, logits.all()
-        scores = tree.scores[tree.leaves].to(logits.device)
-        grown = ops.tree_expand(logits, scores, config.tree_width, config.score_temperature, self._prune)
+        config, rows = self._config, logits.all()
+        scores = tree.scores[tree.leaves].to(rows.device)
+        grown = ops.tree_expand(rows, scores, config.tree_width, config.score_temperature, self._prune)
         tree.grow(*(each.cpu() for each in grown))
 
     def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
-        config, logits = self._config, logits.all()
-        tokens, parents, scores = tree.on(logits.device)
-        likelihoods, argmax, path = ops.accept(
-            logits, tokens[1:], config.threshold, config.score_temperature, config.accept == "match", parents, scores
+        config, rows = self._config, logits.all()
+        tokens, parents, scores = tree.on(rows.device)
+        likelihoods, argmax, accepted = ops.accept(
+            rows, tokens[1:], config.threshold, config.score_temperature, config.accept == "match", parents, scores
         )
-        path = path.tolist()
+        path: list[int] = accepted.tolist()
         return path, int(argmax[path[-1] if path else 0]), likelihoods.tolist()
 
 

@@ -101,6 +101,7 @@ class CSparse:
     def follow(self, z: torch.Tensor, path: list[int]) -> None:
         """Choose anew after a verification. z: T [layers, m, I], F's. The root, which is row 0, and the rows of `path` joined the
         sequence."""
+        assert self.down_squares is not None
         rows = torch.tensor([0, *path], dtype=torch.int32, device=z.device)
         ops.follow(z, rows, self.down_squares, self._mean, self.kept_neurons, DECAY, out=self.neurons)
 

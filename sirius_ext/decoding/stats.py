@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 
 class CostlyDrafts(UserWarning):
@@ -144,7 +145,7 @@ class _Metrics:
     def metrics(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in METRICS}
 
-    def _for_json(self) -> dict:
+    def _for_json(self) -> dict[str, Any]:
         return {**self.metrics(), "branches": [list(pair) for pair in self.branches.items()]}
 
 
@@ -175,7 +176,7 @@ class PromptStats(_Metrics):
     decode_seconds: float | None = 0.0
     periods: list[Period] = dataclasses.field(default_factory=list)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything, metrics included, for JSON."""
         return {**dataclasses.asdict(self), **self._for_json()}
 
@@ -192,7 +193,7 @@ class Stats(_Metrics):
         self.decode_seconds = _total(prompt.decode_seconds for prompt in self.prompts)
         self.prefill_seconds = _total(prompt.prefill_seconds for prompt in self.prompts)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything, metrics included, for JSON."""
         return {**self._for_json(), "prompts": [prompt.to_dict() for prompt in self.prompts]}
 
@@ -203,5 +204,6 @@ class Stats(_Metrics):
 
 def _total(seconds: Iterable[float | None]) -> float | None:
     """Their sum; None if one is not known."""
-    seconds = list(seconds)
-    return None if None in seconds else sum(seconds)
+    given = list(seconds)
+    known = [each for each in given if each is not None]
+    return sum(known) if len(known) == len(given) else None

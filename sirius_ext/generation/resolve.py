@@ -86,8 +86,8 @@ def resolve(
             requests, input_ids, _pad_token(generation_config), bool(generation_config.return_dict_in_generate), taken.cache
         )
 
-    generate = type(model).generate  # not one that `attach` put in its place
-    call = generate(model, **passed, custom_generate=decode)
+    kind: Any = type(model)  # PreTrainedModel itself has no generate
+    call = kind.generate(model, **passed, custom_generate=decode)  # not one that `attach` put in its place
     assert isinstance(call, Call)
     return call
 
@@ -110,7 +110,9 @@ class _Processor:
         first = next((i for i, each in enumerate(processors) if isinstance(each, TopKLogitsWarper)), len(processors))
         few = all(isinstance(each, (TopPLogitsWarper, MinPLogitsWarper)) for each in processors[first + 1 :])
         cut = first + 1 if few else len(processors)
-        self._processors, self._of_few = LogitsProcessorList(processors[:cut]), LogitsProcessorList(processors[cut:])
+        # Any: they are declared to take a LongTensor, which no tensor's class is.
+        self._processors: Any = LogitsProcessorList(processors[:cut])
+        self._of_few: Any = LogitsProcessorList(processors[cut:])
 
     def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         device = self._padding.device  # where the processors keep what they need

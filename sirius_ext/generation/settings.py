@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import SiriusConfig
@@ -104,7 +105,7 @@ IDLE = frozenset(
 )
 
 # Refused, unless they have one of these values. None always means that nothing was asked.
-ONLY: dict[str, tuple] = {
+ONLY: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "use_cache": (True,),
@@ -148,12 +149,13 @@ _HINTS = {
 }
 
 
-def arguments_of(args: tuple, settings: Mapping) -> dict:
+def arguments_of(args: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a generate call by their names, model left out. TypeError as Python has it for too many, or one twice."""
     bound = _signature().bind(None, *args, **settings)
-    arguments = dict(bound.arguments)
+    arguments: dict[str, Any] = dict(bound.arguments)
     del arguments["self"]
-    return arguments | arguments.pop("kwargs", {})
+    others: dict[str, Any] = arguments.pop("kwargs", {})
+    return arguments | others
 
 
 @functools.cache
@@ -167,7 +169,7 @@ class Taken:
 
     streamer: BaseStreamer | None
     stop_strings: str | list[str] | None
-    tokenizer: object | None
+    tokenizer: PreTrainedTokenizerBase | None
     generator: torch.Generator | None
     cache: Cache | None
 
@@ -175,7 +177,7 @@ class Taken:
 CACHES = ("past_key_values", "cache")
 
 
-def take(arguments: Mapping, model: PreTrainedModel) -> tuple[dict, Taken]:
+def take(arguments: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str, Any], Taken]:
     """Arguments of a generate call without what is taken before `transformers` sees it, and that.
 
     ValueError or TypeError for an argument or setting that is unknown, cannot be honoured or cannot be right.
@@ -210,7 +212,7 @@ def take(arguments: Mapping, model: PreTrainedModel) -> tuple[dict, Taken]:
     return arguments, Taken(streamer, strings, arguments.pop("tokenizer", None), generator, *(caches or [None]))
 
 
-def refuse(values: Mapping, names: Iterable[str]) -> None:
+def refuse(values: Mapping[str, Any], names: Iterable[str]) -> None:
     """ValueError if one of the names is unknown, or has a value that cannot be honoured."""
     given = [name for name in names if not name.startswith("_") and values[name] is not None]
     unknown = sorted(name for name in given if name not in KNOWN)
@@ -247,7 +249,7 @@ def check_surroundings(model: PreTrainedModel) -> None:
             f"torch.autocast: not supported around generate; the kernels compute in the weights' own dtype, {model.dtype}: "
             "leave the autocast block, or load the model in the dtype that you want"
         )
-    if model.training and getattr(model.config, "attention_dropout", 0):
+    if model.training and getattr(model.config, "attention_dropout", None):
         raise ValueError("model: it is in training mode and has dropout; call model.eval() first")
     if any((nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)):
         raise ValueError("model: global forward hooks are registered in torch, and decoding would bypass them; remove them first")
@@ -276,11 +278,11 @@ def _same(one: object, other: object) -> bool:
     return one is other or (type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other)
 
 
-def _is_one_of(value: object, allowed: tuple) -> bool:
+def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
     return isinstance(value, (bool, int, float)) and value in allowed
 
 
-def _check_ids(arguments: dict) -> None:
+def _check_ids(arguments: dict[str, Any]) -> None:
     """Of any integer type; int64 is what everything after this takes."""
     name = "inputs" if arguments.get("inputs") is not None else "input_ids"
     ids = arguments.get(name)
@@ -295,7 +297,7 @@ def _check_ids(arguments: dict) -> None:
     arguments[name] = ids.long()
 
 
-def _check_mask(arguments: Mapping) -> None:
+def _check_mask(arguments: Mapping[str, Any]) -> None:
     mask = arguments.get("attention_mask")
     if mask is None:
         return

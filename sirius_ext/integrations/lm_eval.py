@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -22,7 +24,7 @@ from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds, read_thresholds
 from ..decoding.reading import Reader
 from ..decoding.sparsity import sparsity_of
-from ..decoding.stats import Stats
+from ..decoding.stats import PromptStats, Stats
 from ..engine import GREEDY, Engine, check_threads, prepare
 from ..models.hub import parse_dtype
 
@@ -51,7 +53,7 @@ class SiriusLM(TemplateLM):
         max_gen_toks: int = 256,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
-        **config,
+        **config: Any,
     ) -> None:
         super().__init__()
         names = [field.name for field in dataclasses.fields(SiriusConfig)]
@@ -77,19 +79,22 @@ class SiriusLM(TemplateLM):
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             _log.warning("no CUDA device that torch can use: decoding on the CPU")  # lm-eval asks for CUDA by itself
             device = "cpu"
-        ready = isinstance(pretrained, Engine)
-        self.engine = pretrained if ready else Engine.from_pretrained(pretrained, self.config, device, parse_dtype(dtype))
-        self.tokenizer = self.engine.tokenizer
-        if self.tokenizer is None:
+        if isinstance(pretrained, Engine):
+            self.engine = pretrained
+        else:
+            self.engine = Engine.from_pretrained(pretrained, self.config, device, parse_dtype(dtype))
+        if self.engine.tokenizer is None:
             raise ValueError("pretrained: it has no tokenizer, so a task's texts cannot be read")
+        self.tokenizer = self.engine.tokenizer
         self.max_gen_toks = max_gen_toks
         self._model = prepare(self.engine.model)
         self.weights = self._model.weights
         if self.config.thresholds is not None:
             # For this model? Otherwise every request would fail, one by one.
             load_thresholds(self.config.thresholds, self.weights, self.config.density)
-        self._stop = functools.lru_cache(self._stop)
-        self.prompts, self.failed, self.truncated = [], 0, 0
+        self._stop = functools.lru_cache(self._stopping)  # making one takes seconds with a large vocabulary
+        self.prompts: list[PromptStats] = []
+        self.failed = self.truncated = 0
 
     # ---------------------------------------------------------------------------------------------------- what lm-eval asks
 
@@ -99,26 +104,29 @@ class SiriusLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        eos: int = self.tokenizer.eos_token_id
+        return eos
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.tokenizer.bos_token_id
+        bos: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
+        name: str = self.tokenizer.name_or_path
+        return name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return text
 
-    def get_model_info(self) -> dict:
+    def get_model_info(self) -> dict[str, Any]:
         """lm-eval puts it into the `config` of a result file."""
         config = dataclasses.asdict(self.config) | {"thresholds": self.config.thresholds and str(self.config.thresholds)}
         stats = Stats(self.prompts).metrics() | {"tokens": Stats(self.prompts).tokens} if self.prompts else {}
@@ -129,16 +137,17 @@ class SiriusLM(TemplateLM):
             "sirius": {**config, "loglikelihood": self.scorer, "stats": {**counts, **stats}},
         }
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """By default as the tokenizer does, but no second first token where a chat template has put one."""
         if add_special_tokens is None:
             first = self.tokenizer.bos_token
             add_special_tokens = not (first and string.startswith(first))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        tokens: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return tokens
 
     # ------------------------------------------------------------------------------------------------------------- generation
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         texts = []
         for request in tqdm(requests, desc="sirius: generate_until", disable=disable_tqdm):
             context, asked = request.args
@@ -153,7 +162,7 @@ class SiriusLM(TemplateLM):
             texts.append(text)
         return texts
 
-    def _settings(self, asked: dict) -> tuple[tuple[str, ...], int, dict]:
+    def _settings(self, asked: dict[str, Any]) -> tuple[tuple[str, ...], int, dict[str, Any]]:
         """Stop strings, new tokens at most, and what `Engine.generate` is to be told of the rest. ValueError for sampling that
         the config does not do."""
         rest = dict(asked)
@@ -166,7 +175,7 @@ class SiriusLM(TemplateLM):
             )
         return (until,) if isinstance(until, str) else tuple(until), limit, {**rest, "do_sample": True} if sample else GREEDY
 
-    def _generate(self, context: str, until: tuple[str, ...], limit: int, settings: dict) -> str:
+    def _generate(self, context: str, until: tuple[str, ...], limit: int, settings: dict[str, Any]) -> str:
         if not 0 < limit < self.max_length:
             raise ValueError(f"max_gen_toks: expected 1 to {self.max_length - 1}, got {limit}")
         tokens = self._fitting(self.tok_encode(context), self.max_length - limit)
@@ -174,12 +183,12 @@ class SiriusLM(TemplateLM):
         out = self.engine.generate(
             torch.tensor([tokens]), config=self.config, max_new_tokens=limit, stopping_criteria=stop, **settings
         )
+        assert out.stats is not None and out.sequences is not None
         self.prompts += out.stats.prompts
-        text = self.tokenizer.decode(out.sequences[0, len(tokens) :], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(out.sequences[0, len(tokens) :], skip_special_tokens=True)
         return text[: min((text.find(string) for string in until if string in text), default=len(text))]
 
-    def _stop(self, until: tuple[str, ...]) -> StoppingCriteriaList:
-        """Kept: making one takes seconds with a large vocabulary."""
+    def _stopping(self, until: tuple[str, ...]) -> StoppingCriteriaList:
         return StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(until))])
 
     def _fitting(self, tokens: list[int], room: int) -> list[int]:
@@ -188,7 +197,9 @@ class SiriusLM(TemplateLM):
 
     # --------------------------------------------------------------------------------------------------------- log-likelihood
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         fitted = []
         for key, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
@@ -222,7 +233,7 @@ class SiriusLM(TemplateLM):
         reader.prefill(context[:alone], sparsity_of(self.config, self.weights, thresholds))
         reader.score(context[alone:].int())
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         answers = []
         for request in requests:
             (text,) = request.args

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import SiriusConfig
-from ..engine import Engine, SiriusOutput, call, inside, is_prepared, release
+from ..decoding.stats import Stats
+from ..engine import Engine, SiriusOutput, Tokenizer, call, inside, is_prepared, release
 from ..generation.settings import arguments_of
 
 
@@ -20,8 +23,8 @@ def generate(
     *,
     sirius_config: SiriusConfig | None = None,
     sirius_streamer: BaseStreamer | None = None,
-    sirius_tokenizer=None,
-    **settings,
+    sirius_tokenizer: Tokenizer = None,
+    **settings: Any,
 ) -> SiriusOutput | torch.Tensor:
     """`model.generate(inputs, ..., custom_generate=sirius_ext.generate, sirius_config=config)` comes here with all that it was
     given, and may be written `sirius_ext.generate(model, inputs, ..., sirius_config=config)` as well.
@@ -45,12 +48,12 @@ def generate(
     return call(inside(model), settings | {name: value for name, value in given.items() if value is not None}, config)[1]
 
 
-def _redirected(original):
+def _redirected(original: Callable[..., Any]) -> Callable[..., Any]:
     """`transformers`' generate, but for calls with `custom_generate=sirius_ext.generate`: it calls such a function without
     streamer, tokenizer and assistant model, which would be ignored in silence. So we are called before they are dropped."""
 
     @functools.wraps(original)
-    def redirected(self, *args, **kwargs):
+    def redirected(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is not generate and not any(each is generate for each in args):
             return original(self, *args, **kwargs)
         arguments = arguments_of(args, kwargs)
@@ -60,7 +63,8 @@ def _redirected(original):
     return redirected
 
 
-GenerationMixin.generate = _redirected(GenerationMixin.generate)
+_mixin: Any = GenerationMixin  # whose method is replaced
+_mixin.generate = _redirected(_mixin.generate)
 
 
 class attach:  # noqa: N801 - used like a function
@@ -74,15 +78,15 @@ class attach:  # noqa: N801 - used like a function
     """
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None) -> None:
-        model = inside(model)
-        self._prepared_before = is_prepared(model)
-        if "generate" in vars(model):
+        self.model: Any = inside(model)  # PreTrainedModel itself is not said to have a generate
+        self.stats: Stats | None = None
+        self._prepared_before = is_prepared(self.model)
+        if "generate" in vars(self.model):
             raise ValueError("model: generate is replaced already (attached before?); detach it first")
-        self._engine = Engine(model, config)
-        self.model, self.stats = model, None
-        model.generate = self._generate
+        self._engine = Engine(self.model, config)
+        vars(self.model)["generate"] = self._generate
 
-    def _generate(self, *args, **settings):
+    def _generate(self, *args: Any, **settings: Any) -> Any:
         if settings.get("custom_generate") is not None:
             return type(self.model).generate(self.model, *args, **settings)
         output, returned = call(self.model, arguments_of(args, settings), self._engine.config)
@@ -99,7 +103,7 @@ class attach:  # noqa: N801 - used like a function
     def __enter__(self) -> attach:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.detach()
 
 

@@ -106,7 +106,7 @@ def cuda_functions(device: torch.device) -> ModuleType:
     return backend_of(device).functions
 
 
-def run(device: torch.device, name: str, *, workspace: tuple[int, ...] = (), **fields) -> None:
+def run(device: torch.device, name: str, *, workspace: tuple[int, ...] = (), **fields: object) -> None:
     """Call the op `name` of the backend for `device`. fields: those of its arguments, as csrc/params.h names them.
 
     workspace: the sizes that the size of the CUDA op's workspace depends on.
@@ -119,11 +119,13 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def guard(device: torch.device) -> contextlib.AbstractContextManager:
+def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Makes `device` the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def counters(device: torch.device) -> torch.Tensor:
     """As `CudaBackend.counters`, of the backend for `device`."""
-    return backend_of(device).counters(device)
+    backend = backend_of(device)
+    assert isinstance(backend, CudaBackend)
+    return backend.counters(device)

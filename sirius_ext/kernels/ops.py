@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -43,15 +43,16 @@ def set_isa(name: str) -> None:
     _C.set_isa(name)
 
 
-Function = TypeVar("Function", bound=Callable)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def _on_one_device(op: Function) -> Function:
+def _on_one_device(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """All tensors of a call stand on the device of the first, and this build has kernels for it."""
     names = tuple(inspect.signature(op).parameters)
 
     @functools.wraps(op)
-    def checked(*arguments, **named):
+    def checked(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         first = None
         for name, value in (*zip(names, arguments), *named.items()):
             if not isinstance(value, (torch.Tensor, Matrix)):
@@ -68,10 +69,14 @@ def _on_one_device(op: Function) -> Function:
     return checked
 
 
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> int:
-    """Check `tensor` and return its address. `None` in `shape` matches any size."""
+def _check_is_tensor(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> int:
+    """Check `tensor` and return its address. `None` in `shape` matches any size."""
+    _check_is_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
@@ -84,9 +89,10 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int | No
 
 def _check_rows(name: str, tensor: torch.Tensor, *shape: int | None) -> int:
     """Like `_check` for the argument that decides T."""
-    if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
+    _check_is_tensor(name, tensor)
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
-    return _check(name, tensor, getattr(tensor, "dtype", None), *shape)
+    return _check(name, tensor, tensor.dtype, *shape)
 
 
 def _optional(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, *shape: int | None) -> int:
@@ -521,16 +527,17 @@ def rope_kv_write(
     _check_indices("slots", slots, capacity)
     if slots.unique().numel() != m:
         raise ValueError(f"slots: expected distinct values, got {slots.tolist()}")
-    norms = {
-        name: (_optional(name, weight, qkv.dtype, head_dim), float(eps), float(offset))
+    norms = [
+        (_optional(name, weight, qkv.dtype, head_dim), float(eps), float(offset))
         for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))
-    }
+    ]
     run(
         qkv.device,
         "rope_kv_write",
         dtype=DTYPES[qkv.dtype],
         qkv=pq,
-        **norms,
+        q_norm=norms[0],
+        k_norm=norms[1],
         cos=pc,
         sin=ps,
         positions=pp,
@@ -589,8 +596,7 @@ def tree_attention(
     softcap: at least 0.
     Returns T [m, heads, D].
     """
-    if not isinstance(q, torch.Tensor):
-        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
+    _check_is_tensor("q", q)
     if q.dim() != 3 or q.stride(2) != 1 or q.stride(1) != q.shape[2] or q.stride(0) < q.shape[1] * q.shape[2]:
         raise ValueError(f"q: expected [m, heads, D] with contiguous rows, got {list(q.shape)}, strides {q.stride()}")
     if q.dtype not in DTYPES:
@@ -789,9 +795,10 @@ def kv_rewrite(k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, path: t
     start: 0 to C.
     path: int32 [a], strictly increasing, start + path[-1] < C.
     """
-    if isinstance(k_cache, torch.Tensor) and k_cache.dtype not in DTYPES:
+    _check_is_tensor("k_cache", k_cache)
+    if k_cache.dtype not in DTYPES:
         raise TypeError(f"k_cache: expected float32, float16 or bfloat16, got {k_cache.dtype}")
-    pk, pv = _check_cache(k_cache, v_cache, getattr(k_cache, "dtype", None), None, None, None, None)
+    pk, pv = _check_cache(k_cache, v_cache, k_cache.dtype, None, None, None, None)
     pp = _check("path", path, torch.int32, None)
     layers, kv_heads, capacity, head_dim = k_cache.shape
     if not 0 <= start <= capacity:

@@ -111,6 +111,7 @@ def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None
         scores = scores + row.abs()
     if threshold is not None:
         return (scores >= len(gates) * torch.tensor(threshold, dtype=torch.float32)).nonzero().flatten().to(torch.int32)
+    assert kept is not None
     return largest(scores, kept)
 
 
@@ -329,6 +330,7 @@ def tree_attention(
     visible[:, :prefix] = True
     visible[:, prefix : prefix + bits.shape[1]] = bits
     if window:
+        assert positions is not None
         visible &= torch.arange(k_cache.shape[1]) > positions[:, None] - window
     return _round(attend(q, k_cache, v_cache, visible, scale, softcap), q.dtype, out)
 
@@ -355,8 +357,9 @@ def tree_expand(
         ]
     candidates.sort(key=lambda candidate: -candidate[0])  # stable: of equals the first stays first
     kept = candidates[:width]
-    as_ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    return as_ints([c[2] for c in kept]), as_ints([c[1] for c in kept]), torch.tensor([c[0] for c in kept])
+    tokens = torch.tensor([c[2] for c in kept], dtype=torch.int32)
+    leaves = torch.tensor([c[1] for c in kept], dtype=torch.int32)
+    return tokens, leaves, torch.tensor([c[0] for c in kept])
 
 
 def accept(
@@ -378,19 +381,22 @@ def accept(
     accepted run int32 [a]; of equally long ones that of the larger score, then the first. A row without probabilities, since it
     holds NaN or plus infinity or nothing but minus infinity, has the argmax -1; what follows it has a likelihood of NaN.
     """
-    parents = list(range(-1, len(logits) - 1)) if parents is None else parents.tolist()
-    scores = [0.0] * len(logits) if scores is None else scores.tolist()
+    parent_of: list[int] = list(range(-1, len(logits) - 1)) if parents is None else parents.tolist()
+    score_of: list[float] = [0.0] * len(logits) if scores is None else scores.tolist()
     probabilities = torch.softmax(logits / score_temperature, dim=-1)
     argmax = logits.argmax(dim=-1).to(torch.int32)  # documented to take the first of equals
     argmax[~(logits < math.inf).all(-1) | (logits == -math.inf).all(-1)] = -1
-    likelihoods, runs, best = [], [[]], []
+    likelihoods: list[torch.Tensor] = []
+    best: list[int] = []
+    runs: list[list[int] | None] = [[]]  # None behind a node that is not accepted
     for node in range(1, len(logits)):
-        parent, token = parents[node], int(drafts[node - 1])
+        parent, token = parent_of[node], int(drafts[node - 1])
         likelihoods.append(probabilities[parent, token])
         kept = token == argmax[parent] if match else likelihoods[-1] >= threshold
-        run = runs[parent] + [node] if kept and runs[parent] is not None else None
+        before = runs[parent]
+        run = [*before, node] if kept and before is not None else None
         runs.append(run)
-        if run and (len(run) > len(best) or (len(run) == len(best) and scores[node] > scores[best[-1]])):
+        if run and (len(run) > len(best) or (len(run) == len(best) and score_of[node] > score_of[best[-1]])):
             best = run
     return torch.tensor(likelihoods), argmax, torch.tensor(best, dtype=torch.int32)
 

@@ -2,6 +2,8 @@
 
 A `Family` says where in a `transformers` model of the family everything is; `Description` is what that comes to for one config,
 as the decoder layers of every backend read it. A family that has nothing new is one entry in `FAMILIES`.
+
+Models, their modules and configs are `Any` here: what attributes they have is the family's, and no type says it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 # Rope types whose angles do not depend on the length of the text; longrope's do not up to the length that it was trained with.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -163,7 +164,7 @@ class Description:
 
 def check_supported(config: Any) -> Family:
     """The family of a model of this `transformers` config. ValueError, with what is supported, if it cannot be decoded here."""
-    model_type = getattr(config, "model_type", None)
+    model_type: Any = getattr(config, "model_type", None)
     family = FAMILIES.get(model_type)
     if family is None:
         reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
@@ -231,19 +232,19 @@ def _check_numbers(config: Any) -> None:
 
 def context_length(config: Any) -> int:
     """Tokens that a text may have: the trained positions, and with longrope those up to which its angles stay what they are."""
-    lengths = [config.max_position_embeddings]
+    lengths: list[int] = [config.max_position_embeddings]
     for parameters in _ropes(config):
         if parameters.get("rope_type") == "longrope":
             lengths.append(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
     return min(lengths)
 
 
-def describe(model: nn.Module) -> tuple[Description, list[tuple[torch.Tensor, float]]]:
+def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]:
     """The description of a loaded `transformers` model, and its tables of rope: inverse frequencies float32 [rotary_dim / 2]
     and the factor of the cosines and sines."""
     config = model.config
     family = check_supported(config)
-    body: Any = model.model
+    body = model.model
     layers, types, context = list(body.layers), _layer_types(config), context_length(config)
     if len(types) < len(layers):
         raise ValueError(f"model: layer_types: expected one for each of the {len(layers)} layers, got {len(types)}")
@@ -286,7 +287,7 @@ def describe(model: nn.Module) -> tuple[Description, list[tuple[torch.Tensor, fl
     )
 
 
-def _embedding_scale(family: Family, embedding: nn.Module, config: Any) -> float:
+def _embedding_scale(family: Family, embedding: Any, config: Any) -> float:
     """A scale that is the embedding module's own is rounded as its weights are; others are not."""
     scale = family.embedding_scale(config)
     return float(torch.tensor(scale, dtype=embedding.weight.dtype)) if hasattr(embedding, "embed_scale") else scale

@@ -125,7 +125,7 @@ def load_model(
         raise ModelLoadError(f"model: {name!r} cannot be looked for: {error.strerror}") from error
     if is_default or is_file:
         file = default_model_path(progress) if is_default else path
-        dtype = torch.bfloat16 if dtype == "auto" else dtype
+        dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
         folder = _converted(file, name, dtype, progress)
         return _load(str(folder), name, dtype, progress)
     if is_folder:
@@ -172,7 +172,7 @@ def _supported_config(name: str, source: str) -> PreTrainedConfig:
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ValueError:
         # An architecture that transformers does not know: our message is the better one, as it lists what is supported.
         with _refusals(name):
@@ -212,6 +212,7 @@ def _weights(
 ) -> PreTrainedModel:
     """A model of the class with its weights. transformers fills missing ones, and those of another shape, with random numbers,
     drops unknown ones, and goes on: refuse that."""
+    model: PreTrainedModel
     model, info = kind.from_pretrained(
         source,
         config=config,
@@ -259,9 +260,11 @@ def check_files(folder: Path, name: str) -> None:
 
 def _snapshot(source: str) -> Path:
     """Where the files of a Hugging Face id are."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
-    return Path(cached_file(source, "config.json")).parent
+    file = cached_file(source, "config.json")
+    assert file is not None  # it raises where there is none
+    return Path(file).parent
 
 
 def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:

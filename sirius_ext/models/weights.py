@@ -49,8 +49,9 @@ class Layer:
 
 # What the extension knows of a layer, and of a `Description`, by the same names.
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
-_DESCRIBED = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary_dim", "activation", "embedding_scale")
-_DESCRIBED += ("residual_scale", "attention_scale", "attention_softcap", "logit_scale", "logit_softcap")
+_SIZES = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary_dim")
+_FACTORS = ("embedding_scale", "residual_scale", "attention_scale", "attention_softcap", "logit_scale", "logit_softcap")
+_DESCRIBED = (*_SIZES, "activation", *_FACTORS)
 
 
 class Weights:

@@ -122,8 +122,12 @@ class Cache:
     @property
     def whole_chunks(self) -> list[Stretch]:
         """The stretches that are chunks as every prefill cuts them, with nothing else before them."""
-        whole = lambda i, each: (each.start, each.stop) == (i * PREFILL_CHUNK, (i + 1) * PREFILL_CHUNK)  # noqa: E731
-        return [each for _, each in itertools.takewhile(lambda pair: whole(*pair), enumerate(self.stretches))]
+
+        def whole(place: tuple[int, Stretch]) -> bool:
+            i, each = place
+            return (each.start, each.stop) == (i * PREFILL_CHUNK, (i + 1) * PREFILL_CHUNK)
+
+        return [each for _, each in itertools.takewhile(whole, enumerate(self.stretches))]
 
     def reusable(self, prompt: Sequence[int], observed: bool) -> int:
         """How many tokens of a prompt, but for its last one, need not be prefilled again: those of the whole chunks that it

@@ -61,10 +61,10 @@ class Replay:
             self._body()
             return
         if self._graph is None:
-            self._capture()
+            self._graph = self._capture()
         self._graph.replay()
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self._state]
         graph = torch.cuda.CUDAGraph()
         try:
@@ -80,7 +80,7 @@ class Replay:
                 f"cuda: {self._what} could not be captured as a graph ({error}); lower period, tree_width or max_new_tokens, or "
                 "set SIRIUS_GRAPHS=off"
             ) from error
-        self._graph = graph
+        return graph
 
 
 @dataclasses.dataclass
