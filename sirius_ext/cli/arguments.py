@@ -10,9 +10,12 @@ import reprlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias, TypeVar
 
 from ..errors import reason
+
+T = TypeVar("T")
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what `add_subparsers` gives
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -51,12 +54,12 @@ def check_text(arguments: list[str]) -> None:
             raise ValueError(f"{name}: expected UTF-8, got the bytes {_short.repr(os.fsencode(bad))}") from error
 
 
-def reads(parse: Callable) -> Callable:
+def reads(parse: Callable[[str], T]) -> Callable[[str], T]:
     """What `add_argument` takes as a type. argparse replaces the message of a ValueError by one that names the function; this
     keeps it."""
 
     @functools.wraps(parse)
-    def read(text: str):
+    def read(text: str) -> T:
         try:
             return parse(text)
         except (ValueError, OSError) as error:
@@ -65,7 +68,7 @@ def reads(parse: Callable) -> Callable:
     return read
 
 
-def _number(text: str, kind: type, what: str):
+def _number(text: str, kind: Callable[[str], T], what: str) -> T:
     try:
         return kind(text)
     except ValueError as error:
@@ -205,7 +208,7 @@ def _try_folder(folder: Path) -> None:
         raise ValueError(f"no file can be written in {folder}: {error.strerror}") from error
 
 
-def check_distinct(**files: Path | None) -> None:
+def check_distinct(**files: str | os.PathLike[str] | None) -> None:
     """ValueError if two options name the same file, whose content one of them would cost. files: by their options' names."""
     known: dict[str, str] = {}
     for name, file in files.items():

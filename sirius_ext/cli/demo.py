@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from rich.table import Table
+from transformers import GenerationMixin
 
 from ..config import SiriusConfig
 from ..decoding.stats import PromptStats, Stats
@@ -63,6 +65,7 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
     ]
     chat = engine.tokenizer is not None and engine.tokenizer.chat_template is not None
     prompts = {title: encode(engine.tokenizer, prompt, chat) for title, prompt in PROMPTS.items()}
+    assert engine.tokenizer is not None  # or `encode` has raised
     # transformers first, on the weights as it loaded them.
     release(engine.model)
     for row in rows:
@@ -71,13 +74,13 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
         for title, inputs in prompts.items():
             console.print(f"\n[bold]{row.name}[/bold]: {title}")
             streamer = KeepingStreamer(engine.tokenizer)
-            out = _decode(engine, row.config, inputs, max_new_tokens, streamer)
+            stats = _decode(engine, row.config, inputs, max_new_tokens, streamer)
             row.texts.append(streamer.tokens)
-            row.seconds += streamer.last - streamer.first
-            row.stats += out.stats.prompts if row.config else []
+            row.seconds += streamer.seconds
+            row.stats += stats.prompts if stats else []
     equal = rows[-1].texts == rows[1].texts
     console.print()
-    console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), rows))
+    console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), base, rows))
     for row in rows[3:]:
         if (abstained := Stats(row.stats).abstained) is not None:
             console.print(f"{row.name}: {abstained}.")
@@ -89,16 +92,24 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
     return 0 if equal else 1
 
 
-def _decode(engine: Engine, config: SiriusConfig | None, inputs: dict, max_new_tokens: int, streamer: KeepingStreamer | None):
-    settings = dict(max_new_tokens=max_new_tokens, streamer=streamer, **GREEDY)
-    if config is None:
-        return engine.model.generate(**inputs, **settings)
-    return engine.generate(**inputs, config=config, **settings)
+def _decode(
+    engine: Engine,
+    config: SiriusConfig | None,
+    inputs: dict[str, torch.Tensor],
+    max_new_tokens: int,
+    streamer: KeepingStreamer | None,
+) -> Stats | None:
+    """What was counted, which is nothing of transformers."""
+    settings: dict[str, Any] = dict(inputs, max_new_tokens=max_new_tokens, streamer=streamer, **GREEDY)
+    if config is not None:
+        return engine.generate(config=config, **settings).stats
+    assert isinstance(engine.model, GenerationMixin)
+    engine.model.generate(**settings)
+    return None
 
 
-def _table(model: str, rows: list[Row]) -> Table:
+def _table(model: str, config: SiriusConfig, rows: list[Row]) -> Table:
     transformers, full = rows[0], rows[1]
-    config = rows[-1].config
     table = Table(
         title=f"{model}, {torch.get_num_threads()} threads, density {config.density}, period {config.period}",
         caption="vs hf: transformers' speed is 1. eff. dens.: weights read per token. = Full: share of Full's text.",
@@ -107,16 +118,20 @@ def _table(model: str, rows: list[Row]) -> Table:
     for column in ("", "tokens/s", "vs hf", "vs Full", "AAL", "eff. dens.", "corrected", "= Full"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     for row in rows:
-        stats = Stats(row.stats) if row.stats else None
-        corrected = stats is not None and stats.average_advance_length is not None
+        advance = density = corrected = None
+        if row.stats:
+            stats = Stats(row.stats)
+            advance, density = stats.average_advance_length, stats.density
+            if advance is not None:
+                density, corrected = stats.effective_density, stats.corrected_fraction
         table.add_row(
             row.name,
             _shown(row.tokens_per_second, ".1f"),
             _shown(row.speed_to(transformers), ".2f"),
             _shown(row.speed_to(full), ".2f"),
-            f"{stats.average_advance_length:.2f}" if corrected else "",
-            f"{stats.effective_density if corrected else stats.density:.3f}" if stats else "",
-            f"{stats.corrected_fraction:.1%}" if corrected else "",
+            _shown(advance, ".2f"),
+            _shown(density, ".3f"),
+            _shown(corrected, ".1%"),
             f"{_kept(full.texts, row.texts):.0%}",
         )
     return table

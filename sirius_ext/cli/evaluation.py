@@ -7,10 +7,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..config import SPARSITIES, SiriusConfig
 from ..engine import THREADS_PER_CPU, most_threads
-from ..evaluation.analyze import analyze, summary
+from ..evaluation.analyze import Analysis, analyze, summary
 from ..evaluation.extras import need
 from ..evaluation.jobs import by_processes, by_ray, launched, processes
 from ..evaluation.plan import Plan
@@ -19,6 +20,7 @@ from ..evaluation.study import SETTINGS, Runner, plot, study
 from ..evaluation.tasks import TASKS, Item
 from ..evaluation.transcript import page, show, show_summary
 from .arguments import (
+    Commands,
     check_distinct,
     input_file,
     input_folder,
@@ -42,7 +44,7 @@ from .options import (
 from .terminal import Console
 
 
-def add(commands) -> None:
+def add(commands: Commands) -> None:
     """Add the commands to the subparsers of the command line."""
     _add_eval(commands)
     _add_report(commands)
@@ -52,7 +54,7 @@ def add(commands) -> None:
     commands.add_parser("lm_eval", help="EleutherAI's harness with the model `sirius`; its own options follow")
 
 
-def _add_eval(commands) -> None:
+def _add_eval(commands: Commands) -> None:
     suite = add_command(commands, "eval", _eval, "accuracy of a task in several modes, on the same items")
     suite.description = "Few-shot, generated answers. Each result goes to a file of JSON lines as soon as it is known."
     _add_task_options(suite)
@@ -69,14 +71,14 @@ def _add_eval(commands) -> None:
     add_decoding_options(suite)
 
 
-def _add_report(commands) -> None:
+def _add_report(commands: Commands) -> None:
     table = commands.add_parser("report", help="the table of one or several result files of eval: those of shards make one")
     table.set_defaults(command=_report, parser=table)
     table.add_argument("files", metavar="FILE", nargs="+", type=input_file)
     table.add_argument("--out", metavar="FILE", type=output_file, help="write the records of all files into one")
 
 
-def _add_study(commands) -> None:
+def _add_study(commands: Commands) -> None:
     study = add_command(commands, "study", _study, "accuracy and effective density against one setting, with a plot")
     study.description = (
         "Decodes the same items with each value of a setting, and by the full model. What --out holds already is not done again."
@@ -91,7 +93,7 @@ def _add_study(commands) -> None:
     add_decoding_options(study)
 
 
-def _add_analyze(commands) -> None:
+def _add_analyze(commands: Commands) -> None:
     purpose = "which tokens of the sparse model the full one rejects, and how many corrections bring the answer back"
     analysis = add_command(commands, "analyze", _analyze, purpose)
     analysis.description = (
@@ -146,7 +148,7 @@ def _shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-def _plan(options: argparse.Namespace, modes: Sequence[str], **more) -> Plan:
+def _plan(options: argparse.Namespace, modes: Sequence[str], **more: Any) -> Plan:
     # Thresholds are for FSparse; `config_of` drops them for CSparse.
     base = decoding_config(options, sparsity="fsparse")
     names = ("model", "dtype", "device", "threads", "task", "data", "shots", "skip", "limit", "batch")
@@ -230,7 +232,8 @@ def _analyze(options: argparse.Namespace) -> int:
     engine = plan.engine()
     title = f"{plan.task}, {plan.model}, {options.mode}, density {config.density}, threshold {config.threshold}"
     to_stdout = str(options.json) == "-"
-    console, analyses = Console(stderr=to_stdout), []
+    console = Console(stderr=to_stdout)
+    analyses: list[Analysis] = []
 
     def record() -> str:
         found = {"summary": summary(analyses), "items": [dataclasses.asdict(analysis) for analysis in analyses]}
@@ -238,7 +241,7 @@ def _analyze(options: argparse.Namespace) -> int:
 
     try:
         for item in items:
-            analyses.append(analyze(engine, TASKS[plan.task], item, config, plan.shots))
+            analyses.append(analyze(engine, TASKS[plan.task], item, config, plan.examples))
             show(analyses[-1], console)
             # After every item, so that a run that is stopped has not been for nothing.
             options.out.write_text(page(analyses, title), encoding="utf-8")
@@ -293,7 +296,7 @@ def _runner(options: argparse.Namespace) -> Runner:
     return what_is_left
 
 
-def _title(run: dict) -> str:
+def _title(run: dict[str, Any]) -> str:
     """Of what the first line of a results file says; one that was made by other means may say less."""
     names = ("task", "model", "dtype", "shots", "density", "period")
     known = {name: run.get(name, "?") for name in names}

@@ -9,6 +9,7 @@ import platform
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -42,7 +43,8 @@ from .terminal import BROKEN_PIPE, Console, drop_output, flushed
 
 # "csparse" and "fsparse" decode with that sparse model alone.
 MODES = ("full", *SPARSITIES, "sirius")
-SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}  # and what is drawn with where they are not given
+# And what is drawn with where they are not given.
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
 TOKENS = integer_in(1, 2**31 - 1)
 
@@ -61,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return evaluation.lm_eval(arguments[1:])
             options = parser.parse_args(arguments)
             parser = options.parser
-            return options.command(options)
+            status: int = options.command(options)
+            return status
     except BrokenPipeError:
         drop_output()
         return BROKEN_PIPE
@@ -148,11 +151,13 @@ def _generate(options: argparse.Namespace) -> int:
     check_distinct(json=options.json, prompt_file=options.prompt_file, thresholds=getattr(options, "thresholds", None))
     prompt = options.prompt or _read("prompt_file", options.prompt_file)
     engine = engine_of(options, config)
-    inputs = encode(engine.tokenizer, prompt, options.chat)
+    tokenizer = engine.tokenizer
+    inputs = encode(tokenizer, prompt, options.chat)
+    assert tokenizer is not None  # or `encode` has raised
     length, context = inputs["input_ids"].shape[1], prepare(engine.model).weights.context
     if length >= context:
         raise ValueError(f"prompt: it has {length} tokens; the model's context holds {context}, one for the answer")
-    streamer = KeepingStreamer(engine.tokenizer, stderr=str(options.json) == "-")
+    streamer = KeepingStreamer(tokenizer, stderr=str(options.json) == "-")
 
     def keep(stats: Stats | None) -> None:
         if options.json is not None:
@@ -162,7 +167,7 @@ def _generate(options: argparse.Namespace) -> int:
                 "config": dataclasses.asdict(config) | {"thresholds": config.thresholds and str(config.thresholds)},
                 "sampling": {**sampling, "seed": getattr(options, "seed", None)},
                 "prompt": prompt,
-                "text": engine.tokenizer.decode(streamer.tokens, skip_special_tokens=True),
+                "text": tokenizer.decode(streamer.tokens, skip_special_tokens=True),
                 "token_ids": streamer.tokens,
                 "interrupted": stats is None,
                 "stats": None if stats is None else stats.to_dict(),
@@ -175,16 +180,17 @@ def _generate(options: argparse.Namespace) -> int:
 
     settings = {"max_new_tokens": options.max_new_tokens, "stop_strings": options.stop, "generator": generator, **sampling}
     try:
-        out = engine.generate(**inputs, streamer=streamer, **settings)
+        stats = engine.generate(inputs["input_ids"], inputs["attention_mask"], streamer=streamer, **settings).stats
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         if isinstance(stop, KeyboardInterrupt):
-            streamer.end()  # prints what it has held back
+            streamer.end()  # type: ignore[no-untyped-call]  # prints what it has held back; transformers has no types for it
         keep(None)
         raise
-    print(summary(out.stats), file=sys.stderr)
-    for line in filter(None, (out.stats.advice, out.stats.abstained)):
+    assert stats is not None
+    print(summary(stats), file=sys.stderr)
+    for line in filter(None, (stats.advice, stats.abstained)):
         print(f"sirius_ext: {line}", file=sys.stderr)
-    keep(out.stats)
+    keep(stats)
     return 0
 
 
@@ -206,7 +212,7 @@ def _config(options: argparse.Namespace) -> SiriusConfig:
     return decoding_config(options, **values, accept=accept)
 
 
-def _sampling(options: argparse.Namespace) -> tuple[dict, torch.Generator | None]:
+def _sampling(options: argparse.Namespace) -> tuple[dict[str, Any], torch.Generator | None]:
     """What generate takes, and what draws."""
     if not options.sample:
         for name in SAMPLING:
@@ -229,6 +235,7 @@ def _sampling(options: argparse.Namespace) -> tuple[dict, torch.Generator | None
 
 def summary(stats: Stats) -> str:
     """One line on a call: tokens, speed, and what the correction did."""
+    assert stats.prefill_seconds is not None and stats.decode_seconds is not None  # only texts side by side have no times
     seconds = stats.prefill_seconds + stats.decode_seconds
     parts = [
         f"{stats.tokens} tokens in {seconds:.2f} s (prefill {stats.prefill_seconds:.2f} s), {stats.ms_per_token:.1f} ms/token"

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Container
+from typing import Any, TypeVar
 
 from ..config import ACCEPT_RULES, SiriusConfig
 from ..decoding.calibrate import read_thresholds
 from ..engine import check_threads
 from ..models.hub import DEFAULT_MODEL, parse_dtype
-from .arguments import input_file, integer, number, period, reads
+from .arguments import Commands, input_file, integer, number, period, reads
+
+Value = TypeVar("Value")
+Checked = TypeVar("Checked")
 
 DEFAULTS = SiriusConfig()
 FIELDS = ("sparsity", "follow", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold")
 
 
-def add_command(commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
     """A command that works with a model; `run` returns the exit status."""
     parser = commands.add_parser(name, help=purpose)
     parser.set_defaults(command=run, parser=parser)
@@ -37,7 +41,7 @@ def add_command(commands, name: str, run: Callable[[argparse.Namespace], int], p
     return parser
 
 
-def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, default: object = None, **how) -> None:
+def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, default: object = None, **how: Any) -> None:
     """An option whose value the namespace has only if it was given: a setting that nothing uses can then be refused."""
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(name, default=argparse.SUPPRESS, help=purpose + shown, **how)
@@ -61,7 +65,7 @@ def add_decoding_options(parser: argparse.ArgumentParser, accept: str = DEFAULTS
     add_setting(parser, "--accept", "the rule by which drafted tokens are kept", accept, choices=ACCEPT_RULES)
 
 
-def decoding_config(options: argparse.Namespace, **values) -> SiriusConfig:
+def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:
     """Of the settings that were given, and other values, which go before."""
     given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     config = SiriusConfig(**given | values)
@@ -103,7 +107,7 @@ def _device(text: str) -> str:
     return f"cuda:{text}" if text.isdecimal() else text
 
 
-def _unnamed(check: Callable, value):
+def _unnamed(check: Callable[[Value], Checked], value: Value) -> Checked:
     """What the check returns. Its message does not name the setting again: argparse has done so."""
     try:
         return check(value)

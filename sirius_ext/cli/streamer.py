@@ -6,7 +6,7 @@ import sys
 import time
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class KeepingStreamer(TextStreamer):
@@ -15,18 +15,24 @@ class KeepingStreamer(TextStreamer):
     stderr: prints it there.
     """
 
-    def __init__(self, tokenizer, stderr: bool = False) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stderr: bool = False) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.tokens: list[int] = []
-        self.first = self.last = None
+        self.first: float | None = None
+        self.last: float | None = None
         self._stderr = stderr
+
+    @property
+    def seconds(self) -> float:
+        """From the first token to the last."""
+        return 0.0 if self.first is None or self.last is None else self.last - self.first
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.last = time.perf_counter()
             self.first = self.first or self.last
             self.tokens += value.flatten().tolist()
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]  # transformers has no types for it
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(text, flush=True, end="\n" if stream_end else "", file=sys.stderr if self._stderr else sys.stdout)

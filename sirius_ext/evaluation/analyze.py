@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -56,19 +57,21 @@ class Analysis:
 
 def analyze(engine: Engine, task: Task, item: Item, config: SiriusConfig, shots: int) -> Analysis:
     """One item. config: mode "sparse". An item that fails is an `Analysis` with the error."""
-    known = {"item": item.id, "question": item.question, "expected": item.answer}
     try:
-        return Analysis(**known, **_Oracle(engine, task, item, config, shots).run())
+        full, sparse, oracle = _Oracle(engine, task, item, config, shots).run()
     except (ValueError, RuntimeError, MemoryError) as error:
-        return Analysis(**known, error=f"{type(error).__name__}: {error}")
+        return Analysis(item.id, item.question, item.answer, error=f"{type(error).__name__}: {error}")
+    return Analysis(item.id, item.question, item.answer, full, sparse, oracle)
 
 
 class _Oracle:
     def __init__(self, engine: Engine, task: Task, item: Item, config: SiriusConfig, shots: int) -> None:
-        self.task, self.item, self.config, self.tokenizer = task, item, config, engine.tokenizer
+        self.task, self.item, self.config = task, item, config
         model = prepare(engine.model)
         weights = model.weights
         prompt = encode(engine.tokenizer, task.prompt(item, shots), chat=False)["input_ids"][0]
+        assert engine.tokenizer is not None  # or `encode` has raised
+        self.tokenizer = engine.tokenizer
         self.start, self.limit = len(prompt), min(task.max_new_tokens, weights.context - len(prompt))
         if self.limit < 1:
             raise ValueError(
@@ -82,12 +85,15 @@ class _Oracle:
         eos = engine.model.generation_config.eos_token_id
         self.eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
-    def run(self) -> dict[str, Transcript]:
-        found = {}
-        for name, reader in (("full", self.full), ("sparse", self.sparse)):
+    def run(self) -> tuple[Transcript, Transcript, Transcript]:
+        """full, sparse and oracle, as `Analysis` has them."""
+        found = []
+        for reader in (self.full, self.sparse):
             text = self._write(reader, [])
             logarithms, own = self._judged(text, 0)
-            found[name] = transcript = self._transcript(text, logarithms, own)
+            transcript = self._transcript(text, logarithms, own)
+            found.append(transcript)
+        full, sparse = found
 
         corrections: list[int] = []
         while not transcript.correct:
@@ -102,7 +108,7 @@ class _Oracle:
             text = self._write(self.sparse, text)
             logarithms, own = (torch.cat((old[:at], new)) for old, new in zip((logarithms, own), self._judged(text, at)))
             transcript = self._transcript(text, logarithms, own, corrections)
-        return {**found, "oracle": transcript}
+        return full, sparse, transcript
 
     def _judged(self, text: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """By F, in one pass, from the token `start` on: as `Reader.score`."""
@@ -120,19 +126,19 @@ class _Oracle:
     def _ended(self, text: list[int]) -> bool:
         if len(text) >= self.limit or text and text[-1] in self.eos:
             return True
-        decoded = self.tokenizer.decode(text, skip_special_tokens=True)
+        decoded = self._text(text, skip_special_tokens=True)
         return self.task.answer_in(decoded) != decoded
 
     def _transcript(
         self, text: list[int], logarithms: torch.Tensor, own: torch.Tensor, corrections: Sequence[int] = ()
     ) -> Transcript:
-        verdict = self.task.judge(self.item, self.task.answer_in(self.tokenizer.decode(text, skip_special_tokens=True)))
+        verdict = self.task.judge(self.item, self.task.answer_in(self._text(text, skip_special_tokens=True)))
         judged = zip(text, self._pieces(text), logarithms.exp().tolist(), own.tolist())
         tokens = tuple(
             Token(
                 piece=piece,
                 likelihood=likelihood,
-                full=self.tokenizer.decode([choice]),
+                full=self._text([choice]),
                 rejected=likelihood < self.config.threshold and token != choice,
                 corrected=index in corrections,
             )
@@ -140,23 +146,30 @@ class _Oracle:
         )
         return Transcript(tokens, verdict.answer, verdict.correct)
 
+    def _text(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
     def _pieces(self, text: list[int]) -> list[str]:
         """What each token adds to the decoded text; one that ends inside a character adds it with the next."""
         pieces, done = [], ""
         for count in range(1, len(text) + 1):
-            decoded = self.tokenizer.decode(text[:count])
+            decoded = self._text(text[:count])
             whole = count == len(text) or not decoded.endswith("\ufffd")
             pieces.append(decoded[len(done) :] if whole else "")
             done = decoded if whole else done
         return pieces
 
 
-def summary(analyses: Sequence[Analysis]) -> dict:
+def summary(analyses: Sequence[Analysis]) -> dict[str, Any]:
     """items, failed; right answers of full, sparse and oracle; recovered: of those that S alone got wrong, the oracle right; the
     fraction of S's tokens that F rejects, and of the oracle's tokens that are corrected: over all texts, and over recovered
     ones."""
-    known = [analysis for analysis in analyses if analysis.error is None]
-    recovered = [each for each in known if each.oracle.correct and not each.sparse.correct]
+    known = [
+        {"full": each.full, "sparse": each.sparse, "oracle": each.oracle}
+        for each in analyses
+        if each.full and each.sparse and each.oracle
+    ]
+    recovered = [each for each in known if each["oracle"].correct and not each["sparse"].correct]
 
     def fraction(texts: list[Transcript], kind: str) -> float | None:
         total = sum(len(text.tokens) for text in texts)
@@ -165,9 +178,9 @@ def summary(analyses: Sequence[Analysis]) -> dict:
     return {
         "items": len(analyses),
         "failed": len(analyses) - len(known),
-        **{name: sum(getattr(each, name).correct for each in known) for name in ("full", "sparse", "oracle")},
+        **{name: sum(each[name].correct for each in known) for name in ("full", "sparse", "oracle")},
         "recovered": len(recovered),
-        "rejected_fraction": fraction([each.sparse for each in known], "rejected"),
-        "corrected_fraction": fraction([each.oracle for each in known], "corrected"),
-        "corrected_fraction_of_recovered": fraction([each.oracle for each in recovered], "corrected"),
+        "rejected_fraction": fraction([each["sparse"] for each in known], "rejected"),
+        "corrected_fraction": fraction([each["oracle"] for each in known], "corrected"),
+        "corrected_fraction_of_recovered": fraction([each["oracle"] for each in recovered], "corrected"),
     }

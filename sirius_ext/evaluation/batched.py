@@ -119,7 +119,8 @@ class Batch:
         cache, shared = self._cache, self._shared
         visible = torch.ones(shared, shared, dtype=torch.bool).tril()
         rows = _Rows(cache.k, cache.v, self._prefix, torch.arange(shared), 0, visible, 1, seen_by=self._usage)
-        _Pass(self._weights, *(each[:, :, :0] for each in (cache.k, cache.v)), [rows]).run()
+        keys, values = (each[:, :, :0] for each in (cache.k, cache.v))
+        _Pass(self._weights, keys, values, [rows]).run()
         if rows.logits is None or not bool(rows.logits.isfinite().all()):
             where = self._model.fault(cache, Fault(self._prefix, 0))
             raise not_finite(shared, 0, "the prefill (full model)", where)
@@ -157,7 +158,8 @@ class Batch:
         cache.reserve(len(prompt) + request.limit + request.tree(self._model).capacity)
         if shared:
             cache.hold(self._prefix.tolist(), self._usage, prefilled=True)
-        sequence = Sequence(self._model, request, cache, self._free.append)
+        free = self._free
+        sequence = Sequence(self._model, request, cache, lambda _: free.append(cache))
         step = sequence.passes()
         return _Live(key, sequence, cache, step, next(step))
 
@@ -304,7 +306,7 @@ class _Pass:
             x = decoder_layer(w.description, layer, x, angles, self._attend(index), self._neurons(index))
         wanted = [x[share][-rows.wanted :] for rows, share in zip(self._asked, self._shares)]
         out = logits(w, norm(w.description, torch.cat(wanted), w.final_norm))
-        for rows, each in zip(self._asked, out.split([len(each) for each in wanted])):
+        for rows, each in zip(self._asked, torch.split(out, [len(each) for each in wanted])):
             rows.logits = each
 
     def _attend(self, index: int) -> Attend:
@@ -325,11 +327,11 @@ class _Pass:
             if self._keys.shape[2]:
                 seen = self._of_prefix[window]
                 of_prefix, its_weight = _attention(d, q, self._keys[index], self._values[index], self._bias(seen))
-                share = torch.sigmoid(its_weight - weight)[..., None]
+                its_share = torch.sigmoid(its_weight - weight)[..., None]
                 if seen is not None:  # rows so far on that they see nothing of it
                     some = seen.any(-1)[:, None, None, None]
-                    share, of_prefix = share.where(some, 0.0), of_prefix.where(some, 0.0)
-                out = torch.lerp(out.float(), of_prefix.float(), share).to(q.dtype)
+                    its_share, of_prefix = its_share.where(some, 0.0), of_prefix.where(some, 0.0)
+                out = torch.lerp(out.float(), of_prefix.float(), its_share).to(q.dtype)
             return out.flatten(1)
 
         return attend

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from . import tasks
 from .extras import need
@@ -20,10 +21,10 @@ class Source:
     path: str
     name: str | None
     split: str
-    item: Callable[[int, dict], Item]
+    item: Callable[[int, dict[str, Any]], Item]
 
 
-def _csqa(index: int, row: dict) -> Item:
+def _csqa(index: int, row: dict[str, Any]) -> Item:
     choices = [{"text": text} for text in row["choices"]["text"]]
     return tasks.csqa(index, {**row, "question": {"stem": row["question"], "choices": choices}})
 
@@ -34,10 +35,12 @@ _BIGBENCH = re.compile(
 )
 
 
-def _bigbench(item: Callable[[int, dict], Item]) -> Callable[[int, dict], Item]:
-    def read(index: int, row: dict) -> Item:
+def _bigbench(item: Callable[[int, dict[str, Any]], Item]) -> Callable[[int, dict[str, Any]], Item]:
+    def read(index: int, row: dict[str, Any]) -> Item:
         scores = dict(zip(row["multiple_choice_targets"], row["multiple_choice_scores"], strict=True))
-        return item(index, {"input": _BIGBENCH.fullmatch(row["inputs"])[1].strip(), "target_scores": scores})
+        found = _BIGBENCH.fullmatch(row["inputs"])
+        assert found is not None  # whatever the text is, for the group takes all of it if need be
+        return item(index, {"input": found[1].strip(), "target_scores": scores})
 
     return read
 
@@ -57,7 +60,7 @@ SOURCES = {
 }
 
 # (path, name, split=...) -> rows, as `datasets.load_dataset`
-Loader = Callable[..., Iterable[dict]]
+Loader = Callable[..., Iterable[dict[str, Any]]]
 
 
 def load_items(task: str, loader: Loader | None = None) -> list[Item]:
@@ -74,9 +77,9 @@ def load_items(task: str, loader: Loader | None = None) -> list[Item]:
     return collect(source.path, lambda: itertools.starmap(source.item, _numbered(rows)))
 
 
-def _numbered(rows: Iterable[dict]) -> Iterator[tuple[int, dict]]:
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with subjects are counted subject by subject, as in MMLU's files."""
-    seen: collections.Counter = collections.Counter()
+    seen: collections.Counter[str | None] = collections.Counter()
     for row in rows:
         subject = row.get("subject")
         yield seen[subject], row

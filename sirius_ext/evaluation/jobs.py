@@ -12,9 +12,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState  # type: ignore[import-untyped]  # it has no types
 from rich.console import Console
 
 from ..errors import reason
@@ -45,14 +46,22 @@ class End:
     error: str | None = None
 
 
+class _Queue(Protocol):
+    """Of `multiprocessing` or of Ray: a worker's records, then its `End`."""
+
+    def put(self, item: dict[str, Any] | End, /) -> None: ...
+
+    def get(self, *, timeout: float) -> dict[str, Any] | End: ...
+
+
 class _Sender:
     """What a worker has in place of `Results`: its records go to who keeps them."""
 
-    def __init__(self, part: Part, queue) -> None:
+    def __init__(self, part: Part, queue: _Queue) -> None:
         self._done, self._queue = part.done, queue
-        self.records: list[dict] = []
+        self.records: list[dict[str, Any]] = []
 
-    def add(self, record: dict) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self._queue.put(record)
 
@@ -60,7 +69,7 @@ class _Sender:
         return self._done
 
 
-def work(part: Part, queue) -> None:
+def work(part: Part, queue: _Queue) -> None:
     """A worker's whole life: decode, and send each record as it is known, then an `End`."""
     try:
         part.plan.carry_out(part.plan.engine(), part.items, _Sender(part, queue), Console(quiet=True))
@@ -106,7 +115,7 @@ def by_processes(plan: Plan, items: list[Item], results: Results, count: int, co
             process.join()
 
 
-def _process(part: Part, queue) -> None:
+def _process(part: Part, queue: _Queue) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us is interrupted too, and ends us
     threading.Thread(target=_outlive_nobody, daemon=True).start()
     work(part, queue)
@@ -114,7 +123,9 @@ def _process(part: Part, queue) -> None:
 
 def _outlive_nobody() -> None:
     """One that was killed cannot end us: nobody would keep what we send."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -151,7 +162,7 @@ def by_ray(plan: Plan, items: list[Item], results: Results, count: int, console:
             ray.shutdown()
 
 
-def _keep(parts: list[Part], queue, results: Results, dead: Callable[[], Iterator[End]], console: Console) -> None:
+def _keep(parts: list[Part], queue: _Queue, results: Results, dead: Callable[[], Iterator[End]], console: Console) -> None:
     """Write down what comes until every worker has ended. dead: those that have, whether they said so or not."""
     modes = parts[0].plan.modes if parts else ()
     ends: dict[int, End] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,7 +12,7 @@ from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds
 from ..engine import Engine, engine_of, prepare
 from .hub_data import load_items
-from .runner import Results, config_of, evaluate
+from .runner import Keeper, config_of, evaluate
 from .tasks import TASKS, Item, Task, load_task
 
 SHOTS = 5
@@ -57,10 +58,10 @@ class Plan:
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         most = TASKS[self.task].max_shots
-        if self.shots is None:
-            object.__setattr__(self, "shots", min(SHOTS, most))
-        if not 0 <= self.shots <= most:
-            raise ValueError(f"--shots: expected 0 to {most} for {self.task}, got {self.shots}")
+        shots = min(SHOTS, most) if self.shots is None else self.shots
+        object.__setattr__(self, "shots", shots)
+        if not 0 <= shots <= most:
+            raise ValueError(f"--shots: expected 0 to {most} for {self.task}, got {shots}")
         if self.skip < 0:
             raise ValueError(f"--skip: expected at least 0, got {self.skip}")
         if self.limit is not None and self.limit < 1:
@@ -85,7 +86,7 @@ class Plan:
             raise ValueError(f"--shard: part {index} of {count} has no items")
         return items
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """The first line of a results file: two runs whose records are the same may share one."""
         settings = dataclasses.asdict(self.base) | {"thresholds": self.base.thresholds and str(self.base.thresholds)}
         for name in ("mode", "sparsity"):
@@ -107,9 +108,15 @@ class Plan:
         """Those that are not done in every mode. done: (mode, id) of what is known."""
         return [item for item in items if any((mode, item.id) not in done for mode in self.modes)]
 
-    def carry_out(self, engine: Engine, items: list[Item], results: Results, console: Console) -> None:
+    def carry_out(self, engine: Engine, items: list[Item], results: Keeper, console: Console) -> None:
         """Decode what `results` lacks, in this process."""
-        evaluate(engine, self._task, items, self.modes, self.base, results, self.shots, console, self.batch)
+        evaluate(engine, self._task, items, self.modes, self.base, results, self.examples, console, self.batch)
+
+    @property
+    def examples(self) -> int:
+        """`shots`, when it is known how many the task has."""
+        assert self.shots is not None
+        return self.shots
 
     @property
     def _task(self) -> Task:

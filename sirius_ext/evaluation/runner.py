@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from ..config import SiriusConfig
@@ -32,7 +32,7 @@ T = TypeVar("T")
 FAILURES = (ValueError, RuntimeError, MemoryError)  # of an item, which then counts as wrong
 
 # What a mode's name makes of a config.
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "csparse": {"mode": "sparse", "sparsity": "csparse", "thresholds": None},
     "fsparse": {"mode": "sparse", "sparsity": "fsparse"},
@@ -42,7 +42,7 @@ MODES = {
 
 
 # What may be set for one mode, behind its name, and how it is read.
-SETTINGS = {
+SETTINGS: dict[str, Callable[[str], Any]] = {
     "density": float,
     "follow": lambda text: {"yes": True, "no": False}[text],
     "period": lambda text: text if text == "auto" else int(text),
@@ -82,10 +82,21 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
         raise ValueError(f"modes: {mode}: {error}" if own else str(error)) from error
 
 
-def modes_in(records: Iterable[dict]) -> list[str]:
+def modes_in(records: Iterable[dict[str, Any]]) -> list[str]:
     """The modes of records in the order of MODES, those with settings of their own behind the others of their name."""
     found = dict.fromkeys(record["mode"] for record in records)
     return sorted(found, key=lambda mode: (list(MODES).index(mode.split(":")[0]), ":" in mode))
+
+
+class Keeper(Protocol):
+    """Who keeps what `evaluate` finds out: `Results`, or who sends it on to them."""
+
+    records: list[dict[str, Any]]
+
+    def add(self, record: dict[str, Any]) -> None: ...
+
+    def done(self) -> set[tuple[str, str]]:
+        """(mode, id) of what is known already."""
 
 
 class Results:
@@ -96,10 +107,11 @@ class Results:
     was made by another run; a last line that was cut off is dropped.
     """
 
-    def __init__(self, file: Path, run: dict, resume: bool, known: Iterable[dict] = ()) -> None:
-        self.records: list[dict] = []
+    def __init__(self, file: Path, run: dict[str, Any], resume: bool, known: Iterable[dict[str, Any]] = ()) -> None:
+        self.records: list[dict[str, Any]] = []
         self._known = list(known)
-        self._path, self._run, self._file = file, run, None
+        self._path, self._run = file, run
+        self._file: TextIO | None = None
         if file.exists() and not resume:
             raise ValueError(f"out: {file} exists; resume it, or choose another name")
         if _has_content(file):
@@ -108,25 +120,25 @@ class Results:
                 raise ValueError(f"out: {file} was made with another {different}; choose another name")
 
     @staticmethod
-    def write(file: Path, run: dict, records: Iterable[dict]) -> None:
+    def write(file: Path, run: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
         """A whole file at once: the old one is there until the new one is."""
         new = file.with_name(f"{file.name}.new")
         new.write_text("".join(json.dumps(line) + "\n" for line in ({"run": run}, *records)), encoding="utf-8")
         new.replace(file)
 
-    def add(self, record: dict) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         if self._file is None:
-            self._open()
+            self._file = self._open()
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def _open(self) -> None:
+    def _open(self) -> TextIO:
         if _has_content(self._path):
             _drop_half_a_line(self._path)
         else:
             self.write(self._path, self._run, [])
-        self._file = self._path.open("a", encoding="utf-8")
+        return self._path.open("a", encoding="utf-8")
 
     def done(self) -> set[tuple[str, str]]:
         return {(record["mode"], record["id"]) for record in (*self._known, *self.records)}
@@ -145,7 +157,7 @@ def _drop_half_a_line(file: Path) -> None:
         opened.truncate(opened.read().rfind(b"\n") + 1)
 
 
-def read_results(file: Path) -> tuple[dict, list[dict]]:
+def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What was run, and the records of a results file, but for a last line that was cut off. ValueError that names the line if it
     is none."""
     try:
@@ -173,7 +185,7 @@ def read_results(file: Path) -> tuple[dict, list[dict]]:
     return found[0], found[1:]
 
 
-def _check_record(record: dict) -> None:
+def _check_record(record: dict[str, Any]) -> None:
     """ValueError or KeyError if it lacks what `summarize` reads, or has something else there."""
     _expect(str(record["mode"]).split(":")[0] in MODES, f"one of {', '.join(MODES)} as mode", record["mode"])
     _expect(isinstance(record["id"], (str, int)), "a text as id", record["id"])
@@ -207,17 +219,17 @@ def _expect(true: bool, what: str, value: object) -> None:
         raise ValueError(f"expected {what}, got {reprlib.repr(value)}")
 
 
-def _difference(found: dict, run: dict) -> str:
+def _difference(found: dict[str, Any], run: dict[str, Any]) -> str:
     """What two runs do not have in common."""
     return ", ".join(sorted(key for key in {*run, *found} if run.get(key) != found.get(key)))
 
 
-def merge(files: SequenceOf[Path], run: dict | None = None) -> tuple[dict, list[dict]]:
+def merge(files: SequenceOf[Path], run: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The run and the records of files of one run, each item and mode once: one that failed gives way to one that did not.
 
     ValueError if a file was made by another run than `run`, or than the first file.
     """
-    found: dict[tuple[str, str], dict] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for file in files:
         first, records = read_results(file)
         run = first if run is None else run
@@ -227,6 +239,7 @@ def merge(files: SequenceOf[Path], run: dict | None = None) -> tuple[dict, list[
             key = (record["mode"], record["id"])
             if key not in found or "error" in found[key]:
                 found[key] = record
+    assert run is not None  # it is the first file's
     return run, list(found.values())
 
 
@@ -241,7 +254,7 @@ def evaluate(
     items: SequenceOf[Item],
     modes: SequenceOf[str],
     base: SiriusConfig,
-    results: Results,
+    results: Keeper,
     shots: int,
     console: Console,
     batch: int = 1,
@@ -251,22 +264,24 @@ def evaluate(
     An item that fails is recorded as failed, which counts as wrong, and the run goes on.
     batch: so many texts side by side. They have no times of their own.
     """
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None  # `Plan.engine` has looked
     configs = {mode: config_of(mode, base) for mode in modes}
     done = results.done()
     # Making one takes seconds with a large vocabulary.
-    stop = StoppingCriteriaList([StopStringCriteria(engine.tokenizer, list(task.stop))])
+    stop = StoppingCriteriaList([StopStringCriteria(tokenizer, list(task.stop))])
     with progress_bar(console) as bar:
         progress = bar.add_task(task.name, total=len(items) * len(modes))
         waiting = [(item, mode) for item in items for mode in modes if (mode, item.id) not in done]
         bar.update(progress, completed=len(items) * len(modes) - len(waiting))
 
         def keep(item: Item, mode: str, decode: Callable[[], Sequence]) -> None:
-            found = _judged(engine, task, item, decode)
+            found = _judged(tokenizer, task, item, decode)
             results.add({"mode": mode, "id": item.id, **(found if batch == 1 else found | {"seconds": None})})
             bar.update(progress, advance=1, description=f"{task.name} {running(results.records, modes)}")
 
         def ask(make: Callable[..., T], item: Item, mode: str) -> T:
-            inputs = engine.tokenizer(task.prompt(item, shots), return_tensors="pt")
+            inputs = tokenizer(task.prompt(item, shots), return_tensors="pt")
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             settings = {"max_new_tokens": task.max_new_tokens, "stopping_criteria": stop, **GREEDY}
             return make(**inputs, config=configs[mode], **settings)
@@ -284,19 +299,19 @@ def evaluate(
             for item, mode in waiting:
                 keep(item, mode, functools.partial(ask, engine.start, item, mode))
         elif waiting:
-            texts = Batch(prepare(engine.model), _common(engine.tokenizer, task, items, shots))
+            texts = Batch(prepare(engine.model), _common(tokenizer, task, items, shots))
             for (item, mode), sequence, error in texts.decode(requests(), batch):
                 keep(item, mode, functools.partial(_ended, sequence, error))
 
 
-def _common(tokenizer, task: Task, items: SequenceOf[Item], shots: int) -> torch.Tensor:
+def _common(tokenizer: PreTrainedTokenizerBase, task: Task, items: SequenceOf[Item], shots: int) -> torch.Tensor:
     """The tokens that all prompts begin with, int64 [t]; each prompt has more."""
     prompts = [tokenizer(task.prompt(item, shots))["input_ids"] for item in items]
     shared = os.path.commonprefix(prompts)
     return torch.tensor(shared[: min(map(len, prompts)) - 1], dtype=torch.int64)
 
 
-def running(records: Iterable[dict], modes: SequenceOf[str]) -> str:
+def running(records: Iterable[dict[str, Any]], modes: SequenceOf[str]) -> str:
     """Accuracies so far."""
     shares = []
     for mode in modes:
@@ -312,13 +327,13 @@ def _ended(sequence: Sequence | None, error: Exception | None) -> Sequence:
     return sequence
 
 
-def _judged(engine: Engine, task: Task, item: Item, decode: Callable[[], Sequence]) -> dict[str, Any]:
+def _judged(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, decode: Callable[[], Sequence]) -> dict[str, Any]:
     """What is kept of an item: its text, decoded to the end, and how right it is; or why there is none."""
     started = time.perf_counter()
     try:
         sequence = decode()
         stats, tokens = sequence.run(), sequence.tokens
-        text = engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         verdict = task.judge(item, task.answer_in(text))
     except FAILURES as error:
         return {"correct": False, "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}
@@ -341,7 +356,7 @@ def _judged(engine: Engine, task: Task, item: Item, decode: Callable[[], Sequenc
     }
 
 
-def _stats(record: dict) -> PromptStats:
+def _stats(record: dict[str, Any]) -> PromptStats:
     """What a record says of its text's decoding: enough for the metrics of a table, not for those of trees."""
     kept = record["stats"]
     periods = [
@@ -358,7 +373,7 @@ def _stats(record: dict) -> PromptStats:
     )
 
 
-def summarize(records: SequenceOf[dict], modes: SequenceOf[str]) -> list[dict]:
+def summarize(records: SequenceOf[dict[str, Any]], modes: SequenceOf[str]) -> list[dict[str, Any]]:
     """Per mode: items, failures, accuracy with Wilson's 95 % interval, what it gained and lost against Full on the items that
     both have and McNemar's p, and the pooled metrics of SPEC section 7."""
     by_mode = {mode: {record["id"]: record for record in records if record["mode"] == mode} for mode in modes}
@@ -380,7 +395,7 @@ def summarize(records: SequenceOf[dict], modes: SequenceOf[str]) -> list[dict]:
     return rows
 
 
-def _pooled(records: SequenceOf[dict]) -> dict:
+def _pooled(records: SequenceOf[dict[str, Any]]) -> dict[str, Any]:
     if not records:
         return {}
     stats = Stats(_stats(record) for record in records)
@@ -393,7 +408,7 @@ def _pooled(records: SequenceOf[dict]) -> dict:
     return row
 
 
-def columns_of(rows: SequenceOf[dict]) -> dict[str, list[str]]:
+def columns_of(rows: SequenceOf[dict[str, Any]]) -> dict[str, list[str]]:
     """The summary's cells as text, column by column; columns that no row has anything for are left out."""
 
     def shown(name: str, form: str) -> list[str]:
@@ -414,7 +429,7 @@ def columns_of(rows: SequenceOf[dict]) -> dict[str, list[str]]:
     return {name: cells for name, cells in columns.items() if any(cells)}
 
 
-def report(title: str, rows: SequenceOf[dict], console: Console) -> None:
+def report(title: str, rows: SequenceOf[dict[str, Any]], console: Console) -> None:
     """The summary as a table."""
     caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
     table = Table(title=title, caption=caption, padding=(0, 0))

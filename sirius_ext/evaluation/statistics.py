@@ -19,5 +19,5 @@ def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact McNemar test: the probability that as uneven a split, or a more uneven one, of the items which only one
     of the two answered right is chance."""
     total = gained + lost
-    tail = sum(math.comb(total, k) for k in range(min(gained, lost) + 1)) / 2**total
+    tail: float = sum(math.comb(total, k) for k in range(min(gained, lost) + 1)) / 2**total
     return min(1.0, 2 * tail)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .extras import need
 from .plan import Plan
@@ -22,7 +23,7 @@ class Setting:
     """field: of the config. values: where none are given. parse: a value from text."""
 
     field: str
-    values: tuple
+    values: tuple[float, ...]
     parse: Callable[[str], float]
     logarithmic: bool = True
 
@@ -53,7 +54,7 @@ def vary(plan: Plan, what: str, values: Sequence[float]) -> dict[str, float]:
     return modes
 
 
-def study(plan: Plan, what: str, values: Sequence[float], folder: Path, run: Runner) -> list[dict]:
+def study(plan: Plan, what: str, values: Sequence[float], folder: Path, run: Runner) -> list[dict[str, Any]]:
     """Decode the plan's items by the full model, and in the plan's one mode with each value of a setting.
 
     folder: gets `results.jsonl`, as eval writes it; what is there already, from whatever study, is not done again. Returns the
@@ -70,7 +71,7 @@ def study(plan: Plan, what: str, values: Sequence[float], folder: Path, run: Run
     return [{**row, "value": modes.get(row["mode"])} for row in rows]
 
 
-def plot(rows: Sequence[dict], what: str, title: str, file: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], what: str, title: str, file: Path) -> None:
     """Accuracy with Wilson's 95 % intervals beside Full's, and effective density, against the setting."""
     figure = need("matplotlib.figure", "eval", "the plot").Figure(figsize=(7, 4.5), layout="constrained")
     full, *rows = sorted(rows, key=lambda row: (row["value"] is not None, row["value"]))

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import shots
 from .sandbox import run_code
@@ -23,7 +24,7 @@ class Item:
     id: str
     question: str
     answer: str
-    extra: dict = dataclasses.field(default_factory=dict)
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def load_task(name: str, data: Path) -> tuple[Task, list[Item]]:
 
 def collect(source: str, read: Callable[[], Iterator[Item]]) -> list[Item]:
     """All items. ValueError for a malformed one, which it names, or if there is none."""
-    items = []
+    items: list[Item] = []
     try:
         items.extend(read())
     except Exception as error:  # of JSON, CSV and gzip, and of whatever stands where a text or a list should
@@ -81,7 +82,7 @@ def collect(source: str, read: Callable[[], Iterator[Item]]) -> list[Item]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _lines(path: Path) -> Iterator[dict]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         for line in file:
             if line.strip():
@@ -92,12 +93,12 @@ def _choices(options: list[str]) -> str:
     return "Answer Choices: " + " ".join(f"({letter}) {text}" for letter, text in zip("abcdefghij", options))
 
 
-def _each_line(item: Callable[[int, dict], Item]) -> Callable[[Path], Iterator[Item]]:
+def _each_line(item: Callable[[int, dict[str, Any]], Item]) -> Callable[[Path], Iterator[Item]]:
     """Read a file of JSON lines, each of which is an item."""
     return lambda path: itertools.starmap(item, enumerate(_lines(path)))
 
 
-def _each(item: Callable[[int, dict], Item], key: str | None = None) -> Callable[[Path], Iterator[Item]]:
+def _each(item: Callable[[int, dict[str, Any]], Item], key: str | None = None) -> Callable[[Path], Iterator[Item]]:
     """Read a file of JSON that is a list of items, or has one under `key`."""
 
     def read(path: Path) -> Iterator[Item]:
@@ -107,50 +108,50 @@ def _each(item: Callable[[int, dict], Item], key: str | None = None) -> Callable
     return read
 
 
-def gsm8k(index: int, row: dict) -> Item:
+def gsm8k(index: int, row: dict[str, Any]) -> Item:
     return Item(str(index), row["question"], number(row["answer"].split("####")[1]))
 
 
-def svamp(index: int, row: dict) -> Item:
+def svamp(index: int, row: dict[str, Any]) -> Item:
     body = row["Body"].strip()
     question = f"{body}{'' if body.endswith('.') else '.'} {row['Question'].strip()}"
     return Item(row["ID"], question, number(str(row["Answer"])))
 
 
-def aqua(index: int, row: dict) -> Item:
+def aqua(index: int, row: dict[str, Any]) -> Item:
     options = [option.split(")", 1)[1].strip() for option in row["options"]]
     return Item(str(index), f"{row['question']}\n{_choices(options)}", row["correct"].lower())
 
 
-def csqa(index: int, row: dict) -> Item:
+def csqa(index: int, row: dict[str, Any]) -> Item:
     question = row["question"]
     options = [choice["text"] for choice in question["choices"]]
     return Item(row["id"], f"{question['stem']}\n{_choices(options)}", row["answerKey"].lower())
 
 
-def strategyqa(index: int, row: dict) -> Item:
+def strategyqa(index: int, row: dict[str, Any]) -> Item:
     return Item(row["qid"], row["question"], "yes" if row["answer"] else "no")
 
 
-def date(index: int, row: dict) -> Item:
+def date(index: int, row: dict[str, Any]) -> Item:
     return Item(str(index), row["input"], max(row["target_scores"], key=row["target_scores"].get))
 
 
-def sports(index: int, row: dict) -> Item:
+def sports(index: int, row: dict[str, Any]) -> Item:
     question = f'Is the following sentence plausible? "{row["input"]}"'
     return Item(str(index), question, "yes" if date(index, row).answer == "plausible" else "no")
 
 
-def humaneval(index: int, row: dict) -> Item:
+def humaneval(index: int, row: dict[str, Any]) -> Item:
     return Item(row["task_id"], row["prompt"], "passed", {"test": f"{row['test']}\ncheck({row['entry_point']})\n"})
 
 
-def mbpp(index: int, row: dict) -> Item:
+def mbpp(index: int, row: dict[str, Any]) -> Item:
     tests = [row["test_setup_code"], *row["test_list"]]
     return Item(str(row["task_id"]), row["text"], "passed", {"test": "\n".join(tests), "example": row["test_list"][0]})
 
 
-def mmlu(index: int, row: dict) -> Item:
+def mmlu(index: int, row: dict[str, Any]) -> Item:
     """row: subject, question, choices and answer, a letter; index: within the subject."""
     if len(row["choices"]) != 4 or row["answer"] not in tuple("ABCD"):
         raise ValueError(f"{row['subject']}, row {index + 1}")
@@ -158,7 +159,7 @@ def mmlu(index: int, row: dict) -> Item:
     return Item(f"{row['subject']}/{index}", question, row["answer"].lower(), {"subject": row["subject"]})
 
 
-def truthfulqa(index: int, row: dict) -> Item:
+def truthfulqa(index: int, row: dict[str, Any]) -> Item:
     """row: question, best_answer, and lists correct_answers and incorrect_answers."""
     known = {"right": row["correct_answers"], "wrong": row["incorrect_answers"]}
     return Item(str(index), row["question"], row["best_answer"], known)
@@ -273,7 +274,14 @@ _CODE_STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", '\n"""')
 _DATE = _judge_by(r"the answer is:? *([0-9/]+)")
 
 
-def _asked(name: str, path: str, read: Callable, examples: tuple, judge: Callable, max_new_tokens: int) -> Task:
+def _asked(
+    name: str,
+    path: str,
+    read: Callable[[Path], Iterator[Item]],
+    examples: tuple[tuple[str, str], ...],
+    judge: Callable[[Item, str], Verdict],
+    max_new_tokens: int,
+) -> Task:
     """A task of questions and answers."""
     return Task(name, path, read, _few_shot(examples), judge, _QUESTION, max_new_tokens, len(examples))
 
