@@ -1,4 +1,4 @@
-# make demo         decode a real model on this machine
+# make demo         decode a real model on this machine; MODEL=<Hugging Face id, folder or GGUF file> another one
 # make test         lint and the test suite
 # make bench        the benchmarks
 # make format       what lint asks for, where a tool can do it
@@ -21,7 +21,7 @@ CPP_SOURCES := $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*
 .PHONY: demo test test-newest test-oldest bench lint format lock clean
 
 demo: .venv/built
-	$(BIN)/python -m sirius_ext demo
+	$(BIN)/python -m sirius_ext demo $(if $(MODEL),--model "$(MODEL)")
 
 # The tests run the CUDA kernels on the CPU; where there is an nvcc, it builds them too.
 test test-newest test-oldest: export SIRIUS_SIMT := ON

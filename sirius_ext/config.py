@@ -17,7 +17,7 @@ MAX_WIDTH = 16
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig:
-    """How to decode. Names and defaults are those of the Sirius paper (arXiv 2409.03856).
+    """How to decode. Names are those of the Sirius paper (arXiv 2409.03856); so are the defaults, but for `follow` and `period`.
 
     mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
     sparsity: "csparse", one set of neurons, chosen during the prompt's prefill (GRIFFIN's rule); "fsparse", a set per token,
@@ -46,7 +46,7 @@ class SiriusConfig:
     follow: bool = True
     density: float = 0.5
     thresholds: str | os.PathLike | None = None
-    period: int | str = 16
+    period: int | str = "auto"
     tree_width: int = 1
     prune: bool = False
     threshold: float = 0.1

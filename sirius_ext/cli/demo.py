@@ -14,9 +14,6 @@ from ..engine import GREEDY, Engine, encode, release
 from .streamer import KeepingStreamer
 from .terminal import Console
 
-# Measured (bench/results): with these, correction under `threshold` gains a little even on a model as small as the default one.
-DENSITY = 0.7
-PERIOD = 4
 MAX_NEW_TOKENS = 48
 
 PROMPTS = {
@@ -81,6 +78,9 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
     equal = rows[-1].texts == rows[1].texts
     console.print()
     console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), rows))
+    for row in rows[3:]:
+        if (abstained := Stats(row.stats).abstained) is not None:
+            console.print(f"{row.name}: {abstained}.")
     console.print(
         "Sirius under `match` gave exactly Full's text."
         if equal

@@ -125,9 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add(commands)
 
     show = add_command(commands, "demo", _demo, "transformers, Full, CSparse and Sirius side by side")
-    show.add_argument("--density", type=number, default=demo.DENSITY, help="fraction of MLP neurons kept (default: %(default)s)")
     show.add_argument(
-        "--period", type=period, default=demo.PERIOD, help="tokens that one full pass verifies, or auto (default: %(default)s)"
+        "--density", type=number, default=DEFAULTS.density, help="fraction of MLP neurons kept (default: %(default)s)"
+    )
+    show.add_argument(
+        "--period",
+        type=period,
+        default=DEFAULTS.period,
+        help="tokens that one full pass verifies, or auto (default: %(default)s)",
     )
     purpose = "length of each text at most (default: %(default)s)"
     show.add_argument("--max-new-tokens", type=TOKENS, default=demo.MAX_NEW_TOKENS, help=purpose)
@@ -177,8 +182,8 @@ def _generate(options: argparse.Namespace) -> int:
         keep(None)
         raise
     print(summary(out.stats), file=sys.stderr)
-    if out.stats.advice:
-        print(f"sirius_ext: {out.stats.advice}", file=sys.stderr)
+    for line in filter(None, (out.stats.advice, out.stats.abstained)):
+        print(f"sirius_ext: {line}", file=sys.stderr)
     keep(out.stats)
     return 0
 

@@ -49,7 +49,9 @@ class _Metrics:
     """The metrics of SPEC section 7 over `periods`; None where there is nothing to count."""
 
     periods: list[Period]
+    period: int | str
     density: float
+    sparse_cost: float | None
     tokens: int
     decode_seconds: float | None
 
@@ -89,6 +91,11 @@ class _Metrics:
         return sum(period.nodes for period in self.periods) / len(self.periods) if self.periods else None
 
     @property
+    def alone(self) -> float | None:
+        """Share of the verifications that had no draft: there F decoded alone."""
+        return sum(period.drafted == 0 for period in self.periods) / len(self.periods) if self.periods else None
+
+    @property
     def branches(self) -> dict[int, int]:
         """How often which node of its depth ended the accepted run, 0 the likeliest; verifications that accepted nothing are left
         out."""
@@ -103,9 +110,10 @@ class _Metrics:
 
     @property
     def advice(self) -> str | None:
-        """What to change, in one line, where drafts read more than they saved: effective density above 1. None elsewhere."""
+        """What to change, in one line, where drafts read more than they saved: effective density above 1. None elsewhere, and
+        where periods are adaptive, which need no advice."""
         density = self.effective_density
-        if density is None or density <= 1:
+        if density is None or density <= 1 or self.period == "auto":
             return None
         whole = self._whole()
         tried = sum(min(period.drafted, period.accepted + 1) for period in whole)  # drafts behind a rejected one say nothing
@@ -121,6 +129,16 @@ class _Metrics:
         return (
             f"this text read more than the full model alone would have: effective density {density:.2f}, "
             f"{self.average_advance_length:.1f} tokens a verification; {hint}"
+        )
+
+    @property
+    def abstained(self) -> str | None:
+        """In one line, that S drafted for less than half of a text with adaptive periods, and why; None elsewhere."""
+        if self.sparse_cost is None or self.alone is None or self.alone <= 0.5:
+            return None
+        return (
+            f"the full model decoded {self.alone:.0%} of the steps alone: a pass of the sparse model costs "
+            f"{self.sparse_cost:.2f} of one of its own here, and a draft was not expected to bring more than it costs"
         )
 
     def metrics(self) -> dict[str, float | None]:
@@ -168,7 +186,7 @@ class Stats(_Metrics):
     def __init__(self, prompts: Iterable[PromptStats]) -> None:
         self.prompts = list(prompts)
         self.period, self.tree_width = self.prompts[0].period, self.prompts[0].tree_width
-        self.density = self.prompts[0].density
+        self.density, self.sparse_cost = self.prompts[0].density, self.prompts[0].sparse_cost
         self.periods = [period for prompt in self.prompts for period in prompt.periods]
         self.tokens = sum(prompt.tokens for prompt in self.prompts)
         self.decode_seconds = _total(prompt.decode_seconds for prompt in self.prompts)
