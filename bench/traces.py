@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from common import console, header
+from common import console, header, machine
 from prompts import CHAT
 from rich.progress import track
 
@@ -126,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, ends = prepare(engine.model), engine.model.generation_config.eos_token_id
     eos = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     about = {
+        "machine": machine(),
+        "benchmark": "traces",
         "model": options.model or DEFAULT_MODEL,
         "dtype": str(model.weights.dtype).removeprefix("torch."),
         "window": WINDOW,
