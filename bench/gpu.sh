@@ -16,7 +16,8 @@ PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-570}
 SHAPE=${SHAPE:-llama-3-8b}
 PARTS=(build test sanitize soak bench)
-OP_TESTS=(tests/test_{linear,gate_up,down,fsparse_ops,rms_norm,rope_kv_write,tree_mask,tree_attention,tree_expand,accept,kv_rewrite}.py)
+OP_TESTS=(tests/test_{linear,gate_up,down,fsparse_ops,follow,rms_norm,rope_kv_write}.py
+  tests/test_tree_{mask,attention,expand}.py tests/test_{accept,kv_rewrite}.py)
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
@@ -77,7 +78,7 @@ by_hand() {
   includes="-I$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
   torch_includes=$("$PYTHON" -c 'import torch.utils.cpp_extension as c; print(*("-I" + path for path in c.include_paths()))')
   includes+=" $("$PYTHON" -m pybind11 --includes 2>/dev/null || echo "$torch_includes")"
-  flags="-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-strict-aliasing"
+  flags="-std=c++20 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-strict-aliasing"
   numbers=${SIRIUS_CUDA_ARCHITECTURES//-real/}
   jobs=$(nproc)
   rm -rf $objects
@@ -87,9 +88,9 @@ by_hand() {
       case $file in *_avx2.cpp | *_avx512.cpp | *_amx.cpp) continue ;; esac
       echo "g++ $flags -fopenmp -c $file -o $objects/cpu/$(basename "$file").o"
     done
-    echo "g++ $flags -DSIRIUS_HAVE_CUDA $includes -c python/bindings.cpp -o $objects/cpu/bindings.o"
+    echo "g++ $flags -fopenmp -DSIRIUS_HAVE_CUDA $includes -c python/bindings.cpp -o $objects/cpu/bindings.o"
     for file in csrc/cuda/*.cu; do
-      echo "$nvcc -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -lineinfo -Xcompiler -fPIC,-fvisibility=hidden" \
+      echo "$nvcc -std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -lineinfo -Xcompiler -fPIC,-fvisibility=hidden" \
         "$(for number in ${numbers//;/ }; do echo "-gencode arch=compute_$number,code=sm_$number"; done)" \
         "-c $file -o $objects/cuda/$(basename "$file").o"
       echo "g++ $flags -O2 -Wno-unknown-pragmas -x c++ -c $file -o $objects/simt/$(basename "$file").o"
@@ -98,7 +99,9 @@ by_hand() {
       echo "g++ $flags $includes -c $file -o $objects/cuda/$(basename "$file").o"
       echo "g++ $flags -O2 $includes -c $file -o $objects/simt/$(basename "$file").o"
     done
-    for file in csrc/simt/*.cpp; do echo "g++ $flags -O2 $includes -c $file -o $objects/simt/$(basename "$file").o"; done
+    for file in csrc/simt/*.cpp python/simt_module.cpp; do
+      echo "g++ $flags -O2 $includes -c $file -o $objects/simt/$(basename "$file").o"
+    done
   } >$objects/commands
   tr '\n' '\0' <$objects/commands | xargs -0 -P "$jobs" -I{} sh -c '{}' || return
   "$nvcc" -shared -Xcompiler -fopenmp $objects/cpu/*.o $objects/cuda/*.o -o "sirius_ext/_C$suffix" &&
@@ -109,7 +112,7 @@ part_test() {
   ready && need pytest hypothesis || return
   local -a files
   # Files that hold no test of the kernels may import what is not here.
-  mapfile -t files < <(grep -lE 'cuda|backend|kernels' tests/test_*.py)
+  mapfile -t files < <(grep -lE 'cuda|backend|[(, ]kernels[,)]' tests/test_*.py)
   "$PYTHON" -m pytest -q -p no:cacheprovider -k "cuda and not simt" "${files[@]}"
 }
 

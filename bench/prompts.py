@@ -53,4 +53,32 @@ def prime_factors(n):
     """Return the prime factors of n in rising order, each as often as it divides n."""
 '''
 
+# What people ask an assistant, for bench/traces.py.
+CHAT = (
+    "What is the capital of Australia, and why is it not Sydney?",
+    "Explain how a refrigerator works to a ten year old.",
+    "Write a short poem about the sea in winter.",
+    "Give me three ideas for a birthday party without alcohol.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a Python function that reverses the words of a sentence.",
+    "How do I remove a coffee stain from a cotton shirt?",
+    "Summarize the plot of Romeo and Juliet in four sentences.",
+    "List the planets of the solar system with one fact about each.",
+    "Why do leaves change their colour in autumn?",
+    "Translate into French: The train leaves at seven in the morning.",
+    "Write a polite email that asks a landlord to repair the heating.",
+    "What should I think of before I adopt a dog?",
+    "Explain what a hash table is and when it is slow.",
+    "Give me a recipe for pancakes for four people.",
+    "What caused the First World War? Answer in a few sentences.",
+    "Write a SQL query that counts the orders of every customer.",
+    "How can I fall asleep faster?",
+    "Tell me a story about a robot that learns to paint.",
+    "What is the derivative of x squared times sine of x? Show the steps.",
+    "Compare renting and buying a flat.",
+    "Write a bash command that finds the ten largest files.",
+    "Describe the water cycle.",
+    "What are good questions to ask in a job interview?",
+)
+
 PROMPTS = {"arithmetic": ARITHMETIC, "summary": SUMMARY, "code": CODE}

@@ -1,0 +1,155 @@
+"""What S proposes at every place of F's texts, how sure it is, and whether F accepts it: what `period="auto"` was made from, and
+what tests/test_period.py decodes again on paper.
+
+usage: python bench/traces.py --data FOLDER --out FILE [--model MODEL]
+
+F decodes every prompt alone, greedily. Then S and F read the text in windows of 16 tokens, as after a draft that was accepted
+whole: S's set is chosen by the prompt and follows after every window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from common import console, header, machine
+from prompts import CHAT
+from rich.progress import track
+
+from sirius_ext.config import SiriusConfig
+from sirius_ext.decoding.prefill import drive, read
+from sirius_ext.decoding.sequence import Request, start
+from sirius_ext.decoding.sparsity import CSparse, sparsity_of
+from sirius_ext.engine import Engine, encode, prepare
+from sirius_ext.evaluation.tasks import load_task
+from sirius_ext.kernels import ops
+from sirius_ext.models.hub import DEFAULT_MODEL
+from sirius_ext.runtime.cache import Cache
+from sirius_ext.runtime.model import Model
+from sirius_ext.runtime.passes import Pass
+
+WINDOW = 16
+CONFIGS = (SiriusConfig(), SiriusConfig(density=0.4))
+THRESHOLD, TEMPERATURE = CONFIGS[0].threshold, CONFIGS[0].score_temperature
+SHOTS = {"gsm8k": 2, "humaneval": 0}
+
+
+def prompts(engine: Engine, data: Path, items: Sequence[int]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Kind, id, and tokens, int64 [t], of so many prompts of each kind."""
+    for (name, shots), count in zip(SHOTS.items(), items):
+        if count:
+            task, found = load_task(name, data)
+            for item in found[:count]:
+                yield name, item.id, encode(engine.tokenizer, task.prompt(item, shots), chat=False)["input_ids"][0]
+    for number, text in enumerate(CHAT[: items[-1]]):
+        yield "chat", str(number), encode(engine.tokenizer, text, chat=True)["input_ids"][0]
+
+
+@torch.no_grad()
+def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int]) -> list[dict]:
+    """For each config, of what S proposes after every token of F's text but the last: its confidence in thousandths, and whether
+    F accepts it by each rule, "1" or "0". cache: with room for the text."""
+    cache.rewind(0)
+    sets = [sparsity_of(config, model.weights) for config in CONFIGS]
+    drive(model, cache, read(cache, prompt, sets[0]))
+    for other in sets[1:]:
+        other.usage.absorb(sets[0].usage)  # of the same tokens
+    drafts = [{"confidence": [], "match": "", "threshold": ""} for _ in sets]
+    for begin in range(0, len(text) - 1, WINDOW):
+        tokens = torch.tensor(text[begin : min(begin + WINDOW, len(text) - 1)], dtype=torch.int32)
+        rows, slot = len(tokens), len(prompt) + begin
+        positions = torch.arange(slot, slot + rows, dtype=torch.int32)
+        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
+        proposals = []
+        for sparsity in sets:
+            logits = model.compute(cache, Pass(tokens, positions, mask, slot, slot, sparsity)).logits
+            proposals.append(torch.softmax(logits / TEMPERATURE, -1).max(-1))  # at once: the next pass overwrites the logits
+        full = model.compute(cache, Pass(tokens, positions, mask, slot, slot, keep_z=True))
+        likelihoods, best = torch.softmax(full.logits / TEMPERATURE, -1), full.logits.argmax(-1)
+        for draft, (confidences, proposed) in zip(drafts, proposals):
+            draft["confidence"] += [round(1000 * confidence) for confidence in confidences.tolist()]
+            draft["match"] += _digits(proposed == best)
+            draft["threshold"] += _digits(likelihoods.gather(1, proposed[:, None])[:, 0] >= THRESHOLD)
+        for sparsity in sets:
+            assert isinstance(sparsity, CSparse) and full.z is not None
+            sparsity.follow(full.z, list(range(1, rows)))
+    return drafts
+
+
+def _digits(flags: torch.Tensor) -> str:
+    return "".join(str(int(flag)) for flag in flags.tolist())
+
+
+def shares(texts: list[dict]) -> None:
+    """Print which share of S's tokens F accepts, by kind of text, density and rule."""
+    for kind in dict.fromkeys(text["task"] for text in texts):
+        for index, config in enumerate(CONFIGS):
+            drafts = [text["drafts"][index] for text in texts if text["task"] == kind]
+            found = {rule: "".join(draft[rule] for draft in drafts) for rule in ("match", "threshold")}
+            accepted = ", ".join(f"{rule} {flags.count('1') / len(flags):.3f}" for rule, flags in found.items())
+            console.print(f"{kind:<10} density {config.density}  {len(found['match']):>5} tokens  {accepted}")
+
+
+def write(path: Path, about: dict, texts: list[dict]) -> None:
+    """A text a line."""
+    lines = ",\n".join(json.dumps(text, separators=(",", ":")) for text in texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{json.dumps(about)[:-1]}, "texts": [\n{lines}\n]}}\n')
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", help="a Hugging Face id, a folder or a GGUF file; the default model without one")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation's data, with gsm8k and humaneval")
+    parser.add_argument("--new", type=int, default=96, help="tokens of a text, at most")
+    parser.add_argument("--items", default="20,20,24", help=f"prompts of {', '.join(SHOTS)} and chat")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, anew after every text")
+    options = parser.parse_args(arguments)
+    try:
+        options.items = [int(count) for count in options.items.split(",")]
+    except ValueError:
+        options.items = []
+    if len(options.items) != len(SHOTS) + 1 or min(options.items) < 0 or not sum(options.items):
+        parser.error(f"items: expected three counts, of {', '.join(SHOTS)} and chat, with commas between them")
+    if options.new < 2:
+        parser.error(f"new: expected at least 2, got {options.new}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    header()
+    engine = Engine.from_pretrained(options.model, device="cpu")
+    model, ends = prepare(engine.model), engine.model.generation_config.eos_token_id
+    eos = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    about = {
+        "machine": machine(),
+        "benchmark": "traces",
+        "model": options.model or DEFAULT_MODEL,
+        "dtype": str(model.weights.dtype).removeprefix("torch."),
+        "window": WINDOW,
+        "score_temperature": TEMPERATURE,
+        "threshold": THRESHOLD,
+        "sparsity": "csparse, following",
+        "densities": [config.density for config in CONFIGS],
+    }
+    cache, texts = model.new_cache(), []
+    for kind, name, prompt in track(list(prompts(engine, options.data, options.items)), "recording", console=console):
+        if len(prompt) + options.new > model.weights.context:
+            continue
+        sequence = start(model, Request(prompt, SiriusConfig(mode="full"), options.new, eos=eos))
+        sequence.run()
+        if len(sequence.tokens) < 2:  # nothing for S to propose
+            continue
+        model.reserve(cache, len(prompt) + options.new, WINDOW)
+        drafts = record(model, cache, prompt, sequence.tokens)
+        texts.append({"task": kind, "id": name, "prompt": len(prompt), "drafts": drafts})
+        write(options.out, about, texts)
+    shares(texts)
+
+
+if __name__ == "__main__":
+    main()
