@@ -44,6 +44,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/mypy
 
 format: .venv/dev
 	$(BIN)/ruff check --fix --exit-zero .

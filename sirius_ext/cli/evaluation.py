@@ -43,6 +43,9 @@ from .options import (
 )
 from .terminal import Console
 
+# The paper's. Answers under "auto" would depend on what passes cost on a machine: they could not be compared.
+PERIOD = 16
+
 
 def add(commands: Commands) -> None:
     """Add the commands to the subparsers of the command line."""
@@ -68,7 +71,7 @@ def _add_eval(commands: Commands) -> None:
     _add_ways(suite)
     suite.add_argument("--shard", type=_shard, default="1/1", help="i/k: the i-th of k parts of the items (default: %(default)s)")
     suite.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    add_decoding_options(suite)
+    add_decoding_options(suite, period_default=PERIOD)
 
 
 def _add_report(commands: Commands) -> None:
@@ -90,7 +93,7 @@ def _add_study(commands: Commands) -> None:
     _add_task_options(study)
     _add_ways(study)
     study.add_argument("--out", metavar="FOLDER", type=output_folder, required=True, help="gets results, plot and table")
-    add_decoding_options(study)
+    add_decoding_options(study, period_default=PERIOD)
 
 
 def _add_analyze(commands: Commands) -> None:
@@ -150,7 +153,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _plan(options: argparse.Namespace, modes: Sequence[str], **more: Any) -> Plan:
     # Thresholds are for FSparse; `config_of` drops them for CSparse.
-    base = decoding_config(options, sparsity="fsparse")
+    base = decoding_config(options, sparsity="fsparse", period=getattr(options, "period", PERIOD))
     names = ("model", "dtype", "device", "threads", "task", "data", "shots", "skip", "limit", "batch")
     return Plan(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}, modes=tuple(modes), base=base, **more

@@ -56,10 +56,12 @@ def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "--threshold", "least likelihood of a kept token", DEFAULTS.threshold, type=number)
 
 
-def add_decoding_options(parser: argparse.ArgumentParser, accept: str = DEFAULTS.accept) -> None:
-    """accept: what is said of its default."""
+def add_decoding_options(
+    parser: argparse.ArgumentParser, accept: str = DEFAULTS.accept, period_default: int | str = DEFAULTS.period
+) -> None:
+    """accept, period_default: what is said of their defaults."""
     add_sparsity_options(parser)
-    add_setting(parser, "--period", "tokens that one full pass verifies, or auto", DEFAULTS.period, type=period)
+    add_setting(parser, "--period", "tokens that one full pass verifies, or auto", period_default, type=period)
     add_setting(parser, "--tree-width", "branches of a draft; 1 is a chain", DEFAULTS.tree_width, type=integer)
     add_setting(parser, "--prune", "a leaf that is sure of its next token proposes no other", action="store_true")
     add_setting(parser, "--accept", "the rule by which drafted tokens are kept", accept, choices=ACCEPT_RULES)
