@@ -63,8 +63,7 @@ def _redirected(original: Callable[..., Any]) -> Callable[..., Any]:
     return redirected
 
 
-_mixin: Any = GenerationMixin  # whose method is replaced
-_mixin.generate = _redirected(_mixin.generate)
+GenerationMixin.generate = _redirected(GenerationMixin.generate)  # type: ignore[method-assign]  # replacing it is the point
 
 
 class attach:  # noqa: N801 - used like a function
