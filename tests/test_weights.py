@@ -5,19 +5,13 @@ import functools
 import pytest
 import torch
 import transformers
-from tiny import NAMES, prompt, tiny
+from tiny import FAMILY_NAMES, NAMES, prompt, tiny
 from torch import nn
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.decoding import reference
-from sirius_ext.models.weights import (
-    SUPPORTED_MODEL_TYPES,
-    SUPPORTED_ROPE_TYPES,
-    Weights,
-    check_supported,
-    context_length,
-    restore,
-)
+from sirius_ext.kernels.matrix import Matrix
+from sirius_ext.models.families import FAMILIES, SUPPORTED_ROPE_TYPES, check_supported, context_length
+from sirius_ext.models.weights import Projection, Weights, restore
 
 FULL = SiriusConfig(mode="full")
 
@@ -27,30 +21,51 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --------------------------------------------------------------------------------------------------------------- what is taken
 
 
-@pytest.mark.parametrize("make", [transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config])
-def test_supported_architectures(make):
-    check_supported(make())
-    assert make().model_type in SUPPORTED_MODEL_TYPES
+SUPPORTED = [
+    transformers.LlamaConfig,
+    transformers.MistralConfig,
+    transformers.Qwen2Config,
+    transformers.Qwen3Config,
+    transformers.SmolLM3Config,
+    transformers.Phi3Config,
+    transformers.Gemma2Config,
+    transformers.Gemma3TextConfig,
+    transformers.GraniteConfig,
+]
+
+
+def test_supported_architectures():
+    assert {make.model_type for make in SUPPORTED} == set(FAMILIES)
+    for make in SUPPORTED:
+        assert check_supported(make()) is FAMILIES[make.model_type]
 
 
 UNSUPPORTED = [
     transformers.GPT2Config,
     transformers.GemmaConfig,
-    transformers.Gemma2Config,
     transformers.Qwen2MoeConfig,
-    transformers.Qwen3Config,
-    transformers.Phi3Config,
     transformers.MixtralConfig,
+    transformers.MambaConfig,
+    transformers.Gemma3Config,
     transformers.T5Config,
 ]
+REASONS = {
+    "gpt2": "no gate",
+    "qwen2_moe": "mixtures of experts",
+    "mixtral": "mixtures of experts",
+    "mamba": "linear",
+    "gemma3": "images",
+}
 
 
 @pytest.mark.parametrize("make", UNSUPPORTED, ids=lambda make: make.__name__)
 def test_other_architectures(make):
-    """The error lists what is supported."""
-    with pytest.raises(ValueError, match=f"^model: architecture '{make().model_type}' is not supported; supported are ") as error:
+    """The error says why where people may wonder, and lists what is supported."""
+    kind = make.model_type
+    with pytest.raises(ValueError, match=f"^model: architecture '{kind}' is not supported.*; supported are ") as error:
         check_supported(make())
-    for name in (*SUPPORTED_MODEL_TYPES, "Llama 2 and 3", "SmolLM2", "Qwen2.5"):
+    assert REASONS.get(kind, "is not supported; supported") in str(error.value)
+    for name in (*FAMILIES, "Llama 2 and 3", "SmolLM2", "Qwen2.5"):
         assert name in str(error.value)
 
 
@@ -71,7 +86,7 @@ def test_an_engine_around_an_unsupported_model():
     ("make", "values", "message"),
     [
         (transformers.LlamaConfig, {"mlp_bias": True}, "mlp_bias is not supported"),
-        (transformers.LlamaConfig, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+        (transformers.LlamaConfig, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported are silu"),
         (transformers.Qwen2Config, {"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not supported"),
         (transformers.LlamaConfig, {"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
     ],
@@ -86,7 +101,7 @@ ROPES = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
-    "longrope": {"factor": 4.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 128, "short_factor": [1.5] * 8, "long_factor": [2.0] * 8},
     "llama3": {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -100,11 +115,22 @@ def rope(kind):
     return {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_types_that_change_with_the_length(kind):
-    model = tiny("llama3", rope_parameters=rope(kind))
-    with pytest.raises(ValueError, match=f"^model: rope type '{kind}' is not supported; supported are default, linear"):
+def test_a_rope_type_that_changes_with_the_length():
+    model = tiny("llama3", rope_parameters=rope("dynamic"))
+    with pytest.raises(ValueError, match="^model: rope type 'dynamic' is not supported; supported are default, linear"):
         Engine(model)
+
+
+def test_layers_and_weights_that_the_family_does_not_have():
+    model = tiny("llama")
+    model.model.layers[1].self_attn.q_norm = nn.RMSNorm(8)
+    with pytest.raises(ValueError, match="^model: it has a weight model.layers.1.self_attn.q_norm.weight, which models of this"):
+        Engine(model)
+    config = transformers.Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ValueError, match="^model: layers of chunked_attention are not supported"):
+        check_supported(config)
+    with pytest.raises(ValueError, match="^model: use_bidirectional_attention is not supported"):
+        check_supported(transformers.Gemma3TextConfig(use_bidirectional_attention=True))
 
 
 @pytest.mark.parametrize("kind", SUPPORTED_ROPE_TYPES)
@@ -152,27 +178,9 @@ def test_configs_of_all_kinds(name, values):
 def test_context_length():
     llama = functools.partial(transformers.LlamaConfig, max_position_embeddings=100)
     mistral = functools.partial(transformers.MistralConfig, max_position_embeddings=100)
-    qwen2 = functools.partial(transformers.Qwen2Config, max_position_embeddings=100, num_hidden_layers=4)
     assert context_length(llama()) == 100
-    assert context_length(mistral(sliding_window=None)) == 100
-    assert context_length(mistral(sliding_window=30)) == 30
-    assert context_length(mistral(sliding_window=300)) == 100
-    # Qwen2 names a window that is off by default.
-    assert context_length(qwen2(sliding_window=30)) == 100
-    assert context_length(qwen2(sliding_window=30, use_sliding_window=True, max_window_layers=0)) == 30
-
-
-@pytest.mark.parametrize("config", [FULL, SiriusConfig(period=5), SiriusConfig(mode="sparse")], ids=lambda config: config.mode)
-def test_a_sliding_window_limits_the_context(config):
-    """Below it, it makes no difference; beyond, the text would be another one."""
-    model = tiny("mistral", sliding_window=16)
-    engine = Engine(model, config)
-    out = engine.generate(prompt(5), max_new_tokens=40)
-    assert out.sequences.shape == (1, 16) and out.stats.prompts[0].finish == "context"
-    expected, _ = reference.generate(reference.Decoder(model), prompt(5)[0].tolist(), config, 11)
-    assert out.sequences[0, 5:].tolist() == expected
-    with pytest.raises(ValueError, match="^input_ids: prompt 0 has 16 tokens.* 16"):
-        engine.generate(prompt(16), max_new_tokens=1)
+    assert context_length(mistral(sliding_window=30)) == 100  # texts go on beyond a window
+    assert context_length(tiny("phi3_windows").config) == 128  # where longrope's angles would change
 
 
 # ---------------------------------------------------------------------------------------------------------------------- counts
@@ -210,16 +218,20 @@ def storage_bytes(model):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + FAMILY_NAMES)
 def test_nothing_is_stored_twice(name):
     model = tiny(name)
     before = storage_bytes(model)
     weights = Weights(model)
     assert storage_bytes(model) == before
     pointers = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    tensors = [weights.embedding, weights.lm_head, weights.final_norm]
+    tensors = [weights.embedding.data, weights.lm_head.data, weights.final_norm]
     for layer in weights.layers:
-        tensors += [tensor for tensor in vars(layer).values() if tensor is not None]
+        parts = [part for value in vars(layer).values() for part in (value if isinstance(value, tuple) else (value,))]
+        tensors += [part.bias for part in parts if isinstance(part, Projection) and part.bias is not None]
+        tensors += [part.weight.data for part in parts if isinstance(part, Projection)]
+        tensors += [part.data for part in parts if isinstance(part, Matrix)]
+        tensors += [part for part in parts if isinstance(part, torch.Tensor)]
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == pointers
     assert all(tensor.is_contiguous() for tensor in tensors)
 
@@ -230,27 +242,16 @@ def test_weights_are_those_of_the_model(name):
     weights = Weights(model)
     for index, layer in enumerate(weights.layers):
         theirs = model.model.layers[index]
-        for tensor, linear in (
-            (layer.q, theirs.self_attn.q_proj),
-            (layer.k, theirs.self_attn.k_proj),
-            (layer.v, theirs.self_attn.v_proj),
-            (layer.output, theirs.self_attn.o_proj),
-            (layer.gate, theirs.mlp.gate_proj),
-            (layer.up, theirs.mlp.up_proj),
-            (layer.down.t(), theirs.mlp.down_proj),
-        ):
-            assert torch.equal(tensor, linear.weight)
-        for bias, linear in (
-            (layer.q_bias, "q_proj"),
-            (layer.k_bias, "k_proj"),
-            (layer.v_bias, "v_proj"),
-            (layer.output_bias, "o_proj"),
-        ):
-            theirs_bias = getattr(theirs.self_attn, linear).bias
-            assert (bias is None) == (theirs_bias is None)
-            assert bias is None or torch.equal(bias, theirs_bias)
-        assert torch.equal(layer.input_norm, theirs.input_layernorm.weight)
-        assert torch.equal(layer.post_norm, theirs.post_attention_layernorm.weight)
+        own = (*layer.qkv, layer.output)
+        for projection, linear in zip(own, (getattr(theirs.self_attn, f"{name}_proj") for name in "qkvo"), strict=True):
+            assert torch.equal(projection.weight.data, linear.weight)
+            assert (projection.bias is None) == (linear.bias is None)
+            assert projection.bias is None or torch.equal(projection.bias, linear.bias)
+        assert torch.equal(layer.gate.data, theirs.mlp.gate_proj.weight)
+        assert torch.equal(layer.up.data, theirs.mlp.up_proj.weight)
+        assert torch.equal(layer.down.data.t(), theirs.mlp.down_proj.weight)
+        assert torch.equal(layer.before_attention, theirs.input_layernorm.weight)
+        assert torch.equal(layer.before_mlp, theirs.post_attention_layernorm.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
