@@ -185,7 +185,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 def test_a_costly_text_says_so_in_one_line(capsys):
     """And one that is not says nothing."""
-    arguments = ["generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--accept", "match"]
+    arguments = ["generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--accept", "match", "--period", "16"]
     _, _, err = run(capsys, *arguments, "--density", "0.05")
     (line,) = [line for line in err.splitlines() if line.startswith("sirius_ext: this text read more than the full model alone")]
     assert "suits it" in line and "CostlyDrafts" not in err

@@ -8,14 +8,14 @@ from sirius_ext.config import MAX_AUTO_PERIOD, MAX_PERIOD, MAX_WIDTH, SiriusConf
 
 
 def test_defaults_are_the_papers():
-    """But for `follow`, which is ours."""
+    """But for `follow` and `period`, which are ours."""
     assert dataclasses.asdict(SiriusConfig()) == {
         "mode": "sirius",
         "sparsity": "csparse",
         "follow": True,
         "density": 0.5,
         "thresholds": None,
-        "period": 16,
+        "period": "auto",
         "tree_width": 1,
         "prune": False,
         "threshold": 0.1,

@@ -50,7 +50,7 @@ def test_defaults():
     assert engine.config == SiriusConfig() and engine.tokenizer is None
     out = engine.generate(prompt(5), max_new_tokens=7)
     assert isinstance(out, SiriusOutput) and out.sequences.shape == (1, 12)
-    assert out.stats.prompts[0].period == 16
+    assert out.stats.prompts[0].period == "auto"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

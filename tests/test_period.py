@@ -126,6 +126,7 @@ def test_costs_between_what_was_measured():
 
 
 CHEAP = Costs(0.1, ((4, 1.0), (16, 1.05)))  # S drafts on for long
+FIXED_PERIOD = SiriusConfig(period=4)
 DEAR = Costs(0.95, ((4, 1.3), (16, 2.0)), 0.05)  # and here never
 
 
@@ -194,7 +195,10 @@ def test_where_drafts_cannot_pay_the_full_model_decodes_alone(monkeypatch, one_t
     tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)
     assert passes == [(None, False)] * 19 and all(period.drafted == 0 for period in stats.periods)
     assert tokens == decode("qwen2", SiriusConfig(mode="full"), 8, 20)[0]
-    assert stats.sparse_cost == 0.95 and stats.average_advance_length == 1
+    assert stats.sparse_cost == 0.95 and stats.average_advance_length == 1 and stats.alone == 1
+    assert stats.abstained.startswith("the full model decoded 100% of the steps alone: a pass of the sparse model costs 0.95 of")
+    assert stats.advice is None
+    assert decode("qwen2", SiriusConfig(), 8, 20)[1].abstained and decode("qwen2", FIXED_PERIOD, 8, 20)[1].abstained is None
 
 
 def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
