@@ -81,12 +81,12 @@ class SiriusOutput(ModelOutput):
 
     sequences: int64 [batch, length], prompts included, padded after the end of a text.
     stats: `Stats` of the call.
-    cache: of a call with one prompt, that of its text: all tokens but the last. Given to `generate` (as cache, or
-        past_key_values) with a prompt that begins with these tokens, it spares reading any of them; the entries of decoded tokens
-        are then those of decode passes, whose bits differ from a prefill's. It is not a Cache of `transformers` but the model's
-        own, on loan: the model keeps those of its last texts, and a later call may go on in this one, which then holds what that
-        call left in it. Without it, a prompt that begins as one of these texts did is read from the first chunk on that differs,
-        bit for bit as if all had been read.
+    cache: of a call with one prompt, that of its text: all tokens but the last. Given to `generate` as cache, or past_key_values,
+        with a prompt that begins with these tokens, it spares reading any of them; the entries of decoded tokens are then those
+        of decode passes, whose bits differ from a prefill's. It is not a Cache of `transformers` but the model's own, on loan:
+        the model keeps those of its last texts, and a later call may go on in this one, which then holds what that call left in
+        it. Without it, a prompt that begins as one of these texts did is read from the first chunk on that differs, bit for bit
+        as if all had been read.
     """
 
     sequences: torch.Tensor | None = None
@@ -161,9 +161,9 @@ class Engine:
         config: in place of the engine's.
         settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, streamer, ...; a
             setting that cannot be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a
-            ValueError. Also generator, which draws what do_sample draws, in place of torch's default one; tokenizer, for
-            stop_strings, in place of the engine's; return_dict_in_generate=False, for the sequences
-            alone; cache or past_key_values, that of an earlier `SiriusOutput`, for one prompt.
+            ValueError. generator draws what do_sample draws, in place of torch's default one; tokenizer is for stop_strings, in
+            place of the engine's; cache (or past_key_values) is that of an earlier `SiriusOutput`, for one prompt;
+            return_dict_in_generate=False asks for the sequences alone.
         """
         _, returned = _decode(self.model, self._resolve(input_ids, attention_mask, config, settings))
         return cast(SiriusOutput, returned)  # a tensor only for who asked for it

@@ -73,7 +73,8 @@ class Replay:
                 for tensor, value in zip(self._state, before):
                     tensor.copy_(value)
                 torch.cuda.synchronize(self._device)
-                with torch.cuda.graph(graph):
+                # Other threads may go on meanwhile: what they ask of the device does not concern this graph.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._body()
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise RuntimeError(
