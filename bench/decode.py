@@ -2,7 +2,7 @@
 
 Every variant decodes the same prompts greedily, in alternating rounds; quoted are medians of the pooled decoding speed (prefill
 excluded) and their ratios. llama.cpp runs in a process of its own, as its users run it. With `--shape` or `--context` it is
-milliseconds per token instead, behind prompts of these lengths: see latency.py.
+milliseconds per token instead, after prompts of these lengths: see latency.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shapes import SHAPES, shape_of
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
-from sirius_ext.engine import GREEDY, check_device, prepare, release
+from sirius_ext.engine import GREEDY, device_of, prepare, release
 from sirius_ext.models.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
 
 
@@ -166,7 +166,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         if options.shape is not None:
             shape_of(options.shape)
-        check_device(options.device)
+        device_of(options.device)
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
         if unknown := set(options.sparsities) - {"csparse", "fsparse", *([] if options.latency else ["csparse-fixed"])}:

@@ -1,4 +1,4 @@
-"""Milliseconds per token of Full, the sparse models and Sirius behind prompts of given lengths, against dense decoding by others
+"""Milliseconds per token of Full, the sparse models and Sirius after prompts of given lengths, against dense decoding by others
 and against the time that reading the weights takes.
 
 The baselines run first, on the weights as they were loaded; then our own, in alternating rounds, which share the weights in our
@@ -200,7 +200,7 @@ def kv_bytes(weights: Weights, tokens: int) -> int:
 
 
 def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advance: float | None = None) -> float:
-    """What must be read for a token behind `context` tokens: weights once a pass, and the cache. advance: tokens that a period of
+    """What must be read for a token after `context` tokens: weights once a pass, and the cache. advance: tokens that a period of
     Sirius commits. A tree's window is left out: it is far smaller than the weights."""
     mlp = weights.num_mlp_parameters
     embeddings = weights.embedding.data.numel() * (

@@ -186,7 +186,7 @@ class Cases:
         )  # fmt: skip
 
     def attention(self, rows: int, context: int) -> Iterator[Case]:
-        """tree_attention of a chain behind `context` tokens."""
+        """tree_attention of a chain after `context` tokens."""
         heads, kv_heads, head_dim = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
         slots = context + rows
         copies = self._copies(2 * kv_heads * slots * head_dim * 2)

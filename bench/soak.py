@@ -13,7 +13,7 @@ from rich.progress import track
 from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.engine import GREEDY, check_device
+from sirius_ext.engine import GREEDY, device_of
 from sirius_ext.models.hub import parse_dtype
 
 CONFIGS = (
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=48)
     options = parser.parse_args(arguments)
     try:
-        check_device(options.device)
+        device_of(options.device)
     except ValueError as error:
         parser.error(str(error))
     header()

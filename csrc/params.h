@@ -263,7 +263,7 @@ struct ModelWeights {
   int num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, rotary_dim;
   Activation activation = Activation::silu;
   float embedding_scale = 1.0f;  // of a token's embedding, rounded to T after it
-  float residual_scale = 1.0f;   // of what attention and MLP add to x where no norm stands behind them
+  float residual_scale = 1.0f;   // of what attention and MLP add to x where no norm stands after them
   float attention_scale = 1.0f, attention_softcap = 0.0f;
   float logit_scale = 1.0f, logit_softcap = 0.0f;
 };

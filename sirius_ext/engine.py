@@ -18,8 +18,7 @@ from .config import SiriusConfig
 from .decoding.sequence import Request, Sequence, start
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
-from .kernels.dispatch import check_device as kernels_for
-from .kernels.dispatch import has_cuda_kernels
+from .kernels.dispatch import check_device, has_cuda_kernels
 from .models.hub import load_model, parse_dtype
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
@@ -134,7 +133,7 @@ class Engine:
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
-        device = check_device(device, backend)
+        device = device_of(device, backend)
         config = _checked(config)
         model, tokenizer = load_model(name, dtype, progress)
         try:
@@ -288,7 +287,7 @@ def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> dict[str, torch.Ten
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def check_device(name: str | int | torch.device, backend: str = "auto") -> torch.device:
+def device_of(name: str | int | torch.device, backend: str = "auto") -> torch.device:
     """The device of that name, which "auto" chooses. ValueError if this build cannot decode there; never a silent fall back."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -310,7 +309,7 @@ def check_device(name: str | int | torch.device, backend: str = "auto") -> torch
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
-    kernels_for("device", device)
+    check_device("device", device)
     return device
 
 

@@ -32,7 +32,7 @@ SENTINEL = 57344
 # for others; in one of the thread orders they get aligned ones.
 MARGIN = 67
 ALIGNED_MARGIN = 64
-# AddressSanitizer sees what is read behind the end of a tensor, even if it does not show in the result, where memory ends there.
+# AddressSanitizer sees what is read after the end of a tensor, even if it does not show in the result, where memory ends there.
 WALL_BEHIND = os.environ.get("SIRIUS_TESTS_WALL_BEHIND") != "off"
 
 
@@ -138,7 +138,7 @@ class Guarded:
     def check(self) -> torch.Tensor:
         """The tensor, after making sure that nothing beside it was written."""
         assert (self.buffer[:_margin] == SENTINEL).all(), "written before the start of an output"
-        assert (self.buffer[_margin + self.tensor.numel() :] == SENTINEL).all(), "written behind the end of an output"
+        assert (self.buffer[_margin + self.tensor.numel() :] == SENTINEL).all(), "written after the end of an output"
         return self.tensor
 
 

@@ -27,7 +27,7 @@ def test_tensors_travel_with_what_surrounds_them():
     assert torch.equal(same.check(), statistic)
 
     class Overrun:
-        """An op that writes behind the end of what it is given."""
+        """An op that writes after the end of what it is given."""
 
         @staticmethod
         def touch(tensor):

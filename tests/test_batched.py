@@ -11,7 +11,7 @@ from transformers import StoppingCriteriaList
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation.batched import Batch
-from sirius_ext.evaluation.runner import MODES, config_of
+from sirius_ext.evaluation.runner import NAMED_MODES, config_of
 
 LENGTHS = (5, 1, 33, 12, 2, 40, 7, 21, 64)  # more texts than seats
 
@@ -74,11 +74,11 @@ def test_equals_the_engine(name, prefix):
     accept, period = ("match", 7) if prefix else ("threshold", 4)
     base = SiriusConfig(period=period, accept=accept, threshold=0.02, sparsity="fsparse")
     counts = itertools.cycle((24, 40, 1, 17, 2))
-    found = check(engine(name), list(zip(prompts(prefix), counts)), [config_of(mode, base) for mode in MODES], 4, prefix)
+    found = check(engine(name), list(zip(prompts(prefix), counts)), [config_of(mode, base) for mode in NAMED_MODES], 4, prefix)
     periods = [period for *_, periods in found.values() for period in periods]
     assert sum(accepted < drafted for drafted, _, accepted, *_ in periods) >= 10
     assert sum(accepted == drafted > 0 for drafted, _, accepted, *_ in periods) >= 10
-    assert len({tuple(found[5, number][0]) for number in range(len(MODES))}) > 1  # sparse texts leave the full one's
+    assert len({tuple(found[5, number][0]) for number in range(len(NAMED_MODES))}) > 1  # sparse texts leave the full one's
 
 
 def test_trees_and_density():
@@ -93,7 +93,7 @@ def test_ends():
     full = [decode(one, ids, SiriusConfig(mode="full"), 30)[0] for ids in prompts(0)]
     eos = [text[index] for text, index in zip(full, (3, 9, 14, 20))]
     base = SiriusConfig(period=6, sparsity="fsparse")
-    configs = [config_of(mode, base) for mode in MODES]
+    configs = [config_of(mode, base) for mode in NAMED_MODES]
     found = check(one, [(ids, 30) for ids in prompts(0)], configs, 4, eos_token_id=eos)
     assert {finish for _, finish, *_ in found.values()} >= {"eos", "length"}
     stop = StoppingCriteriaList([lambda ids, scores: ids[:, -2:].sum(-1) % 13 == 0])
@@ -156,7 +156,7 @@ def test_a_prompt_without_the_prefix():
 
 def test_a_prompt_of_several_modes_is_read_once(monkeypatch):
     """Whether they ask at the same time or later."""
-    one, modes = engine("llama"), [config_of(mode, SiriusConfig(period=4)) for mode in MODES]
+    one, modes = engine("llama"), [config_of(mode, SiriusConfig(period=4)) for mode in NAMED_MODES]
     read, batch = [], Batch(prepare(one.model), prompt(100)[0, :9])
     rows = Batch._rows_of_prefill
     monkeypatch.setattr(Batch, "_rows_of_prefill", lambda *arguments: read.append(arguments[2]) or rows(*arguments))

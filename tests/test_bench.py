@@ -332,7 +332,7 @@ def test_gpu_says_what_is_missing(tmp_path):
 
 
 def test_accuracy_counts_items_that_all_modes_have(tmp_path, capsys, monkeypatch):
-    """Items before --skip and behind the first unfinished one do not count; the tasks of a model are also pooled."""
+    """Items before --skip and after the first unfinished one do not count; the tasks of a model are also pooled."""
     stats = {"density": 0.6, "decode_seconds": None, "periods": [[3, 2, 3, False]]}
     done = {
         "sports": {"full": "0123", "sirius-c:period=4": "0125"},

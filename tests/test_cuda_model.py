@@ -191,7 +191,7 @@ def test_rules_of_the_host(place):
 
 
 def test_ends(place):
-    """An end of text within a period: nothing behind it is returned, though the device is a period ahead."""
+    """An end of text within a period: nothing after it is returned, though the device is a period ahead."""
     engine, ids = place.engine("mistral"), prompt(9)
     config = SiriusConfig(period=6, threshold=0.02)
     long, _ = decode(engine, ids, config, 40)

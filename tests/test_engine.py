@@ -13,7 +13,7 @@ from torch import nn
 
 from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach
 from sirius_ext.decoding.prefill import drive, read
-from sirius_ext.engine import check_device
+from sirius_ext.engine import device_of
 from sirius_ext.models.weights import Weights
 from sirius_ext.runtime.model import Model
 
@@ -176,8 +176,8 @@ def test_unknown_devices(device):
 
 
 def test_the_cpu():
-    check_device("cpu")
-    check_device(torch.device("cpu"))
+    device_of("cpu")
+    device_of(torch.device("cpu"))
     with pytest.raises(ValueError, match="^model: .*/no/such/model"):
         Engine.from_pretrained("/no/such/model", device="cpu")
 

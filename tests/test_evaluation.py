@@ -197,7 +197,9 @@ def test_mcnemar():
 
 def test_modes():
     base = SiriusConfig(sparsity="fsparse", thresholds="x.json", density=0.4, period=8)
-    assert [(config.mode, config.sparsity, config.thresholds) for config in (config_of(m, base) for m in evaluation.MODES)] == [
+    assert [
+        (config.mode, config.sparsity, config.thresholds) for config in (config_of(m, base) for m in evaluation.NAMED_MODES)
+    ] == [
         ("full", "fsparse", "x.json"),
         ("sparse", "csparse", None),
         ("sparse", "fsparse", "x.json"),
@@ -292,7 +294,7 @@ STATS = {"density": 0.5, "decode_seconds": None, "periods": [[1, 1, 2, False]]}
     ids=str,
 )
 def test_what_is_no_file_of_results(content, message, tmp_path):
-    """Of a list, each is a line behind the first, which says what was run."""
+    """Of a list, each is a line after the first, which says what was run."""
     file = tmp_path / "out.jsonl"
     if isinstance(content, list):
         content = "".join(json.dumps(line) + "\n" for line in ({"run": {}}, *content))

@@ -173,7 +173,7 @@ def test_settings_that_change_nothing(setting, way):
 
 @pytest.mark.parametrize("config", [MATCH, FULL, SiriusConfig(mode="sparse"), SiriusConfig(threshold=0)], ids=str)
 def test_criteria_see_every_token_once(config):
-    """In their order, each time with the text up to there, and nothing is committed behind the one that ends the text."""
+    """In their order, each time with the text up to there, and nothing is committed after the one that ends the text."""
     seen = []
 
     def criterion(input_ids, scores):
@@ -334,7 +334,7 @@ BATCH_SETTINGS = {
 @every_way
 @pytest.mark.parametrize("setting", BATCH_SETTINGS)
 def test_a_batch_is_its_prompts_alone(setting, way):
-    """And looks like a batch of `transformers`: prompts padded on the left, texts padded behind their end."""
+    """And looks like a batch of `transformers`: prompts padded on the left, texts padded after their end."""
     settings = {"max_new_tokens": 12, "pad_token_id": PAD, **BATCH_SETTINGS[setting](row_texts())}
     out = way(ours(), MATCH, **batch(), **settings)
     # Before 5.23 transformers' repetition_penalty counts padding as text, so there a batch is not its prompts alone.

@@ -80,7 +80,7 @@ def test_argmax_errors(cpu_kernels, change, error, message):
 @pytest.mark.parametrize("vocab", [2, 31, 1134, 9001])
 @pytest.mark.parametrize("match", [False, True], ids=["threshold", "match"])
 def test_accept(backend, vocab, fault, match):
-    """Nothing is accepted behind a row with a fault, at no threshold; the rows beside it keep their bits."""
+    """Nothing is accepted after a row with a fault, at no threshold; the rows beside it keep their bits."""
     good = torch.randn(5, vocab)
     drafts = good[:-1].argmax(1).int()
     expected = backend.accept(good, drafts, 0.0, 0.6, match)
@@ -187,7 +187,7 @@ def test_marks_of_accept(cuda_functions, vocab, match):
             logits = good.clone()
             logits[row, vocab - 1] = fault
             assert judged(cuda_functions, logits, drafts, match=match) == (list(range(1, row + 1)), True), (row, fault)
-    # argmax has given -1 for S's logits behind node 1, and F's are as bad
+    # argmax has given -1 for S's logits after node 1, and F's are as bad
     logits, odd = good.clone(), drafts.clone()
     odd[1], logits[1, 0] = -1, math.nan
     assert judged(cuda_functions, logits, odd, match=match) == ([1], True)
@@ -234,7 +234,7 @@ def test_marks_of_tree_expand(cuda_functions, fault):
         return bool(mark), set(parents.check().tolist())
 
     assert marked()[0] is False
-    logits[1, 7] = fault  # behind a leaf that is dead
+    logits[1, 7] = fault  # after a leaf that is dead
     assert marked()[0] is False
     logits[2, vocab - 1] = fault
     assert marked() == (True, {0})
@@ -362,7 +362,7 @@ def good_text(place, index):
 
 
 def new_token(tokens, least):
-    """The index of a token that occurs here first, behind the first few."""
+    """The index of a token that occurs here first, after the first few."""
     return next(i for i in range(least, len(tokens)) if tokens[i] not in [*IDS.tolist(), *tokens[:i]])
 
 

@@ -63,7 +63,7 @@ def test_the_papers_check():
 
 
 def test_an_eos_before_the_correction_replaces_nothing():
-    """Two drafts accepted, the first of them EOS: the rejected third was behind the end."""
+    """Two drafts accepted, the first of them EOS: the rejected third was after the end."""
     stats = prompt_stats([period(3, 2, 1, cut=True)])
     assert stats.corrected_fraction == 0 and stats.rollback_length == 2
     assert stats.average_advance_length is None and stats.effective_density is None

@@ -153,7 +153,7 @@ def decoder(name: str) -> reference.Decoder:
 
 
 def full_text(engine: Engine, ids: torch.Tensor, count: int) -> list[int]:
-    """What the full model says behind a prompt."""
+    """What the full model says after a prompt."""
     out = engine.generate(ids, config=SiriusConfig(mode="full"), max_new_tokens=count)
     assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
     return out.sequences[0, ids.shape[1] :].tolist()

@@ -135,7 +135,7 @@ class Attention {
     }
   }
 
-  // The chunks before and behind those, which every row reads for itself: where its window begins, what is left of the prefix,
+  // The chunks before and after those, which every row reads for itself: where its window begins, what is left of the prefix,
   // and the slots in its mask.
   void attend_alone() const {
     const Range range = share(p_.cache.kv_heads * p_.num_rows);

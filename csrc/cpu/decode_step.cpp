@@ -81,7 +81,7 @@ class Pass {
     return out;
   }
 
-  // What attention or MLP make joins x as it is written, or behind a norm that needs the whole row.
+  // What attention or MLP make joins x as it is written, or after a norm that needs the whole row.
   struct Join {
     const void* residual;
     void* out;

@@ -81,7 +81,7 @@ __device__ __forceinline__ int count_bits(const uint64_t* mask, int words) {
   return n;
 }
 
-// The slots of the row's positions from begin to end, of those behind the whole chunks, go to `slots`. Returns how many.
+// The slots of the row's positions from begin to end, of those after the whole chunks, go to `slots`. Returns how many.
 __device__ int list_slots(const Chunks& chunks, const uint64_t* mask, int words, int begin, int end, int32_t* slots) {
   for (int i = int(threadIdx.x); i < chunks.rest + words * 64; i += kAttentionThreads) {
     int position = chunks.prefix - chunks.rest + i, slot = position;

@@ -212,7 +212,7 @@ __device__ __forceinline__ void score(const AttentionParams& p, const Columns& c
   }
 }
 
-// memory.weights: from scores to exponentials, 0 behind the last slot. One warp a column.
+// memory.weights: from scores to exponentials, 0 after the last slot. One warp a column.
 template <class Memory>
 __device__ __forceinline__ void softmax(const AttentionParams& p, const Columns& columns, int chunk, int n,
                                         const Partials& partials, Memory& memory) {

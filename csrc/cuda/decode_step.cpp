@@ -1,5 +1,5 @@
 // One pass of up to sixteen tokens through every layer of a model of any family. A layer is six kernels, eight with FSparse; one
-// more for each norm behind a product, and one more where heads of q and k are normalised.
+// more for each norm after a product, and one more where heads of q and k are normalised.
 #include <initializer_list>
 
 #include "ops.h"
@@ -214,7 +214,7 @@ class Layers {
     finish_join(w.after_mlp);
   }
 
-  // How what attention or MLP make joins x: as it is written, or by a norm behind it, which needs the whole row.
+  // How what attention or MLP make joins x: as it is written, or by a norm after it, which needs the whole row.
   struct Join {
     const void* residual;
     void* out;

@@ -1,4 +1,4 @@
-// The down projection, whose rows are added up. Neurons are the sum's k and stand one behind the other in memory, so the tensor
+// The down projection, whose rows are added up. Neurons are the sum's k and stand one after the other in memory, so the tensor
 // cores' pairs of k are put together from two rows.
 //
 // A block has a stretch of columns of `out` and a part of the neurons; its warps take turns at 16 neurons, reading 128 bytes of

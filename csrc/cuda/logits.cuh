@@ -96,7 +96,7 @@ __device__ __forceinline__ int logit_index(int i) {
 // and minus infinity becomes one in `raw` logits, which nothing has processed.
 __device__ __forceinline__ float logit_or_fault(float x, bool raw) { return (raw ? fabsf(x) : x) < kFault ? x : kFault; }
 
-// This thread's share of row blockIdx.y; minus infinity behind its end.
+// This thread's share of row blockIdx.y; minus infinity after its end.
 template <bool Aligned>
 __device__ __forceinline__ void load_logits(const float* logits, int vocab, bool raw, float (&x)[kLogitsPerThread]) {
   constexpr int size = Vec<float>::size;

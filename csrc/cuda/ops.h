@@ -54,7 +54,7 @@ void tree_attention(const AttentionParams& p, Workspace workspace, StreamHandle 
 size_t attention_workspace(int num_rows, int heads, int head_dim, int capacity);
 
 // A leaf whose score is -inf proposes nothing. What stands from *p.count on: tokens and parents 0, scores -inf.
-// With p.fault the logits are the model's own, so that minus infinity is a fault too, and it becomes 1 if there is one behind a
+// With p.fault the logits are the model's own, so that minus infinity is a fault too, and it becomes 1 if there is one after a
 // leaf whose score is not -inf.
 void tree_expand(const TreeExpandParams& p, Workspace workspace, StreamHandle stream);
 size_t tree_expand_workspace(int num_leaves, int vocab, int width);
@@ -93,7 +93,7 @@ void grow(const GrowParams& p, Workspace workspace, StreamHandle stream);
 struct AdvanceParams {
   const int32_t* accepted;  // [1]
   const int32_t* argmax;    // [nodes]: F's
-  int32_t* path;            // [depth + 1]; behind the first place, the accepted run. The first becomes 0, the root
+  int32_t* path;            // [depth + 1]; after the first place, the accepted run. The first becomes 0, the root
   int32_t* tokens;          // [nodes]; the first becomes F's own token
   int32_t* length;          // [1]: tokens in the cache
   int32_t* remaining;       // [1]: tokens that the text may still take

@@ -38,7 +38,7 @@ struct Scores {
 
   __device__ __forceinline__ int neuron(int i) const { return first + i * kWarp; }
 
-  // N from the begin-th on, -1 behind the last neuron. All loads of a row are in flight at once.
+  // N from the begin-th on, -1 after the last neuron. All loads of a row are in flight at once.
   template <int N>
   __device__ __forceinline__ void read(int begin, int32_t (&bits)[N]) const {
     const int end = source.intermediate - neuron(begin);

@@ -15,7 +15,7 @@ from ..evaluation.analyze import Analysis, analyze, summary
 from ..evaluation.extras import need
 from ..evaluation.jobs import by_processes, by_ray, launched, processes
 from ..evaluation.plan import Plan
-from ..evaluation.runner import MODES, Results, config_of, merge, modes_in, report, summarize
+from ..evaluation.runner import NAMED_MODES, Results, config_of, merge, modes_in, report, summarize
 from ..evaluation.study import SETTINGS, Runner, plot, study
 from ..evaluation.tasks import TASKS, Item
 from ..evaluation.transcript import page, show, show_summary
@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
     _add_report(commands)
     _add_study(commands)
     _add_analyze(commands)
-    # For the list of commands alone: what stands behind it goes to `lm_eval` unread.
+    # For the list of commands alone: what stands after it goes to `lm_eval` unread.
     commands.add_parser("lm_eval", help="EleutherAI's harness with the model `sirius`; its own options follow")
 
 
@@ -65,7 +65,7 @@ def _add_eval(commands: Commands) -> None:
     suite.add_argument(
         "--modes",
         type=words,
-        default=",".join(MODES),
+        default=",".join(NAMED_MODES),
         help="some of these, also with settings of their own, as in sirius-c:period=8:threshold=0.2 (default: %(default)s)",
     )
     _add_ways(suite)
@@ -88,7 +88,7 @@ def _add_study(commands: Commands) -> None:
     )
     study.add_argument("--what", choices=SETTINGS, required=True, help="the setting that varies; the options below fix the rest")
     study.add_argument("--values", type=words, help="of the setting, with commas between them")
-    modes = [mode for mode in MODES if mode.startswith("sirius")]
+    modes = [mode for mode in NAMED_MODES if mode.startswith("sirius")]
     study.add_argument("--mode", choices=modes, default="sirius-c", help="what is studied (default: %(default)s)")
     _add_task_options(study)
     _add_ways(study)

@@ -42,7 +42,7 @@ from .streamer import KeepingStreamer
 from .terminal import BROKEN_PIPE, Console, drop_output, flushed
 
 # "csparse" and "fsparse" decode with that sparse model alone.
-MODES = ("full", *SPARSITIES, "sirius")
+MODE_CHOICES = ("full", *SPARSITIES, "sirius")
 # And what is drawn with where they are not given.
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument(
-        "--mode", choices=MODES, default="sirius", help="full and the sparse models decode alone (default: %(default)s)"
+        "--mode", choices=MODE_CHOICES, default="sirius", help="full and the sparse models decode alone (default: %(default)s)"
     )
     add_setting(generate, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
     add_decoding_options(generate, f"{DEFAULTS.accept}, with --sample sample")
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add_setting(generate, "--seed", purpose, type=integer_in(0, 2**64 - 1))
     generate.add_argument("--max-new-tokens", type=TOKENS, default=256, help="length of the text at most (default: %(default)s)")
     generate.add_argument(
-        "--stop", metavar="STRING", type=not_empty, action="append", help="end the text behind this; may be given again"
+        "--stop", metavar="STRING", type=not_empty, action="append", help="end the text after this; may be given again"
     )
     generate.add_argument(
         "--json",

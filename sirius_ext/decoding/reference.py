@@ -345,7 +345,7 @@ class Sampling:
 
     def accept(self, tree: Tree, logits: torch.Tensor) -> tuple[list[int], int]:
         """Speculative sampling, with several children by the multi-branch residual rule (SpecInfer, arXiv 2305.09781, for draws
-        without replacement): the accepted nodes, and F's token behind them. The text is distributed as if F had sampled it."""
+        without replacement): the accepted nodes, and F's token after them. The text is distributed as if F had sampled it."""
         node, path = 0, []
         while True:
             target = self.probabilities(logits[node])
@@ -444,7 +444,7 @@ class Following:
 def _prefill(
     decoder: Decoder, prompt_ids: Sequence[int], config: SiriusConfig, max_new_tokens: int, thresholds: Sequence[float] | None
 ) -> tuple[Neurons, Following | None, torch.Tensor]:
-    """Step 1: F reads the prompt. Returns S's neurons, what they follow the text by if they do, and the logits behind the
+    """Step 1: F reads the prompt. Returns S's neurons, what they follow the text by if they do, and the logits after the
     prompt."""
     z: list[torch.Tensor] = []
     decoder.reset(len(prompt_ids) + max_new_tokens * config.tree_width + config.tree_width)
@@ -484,7 +484,7 @@ def _draft(
 def _verify(
     decoder: Decoder, tree: Tree, position: int, config: SiriusConfig, sampling: Sampling | None, z: list[torch.Tensor]
 ) -> tuple[list[int], list[int], Period]:
-    """Steps 3 to 5: F consumes the tree, rewriting its cache entries; those of the accepted path move together behind x0. Each
+    """Steps 3 to 5: F consumes the tree, rewriting its cache entries; those of the accepted path move together after x0. Each
     layer's z is appended to `z`. Returns the accepted tokens and F's own, the accepted nodes, and the period's record."""
     logits = decoder.nodes(tree, range(len(tree.tokens)), position, z=z)
     likelihoods, argmax, accepted = ops.accept(
@@ -541,6 +541,6 @@ def corrected_fraction(periods: Sequence[Period]) -> float | None:
 
 
 def rollback_length(periods: Sequence[Period]) -> float | None:
-    """Drafted tokens thrown away per verification (SPEC section 7), those behind an EOS among them. None without a period."""
+    """Drafted tokens thrown away per verification (SPEC section 7), those after an EOS among them. None without a period."""
     thrown_away = sum(period.nodes - min(period.accepted, period.committed) for period in periods)
     return thrown_away / len(periods) if periods else None

@@ -82,7 +82,7 @@ class _Metrics:
 
     @property
     def rollback_length(self) -> float | None:
-        """Drafted tokens thrown away per verification, those behind the end of the text among them."""
+        """Drafted tokens thrown away per verification, those after the end of the text among them."""
         thrown_away = sum(period.nodes - min(period.accepted, period.committed) for period in self.periods)
         return thrown_away / len(self.periods) if self.periods else None
 
@@ -117,7 +117,7 @@ class _Metrics:
         if density is None or density <= 1 or self.period == "auto":
             return None
         whole = self._whole()
-        tried = sum(min(period.drafted, period.accepted + 1) for period in whole)  # drafts behind a rejected one say nothing
+        tried = sum(min(period.drafted, period.accepted + 1) for period in whole)  # drafts after a rejected one say nothing
         alpha = sum(period.accepted for period in whole) / tried if tried else 1.0
 
         def expected(length: int) -> float:

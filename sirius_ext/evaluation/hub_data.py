@@ -29,7 +29,7 @@ def _csqa(index: int, row: dict[str, Any]) -> Item:
     return tasks.csqa(index, {**row, "question": {"stem": row["question"], "choices": choices}})
 
 
-# What stands around a question in BIG-bench's texts: instructions and "Q: " before it, the choices and "A: " behind.
+# What stands around a question in BIG-bench's texts: instructions and "Q: " before it, the choices and "A: " after.
 _BIGBENCH = re.compile(
     r"\s*(?:Determine whether [^\n]*\n)?\s*(?:Q: |Statement: )?(.*?)(?:\n\s*(?:choice: |A:|Plausible/).*)?", re.DOTALL
 )

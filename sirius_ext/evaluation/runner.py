@@ -32,7 +32,7 @@ T = TypeVar("T")
 FAILURES = (ValueError, RuntimeError, MemoryError)  # of an item, which then counts as wrong
 
 # What a mode's name makes of a config.
-MODES: dict[str, dict[str, Any]] = {
+NAMED_MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "csparse": {"mode": "sparse", "sparsity": "csparse", "thresholds": None},
     "fsparse": {"mode": "sparse", "sparsity": "fsparse"},
@@ -41,7 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-# What may be set for one mode, behind its name, and how it is read.
+# What may be set for one mode, after its name, and how it is read.
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "density": float,
     "follow": lambda text: {"yes": True, "no": False}[text],
@@ -53,13 +53,13 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 
 
 def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
-    """A mode's config: one of MODES, and behind colons what differs from the base, as in `sirius-c:period=8:threshold=0.2`.
+    """A mode's config: one of NAMED_MODES, and after colons what differs from the base, as in `sirius-c:period=8:threshold=0.2`.
 
     ValueError for an unknown mode, or a setting that is none or not one of this mode's.
     """
     name, *texts = mode.split(":")
-    if name not in MODES:
-        raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {mode!r}")
+    if name not in NAMED_MODES:
+        raise ValueError(f"modes: expected some of {', '.join(NAMED_MODES)}, got {mode!r}")
     own = {}
     for text in texts:
         setting, _, value = text.partition("=")
@@ -73,7 +73,7 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
         except (ValueError, KeyError) as error:
             expected = "yes or no" if setting == "follow" else "a number"
             raise ValueError(f"modes: expected {expected} for {setting}, got {mode!r}") from error
-    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | MODES[name]
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | NAMED_MODES[name]
     if "density" in own and values["thresholds"] is not None:
         raise ValueError(f"--thresholds: made for one density, so not for {mode}")
     try:
@@ -83,9 +83,9 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
 
 
 def modes_in(records: Iterable[dict[str, Any]]) -> list[str]:
-    """The modes of records in the order of MODES, those with settings of their own behind the others of their name."""
+    """The modes of records in the order of NAMED_MODES, those with settings of their own after the others of their name."""
     found = dict.fromkeys(record["mode"] for record in records)
-    return sorted(found, key=lambda mode: (list(MODES).index(mode.split(":")[0]), ":" in mode))
+    return sorted(found, key=lambda mode: (list(NAMED_MODES).index(mode.split(":")[0]), ":" in mode))
 
 
 class Keeper(Protocol):
@@ -187,7 +187,7 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _check_record(record: dict[str, Any]) -> None:
     """ValueError or KeyError if it lacks what `summarize` reads, or has something else there."""
-    _expect(str(record["mode"]).split(":")[0] in MODES, f"one of {', '.join(MODES)} as mode", record["mode"])
+    _expect(str(record["mode"]).split(":")[0] in NAMED_MODES, f"one of {', '.join(NAMED_MODES)} as mode", record["mode"])
     _expect(isinstance(record["id"], (str, int)), "a text as id", record["id"])
     _expect(isinstance(record["correct"], bool), "true or false as correct", record["correct"])
     scores = record.get("scores", {})

@@ -214,13 +214,13 @@ _NUMBER = r"-?[$]?[0-9][0-9,]*(?:\.[0-9]+)?"
 
 
 def _first(pattern: str, text: str) -> str | None:
-    """What stands behind it says nothing: a model that goes on writes questions and answers of its own."""
+    """What stands after it says nothing: a model that goes on writes questions and answers of its own."""
     found = re.search(pattern, text, flags=re.IGNORECASE)
     return found[1] if found else None
 
 
 def _judge_number(item: Item, text: str) -> Verdict:
-    """strict: the number behind the first "The answer is"; flexible: the text's last number (the two filters of lm-eval's
+    """strict: the number after the first "The answer is"; flexible: the text's last number (the two filters of lm-eval's
     gsm8k)."""
     strict = _first(rf"the answer is:? *({_NUMBER})", text)
     flexible = next(reversed(re.findall(_NUMBER, text)), None)

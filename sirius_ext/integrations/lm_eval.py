@@ -224,7 +224,7 @@ class SiriusLM(TemplateLM):
         return answers
 
     def _read(self, reader: Reader, context: torch.Tensor, thresholds: torch.Tensor | None) -> None:
-        """F reads it. Or, for S, all of it but the last token, as S decodes behind F's prefill: what S then reads, the last token
+        """F reads it. Or, for S, all of it but the last token, as S decodes after F's prefill: what S then reads, the last token
         among it, is judged by S. (A context of one token has none to spare: F reads it.)"""
         if self.scorer == "full":
             reader.prefill(context)

@@ -740,7 +740,7 @@ def accept(
     _check_temperature(score_temperature)
     pp = _optional("parents", parents, torch.int32, n)
     if parents is not None and bool(((parents < 0) | (parents >= torch.arange(n, device=parents.device)))[1:].any()):
-        raise ValueError(f"parents: expected 0 <= parents[i] < i behind the root, got {parents.tolist()}")
+        raise ValueError(f"parents: expected 0 <= parents[i] < i after the root, got {parents.tolist()}")
     ps = _optional("scores", scores, torch.float32, n)
     empty = functools.partial(torch.empty, device=logits.device)
     likelihoods, argmax, path = empty(n - 1), empty(n, dtype=torch.int32), empty(n - 1, dtype=torch.int32)

@@ -388,7 +388,7 @@ def accept(
     argmax[~(logits < math.inf).all(-1) | (logits == -math.inf).all(-1)] = -1
     likelihoods: list[torch.Tensor] = []
     best: list[int] = []
-    runs: list[list[int] | None] = [[]]  # None behind a node that is not accepted
+    runs: list[list[int] | None] = [[]]  # None after a node that is not accepted
     for node in range(1, len(logits)):
         parent, token = parent_of[node], int(drafts[node - 1])
         likelihoods.append(probabilities[parent, token])

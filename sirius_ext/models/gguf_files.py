@@ -31,7 +31,7 @@ _SAFETENSORS_ONLY = ("granite", "mistral3", "smollm3")
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
-# Keys behind the architecture's name that change nothing: the embedding has the vocabulary's size.
+# Keys after the architecture's name that change nothing: the embedding has the vocabulary's size.
 _IGNORED = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "mm.tokens_per_image")
 # Keys of what no family has, and the value that says so.
 _NEUTRAL = {
@@ -86,7 +86,7 @@ def _shortest(value: float) -> float:
 
 
 class _Stream:
-    """Reads what stands one behind the other. Whatever would lie behind the end is a struct.error or a ValueError."""
+    """Reads what stands one after the other. Whatever would lie after the end is a struct.error or a ValueError."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -161,7 +161,7 @@ def read_header(file: Path) -> Header:
 
 
 class _Settings:
-    """The keys behind the architecture's name, of which none may be left over."""
+    """The keys after the architecture's name, of which none may be left over."""
 
     def __init__(self, header: Header, architecture: str) -> None:
         self.prefix = f"{architecture}."
