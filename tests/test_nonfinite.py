@@ -10,7 +10,7 @@ import torch
 from backends import assert_same_bits, call, emulated, poisoned, walled
 from tiny import prompt, seeded, tiny
 
-from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext import Engine, SiriusConfig, _simt, runtime
 from sirius_ext.decoding import sequence
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.reading import ROWS, Reader
@@ -574,7 +574,7 @@ def test_what_is_read_again_as_the_sparse_model():
             part = torch.tensor([3, 4])
             kept = sparsity.neurons[1].tolist() if isinstance(sparsity, CSparse) else []
             neuron = next(i for i in range(model.weights.intermediate) if i not in kept)
-            up = model.weights.layers[1].up
+            up = model.weights.layers[1].up.data
             before = up.clone()
             if kept:
                 up[neuron] = math.nan
@@ -615,18 +615,18 @@ def test_long_prompts():
         assert model.fault(cache, Fault(ids, 0)) == "the embedding of token 3"
 
 
-def test_what_nobody_reads():
-    """Behind the last layer only the last token goes on: what is not finite in the others does no harm."""
+def test_what_nobody_reads(monkeypatch):
+    """After the last layer only the last token goes on: what is not finite in the others does no harm."""
     model = prepare(tiny(NAME, max_position_embeddings=2048))
-    mlp, ids = model._mlp, torch.cat((prompt(600)[0], IDS))
+    compute, ids = runtime.model.decoder_layer, torch.cat((prompt(600)[0], IDS))
 
-    def overflow(x, layer, index, observer=None):
-        out = mlp(x, layer, index, observer)
-        if index == LAYERS - 1 and len(x) > 1:
+    def overflow(description, layer, x, *others):
+        out = compute(description, layer, x, *others)
+        if layer is model.weights.layers[-1] and len(x) > 1:
             out[-2] = math.inf
         return out
 
-    model._mlp = overflow
+    monkeypatch.setattr(runtime.model, "decoder_layer", overflow)
     cache = model.new_cache()
     model.reserve(cache, 700, 1)
     with torch.no_grad():
@@ -710,8 +710,8 @@ def test_side_by_side(prefix):
 def test_side_by_side_nothing_is_hidden(dtype, part, layer, monkeypatch):
     """Torch's attention may make numbers of scores that are none, depending on their signs and places; here it always does.
     Neither in a prefix nor in a text does it matter."""
-    attend = batched._attend
-    monkeypatch.setattr(batched, "_attend", lambda *arguments: tuple(each.nan_to_num(0.0) for each in attend(*arguments)))
+    attend = batched._attention
+    monkeypatch.setattr(batched, "_attention", lambda *arguments: tuple(each.nan_to_num(0.0) for each in attend(*arguments)))
     with torch.no_grad():
         transformer = tiny(NAME, dtype)
         getattr(transformer.model.layers[layer].self_attn, f"{part}_proj").weight[5] = math.inf
