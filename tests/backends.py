@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -34,6 +35,18 @@ MARGIN = 67
 ALIGNED_MARGIN = 64
 # AddressSanitizer sees what is read after the end of a tensor, even if it does not show in the result, where memory ends there.
 WALL_BEHIND = os.environ.get("SIRIUS_TESTS_WALL_BEHIND") != "off"
+
+
+def in_turns(every: int, shapes: Sequence[object], *values: Sequence[object]) -> list[tuple[object, ...]]:
+    """Cases of a shape and one of each of the values: of all combinations every shape has one in `every`, others than the shape
+    before it."""
+    combinations = list(itertools.product(*values))
+    return [
+        (shape, *each)
+        for turn, shape in enumerate(shapes)
+        for place, each in enumerate(combinations)
+        if (turn + place) % every == 0
+    ]
 
 
 @contextlib.contextmanager

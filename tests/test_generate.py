@@ -312,7 +312,12 @@ def test_drafts_are_those_of_the_sparse_model_over_the_full_models_cache(periods
 
 @pytest.mark.parametrize(
     "config",
-    [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(threshold=0, period=6), SiriusConfig(threshold=0.02)],
+    [
+        SiriusConfig(mode="full"),
+        SiriusConfig(mode="sparse"),
+        SiriusConfig(threshold=0, period=6),
+        SiriusConfig(threshold=0.02, period=16),
+    ],
     ids=lambda config: f"{config.mode}-{config.threshold}",
 )
 def test_a_text_ends_at_its_first_eos(config):
@@ -329,11 +334,11 @@ def test_a_text_ends_at_its_first_eos(config):
 
 
 def test_a_list_of_eos():
-    tokens, _ = decode(engine("qwen2"), prompt(5), SiriusConfig(threshold=0), 25)
+    tokens, _ = decode(engine("qwen2"), prompt(5), SiriusConfig(threshold=0, period=16), 25)
     first, second = sorted({tokens.index(token) for token in tokens})[3:8:4]
     for eos in ([tokens[first], tokens[second]], [tokens[second], tokens[first]], [tokens[second], VOCAB - 1]):
         end = min(tokens.index(token) for token in eos if token in tokens)
-        ended, stats = check_against_reference("qwen2", SiriusConfig(threshold=0), 5, 25, eos_token_id=eos)
+        ended, stats = check_against_reference("qwen2", SiriusConfig(threshold=0, period=16), 5, 25, eos_token_id=eos)
         assert ended == tokens[: end + 1] and stats.finish == "eos"
 
 
@@ -356,7 +361,7 @@ def test_a_rejected_eos_does_not_count(periods):
 
 
 CONTEXT = 24
-MODES = [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(period=5), SiriusConfig(accept="match")]
+MODES = [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(period=5), SiriusConfig(accept="match", period=16)]
 
 
 @functools.cache

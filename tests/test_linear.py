@@ -10,6 +10,7 @@ from backends import (
     assert_close,
     assert_same_bits,
     call,
+    in_turns,
     poisoned,
     randn,
     small_integers,
@@ -60,11 +61,13 @@ def test_integers_are_exact(backend, dtype, shape):
     assert_same_bits(out.check(), exact.float())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("scale", "softcap"), [(0.37, 0.0), (1.0, 5.0), (0.37, 3.0)])
-@pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=str)
-def test_scale_and_softcap(backend, dtype, shape, scale, softcap, out_dtype):
-    m, width, rows = shape
+@pytest.mark.parametrize(
+    ("shape", "scaled", "out_dtype"),
+    in_turns(5, SHAPES, [(0.37, 0.0), (1.0, 5.0), (0.37, 3.0)], [None, torch.float32]),
+    ids=str,
+)
+def test_scale_and_softcap(backend, dtype, shape, scaled, out_dtype):
+    (m, width, rows), (scale, softcap) = shape, scaled
     x, weight = walled(randn(m, width, dtype=dtype)), walled(randn(rows, width, dtype=dtype))
     bias, residual = walled(randn(rows, dtype=dtype)), walled(randn(m, rows, dtype=dtype))
     out = poisoned(m, rows, dtype=out_dtype or dtype)

@@ -3,7 +3,7 @@ import math
 import backends
 import pytest
 import torch
-from backends import Guarded, U, as_float, assert_close, assert_same_bits, randn, walled
+from backends import Guarded, U, as_float, assert_close, assert_same_bits, in_turns, randn, walled
 
 from sirius_ext import _simt
 from sirius_ext.kernels import ops, reference
@@ -94,9 +94,11 @@ def heads_of(qkv, shape):
     return qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], 1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rotary", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("norms", ["neither", "q", "both", "both, with an offset"])
+@pytest.mark.parametrize(
+    ("shape", "rotary", "norms"),
+    in_turns(5, SHAPES, [0.0, 0.5, 1.0], ["neither", "q", "both", "both, with an offset"]),
+    ids=str,
+)
 def test_norms_and_partial_rotation(backend, dtype, shape, rotary, norms):
     head_dim = shape[3]
     rotary_dim = 2 * int(rotary * head_dim / 2)

@@ -3,7 +3,7 @@ import math
 import backends
 import pytest
 import torch
-from backends import U, assert_close, assert_same_bits, poisoned, randn, small_integers, sum_error, walled
+from backends import U, assert_close, assert_same_bits, in_turns, poisoned, randn, small_integers, sum_error, walled
 
 from sirius_ext.kernels import ops, reference
 
@@ -199,8 +199,7 @@ def test_a_row_alone_and_in_a_tree(kernels, dtype, shape):
     assert_same_bits(out[path[-1] :][:1], alone)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("softcap", [0.5, 20.0])
+@pytest.mark.parametrize(("shape", "softcap"), in_turns(2, SHAPES, [0.5, 20.0]), ids=str)
 def test_softcap(backend, dtype, shape, softcap):
     m, heads, _, head_dim, prefix, _ = shape
     q, k_cache, v_cache, mask, visible = inputs(shape, dtype, tree(m))
@@ -244,10 +243,9 @@ def windowed_inputs(shape, dtype, parents, window):
     return q, *caches, mask, visible, positions
 
 
-@pytest.mark.parametrize(("shape", "window"), WINDOWS, ids=str)
-@pytest.mark.parametrize("kind", [chain, tree], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_window(backend, dtype, shape, window, kind, softcap):
+@pytest.mark.parametrize(("windowed", "kind", "softcap"), in_turns(3, WINDOWS, [chain, tree], [0.0, 5.0]), ids=str)
+def test_window(backend, dtype, windowed, kind, softcap):
+    shape, window = windowed
     m, heads, _, head_dim, prefix, _ = shape
     q, k_cache, v_cache, mask, visible, positions = windowed_inputs(shape, dtype, kind(m), window)
     exact = reference.attend(q, k_cache, v_cache, visible, 0.3, softcap)
