@@ -76,6 +76,11 @@ def inputs(shape, dtype, parents):
     return q, *caches, mask, visible
 
 
+def named(value):
+    """Of a case: a function's name, not its address."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", [chain, tree], ids=lambda kind: kind.__name__)
 def test_against_reference(backend, dtype, shape, kind):
@@ -243,7 +248,7 @@ def windowed_inputs(shape, dtype, parents, window):
     return q, *caches, mask, visible, positions
 
 
-@pytest.mark.parametrize(("windowed", "kind", "softcap"), in_turns(3, WINDOWS, [chain, tree], [0.0, 5.0]), ids=str)
+@pytest.mark.parametrize(("windowed", "kind", "softcap"), in_turns(3, WINDOWS, [chain, tree], [0.0, 5.0]), ids=named)
 def test_window(backend, dtype, windowed, kind, softcap):
     shape, window = windowed
     m, heads, _, head_dim, prefix, _ = shape
