@@ -32,8 +32,8 @@ _SLOW = 0.2  # seconds of a pass
 _ROUNDS = 3, 15  # at least (one where passes are slow), at most
 _SLOTS = 128  # of the cache that is measured over
 
-
-_at_hand: weakref.WeakKeyDictionary[Model, dict[str, Costs]] = weakref.WeakKeyDictionary()
+# Of each model, by what it was asked for. Every text asks, and a key for the file wants all layers hashed.
+_at_hand: weakref.WeakKeyDictionary[Model, dict[tuple[object, ...], Costs]] = weakref.WeakKeyDictionary()
 
 
 def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None = None) -> Costs:
@@ -41,24 +41,29 @@ def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
 
     thresholds: FSparse's, float32 [layers].
     """
-    key, at_hand = _key(model, config), _at_hand.setdefault(model, {})
-    if key not in at_hand:
-        kept = _read().get(key)
-        if kept is None:
-            at_hand[key] = _measure(model, config, thresholds)
-            _write({**_read(), key: dataclasses.asdict(at_hand[key])})
-        else:
-            full = tuple((int(rows), float(cost)) for rows, cost in kept["full"])
-            at_hand[key] = Costs(float(kept["sparse"]), full, float(kept["follow"]))
-    return at_hand[key]
+    sparse = config.sparsity, config.follow, config.density, config.thresholds, config.tree_width
+    asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
+    if asked not in at_hand:
+        at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))
+    return at_hand[asked]
 
 
-def _key(model: Model, config: SiriusConfig) -> str:
-    """What the costs depend on."""
+def _kept_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
+    kept = _read().get(key)
+    if kept is not None:
+        full = tuple((int(rows), float(cost)) for rows, cost in kept["full"])
+        return Costs(float(kept["sparse"]), full, float(kept["follow"]))
+    measured = measure()
+    _write({**_read(), key: dataclasses.asdict(measured)})
+    return measured
+
+
+def _key(model: Model, sparse: tuple[object, ...]) -> str:
+    """What the costs depend on. sparse: the settings of S."""
     w = model.weights
     backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
-    parts = (w.fingerprint()[:16], w.dtype, backend, _processor(), torch.get_num_threads(), config.sparsity)
-    return " ".join(map(str, (*parts, config.follow, config.density, config.thresholds, config.tree_width)))
+    parts = (w.fingerprint()[:16], w.dtype, backend, _processor(), torch.get_num_threads())
+    return " ".join(map(str, (*parts, *sparse)))
 
 
 @functools.cache

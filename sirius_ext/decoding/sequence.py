@@ -279,9 +279,14 @@ class Sequence:
 
     def _plain_step(self, started: float) -> Passes[Step]:
         """One token by F alone, or by S alone."""
+        token = yield from self._next_token(self._sparsity)
+        return self._commit([token], started)
+
+    def _next_token(self, sparsity: CSparse | FSparse | None) -> Passes[int]:
+        """What F, or S, chooses after x0."""
         choice = torch.empty(1, dtype=torch.int32) if self._rule.takes_argmax else None
-        logits, _ = yield from self._pass(slice(0, 1), self._sparsity, choice)
-        return self._commit([self._rule.choose(logits[0]) if choice is None else int(choice)], started)
+        logits, _ = yield from self._pass(slice(0, 1), sparsity, choice)
+        return self._rule.choose(logits[0]) if choice is None else int(choice)
 
     def _period(self, started: float) -> Passes[Step]:
         """SPEC section 3, steps 2 to 5, and section 4."""
@@ -313,9 +318,7 @@ class Sequence:
 
     def _alone(self, adaptive: AdaptivePeriod, cut: bool, started: float) -> Passes[Step]:
         """A period without a draft: F's next token, at the cost of F alone. A set that follows the text stands still."""
-        choice = torch.empty(1, dtype=torch.int32) if self._rule.takes_argmax else None
-        logits, _ = yield from self._pass(slice(0, 1), None, choice)
-        token = self._rule.choose(logits[0]) if choice is None else int(choice)
+        token = yield from self._next_token(None)
         adaptive.judged(0, 1)
         return self._commit([token], started, Period(0, 0, 0, None, 1, cut, [], time.perf_counter() - started))
 
