@@ -22,7 +22,7 @@ from ..kernels import ops
 from ..models.families import Description
 from ..models.weights import Weights
 from ..runtime.cache import Cache
-from ..runtime.layers import Attend, Neurons, decoder_layer, embed, logits, norm
+from ..runtime.layers import Attend, Neurons, decoder_layer, embed, logits, norm, soft_capped
 from ..runtime.model import Model, not_finite
 from ..runtime.passes import Fault, Pass, Prefill, Result, Sparsity
 
@@ -368,7 +368,7 @@ def _attention(
     queries = q.transpose(0, 1).reshape(1, kv_heads, m * group, size)
     if d.attention_softcap:  # torch's own attention has none
         scores = queries[0].float() @ keys.float().transpose(1, 2) * d.attention_scale
-        scores = torch.tanh(scores / d.attention_softcap) * d.attention_softcap + (0.0 if bias is None else bias)
+        scores = soft_capped(scores, d.attention_softcap) + (0.0 if bias is None else bias)
         out, weight = scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
     else:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

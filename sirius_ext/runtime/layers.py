@@ -105,7 +105,7 @@ def attention_of(
     if d.attention_softcap:  # torch's own attention has none
         group = d.heads // d.kv_heads
         scores = q.transpose(0, 1).float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * d.attention_scale
-        scores = torch.tanh(scores / d.attention_softcap) * d.attention_softcap
+        scores = soft_capped(scores, d.attention_softcap)
         if visible is None:
             visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
         weight = scores.masked_fill(~visible, -torch.inf).softmax(-1)
@@ -116,6 +116,11 @@ def attention_of(
             queries, keys[None], values[None], visible, is_causal=visible is None, scale=d.attention_scale, enable_gqa=True
         )[0]
     return attended.transpose(0, 1).reshape(len(q), -1)
+
+
+def soft_capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    """`cap * tanh(scores / cap)`."""
+    return torch.tanh(scores / cap) * cap
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
