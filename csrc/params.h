@@ -16,7 +16,6 @@ namespace sirius {
 // it may lie elsewhere. How the bytes of a row are read is known to the format's kernels alone.
 struct Matrix {
   const void* data;
-  const void* scales = nullptr;  // of formats that have them, or null
   Format format;
   int rows, cols;
   int64_t stride;  // bytes from one row to the next

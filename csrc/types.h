@@ -17,8 +17,8 @@ namespace sirius {
 // Of activations, caches and norms.
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-// Of weight matrices. Those with the names of a Dtype are plain arrays of it.
-enum class Format : int { f32 = 0, f16 = 1, bf16 = 2 };
+// Of weight matrices. Those with the names of a Dtype are plain arrays of it; the others are in q8.h.
+enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q8 = 3, q8_upper = 4 };
 
 struct bf16_t {
   uint16_t bits;

@@ -31,7 +31,6 @@ struct Fields<Matrix> {
   static void visit(V& v) {
     using P = Matrix;
     v("data", &P::data);
-    v("scales", &P::scales, optional);
     v("format", &P::format);
     v("rows", &P::rows);
     v("cols", &P::cols);

@@ -119,7 +119,7 @@ class Attention {
     float* out = partials_.values + at * head_dim;
     std::fill_n(out, size_t(columns) * head_dim, 0.0f);
     rows.fill(0, n, n, value);
-    rows_.sum(rows.pointers, n, weights, kSlots, columns, 0, head_dim, out, head_dim);
+    rows_.sum(rows.pointers, n, weights, kSlots, columns, head_dim, 0, head_dim, out, head_dim);
   }
 
   // One reading serves every row.

@@ -25,12 +25,13 @@ struct MatrixKernels {
   // out[j * ldo + i] = rows[i] . x[j], float; rows: [k] each, n + kAhead pointers.
   void (*dot)(const void* const* rows, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo);
 
-  // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: n + kAhead pointers.
-  // The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32).
-  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, int begin, int end, float* acc,
+  // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: [k], n + kAhead pointers.
+  // The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32). `begin` is one,
+  // too.
+  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, int k, int begin, int end, float* acc,
               ptrdiff_t lda);
 
-  // out[c] = row[c] for c < n.
+  // out[c] = row[c] for all n of a row.
   void (*read)(const void* row, int n, float* out);
 };
 

@@ -186,7 +186,7 @@ struct Interleave {
 // Tiles: 0, 1 accumulators [rows, 16 columns], 2 coefficients [rows, 32], 3, 4 weights [16 pairs, 16 columns]. Sixty-four weight
 // rows at a time would halve the traffic of accumulators, but in a matrix of 4096 columns their lines share one set of the L1
 // cache: three times slower (measured).
-void amx_sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int begin, int end,
+void amx_sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int, int begin, int end,
              float* acc, ptrdiff_t lda) {
   constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
   const Interleave order;
@@ -260,6 +260,8 @@ constexpr MatrixKernels kAmx = {amx_packed_size, amx_pack, amx_dot, amx_sum, rea
 
 }  // namespace
 
-const MatrixKernels& matrix_kernels_amx(Format format, Dtype) { return format == Format::bf16 ? kAmx : matrix_table_of(format); }
+const MatrixKernels& matrix_kernels_amx(Format format, Dtype dtype) {
+  return format == Format::bf16 ? kAmx : matrix_table_of(format, dtype);
+}
 
 }  // namespace sirius::cpu

@@ -4,6 +4,6 @@ namespace sirius::cpu {
 
 const Kernels& kernels_avx512(Dtype dtype) { return table_of(dtype); }
 
-const MatrixKernels& matrix_kernels_avx512(Format format, Dtype) { return matrix_table_of(format); }
+const MatrixKernels& matrix_kernels_avx512(Format format, Dtype dtype) { return matrix_table_of(format, dtype); }
 
 }  // namespace sirius::cpu

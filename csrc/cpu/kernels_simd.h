@@ -5,6 +5,11 @@
 
 #include "kernels.h"
 #include "simd.h"
+#if defined(__AVX2__)
+#include "q8_simd.h"
+#else
+#include "q8.h"
+#endif
 
 namespace sirius::cpu {
 namespace {
@@ -157,8 +162,8 @@ void sum_group(const T* const* rows, const T* coef, ptrdiff_t ldc, int m, int be
 }
 
 template <class T>
-void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int begin, int end, float* acc,
-         ptrdiff_t lda) {
+void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int, int begin, int end,
+         float* acc, ptrdiff_t lda) {
   const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
   const T* coef = static_cast<const T*>(coefficients);
   int r = 0;
@@ -353,11 +358,30 @@ inline const Kernels& table_of(Dtype dtype) {
 template <class T>
 constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_row<T>};
 
-inline const MatrixKernels& matrix_table_of(Format format) {
+template <class T, bool kUpper>
+#if defined(__AVX2__)
+constexpr MatrixKernels q8_table = {q8::packed_size, q8::pack<T, kUpper>, q8::dot<kUpper>, q8::sum<T, kUpper>, q8::read<kUpper>};
+#else
+constexpr MatrixKernels q8_table = {q8::packed_size, q8::pack<T, kUpper>, q8::dot_plain<kUpper>, q8::sum_plain<T, kUpper>,
+                                    q8::read<kUpper>};
+#endif
+
+template <bool kUpper>
+const MatrixKernels& q8_table_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return q8_table<float, kUpper>;
+    case Dtype::f16: return q8_table<f16_t, kUpper>;
+    default: return q8_table<bf16_t, kUpper>;
+  }
+}
+
+inline const MatrixKernels& matrix_table_of(Format format, Dtype dtype) {
   switch (format) {
     case Format::f32: return plain_table<float>;
     case Format::f16: return plain_table<f16_t>;
-    default: return plain_table<bf16_t>;
+    case Format::bf16: return plain_table<bf16_t>;
+    case Format::q8: return q8_table_of<false>(dtype);
+    default: return q8_table_of<true>(dtype);
   }
 }
 

@@ -147,7 +147,7 @@ void down(const DownParams& p) {
       const int n = std::min(kChunk, last - i);
       Rows<> rows;
       rows.fill(i, n, p.num_neurons, row_at);
-      matrix.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, begin, end, acc, hidden);
+      matrix.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, hidden, begin, end, acc, hidden);
     }
   }
   sync();

@@ -7,9 +7,9 @@ import enum
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from .. import _C
+from . import q8
 
 
 class Format(enum.IntEnum):
@@ -18,6 +18,8 @@ class Format(enum.IntEnum):
     F32 = 0
     F16 = 1
     BF16 = 2
+    Q8 = 3
+    Q8_UPPER = 4
 
 
 _PLAIN = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: Format.BF16}
@@ -27,16 +29,22 @@ _PLAIN = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: 
 class Matrix:
     """A weight matrix, stored row by row: a row is what one neuron, or one output, reads.
 
-    data: of a plain format float32, float16 or bfloat16 [rows, cols], whose rows are contiguous.
-    scales: of formats that have them.
+    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of another uint8 [rows, bytes]. Rows are contiguous, and may
+        stand apart.
+    packed: of a format that is not plain, which one it is, and its columns.
     """
 
     data: torch.Tensor
-    scales: torch.Tensor | None = None
+    packed: tuple[Format, int] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is an array of numbers."""
+        return self.packed is None
 
     @property
     def format(self) -> Format:
-        return _PLAIN[self.data.dtype]
+        return _PLAIN[self.data.dtype] if self.packed is None else self.packed[0]
 
     @property
     def rows(self) -> int:
@@ -44,12 +52,21 @@ class Matrix:
 
     @property
     def cols(self) -> int:
-        return self.data.shape[1]
+        return self.data.shape[1] if self.packed is None else self.packed[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows, self.cols))
 
     @property
     def stride(self) -> int:
         """Bytes from one row to the next."""
         return self.data.stride(0) * self.data.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """What a reader of all rows reads."""
+        return self.rows * self.data.shape[1] * self.data.element_size()
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +77,6 @@ class Matrix:
         """What compiled functions take. It holds addresses only: it is of use as long as this matrix lives."""
         return _C.Matrix(
             data=self.data.data_ptr(),
-            scales=0 if self.scales is None else self.scales.data_ptr(),
             format=self.format,
             rows=self.rows,
             cols=self.cols,
@@ -69,19 +85,23 @@ class Matrix:
 
     def dense(self) -> torch.Tensor:
         """The numbers: float32 [rows, cols]."""
-        return self.data.float()
+        if self.packed is None:
+            return self.data.float()
+        return q8.decode(self.data, self.cols, self.format == Format.Q8_UPPER)
 
-    def dot(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ matrix.T + bias`, by torch. x: T [m, cols]. bias: T [rows]. Returns T [m, rows]."""
-        return F.linear(x, self.data, bias)
+    def take(self, rows: slice | torch.Tensor) -> Matrix:
+        """Some of the rows: of a slice those themselves, of an index copies."""
+        return Matrix(self.data[rows], self.packed)
 
-    def sum(self, z: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`residual + z @ matrix`, by torch: rows added up with coefficients. z: T [m, rows]. Returns T [m, cols]."""
-        return z @ self.data if residual is None else torch.addmm(residual, z, self.data)
+    def quantised(self) -> Matrix:
+        """In eight bits, as `Format.Q8`. ValueError if that is not possible."""
+        return Matrix(q8.encode(self.data), (Format.Q8, self.cols))
 
-    def take(self, rows: slice) -> Matrix:
-        """Some of the rows, side by side; nothing is copied."""
-        return Matrix(self.data[rows], None if self.scales is None else self.scales[rows])
+    def in_four_bits(self) -> Matrix:
+        """As `Format.Q8_UPPER`: a view of a matrix in eight bits, and of others a copy."""
+        if self.packed is None:
+            return Matrix(q8.encode(self.data, upper=True), (Format.Q8_UPPER, self.cols))
+        return Matrix(self.data[:, : q8.row_bytes(self.cols, upper=True)], (Format.Q8_UPPER, self.cols))
 
 
 def matrix_of(weight: torch.Tensor | Matrix) -> Matrix:

@@ -22,7 +22,8 @@ import torch
 
 from .. import _C
 from .dispatch import check_device, run
-from .matrix import Matrix, matrix_of
+from . import q8
+from .matrix import Format, Matrix, matrix_of
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -146,6 +147,10 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
     data = weight.data
     if data.dim() == 2 and data.stride(1) == 1:
         data = data.as_strided(data.shape, (data.shape[1], 1))  # `_check` then finds nothing wrong with its strides
+    if weight.packed is not None:  # for input of any dtype
+        width = q8.row_bytes(weight.cols, weight.format == Format.Q8_UPPER)
+        _check(name, data, torch.uint8, None, width)
+        data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)
     return weight
 

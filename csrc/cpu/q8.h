@@ -1,0 +1,194 @@
+// The products of matrices in eight bits, in two planes (csrc/q8.h): what all instruction sets have in common, and the bodies for
+// a CPU that has none of them, which are the explanation of q8_simd.h as well.
+//
+// Products are of integers. The input is rounded to 8 bits in groups of 32 with a scale each, as the weights were, and a group's
+// sum of integers is exact: only its conversion to float and the sum over the groups round. So the bits of a result depend on
+// nothing but its own rows, and the bodies for 16, 8 and 1 lanes differ in fused multiplication at most.
+//
+// `sum` adds up rows with coefficients, and a row's scale differs from group to group. There the integers are the coefficients
+// times the scales, rounded for 32 rows and a group of columns together: relative to the largest coefficient of the 32 rows times
+// the largest scale that they have in the group.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../q8.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace sirius::cpu {
+namespace {
+
+namespace q8 {
+
+using namespace sirius::q8;
+
+constexpr int kRows = 32;     // of `sum`, rounded together
+constexpr int kColumns = 16;  // input rows of `dot` that are packed together
+constexpr float kTop = 127.0f;
+
+// The starting value of a group's sum of integers, which takes off the codes' zero. total: of the input's integers, |total| <= 32
+// * 127. For q8_upper it is rounded, by half of a code times one of the input's integers at most.
+template <bool kUpper>
+int start_of(int total) {
+  return kUpper ? -(241 * total) >> 1 : -kZero * total;
+}
+
+// Up to kColumns rows of input. Rows that fill it up to a power of two are zero.
+struct Packed {
+  int columns;
+  float* scales;    // [groups][columns]
+  int32_t* starts;  // [groups][columns]
+  int8_t* values;   // [groups][columns][32]
+
+  static constexpr size_t bytes_of_group = sizeof(float) + sizeof(int32_t) + kGroup;
+
+  static int columns_of(int m) {
+    int columns = 1;
+    while (columns < std::min(m, kColumns)) columns *= 2;
+    return columns;
+  }
+
+  // Of the input rows from j on, which is a multiple of kColumns. The whole packed form is such blocks, one after another.
+  Packed(const void* packed, int j, int m, int k) : columns(columns_of(m - j)) {
+    const size_t g = groups(k);
+    char* p = static_cast<char*>(const_cast<void*>(packed)) + j * g * bytes_of_group;
+    scales = reinterpret_cast<float*>(p);
+    starts = reinterpret_cast<int32_t*>(p + g * columns * sizeof(float));
+    values = reinterpret_cast<int8_t*>(p + g * columns * 2 * sizeof(float));
+  }
+};
+
+inline size_t packed_size(int m, int k) {
+  return size_t((m - 1) / kColumns * kColumns + Packed::columns_of((m - 1) % kColumns + 1)) * groups(k) * Packed::bytes_of_group;
+}
+
+// A scale that is NaN where one of the values is not finite, so that the fault is not rounded away.
+inline float scale_of(float largest, float faults) { return largest / kTop + faults; }
+
+inline float inverse_of(float largest) { return largest > 0.0f ? kTop / largest : 0.0f; }
+
+// Rounded; a number also where v is none.
+inline Vec integers(Vec v) { return round(min(max(v, Vec::set(-kTop)), Vec::set(kTop))); }
+
+inline void store_bytes(Vec integers, int8_t* out) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(integers.v)));
+#else
+  alignas(64) float values[Vec::width];
+  integers.store(values);
+  for (int i = 0; i < Vec::width; ++i) out[i] = int8_t(values[i]);
+#endif
+}
+
+template <class T, bool kUpper>
+void pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
+  constexpr int W = Vec::width;
+  for (int first = 0; first < m; first += kColumns) {
+    const Packed to(packed, first, m, k);
+    for (int j = 0; j < to.columns; ++j)
+      for (int g = 0; g < groups(k); ++g) {
+        alignas(64) float values[kGroup] = {};
+        Vec largest = Vec::set(0.0f), faults = largest;
+        for (int c = 0; c < kGroup && first + j < m; c += W) {
+          if (g * kGroup + c >= k) break;
+          const Vec v = load_upto(static_cast<const T*>(x) + (first + j) * ldx + g * kGroup + c, k - g * kGroup - c);
+          v.store(values + c);
+          largest = max(max(v, Vec::set(0.0f) - v), largest);
+          faults = fma(v, Vec::set(0.0f), faults);
+        }
+        const float top = reduce_max(largest);
+        const Vec inverse = Vec::set(inverse_of(top));
+        Vec total = Vec::set(0.0f);
+        for (int c = 0; c < kGroup; c += W) {
+          const Vec rounded = integers(Vec::load(values + c) * inverse);
+          store_bytes(rounded, to.values + (g * to.columns + j) * kGroup + c);
+          total = total + rounded;
+        }
+        to.scales[g * to.columns + j] = scale_of(top, reduce_add(faults));
+        to.starts[g * to.columns + j] = start_of<kUpper>(int(reduce_add(total)));
+      }
+  }
+}
+
+// One row of a matrix.
+template <bool kUpper>
+struct Row {
+  const uint8_t *scales, *upper, *lower;
+
+  Row(const void* row, int cols) : scales(static_cast<const uint8_t*>(row)) {
+    upper = scales + scale_bytes(cols);
+    lower = scales + upper_bytes(cols);
+  }
+  float scale(int group) const {
+    f16_t value;
+    std::memcpy(&value, scales + 2 * group, 2);
+    return to_float(value);
+  }
+  // Without its lower nibble, for q8_upper.
+  int code(int c) const {
+    const int at = c / kGroup * kGroupBytes + c % kGroupBytes, shift = c % kGroup / kGroupBytes * 4;
+    return (upper[at] >> shift & 15) << 4 | (kUpper ? 0 : lower[at] >> shift & 15);
+  }
+};
+
+template <bool kUpper>
+void read(const void* pointer, int n, float* out) {
+  const Row<kUpper> row(pointer, n);
+  for (int c = 0; c < n; ++c) out[c] = row.scale(c / kGroup) * (float(row.code(c)) - (kUpper ? kUpperZero : float(kZero)));
+}
+
+template <bool kUpper>
+void dot_plain(const void* const* rows, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+  for (int i = 0; i < n; ++i) {
+    const Row<kUpper> row(rows[i], k);
+    for (int j = 0; j < m; ++j) {
+      const Packed x(packed, j / kColumns * kColumns, m, k);
+      float sum = 0.0f;
+      for (int g = 0; g < groups(k); ++g) {
+        const int at = g * x.columns + j % kColumns;
+        int total = x.starts[at];
+        for (int c = 0; c < kGroup; ++c) total += row.code(g * kGroup + c) * x.values[at * kGroup + c];
+        sum = std::fma(float(total) * x.scales[at], row.scale(g), sum);
+      }
+      out[j * ldo + i] = sum;
+    }
+  }
+}
+
+template <class T, bool kUpper>
+void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, int k, int begin, int end,
+               float* acc, ptrdiff_t lda) {
+  for (int first = 0; first < n; first += kRows) {
+    const int count = std::min(kRows, n - first);
+    for (int j = 0; j < m; ++j) {
+      const T* coef = static_cast<const T*>(coefficients) + j * ldc + first;
+      float top = 0.0f, faults = 0.0f;
+      for (int r = 0; r < count; ++r) {
+        top = std::max(top, std::fabs(to_float(coef[r])));
+        faults += to_float(coef[r]) * 0.0f;
+      }
+      for (int c = begin; c < end; ++c) {
+        const int g = c / kGroup;
+        float largest = 0.0f;
+        for (int r = 0; r < count; ++r) largest = std::max(largest, Row<kUpper>(rows[first + r], k).scale(g));
+        const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+        int total = 0, sum = 0;
+        for (int r = 0; r < count; ++r) {
+          const Row<kUpper> row(rows[first + r], k);
+          const int value = int(integers(Vec::set(row.scale(g) * inverse * (to_float(coef[r]) * inverse_of(top)))).v);
+          total += value;
+          sum += value * row.code(c);
+        }
+        float& out = acc[j * lda + c];
+        out = std::fma(float(sum + start_of<kUpper>(total)), scale_of(top, faults) * largest, out);
+      }
+    }
+  }
+}
+
+}  // namespace q8
+
+}  // namespace
+}  // namespace sirius::cpu

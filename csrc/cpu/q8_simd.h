@@ -1,0 +1,455 @@
+// The products of q8.h on vectors of 16 or 8 lanes.
+//
+// In `dot` a lane is a row of weights: as many rows as there are lanes are read side by side, 16 bytes of each at a time, and
+// turned so that a lane holds four weights of its row. The input is the same for all lanes, so that it comes from memory by
+// itself, and a group of 32 costs eight products of four and one conversion for any row of input. In `sum` a lane is a column,
+// and the four weights are those of four rows.
+#pragma once
+
+#include "q8.h"
+
+namespace sirius::cpu {
+namespace {
+
+namespace q8 {
+
+constexpr int kLanes = Vec::width;
+constexpr int kSpan = kLanes / 4;  // rows of 16 bytes in a vector
+
+#if defined(__AVX512F__)
+
+using Ints = __m512i;
+
+inline Ints set(int x) { return _mm512_set1_epi32(x); }
+inline Vec floats(Ints x) { return {_mm512_cvtepi32_ps(x)}; }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
+
+// 16 bytes at each of kSpan places.
+template <class At>
+Ints gather(const At& at) {
+  Ints x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)at(0)));
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)at(1)), 1);
+  x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)at(2)), 2);
+  return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)at(3)), 3);
+}
+inline Ints load_spans(const void* p, int n) { return _mm512_maskz_loadu_epi32((1u << 4 * n) - 1, p); }
+inline Ints unpack_low32(Ints a, Ints b) { return _mm512_unpacklo_epi32(a, b); }
+inline Ints unpack_high32(Ints a, Ints b) { return _mm512_unpackhi_epi32(a, b); }
+inline Ints unpack_low64(Ints a, Ints b) { return _mm512_unpacklo_epi64(a, b); }
+inline Ints unpack_high64(Ints a, Ints b) { return _mm512_unpackhi_epi64(a, b); }
+inline Ints unpack_low8(Ints a, Ints b) { return _mm512_unpacklo_epi8(a, b); }
+inline Ints unpack_high8(Ints a, Ints b) { return _mm512_unpackhi_epi8(a, b); }
+inline Ints unpack_low16(Ints a, Ints b) { return _mm512_unpacklo_epi16(a, b); }
+inline Ints unpack_high16(Ints a, Ints b) { return _mm512_unpackhi_epi16(a, b); }
+
+// The lower and the higher halves of a vector of dwords as float16.
+inline void halves(Ints x, Vec* low, Vec* high) {
+  low->v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+  high->v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
+
+// Bytes a0 b0 c0 d0, a1 b1 ... of four vectors of integers from -127 to 127.
+inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
+  const Ints low = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+  const Ints high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+  const Ints order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return _mm512_shuffle_epi8(_mm512_packs_epi16(low, high), order);
+}
+
+// Each of the dwords kSpan * part .. in all of the four lanes of its place.
+inline Ints spread(Ints x, int part) {
+  const Ints lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_epi32(add(lane, set(kSpan * part)), x);
+}
+
+// Codes of four weights a lane, and sums of their products with integers from -128 to 127.
+struct Codes {
+  Ints value;
+};
+
+template <bool kUpper>
+void split(Ints upper, Ints lower, Codes* first, Codes* second) {
+  const Ints mask = _mm512_set1_epi8(char(0xf0));
+  const Ints shifted = _mm512_slli_epi16(upper, 4);
+  if constexpr (kUpper) {
+    first->value = _mm512_and_si512(shifted, mask);
+    second->value = _mm512_and_si512(upper, mask);
+  } else {  // where the mask is set the first, elsewhere the second
+    first->value = _mm512_ternarylogic_epi32(mask, shifted, lower, 0xca);
+    second->value = _mm512_ternarylogic_epi32(mask, upper, _mm512_srli_epi16(lower, 4), 0xca);
+  }
+}
+
+template <bool kUpper>
+struct Sum {
+  Ints value;
+
+  explicit Sum(Ints start) : value(start) {}
+  void add(const Codes& codes, Ints x) { value = _mm512_dpbusd_epi32(value, codes.value, x); }
+  Ints total() const { return value; }
+};
+
+// The sums of each lane's four signed bytes.
+inline Ints sum_bytes(Ints sum, Ints x) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), x); }
+
+// Sums of the columns 16 h + 4 i + b of kSpan groups, in lanes b of the groups' places, as the columns' own order: of group g,
+// out[g] [column / kLanes].
+inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
+  const Ints a = _mm512_shuffle_i32x4(in[0], in[1], 0x88), b = _mm512_shuffle_i32x4(in[0], in[1], 0xdd);
+  const Ints c = _mm512_shuffle_i32x4(in[2], in[3], 0x88), d = _mm512_shuffle_i32x4(in[2], in[3], 0xdd);
+  out[0][0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  out[1][0] = _mm512_shuffle_i32x4(b, d, 0x88);
+  out[2][0] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  out[3][0] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+#else
+
+using Ints = __m256i;
+
+inline Ints set(int x) { return _mm256_set1_epi32(x); }
+inline Vec floats(Ints x) { return {_mm256_cvtepi32_ps(x)}; }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+
+template <class At>
+Ints gather(const At& at) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)at(0))),
+                                 _mm_loadu_si128((const __m128i*)at(1)), 1);
+}
+inline Ints load_spans(const void* p, int n) {
+  return n == kSpan ? load(p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
+}
+inline Ints unpack_low32(Ints a, Ints b) { return _mm256_unpacklo_epi32(a, b); }
+inline Ints unpack_high32(Ints a, Ints b) { return _mm256_unpackhi_epi32(a, b); }
+inline Ints unpack_low64(Ints a, Ints b) { return _mm256_unpacklo_epi64(a, b); }
+inline Ints unpack_high64(Ints a, Ints b) { return _mm256_unpackhi_epi64(a, b); }
+inline Ints unpack_low8(Ints a, Ints b) { return _mm256_unpacklo_epi8(a, b); }
+inline Ints unpack_high8(Ints a, Ints b) { return _mm256_unpackhi_epi8(a, b); }
+inline Ints unpack_low16(Ints a, Ints b) { return _mm256_unpacklo_epi16(a, b); }
+inline Ints unpack_high16(Ints a, Ints b) { return _mm256_unpackhi_epi16(a, b); }
+
+inline Vec half_of(Ints x) {  // of dwords below 2^16
+  return {_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)))};
+}
+inline void halves(Ints x, Vec* low, Vec* high) {
+  *low = half_of(_mm256_and_si256(x, set(0xffff)));
+  *high = half_of(_mm256_srli_epi32(x, 16));
+}
+
+inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
+  const Ints low = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v), _mm256_cvtps_epi32(b.v));
+  const Ints high = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
+  const Ints order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  return _mm256_shuffle_epi8(_mm256_packs_epi16(low, high), order);
+}
+
+inline Ints spread(Ints x, int part) {
+  return _mm256_permutevar8x32_epi32(x, add(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), set(kSpan * part)));
+}
+
+// Without VNNI: products of unsigned and signed bytes are added up in 16 bits, so the nibbles stay apart. Eight products of two
+// nibbles, at most 8 * 2 * 15 * 127, just fit.
+struct Codes {
+  Ints upper, lower;
+};
+
+template <bool kUpper>
+void split(Ints upper, Ints lower, Codes* first, Codes* second) {
+  const Ints mask = _mm256_set1_epi8(15);
+  first->upper = _mm256_and_si256(upper, mask);
+  second->upper = _mm256_and_si256(_mm256_srli_epi16(upper, 4), mask);
+  if constexpr (!kUpper) {
+    first->lower = _mm256_and_si256(lower, mask);
+    second->lower = _mm256_and_si256(_mm256_srli_epi16(lower, 4), mask);
+  }
+}
+
+template <bool kUpper>
+struct Sum {
+  Ints start, upper = _mm256_setzero_si256(), lower = upper;
+
+  explicit Sum(Ints start) : start(start) {}
+  void add(const Codes& codes, Ints x) {
+    upper = _mm256_add_epi16(upper, _mm256_maddubs_epi16(codes.upper, x));
+    if constexpr (!kUpper) lower = _mm256_add_epi16(lower, _mm256_maddubs_epi16(codes.lower, x));
+  }
+  Ints total() const {
+    Ints sum = _mm256_add_epi32(start, _mm256_madd_epi16(upper, _mm256_set1_epi16(16)));
+    if constexpr (!kUpper) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(lower, _mm256_set1_epi16(1)));
+    return sum;
+  }
+};
+
+inline Ints sum_bytes(Ints sum, Ints x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1)));
+}
+
+inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
+  for (int half = 0; half < 2; ++half) {
+    out[0][half] = _mm256_permute2x128_si256(in[2 * half], in[2 * half + 1], 0x20);
+    out[1][half] = _mm256_permute2x128_si256(in[2 * half], in[2 * half + 1], 0x31);
+  }
+}
+
+#endif
+
+// A prefetch that the compiler may not move: in a loop that is unrolled it otherwise drops or gathers them.
+inline void prefetch_now(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
+
+// Four vectors whose lanes are rows: lane r of turned[i] is dword i of the 16 bytes at at(r).
+template <class At>
+void turn(const At& at, Ints* turned) {
+  Ints x[4];
+  for (int i = 0; i < 4; ++i) x[i] = gather([&](int span) { return at(4 * span + i); });
+  const Ints a = unpack_low32(x[0], x[1]), b = unpack_high32(x[0], x[1]);
+  const Ints c = unpack_low32(x[2], x[3]), d = unpack_high32(x[2], x[3]);
+  turned[0] = unpack_low64(a, c);
+  turned[1] = unpack_high64(a, c);
+  turned[2] = unpack_low64(b, d);
+  turned[3] = unpack_high64(b, d);
+}
+
+// A format's row, cut for prefetching: both planes are read at once, each this far ahead, and at their end the rows that come
+// next.
+constexpr int kAheadBytes = 256;
+
+// kLanes rows of weights by M of input. rows[kLanes ..] are read next.
+template <bool kUpper, int M>
+void dot_tile(const uint8_t* const* rows, const Packed& x, int k, float* out, ptrdiff_t ldo, int height, bool first) {
+  const int num_groups = groups(k), upper_at = scale_bytes(k), lower_at = upper_bytes(k),
+            end = lower_at + num_groups * kGroupBytes;
+  Vec acc[M];
+  for (int j = 0; j < M; ++j) acc[j] = Vec::set(0.0f);
+  // The line at a place of each of some rows, or after the plane's end of those that come next.
+  const auto ahead = [&](int row, int at, int plane_end, int next) {
+    prefetch_now(at < plane_end ? rows[row] + at : rows[kLanes + row] + std::min(at - plane_end + next, plane_end));
+  };
+  if (first)  // what no row before this one has asked for, as it counts from where its nibbles begin
+    for (int at = kAheadBytes; at < upper_at + kAheadBytes; at += 64)
+      for (int r = 0; r < kLanes; ++r) prefetch_now(rows[r] + std::min(at, lower_at));
+  Vec scales[8];
+  for (int g = 0; g < num_groups; ++g) {
+    if (g % 8 == 0) {
+      Ints turned[4];
+      turn([&](int r) { return rows[r] + 2 * g; }, turned);
+      for (int i = 0; i < 4; ++i) halves(turned[i], scales + 2 * i, scales + 2 * i + 1);
+    }
+    const int upper = upper_at + g * kGroupBytes, lower = lower_at + g * kGroupBytes;
+    if (first)  // a line holds four groups: a quarter of the rows at each
+      for (int r = g % 4; r < kLanes; r += 4) {
+        ahead(r, upper / 64 * 64 + kAheadBytes, lower_at, 0);
+        if (!kUpper) ahead(r, lower / 64 * 64 + kAheadBytes, end, lower_at);
+      }
+    Ints uppers[4], lowers[4] = {};
+    turn([&](int r) { return rows[r] + upper; }, uppers);
+    if constexpr (!kUpper) turn([&](int r) { return rows[r] + lower; }, lowers);
+    Codes codes[8];
+    for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], codes + i, codes + 4 + i);
+    const Vec scale = scales[g % 8];
+    for (int j = 0; j < M; ++j) {
+      const int at = g * M + j;
+      Sum<kUpper> sum(set(x.starts[at]));
+      const int8_t* values = x.values + at * kGroup;
+      for (int i = 0; i < 8; ++i) {
+        int four;
+        std::memcpy(&four, values + 4 * i, 4);
+        sum.add(codes[i], set(four));
+      }
+      acc[j] = fma(floats(sum.total()) * Vec::set(x.scales[at]), scale, acc[j]);
+    }
+  }
+  for (int j = 0; j < M; ++j) store_upto(acc[j], out + j * ldo, height);
+}
+
+template <bool kUpper>
+void dot(const void* const* pointers, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+  for (int i = 0; i < n; i += kLanes) {
+    const int height = std::min(kLanes, n - i);
+    const uint8_t* rows[2 * kLanes];
+    for (int r = 0; r < 2 * kLanes; ++r) {
+      // Rows after the last are it again, and what follows the last is what the caller reads next.
+      const int at = r < kLanes ? std::min(r, height - 1) : height + r - kLanes;
+      rows[r] = static_cast<const uint8_t*>(pointers[i + at]);
+    }
+    for (int j = 0; j < m; j += kColumns) {
+      const Packed x(packed, j, m, k);
+      const auto tile = [&](auto columns) {
+        constexpr int M = decltype(columns)::value;
+        if (m - j >= M) return dot_tile<kUpper, M>(rows, x, k, out + j * ldo + i, ldo, height, j == 0);
+        float padded[M * kLanes];  // M rows, of which fewer are wanted
+        dot_tile<kUpper, M>(rows, x, k, padded, kLanes, height, j == 0);
+        for (int row = 0; row < m - j; ++row) std::copy_n(padded + row * kLanes, height, out + (j + row) * ldo + i);
+      };
+      switch (x.columns) {
+        case 1: tile(std::integral_constant<int, 1>{}); break;
+        case 2: tile(std::integral_constant<int, 2>{}); break;
+        case 4: tile(std::integral_constant<int, 4>{}); break;
+        case 8: tile(std::integral_constant<int, 8>{}); break;
+        default: tile(std::integral_constant<int, 16>{});
+      }
+    }
+  }
+}
+
+// Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
+template <class T, bool kUpper>
+class SumBlock {
+ public:
+  // rows: count + kAhead.
+  SumBlock(const void* const* rows, int count, int k) : count_(count), upper_(scale_bytes(k)), lower_(upper_bytes(k)) {
+    const int bytes = kUpper ? lower_ : lower_ + groups(k) * kGroupBytes;
+    end_ = bytes;
+    for (int r = 0; r < kRows; ++r) {
+      rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
+      next_[r] = static_cast<const uint8_t*>(rows[count + r]);
+    }
+  }
+
+  void coefficients(const T* coef, ptrdiff_t ldc, int m) {
+    m_ = m;
+    for (int j = 0; j < m; ++j) {
+      Vec largest = Vec::set(0.0f), faults = largest;
+      for (int r = 0; r < kRows; r += kLanes) {
+        const Vec v = r < count_ ? load_upto(coef + j * ldc + r, count_ - r) : Vec::set(0.0f);
+        v.store(coefficients_[j] + r);
+        largest = max(max(v, Vec::set(0.0f) - v), largest);
+        faults = fma(v, Vec::set(0.0f), faults);
+      }
+      const float top = reduce_max(largest);
+      scales_[j] = scale_of(top, reduce_add(faults));
+      for (int r = 0; r < kRows; r += kLanes)
+        (Vec::load(coefficients_[j] + r) * Vec::set(inverse_of(top))).store(coefficients_[j] + r);
+    }
+  }
+
+  void add(int begin, int end, bool first, float* acc, ptrdiff_t lda) {
+    const int last = groups(end);
+    for (int g = begin / kGroup; g < last; g += kLanes) {
+      round_coefficients(g);
+      for (int part = 0; part < 4 && g + part * kSpan < last; ++part) {
+        const int group = g + part * kSpan;
+        if (first) prefetch(group);
+        read(group, std::min(kSpan, last - group));
+        for (int j = 0; j < m_; ++j) add_part(j, group, part, std::min(kSpan, last - group), end, acc + j * lda);
+      }
+    }
+  }
+
+ private:
+  // The coefficients of kLanes groups from g on as integers, and what they are to be multiplied with.
+  void round_coefficients(int g) {
+    Vec scale[kRows], largest = Vec::set(0.0f);
+    for (int r = 0; r < kRows; ++r) {
+      scale[r] = Vec::load(reinterpret_cast<const f16_t*>(rows_[r] + 2 * g));
+      largest = max(scale[r], largest);
+    }
+    const Vec inverse = where_less(Vec::set(0.0f), largest, Vec::set(1.0f) / largest, Vec::set(0.0f));
+    for (int r = 0; r < kRows; ++r) scale[r] = scale[r] * inverse;
+    for (int j = 0; j < m_; ++j) {
+      Ints total = set(0);
+      for (int quad = 0; quad < kRows / 4; ++quad) {
+        const float* c = coefficients_[j] + 4 * quad;
+        const Vec* s = scale + 4 * quad;
+        const Ints four = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
+        rounded_[j][quad] = four;
+        total = sum_bytes(total, four);
+      }
+      starts_[j] = start(total);
+      (largest * Vec::set(scales_[j])).store(group_scales_[j]);
+    }
+  }
+
+  static Ints start(Ints total) {
+#if defined(__AVX512F__)
+    return kUpper ? _mm512_srai_epi32(_mm512_mullo_epi32(total, set(-241)), 1) : _mm512_mullo_epi32(total, set(-kZero));
+#else
+    return kUpper ? _mm256_srai_epi32(_mm256_mullo_epi32(total, set(-241)), 1) : _mm256_mullo_epi32(total, set(-kZero));
+#endif
+  }
+
+  void prefetch(int group) const {
+    constexpr int kBytes = kSpan * kGroupBytes, kAhead = 2 * kBytes;
+    const auto ahead = [&](int at, int plane_end, int next) {
+      if (at < plane_end)
+        for (int r = 0; r < kRows; ++r) prefetch_now(rows_[r] + at);
+      else
+        for (int r = 0; r < kRows; ++r) prefetch_now(next_[r] + std::min(at - plane_end + next, plane_end));
+    };
+    if (group == 0)
+      for (int at = kAhead; at < upper_ + kAhead; at += kBytes) ahead(at, lower_, 0);
+    ahead(upper_ + group * kGroupBytes + kAhead, lower_, 0);
+    if (!kUpper) ahead(lower_ + group * kGroupBytes + kAhead, end_, lower_);
+  }
+
+  // The codes of all rows in n groups, four rows to a lane.
+  void read(int group, int n) {
+    for (int quad = 0; quad < kRows / 4; ++quad) {
+      const uint8_t* const* rows = rows_ + 4 * quad;
+      Ints uppers[4], lowers[4] = {};
+      interleave(rows, upper_ + group * kGroupBytes, n, uppers);
+      if constexpr (!kUpper) interleave(rows, lower_ + group * kGroupBytes, n, lowers);
+      for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], &codes_[quad][i], &codes_[quad][4 + i]);
+    }
+  }
+
+  static void interleave(const uint8_t* const* rows, int at, int n, Ints* out) {
+    Ints x[4];
+    for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
+    const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
+    const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
+    out[0] = unpack_low16(a, c);
+    out[1] = unpack_high16(a, c);
+    out[2] = unpack_low16(b, d);
+    out[3] = unpack_high16(b, d);
+  }
+
+  void add_part(int j, int group, int part, int n, int end, float* acc) const {
+    const Ints start = spread(starts_[j], part);
+    Sum<kUpper> sums[8] = {Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start),
+                           Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start)};
+    for (int quad = 0; quad < kRows / 4; ++quad) {
+      const Ints x = spread(rounded_[j][quad], part);
+      for (int i = 0; i < 8; ++i) sums[i].add(codes_[quad][i], x);
+    }
+    for (int half = 0; half < 2; ++half) {
+      Ints totals[4], ordered[kSpan][16 / kLanes];
+      for (int i = 0; i < 4; ++i) totals[i] = sums[4 * half + i].total();
+      order(totals, ordered);
+      for (int g = 0; g < n; ++g)
+        for (int v = 0; v < 16 / kLanes; ++v) {
+          const int column = (group + g) * kGroup + 16 * half + kLanes * v;
+          if (column >= end) continue;
+          const Vec scale = Vec::set(group_scales_[j][part * kSpan + g]);
+          store_upto(fma(floats(ordered[g][v]), scale, load_upto(acc + column, end - column)), acc + column, end - column);
+        }
+    }
+  }
+
+  const uint8_t *rows_[kRows], *next_[kRows];
+  const int count_, upper_, lower_;
+  int end_, m_ = 0;
+  alignas(64) float coefficients_[kColumns][kRows];
+  float scales_[kColumns];
+  Ints rounded_[kColumns][kRows / 4], starts_[kColumns];
+  alignas(64) float group_scales_[kColumns][kLanes];
+  Codes codes_[kRows / 4][8];
+};
+
+template <class T, bool kUpper>
+void sum(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, int k, int begin, int end, float* acc,
+         ptrdiff_t lda) {
+  for (int r = 0; r < n; r += kRows) {
+    SumBlock<T, kUpper> block(rows + r, std::min(kRows, n - r), k);
+    for (int j = 0; j < m; j += kColumns) {
+      block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, std::min(kColumns, m - j));
+      block.add(begin, end, j == 0, acc + j * lda, lda);
+    }
+  }
+}
+
+}  // namespace q8
+
+}  // namespace
+}  // namespace sirius::cpu
