@@ -43,6 +43,13 @@ struct LinearParams {
   int num_rows, out_features;
 };
 
+// Rounds rows of numbers to a matrix's format. A group of weights that are not all finite gets a scale that is not.
+struct PackParams {
+  Dtype dtype;
+  const void* x;  // T [rows, cols]
+  Matrix out;     // its data is written
+};
+
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 
 // hidden[m, i] = act(gate[n_i] . x[m]) * (up[n_i] . x[m])

@@ -101,6 +101,17 @@ struct Fields<LinearParams> {
 };
 
 template <>
+struct Fields<PackParams> {
+  template <class V>
+  static void visit(V& v) {
+    using P = PackParams;
+    v("dtype", &P::dtype);
+    v("x", &P::x);
+    v("out", &P::out);
+  }
+};
+
+template <>
 struct Fields<GateUpParams> {
   template <class V>
   static void visit(V& v) {

@@ -123,6 +123,7 @@ class Engine:
         dtype: torch.dtype | str = torch.bfloat16,
         progress: bool = True,
         backend: str = "auto",
+        weights: str = "plain",
     ) -> Engine:
         """Load a Hugging Face id, a local folder, a GGUF file, or without a name the default model.
 
@@ -130,12 +131,15 @@ class Engine:
             used, and the CPU elsewhere.
         dtype: of the weights: bfloat16, float16 or float32; "auto" is the checkpoint's own, and bfloat16 for a GGUF file.
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
+        weights: "plain" as they come, or "q8": matrices are packed into eight bits, half of the memory and of the time that reading
+            them takes, and S reads the upper four of them (`SiriusConfig.draft_weights`). Packed ones are kept in the cache folder.
+            `dtype` is then that of all else. The `transformers` model cannot be called itself.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
         device = device_of(device, backend)
         config = _checked(config)
-        model, tokenizer = load_model(name, dtype, progress)
+        model, tokenizer = load_model(name, dtype, progress, weights)
         try:
             model = model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument
         except torch.OutOfMemoryError as error:

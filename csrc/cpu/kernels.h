@@ -33,6 +33,9 @@ struct MatrixKernels {
 
   // out[c] = row[c] for all n of a row.
   void (*read)(const void* row, int n, float* out);
+
+  // row[c] = x[c], rounded; x: T [n].
+  void (*write)(const void* x, int n, void* row);
 };
 
 struct Kernels {

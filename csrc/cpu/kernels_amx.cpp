@@ -256,7 +256,7 @@ void amx_sum(const void* const* row_pointers, int n, const void* coefficients, p
   }
 }
 
-constexpr MatrixKernels kAmx = {amx_packed_size, amx_pack, amx_dot, amx_sum, read_row<bf16_t>};
+constexpr MatrixKernels kAmx = {amx_packed_size, amx_pack, amx_dot, amx_sum, read_row<bf16_t>, write_row<bf16_t>};
 
 }  // namespace
 

@@ -176,6 +176,11 @@ void read_row(const void* row, int n, float* out) {
   for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(static_cast<const T*>(row) + c, n - c), out + c, n - c);
 }
 
+template <class T>
+void write_row(const void* x, int n, void* row) {
+  std::memcpy(row, x, n * sizeof(T));
+}
+
 template <class T, class Out>
 void store(const float* acc, const void* bias, float scale, float softcap, const void* residual, int n, void* out) {
   for (int c = 0; c < n; c += Vec::width) {
@@ -356,15 +361,18 @@ inline const Kernels& table_of(Dtype dtype) {
 }
 
 template <class T>
-constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_row<T>};
+constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_row<T>, write_row<T>};
 
 template <class T, bool kUpper>
+constexpr MatrixKernels q8_table = {
+    q8::packed_size,  q8::pack<T, kUpper>,
 #if defined(__AVX2__)
-constexpr MatrixKernels q8_table = {q8::packed_size, q8::pack<T, kUpper>, q8::dot<kUpper>, q8::sum<T, kUpper>, q8::read<kUpper>};
+    q8::dot<kUpper>,  q8::sum<T, kUpper>,
 #else
-constexpr MatrixKernels q8_table = {q8::packed_size, q8::pack<T, kUpper>, q8::dot_plain<kUpper>, q8::sum_plain<T, kUpper>,
-                                    q8::read<kUpper>};
+    q8::dot_plain<kUpper>, q8::sum_plain<T, kUpper>,
 #endif
+    q8::read<kUpper>, q8::write<T, kUpper>,
+};
 
 template <bool kUpper>
 const MatrixKernels& q8_table_of(Dtype dtype) {

@@ -32,4 +32,11 @@ void linear(const LinearParams& p) {
   }
 }
 
+void pack(const PackParams& p) {
+  const MatrixKernels& matrix = matrix_kernels(p.out.format, p.dtype);
+  const Range rows = share(p.out.rows);
+  for (int r = rows.begin; r < rows.end; ++r)
+    matrix.write(offset(p.x, size_t(r) * p.out.cols, p.dtype), p.out.cols, const_cast<void*>(p.out.row(r)));
+}
+
 }  // namespace sirius::cpu

@@ -6,6 +6,7 @@
 namespace sirius::cpu {
 
 void linear(const LinearParams& p);
+void pack(const PackParams& p);
 void gate_up(const GateUpParams& p);
 void gate(const GateParams& p);
 void select(const SelectParams& p);  // for one thread; wherever several need the list, each makes its own

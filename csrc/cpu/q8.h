@@ -82,31 +82,38 @@ inline void store_bytes(Vec integers, int8_t* out) {
 #endif
 }
 
+// The first n of a group's values, the largest size among them, and 0, or NaN if one is not finite.
+template <class T>
+void load_group(const T* x, int n, float* values, float* largest, float* faults) {
+  Vec top = Vec::set(0.0f), odd = top;
+  for (int c = 0; c < std::min(n, kGroup); c += Vec::width) {
+    const Vec v = load_upto(x + c, n - c);
+    v.store(values + c);
+    top = max(max(v, Vec::set(0.0f) - v), top);
+    odd = fma(v, Vec::set(0.0f), odd);
+  }
+  *largest = reduce_max(top);
+  *faults = reduce_add(odd);
+}
+
 template <class T, bool kUpper>
 void pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
-  constexpr int W = Vec::width;
   for (int first = 0; first < m; first += kColumns) {
     const Packed to(packed, first, m, k);
     for (int j = 0; j < to.columns; ++j)
       for (int g = 0; g < groups(k); ++g) {
         alignas(64) float values[kGroup] = {};
-        Vec largest = Vec::set(0.0f), faults = largest;
-        for (int c = 0; c < kGroup && first + j < m; c += W) {
-          if (g * kGroup + c >= k) break;
-          const Vec v = load_upto(static_cast<const T*>(x) + (first + j) * ldx + g * kGroup + c, k - g * kGroup - c);
-          v.store(values + c);
-          largest = max(max(v, Vec::set(0.0f) - v), largest);
-          faults = fma(v, Vec::set(0.0f), faults);
-        }
-        const float top = reduce_max(largest);
+        float top = 0.0f, faults = 0.0f;
+        if (first + j < m)
+          load_group(static_cast<const T*>(x) + (first + j) * ldx + g * kGroup, k - g * kGroup, values, &top, &faults);
         const Vec inverse = Vec::set(inverse_of(top));
         Vec total = Vec::set(0.0f);
-        for (int c = 0; c < kGroup; c += W) {
+        for (int c = 0; c < kGroup; c += Vec::width) {
           const Vec rounded = integers(Vec::load(values + c) * inverse);
           store_bytes(rounded, to.values + (g * to.columns + j) * kGroup + c);
           total = total + rounded;
         }
-        to.scales[g * to.columns + j] = scale_of(top, reduce_add(faults));
+        to.scales[g * to.columns + j] = scale_of(top, faults);
         to.starts[g * to.columns + j] = start_of<kUpper>(int(reduce_add(total)));
       }
   }
@@ -137,6 +144,29 @@ template <bool kUpper>
 void read(const void* pointer, int n, float* out) {
   const Row<kUpper> row(pointer, n);
   for (int c = 0; c < n; ++c) out[c] = row.scale(c / kGroup) * (float(row.code(c)) - (kUpper ? kUpperZero : float(kZero)));
+}
+
+template <class T, bool kUpper>
+void write(const void* x, int n, void* pointer) {
+  uint8_t* const scales = static_cast<uint8_t*>(pointer);
+  uint8_t *upper = scales + scale_bytes(n), *lower = scales + upper_bytes(n);
+  std::memset(scales, 0, scale_bytes(n));
+  for (int g = 0; g < groups(n); ++g, upper += kGroupBytes, lower += kGroupBytes) {
+    alignas(64) float values[kGroup] = {};
+    float largest, faults;
+    load_group(static_cast<const T*>(x) + g * kGroup, n - g * kGroup, values, &largest, &faults);
+    const f16_t rounded = from_float<f16_t>(scale_of(largest, faults));
+    std::memcpy(scales + 2 * g, &rounded, 2);
+    const float scale = to_float(rounded);
+    int8_t codes[kGroup];
+    for (int c = 0; c < kGroup; c += Vec::width)
+      store_bytes(integers(Vec::load(values + c) * Vec::set(scale > 0.0f ? 1.0f / scale : 0.0f)), codes + c);
+    for (int c = 0; c < kGroupBytes; ++c) {
+      const uint8_t first = uint8_t(codes[c] + kZero), second = uint8_t(codes[kGroupBytes + c] + kZero);
+      upper[c] = uint8_t(first >> 4 | (second & 0xf0));
+      if (!kUpper) lower[c] = uint8_t((first & 15) | second << 4);
+    }
+  }
 }
 
 template <bool kUpper>

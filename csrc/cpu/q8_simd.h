@@ -85,8 +85,16 @@ template <bool kUpper>
 struct Sum {
   Ints value;
 
+  Sum() = default;
   explicit Sum(Ints start) : value(start) {}
   void add(const Codes& codes, Ints x) { value = _mm512_dpbusd_epi32(value, codes.value, x); }
+  // The same four for all lanes, from memory: GCC 12 does not make one instruction of it.
+  void add_four(const Codes& codes, const int8_t* x) {
+    struct Four {
+      int8_t bytes[4];
+    };
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(value) : "v"(codes.value), "m"(*reinterpret_cast<const Four*>(x)));
+  }
   Ints total() const { return value; }
 };
 
@@ -168,12 +176,18 @@ void split(Ints upper, Ints lower, Codes* first, Codes* second) {
 
 template <bool kUpper>
 struct Sum {
-  Ints start, upper = _mm256_setzero_si256(), lower = upper;
+  Ints start, upper, lower;
 
-  explicit Sum(Ints start) : start(start) {}
+  Sum() = default;
+  explicit Sum(Ints start) : start(start), upper(_mm256_setzero_si256()), lower(upper) {}
   void add(const Codes& codes, Ints x) {
     upper = _mm256_add_epi16(upper, _mm256_maddubs_epi16(codes.upper, x));
     if constexpr (!kUpper) lower = _mm256_add_epi16(lower, _mm256_maddubs_epi16(codes.lower, x));
+  }
+  void add_four(const Codes& codes, const int8_t* x) {
+    int four;
+    std::memcpy(&four, x, 4);
+    add(codes, set(four));
   }
   Ints total() const {
     Ints sum = _mm256_add_epi32(start, _mm256_madd_epi16(upper, _mm256_set1_epi16(16)));
@@ -248,15 +262,13 @@ void dot_tile(const uint8_t* const* rows, const Packed& x, int k, float* out, pt
     Codes codes[8];
     for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], codes + i, codes + 4 + i);
     const Vec scale = scales[g % 8];
+#pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const int at = g * M + j;
       Sum<kUpper> sum(set(x.starts[at]));
       const int8_t* values = x.values + at * kGroup;
-      for (int i = 0; i < 8; ++i) {
-        int four;
-        std::memcpy(&four, values + 4 * i, 4);
-        sum.add(codes[i], set(four));
-      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum.add_four(codes[i], values + 4 * i);
       acc[j] = fma(floats(sum.total()) * Vec::set(x.scales[at]), scale, acc[j]);
     }
   }
@@ -332,7 +344,10 @@ class SumBlock {
         const int group = g + part * kSpan;
         if (first) prefetch(group);
         read(group, std::min(kSpan, last - group));
-        for (int j = 0; j < m_; ++j) add_part(j, group, part, std::min(kSpan, last - group), end, acc + j * lda);
+        const int n = std::min(kSpan, last - group);
+        int j = 0;
+        for (; j + 2 <= m_; j += 2) add_part<2>(j, group, part, n, end, acc, lda);
+        if (j < m_) add_part<1>(j, group, part, n, end, acc, lda);
       }
     }
   }
@@ -405,26 +420,37 @@ class SumBlock {
     out[3] = unpack_high16(b, d);
   }
 
-  void add_part(int j, int group, int part, int n, int end, float* acc) const {
-    const Ints start = spread(starts_[j], part);
-    Sum<kUpper> sums[8] = {Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start),
-                           Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start), Sum<kUpper>(start)};
+  // For J rows of input from j on, in n groups: J share the codes once they are loaded.
+  template <int J>
+  void add_part(int j, int group, int part, int n, int end, float* acc, ptrdiff_t lda) const {
+    Sum<kUpper> sums[J][8];
+    for (int each = 0; each < J; ++each)
+      for (int i = 0; i < 8; ++i) sums[each][i] = Sum<kUpper>(spread(starts_[j + each], part));
     for (int quad = 0; quad < kRows / 4; ++quad) {
-      const Ints x = spread(rounded_[j][quad], part);
-      for (int i = 0; i < 8; ++i) sums[i].add(codes_[quad][i], x);
+      Ints x[J];
+      for (int each = 0; each < J; ++each) x[each] = spread(rounded_[j + each][quad], part);
+      for (int i = 0; i < 8; ++i)
+        for (int each = 0; each < J; ++each) sums[each][i].add(codes_[quad][i], x[each]);
     }
-    for (int half = 0; half < 2; ++half) {
-      Ints totals[4], ordered[kSpan][16 / kLanes];
-      for (int i = 0; i < 4; ++i) totals[i] = sums[4 * half + i].total();
-      order(totals, ordered);
-      for (int g = 0; g < n; ++g)
-        for (int v = 0; v < 16 / kLanes; ++v) {
-          const int column = (group + g) * kGroup + 16 * half + kLanes * v;
-          if (column >= end) continue;
-          const Vec scale = Vec::set(group_scales_[j][part * kSpan + g]);
-          store_upto(fma(floats(ordered[g][v]), scale, load_upto(acc + column, end - column)), acc + column, end - column);
-        }
-    }
+    const bool whole = n == kSpan && (group + kSpan) * kGroup <= end;
+    for (int each = 0; each < J; ++each)
+      for (int half = 0; half < 2; ++half) {
+        Ints totals[4], ordered[kSpan][16 / kLanes];
+        for (int i = 0; i < 4; ++i) totals[i] = sums[each][4 * half + i].total();
+        order(totals, ordered);
+#pragma GCC unroll 4
+        for (int g = 0; g < kSpan; ++g)
+#pragma GCC unroll 2
+          for (int v = 0; v < 16 / kLanes; ++v) {
+            const int column = (group + g) * kGroup + 16 * half + kLanes * v;
+            float* to = acc + (j + each) * lda + column;
+            const Vec scale = Vec::set(group_scales_[j + each][part * kSpan + g]);
+            if (whole)
+              fma(floats(ordered[g][v]), scale, Vec::load(to)).store(to);
+            else if (column < end)
+              store_upto(fma(floats(ordered[g][v]), scale, load_upto(to, end - column)), to, end - column);
+          }
+      }
   }
 
   const uint8_t *rows_[kRows], *next_[kRows];

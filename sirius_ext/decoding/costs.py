@@ -24,7 +24,7 @@ from ..models.hub import cache_dir
 from ..runtime.model import Model
 from ..runtime.passes import Pass
 from .period import Costs
-from .sparsity import CSparse, FSparse, sparse_density, sparsity_of
+from .sparsity import CSparse, FSparse, four_bits, sparse_density, sparsity_of
 
 ROWS = (4, 16)  # of the passes of F that are measured, beside one
 _SECONDS = 1.0  # that measuring takes, unless few passes take longer
@@ -41,7 +41,8 @@ def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
 
     thresholds: FSparse's, float32 [layers].
     """
-    sparse = config.sparsity, config.follow, config.density, config.thresholds, config.tree_width
+    less = four_bits(config, model.weights)
+    sparse = config.sparsity, config.follow, config.density, config.thresholds, config.tree_width, less
     asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
         at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))
@@ -62,7 +63,7 @@ def _key(model: Model, sparse: tuple[object, ...]) -> str:
     """What the costs depend on. sparse: the settings of S."""
     w = model.weights
     backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
-    parts = (w.fingerprint()[:16], w.dtype, backend, _processor(), torch.get_num_threads())
+    parts = (w.fingerprint()[:16], "q8" if w.packed else "plain", w.dtype, backend, _processor(), torch.get_num_threads())
     return " ".join(map(str, (*parts, *sparse)))
 
 

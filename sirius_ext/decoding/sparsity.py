@@ -22,10 +22,22 @@ def kept_neurons(density: float, intermediate: int) -> int:
     return max(1, round(density * intermediate))
 
 
+def four_bits(config: SiriusConfig, weights: Weights) -> bool:
+    """Whether S reads four bits of every weight."""
+    return config.draft_weights == "q4" or (config.draft_weights == "auto" and weights.packed)
+
+
 def sparse_density(config: SiriusConfig, weights: Weights) -> float:
-    """Parameters that the sparse model touches for a token, over all parameters (SPEC section 2): `1 - (1 - d) * M / P` for
-    CSparse, `1 - (1 - d) * (2 / 3) * M / P` for FSparse."""
-    return 1 - (1 - config.density) * _SKIPPED[config.sparsity] * weights.num_mlp_parameters / weights.num_parameters
+    """Parameters that the sparse model touches for a token, over all parameters (SPEC section 2), each by the bits that S and F
+    read of it: with the same bits `1 - (1 - d) * M / P` for CSparse, `1 - (1 - d) * (2 / 3) * M / P` for FSparse."""
+    mlp, rest = weights.num_mlp_parameters, weights.num_parameters - weights.num_mlp_parameters
+    mlp_share = rest_share = 1.0  # of the bytes of a parameter that F reads
+    if four_bits(config, weights):
+        less, all_bits = weights.four_bits, weights.full
+        mlp_share = less.mlp_bytes / all_bits.mlp_bytes
+        rest_share = (less.bytes - less.mlp_bytes) / (all_bits.bytes - all_bits.mlp_bytes)
+    kept = 1 - (1 - config.density) * _SKIPPED[config.sparsity]
+    return (rest_share * rest + mlp_share * kept * mlp) / (rest + mlp)
 
 
 class Usage:
@@ -70,7 +82,9 @@ class CSparse:
         density: float,
         device: torch.device | str = "cpu",
         down_squares: torch.Tensor | None = None,
+        four_bits: bool = False,
     ) -> None:
+        self.four_bits = four_bits
         self.usage: Usage = Usage(num_layers, intermediate, device)
         self.kept_neurons = kept_neurons(density, intermediate)
         self.down_squares = down_squares
@@ -124,8 +138,10 @@ class FSparse:
 
     follows, neurons, statistic, usage = False, None, None, None
 
-    def __init__(self, intermediate: int, density: float, thresholds: torch.Tensor | None = None) -> None:
-        self.kept_neurons, self.thresholds = kept_neurons(density, intermediate), thresholds
+    def __init__(
+        self, intermediate: int, density: float, thresholds: torch.Tensor | None = None, four_bits: bool = False
+    ) -> None:
+        self.kept_neurons, self.thresholds, self.four_bits = kept_neurons(density, intermediate), thresholds, four_bits
         self.kind = Kind.LARGEST if thresholds is None else Kind.THRESHOLD
 
     def choose(self, layer: int, gates: torch.Tensor) -> torch.Tensor:
@@ -140,7 +156,9 @@ class FSparse:
 
 def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor | None = None) -> CSparse | FSparse:
     """What the config asks for, for one prompt."""
+    less = four_bits(config, weights)
     if config.sparsity == "csparse":
         squares = weights.down_squares if config.follow else None
-        return CSparse(len(weights.layers), weights.intermediate, config.density, weights.device, squares)
-    return FSparse(weights.intermediate, config.density, None if thresholds is None else thresholds.to(weights.device))
+        return CSparse(len(weights.layers), weights.intermediate, config.density, weights.device, squares, less)
+    thresholds = None if thresholds is None else thresholds.to(weights.device)
+    return FSparse(weights.intermediate, config.density, thresholds, less)

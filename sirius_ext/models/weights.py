@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels import products
 from ..kernels.dispatch import check_device
-from ..kernels.matrix import Matrix
+from ..kernels.matrix import Format, Matrix
 from ..kernels.ops import DTYPES
 from .families import Family, check_supported, describe
 
@@ -24,8 +25,8 @@ class Projection:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x @ weight.T + bias`, by torch. x: T [m, cols]. Returns T [m, rows]."""
-        return self.weight.dot(x, self.bias)
+        """`x @ weight.T + bias`, of many rows. x: T [m, cols]. Returns T [m, rows]."""
+        return products.dot(x, self.weight, self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,42 @@ class Layer:
     down: Matrix  # [I, H]: down_proj transposed
     window: int  # tokens that attention sees, 0: all
     rope: int  # which table of angles, -1: none
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """The matrices that a pass reads: F's are the model's own, S's may have fewer bits."""
+
+    layers: list[Layer]
+    lm_head: Matrix
+
+    def in_four_bits(self) -> View:
+        """Of matrices in eight bits their upper halves, which takes no memory; of others copies."""
+
+        def less(part: object) -> object:
+            if isinstance(part, Matrix):
+                return part.in_four_bits()
+            if isinstance(part, Projection):
+                return Projection(part.weight.in_four_bits(), part.bias)
+            return tuple(map(less, part)) if isinstance(part, tuple) else part
+
+        layers = [
+            Layer(**{field.name: less(getattr(layer, field.name)) for field in dataclasses.fields(layer)})  # type: ignore[arg-type]
+            for layer in self.layers
+        ]
+        return View(layers, self.lm_head.in_four_bits())
+
+    @property
+    def mlp_bytes(self) -> int:
+        """Of gate, up and down in all layers."""
+        return sum(part.nbytes for layer in self.layers for part in (layer.gate, layer.up, layer.down))
+
+    @property
+    def bytes(self) -> int:
+        """Of everything that a pass may read, but for the embedding."""
+        return self.lm_head.nbytes + sum(
+            _nbytes(part) for layer in self.layers for part in (getattr(layer, field.name) for field in dataclasses.fields(layer))
+        )
 
 
 # What the extension knows of a layer, and of a `Description`, by the same names.
@@ -70,16 +107,43 @@ class Weights:
         _check_modules(model, family)
         self.description, ropes = describe(model)
         self.vocab = model.lm_head.weight.shape[0]
-        self.dtype, self.device = model.lm_head.weight.dtype, model.lm_head.weight.device
+        body = model.model
+        self.dtype, self.device = body.norm.weight.dtype, body.norm.weight.device
         self._check_placement(model)
 
-        body = model.model
-        self.embedding = Matrix(_plain(body.embed_tokens.weight))
-        self.lm_head = Matrix(_plain(model.lm_head.weight))
+        self.embedding = _matrix(body.embed_tokens.weight, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
-        self.layers = [self._layer(layer, index) for index, layer in enumerate(body.layers)]
+        self.full = View(
+            [self._layer(layer, index) for index, layer in enumerate(body.layers)],
+            self.embedding
+            if model.lm_head.weight is body.embed_tokens.weight
+            else _matrix(model.lm_head.weight, self.description.hidden),
+        )
         self._addresses = _addresses(model)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """F's."""
+        return self.full.layers
+
+    @property
+    def lm_head(self) -> Matrix:
+        """F's."""
+        return self.full.lm_head
+
+    @property
+    def packed(self) -> bool:
+        """Whether the matrices are in eight bits."""
+        return not self.lm_head.plain
+
+    @functools.cached_property
+    def four_bits(self) -> View:
+        """What S reads of its weights if it is to read four bits of each."""
+        return self.full.in_four_bits()
+
+    def view(self, four_bits: bool) -> View:
+        return self.four_bits if four_bits else self.full
 
     def _layer(self, layer: Any, index: int) -> Layer:
         d = self.description
@@ -90,18 +154,16 @@ class Weights:
 
         def projection(name: str) -> Projection:
             linear = layer.get_submodule(name)
-            return Projection(Matrix(_plain(linear.weight)), None if linear.bias is None else _plain(linear.bias))
+            matrix = _matrix(linear.weight, linear.in_features)
+            return Projection(matrix, None if linear.bias is None else _plain(linear.bias))
 
         if family.fused:
             qkv = _split(projection("self_attn.qkv_proj"), d.heads * d.head_dim, d.kv_heads * d.head_dim)
-            both = Matrix(_plain(layer.mlp.gate_up_proj.weight))
+            both = projection("mlp.gate_up_proj").weight
             gate, up = both.take(slice(0, d.intermediate)), both.take(slice(d.intermediate, None))
         else:
             qkv = tuple(projection(f"self_attn.{name}_proj") for name in "qkv")
-            gate, up = Matrix(_plain(layer.mlp.gate_proj.weight)), Matrix(_plain(layer.mlp.up_proj.weight))
-        down = layer.mlp.down_proj.weight
-        if not down.data.t().is_contiguous():
-            down.data = down.data.t().contiguous().t()
+            gate, up = projection("mlp.gate_proj").weight, projection("mlp.up_proj").weight
         before_attention, before_mlp = norm(family.before_attention), norm(family.before_mlp)
         assert before_attention is not None and before_mlp is not None
         return Layer(
@@ -115,7 +177,7 @@ class Weights:
             output=projection("self_attn.o_proj"),
             gate=gate,
             up=up,
-            down=Matrix(down.data.t()),
+            down=_transposed(layer.mlp.down_proj.weight, d.hidden),
             window=d.windows[index],
             rope=d.ropes[index],
         )
@@ -127,10 +189,10 @@ class Weights:
         for name, parameter in model.named_parameters():
             if parameter.device != self.device:
                 raise ValueError(
-                    f"model: expected every weight on {self.device}, as lm_head is, but {name} is on {parameter.device}"
+                    f"model: expected every weight on {self.device}, as the last norm is, but {name} is on {parameter.device}"
                 )
-            if parameter.dtype != self.dtype:
-                raise ValueError(f"model: expected one dtype, but {name} is {parameter.dtype} and lm_head {self.dtype}")
+            if parameter.dtype not in (self.dtype, torch.uint8):
+                raise ValueError(f"model: expected one dtype, but {name} is {parameter.dtype} and the last norm {self.dtype}")
 
     @property
     def context(self) -> int:
@@ -160,9 +222,9 @@ class Weights:
     @property
     def num_parameters(self) -> int:
         """All parameters, the embedding included, tied ones counted once."""
-        total = self.final_norm.numel() + self.embedding.data.numel()
+        total = self.final_norm.numel() + self.embedding.shape.numel()
         if self.embedding.data.data_ptr() != self.lm_head.data.data_ptr():
-            total += self.lm_head.data.numel()
+            total += self.lm_head.shape.numel()
         for layer in self.layers:
             for field in dataclasses.fields(layer):
                 value = getattr(layer, field.name)
@@ -177,13 +239,14 @@ class Weights:
     @functools.cached_property
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
-        return torch.stack([layer.down.data.float().square().sum(-1) for layer in self.layers])
+        return torch.stack([layer.down.dense().square().sum(-1) for layer in self.layers])
 
     def fingerprint(self) -> str:
         """Tells models apart, and is the same for one model in float32 and in bfloat16."""
         digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, self.vocab)).encode())
         for layer in self.layers:
-            digest.update(layer.gate.data[:4].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+            rows = layer.gate.take(slice(0, 4)).dense()
+            digest.update(rows.bfloat16().view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -191,9 +254,9 @@ class Weights:
         """The extension's name for the dtype."""
         return DTYPES[self.dtype]
 
-    def arguments(self) -> dict[str, object]:
+    def arguments(self, four_bits: bool = False) -> dict[str, object]:
         """What the extension's `Model` is made of: ModelWeights of csrc/params.h and, as `layers`, its LayerWeights."""
-        d = self.description
+        d, view = self.description, self.view(four_bits)
 
         def norm(weight: torch.Tensor | None) -> dict[str, object]:
             return {"weight": 0 if weight is None else weight.data_ptr(), "eps": d.eps, "offset": d.norm_offset}
@@ -210,14 +273,14 @@ class Weights:
                 "window": layer.window,
                 "rope": layer.rope,
             }
-            for layer in self.layers
+            for layer in view.layers
         ]
         return {
             **{name: getattr(d, name) for name in _DESCRIBED},
             "dtype": self.dtype_code,
             "embedding": self.embedding.raw,
             "final_norm": norm(self.final_norm),
-            "lm_head": self.lm_head.raw,
+            "lm_head": view.lm_head.raw,
             "vocab": self.vocab,
             "layers": layers,
         }
@@ -240,15 +303,40 @@ def _numel(part: Projection | Matrix | torch.Tensor | int | None) -> int:
     if isinstance(part, Projection):
         return _numel(part.weight) + _numel(part.bias)
     if isinstance(part, Matrix):
-        return part.data.numel()
+        return part.shape.numel()
     return part.numel() if isinstance(part, torch.Tensor) else 0
+
+
+def _nbytes(part: object) -> int:
+    """What a pass reads of a field of `Layer`."""
+    if isinstance(part, tuple):
+        return sum(map(_nbytes, part))
+    if isinstance(part, Projection):
+        return _nbytes(part.weight) + _nbytes(part.bias)
+    return part.nbytes if isinstance(part, (Matrix, torch.Tensor)) else 0
 
 
 def restore(model: Any) -> None:
     """Give `down_proj` its own layout back; values, shapes and strides are then what they were before `Weights(model)`."""
     for layer in model.model.layers:
         weight = layer.mlp.down_proj.weight
-        weight.data = weight.data.contiguous()
+        if weight.dtype != torch.uint8:
+            weight.data = weight.data.contiguous()
+
+
+def _matrix(parameter: nn.Parameter, cols: int) -> Matrix:
+    """A weight [rows, cols], whose rows may be packed into bytes (`models.packed`)."""
+    data = _plain(parameter)
+    return Matrix(data, (Format.Q8, cols)) if data.dtype == torch.uint8 else Matrix(data)
+
+
+def _transposed(parameter: nn.Parameter, hidden: int) -> Matrix:
+    """down_proj, neuron by neuron: [I, H]."""
+    if parameter.dtype == torch.uint8:  # it is packed that way
+        return _matrix(parameter, hidden)
+    if not parameter.data.t().is_contiguous():
+        parameter.data = parameter.data.t().contiguous().t()
+    return Matrix(parameter.data.t())
 
 
 def _plain(parameter: nn.Parameter) -> torch.Tensor:

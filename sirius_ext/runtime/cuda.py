@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from ..kernels import dispatch
+from ..kernels import dispatch, products
 from ..models.weights import Weights
 from .cache import Cache
 from .graphs import Nodes, Replay, graph_mode
 from .layers import Attend, Neurons, decoder_layer, embed, norm
 from .model import Model, arguments_of
-from .passes import Kind, Pass, Sparsity
+from .passes import Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
 FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
 
-Arguments = tuple[int, int, int, int]  # of a pass: kind, the addresses of neurons and thresholds, how many neurons are kept
+# Of a pass: what the extension takes (kind, the addresses of neurons and thresholds, how many neurons are kept), and whether S reads
+# four bits.
+Arguments = tuple[tuple[int, int, int, int], bool]
 
 
 class CudaCache(Cache):
@@ -40,7 +42,7 @@ class CudaCache(Cache):
         self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept
         self._thresholds: torch.Tensor | None = None
         self._taken: Sparsity | None = None  # what stands there
-        self._arguments: Arguments = Kind.DENSE, 0, 0, 0
+        self._arguments: Arguments = arguments_of(None), False
 
     def _release(self) -> None:
         super()._release()
@@ -86,7 +88,7 @@ class CudaCache(Cache):
     def take(self, sparsity: Sparsity | None) -> Arguments:
         """Put a prompt's sets, or the thresholds, where passes find them. Returns what `CudaModel.run` takes."""
         if sparsity is None:
-            return arguments_of(None)
+            return arguments_of(None), False
         if sparsity is not self._taken:  # a sequence's passes all come with the same one
             if self._taken is not None and self._taken.neurons is not None:
                 statistic = self._taken.statistic
@@ -111,7 +113,7 @@ class CudaCache(Cache):
                 self._thresholds = torch.empty_like(sparsity.thresholds)
             self._thresholds.copy_(sparsity.thresholds)
             thresholds = self._thresholds.data_ptr()
-        return kind, neurons, thresholds, kept
+        return (kind, neurons, thresholds, kept), sparsity.four_bits
 
     def followed(self, kept: int) -> tuple[torch.Tensor, ...]:
         """What a set of so many neurons that follows the text changes, for who must undo it."""
@@ -204,8 +206,9 @@ class CudaModel(Model):
         m = len(nodes.tokens)
         if m > FEW_ROWS:
             return self._run_many(cache, nodes, argmax, keep_z)
+        chosen, four_bits = sparsity
         with dispatch.guard(self.device):
-            self._handle.step(
+            self._handle_of(four_bits).step(
                 tokens=nodes.tokens.data_ptr(),
                 positions=nodes.offsets.data_ptr(),
                 cos=cache.cos.data_ptr(),
@@ -215,7 +218,7 @@ class CudaModel(Model):
                 mask_words=nodes.mask.shape[1],
                 k_cache=cache.k.data_ptr(),
                 v_cache=cache.v.data_ptr(),
-                sparsity=sparsity,
+                sparsity=chosen,
                 logits=cache.logits.data_ptr(),
                 argmax=0 if argmax is None else argmax.data_ptr(),
                 workspace=self._workspace.data_ptr(),
@@ -241,7 +244,9 @@ class CudaModel(Model):
             neurons = _keeping(cache.z(m)[index]) if keep_z else None
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
         normed, head, out = norm(d, x, w.final_norm), w.lm_head.data.t(), cache.logits[:m]
-        if w.dtype == torch.float32:
+        if w.packed:
+            out.copy_(products.dot(normed.float(), w.lm_head))
+        elif w.dtype == torch.float32:
             torch.mm(normed, head, out=out)
         elif self.device.type == "cuda":
             torch.mm(normed, head, out_dtype=torch.float32, out=out)

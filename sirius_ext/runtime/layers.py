@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..kernels import ops
+from ..kernels import ops, products
+from ..kernels.matrix import Matrix
 from ..models.families import Activation, Description
 from ..models.weights import Layer, Weights
 
@@ -25,7 +26,8 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
     """tokens: int64 [t]. Returns T [t, H]."""
-    x, scale = F.embedding(tokens, weights.embedding.data), weights.description.embedding_scale
+    table, scale = weights.embedding, weights.description.embedding_scale
+    x = F.embedding(tokens, table.data) if table.plain else table.take(tokens).dense().to(weights.dtype)
     return x if scale == 1.0 else (x.float() * scale).to(x.dtype)
 
 
@@ -44,13 +46,13 @@ def decoder_layer(
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     x = _join(d, x, layer.output(attend(q, k, v)), layer.after_attention)
     normed = norm(d, x, layer.before_mlp)
-    gates = _act(d, layer.gate.dot(normed))
-    z = gates * layer.up.dot(normed)
+    gates = _act(d, products.dot(normed, layer.gate))
+    z = gates * products.dot(normed, layer.up)
     if neurons is not None:
         z = neurons(gates, z)
     if layer.after_mlp is None and d.residual_scale == 1.0:
-        return layer.down.sum(z, x)
-    return _join(d, x, layer.down.sum(z), layer.after_mlp)
+        return products.add_rows(z, layer.down, x)
+    return _join(d, x, products.add_rows(z, layer.down), layer.after_mlp)
 
 
 def norm(d: Description, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -60,11 +62,11 @@ def norm(d: Description, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, d.eps)
 
 
-def logits(weights: Weights, normed: torch.Tensor) -> torch.Tensor:
+def logits(weights: Weights, lm_head: Matrix, normed: torch.Tensor) -> torch.Tensor:
     """What the final norm gave, T [t, H], to float32 [t, V]."""
     # Our own product: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
     d = weights.description
-    return ops.linear(normed, weights.lm_head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32)
+    return ops.linear(normed, lm_head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32)
 
 
 def _join(d: Description, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

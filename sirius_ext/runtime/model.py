@@ -6,6 +6,7 @@ import collections
 import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -30,6 +31,13 @@ class Model:
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._handle = self._extension().Model(**weights.arguments())
+        self._in_four_bits: Any = None  # the same with S's view, once there is a use for it
+
+    def _handle_of(self, four_bits: bool) -> Any:
+        """The compiled model that reads what a pass is to read."""
+        if four_bits and self._in_four_bits is None:
+            self._in_four_bits = self._extension().Model(**self.weights.arguments(four_bits=True))
+        return self._in_four_bits if four_bits else self._handle
 
     def _extension(self) -> ModuleType:
         """Where the compiled passes are."""
@@ -85,10 +93,11 @@ class Model:
         """Tokens, int64 [t], after `start` others through F, or with a sparsity through S, in torch: their embeddings, then what
         each layer makes of them, T [t, H]."""
         w, end = self.weights, start + len(tokens)
+        view = w.view(sparsity is not None and sparsity.four_bits)
         angles = cache.cos[:, start:end], cache.sin[:, start:end]
         x = embed(w, tokens.to(self.device))
         yield x
-        for index, layer in enumerate(w.layers):
+        for index, layer in enumerate(view.layers):
             attend, neurons = self._attend(cache, index, start), _neurons(index, observer, sparsity)
             x = decoder_layer(w.description, layer, x, angles, attend, neurons)
             yield x
@@ -112,9 +121,9 @@ class Model:
         """Of the last row, T [1, H]."""
         return norm(self.weights.description, x[-1:], self.weights.final_norm)
 
-    def _head(self, normed: torch.Tensor) -> torch.Tensor:
+    def _head(self, normed: torch.Tensor, four_bits: bool = False) -> torch.Tensor:
         """The logits of one row, float32 [V]."""
-        return logits(self.weights, normed)[0]
+        return logits(self.weights, self.weights.view(four_bits).lm_head, normed)[0]
 
     def fault(self, cache: Cache, asked: Fault) -> str | None:
         """Where the first values arise that are not finite. None if there are none in torch, which rounds differently."""
@@ -138,7 +147,8 @@ class Model:
         normed = self._last_norm(x)
         if not bool(normed.isfinite().all()):
             return "the final norm"
-        return None if bool(self._head(normed).isfinite().all()) else "the LM head"
+        head = self._head(normed, sparsity is not None and sparsity.four_bits)
+        return None if bool(head.isfinite().all()) else "the LM head"
 
     def step(self, cache: Cache, asked: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass through F or S: one call into C++ over all layers. The caller has reserved room for it: this is the hot path,
@@ -149,7 +159,7 @@ class Model:
         m = len(asked.tokens)
         out, argmax = cache.logits[:m], cache.argmax[:m] if asked.argmax is None else asked.argmax
         with self.lock:
-            self._handle.step(
+            self._handle_of(asked.sparsity is not None and asked.sparsity.four_bits).step(
                 tokens=asked.tokens.data_ptr(),
                 positions=asked.positions.data_ptr(),
                 cos=cache.cos.data_ptr(),

@@ -24,11 +24,13 @@ class Sparsity(Protocol):
     kind: LISTED, LARGEST or THRESHOLD.
     kept_neurons: of every layer; of THRESHOLD it says nothing.
     follows: the set is chosen anew after every verification.
+    four_bits: S reads four bits of every weight (`Weights.four_bits`).
     """
 
     kind: Kind
     kept_neurons: int
     follows: bool
+    four_bits: bool
 
     @property
     def neurons(self) -> torch.Tensor | None:
