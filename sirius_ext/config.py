@@ -38,9 +38,9 @@ class SiriusConfig:
     score_temperature: temperature of the softmax behind that likelihood, more than 0.
     accept: "threshold" (the paper's rule: text close to the full model's), "match" (text equal to the full model's greedy text)
         or "sample" (text distributed exactly as the full model's samples; needs do_sample=True).
-    draft_weights: what the sparse model reads of a weight. "same": what the full model reads. "q4": four bits of it; of weights in
-        eight bits (`Engine.from_pretrained(weights="q8")`) that is their upper half, beside other weights it is a copy, which takes
-        0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, "same" elsewhere.
+    draft_weights: what the sparse model reads of a weight. "same": what the full model reads. "q4": four bits of it; of weights
+        in eight bits (`Engine.from_pretrained(weights="q8")`) that is their upper half, beside other weights it is a copy, which
+        takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, "same" elsewhere.
 
     Raises TypeError or ValueError that names the field.
     """

@@ -131,9 +131,9 @@ class Engine:
             used, and the CPU elsewhere.
         dtype: of the weights: bfloat16, float16 or float32; "auto" is the checkpoint's own, and bfloat16 for a GGUF file.
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
-        weights: "plain" as they come, or "q8": matrices are packed into eight bits, half of the memory and of the time that reading
-            them takes, and S reads the upper four of them (`SiriusConfig.draft_weights`). Packed ones are kept in the cache folder.
-            `dtype` is then that of all else. The `transformers` model cannot be called itself.
+        weights: "plain" as they come, or "q8": matrices are packed into eight bits, half of the memory and of the time that
+            reading them takes, and S reads the upper four of them (`SiriusConfig.draft_weights`). Packed ones are kept in the
+            cache folder. `dtype` is then that of all else. The `transformers` model cannot be called itself.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
@@ -329,13 +329,16 @@ class Source(Protocol):
     def device(self) -> str: ...
     @property
     def threads(self) -> int | None: ...
+    @property
+    def weights(self) -> str: ...
 
 
 def engine_of(source: Source, config: SiriusConfig) -> Engine:
     """The engine, and so many CPU threads, if it says how many."""
     if source.threads is not None:
         torch.set_num_threads(check_threads(source.threads))
-    return Engine.from_pretrained(source.model, config, source.device, parse_dtype(source.dtype))
+    dtype = parse_dtype(source.dtype)
+    return Engine.from_pretrained(source.model, config, source.device, dtype, weights=source.weights)
 
 
 def most_threads() -> int:

@@ -6,17 +6,17 @@ import argparse
 from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
-from ..config import ACCEPT_RULES, SiriusConfig
+from ..config import ACCEPT_RULES, DRAFT_WEIGHTS, SiriusConfig
 from ..decoding.calibrate import read_thresholds
 from ..engine import check_threads
-from ..models.hub import DEFAULT_MODEL, parse_dtype
+from ..models.hub import DEFAULT_MODEL, parse_dtype, parse_weights
 from .arguments import Commands, input_file, integer, number, period, reads
 
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 
 DEFAULTS = SiriusConfig()
-FIELDS = ("sparsity", "follow", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold")
+FIELDS = ("sparsity", "follow", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold", "draft_weights")
 
 
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
@@ -37,6 +37,12 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         default="bfloat16",
         help="bfloat16, float16, float32, or auto: the checkpoint's (default: %(default)s)",
     )
+    add(
+        "--weights",
+        type=_weights,
+        default="plain",
+        help="plain, or q8: packed into eight bits, of which the sparse model reads four (default: %(default)s)",
+    )
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
 
@@ -50,6 +56,8 @@ def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, defaul
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
     purpose = "csparse's neurons stay as the prompt chose them; without it they follow the text"
     add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
+    purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4 of weights in eight bits"
+    add_setting(parser, "--draft-weights", purpose, DEFAULTS.draft_weights, choices=DRAFT_WEIGHTS)
     add_setting(parser, "--density", "fraction of MLP neurons kept", DEFAULTS.density, type=number)
     purpose = "of `calibrate`, for fsparse: in place of a fixed number"
     add_setting(parser, "--thresholds", purpose, metavar="FILE", type=input_file)
@@ -80,7 +88,7 @@ def used_by(config: SiriusConfig) -> set[str]:
     """The settings that make a difference to what a config decodes."""
     used = set()
     if config.mode != "full":
-        used |= {"sparsity", "density", "thresholds" if config.sparsity == "fsparse" else "follow"}
+        used |= {"sparsity", "density", "draft_weights", "thresholds" if config.sparsity == "fsparse" else "follow"}
     if config.mode == "sirius":
         used |= {"period", "tree_width", "prune", "accept"} | ({"threshold"} if config.accept == "threshold" else set())
     return used
@@ -102,6 +110,11 @@ def _threads(text: str) -> int:
 def _dtype(text: str) -> str:
     _unnamed(parse_dtype, text)
     return text
+
+
+@reads
+def _weights(text: str) -> str:
+    return _unnamed(parse_weights, text)
 
 
 def _device(text: str) -> str:

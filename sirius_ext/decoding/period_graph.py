@@ -71,7 +71,7 @@ class PeriodGraph:
         self._remaining, self._limit, self._root, self._kept = (torch.zeros_like(places[:1]) for _ in range(4))
         self._state: tuple[torch.Tensor, ...] = (self.record.tokens, self.record.fault, cache.base, self._remaining, self._limit)
         if follows:
-            self._state += cache.followed(draft[-1])
+            self._state += cache.followed(draft[0][-1])
         self._replay = Replay(
             self._launch, device, model.graph_mode == "period", f"a period of {depth + 1} and width {self.width}", self._state
         )
@@ -226,7 +226,7 @@ class PeriodGraph:
                 start=0,
             )
         if self._follows:
-            _, neurons, _, kept = self._draft_by
+            (_, neurons, _, kept), _ = self._draft_by
             nodes, (_, statistic) = len(record.tokens), cache.followed(kept)
             model.launch(
                 "follow",

@@ -22,7 +22,7 @@ SHOTS = 5
 class Plan:
     """A model, a task, and how to decode it.
 
-    model, dtype, device, threads: as `engine.Source` has them.
+    model, dtype, device, threads, weights: as `engine.Source` has them.
     data: the folder of the tasks' files; None is the Hugging Face hub.
     shots: examples in the prompt; None is 5, or as many as the task has.
     skip: items left out at the beginning: those that settings were chosen on, say.
@@ -48,6 +48,7 @@ class Plan:
     limit: int | None = None
     shard: tuple[int, int] = (1, 1)
     batch: int = 1
+    weights: str = "plain"
 
     def __post_init__(self) -> None:
         if self.base.accept == "sample":

@@ -49,6 +49,7 @@ class SiriusLM(TemplateLM):
         dtype: str = "bfloat16",
         device: str | int = "cpu",
         threads: int | None = None,
+        weights: str = "plain",
         loglikelihood: str | None = None,
         max_gen_toks: int = 256,
         batch_size: int | str | None = None,
@@ -59,7 +60,7 @@ class SiriusLM(TemplateLM):
         names = [field.name for field in dataclasses.fields(SiriusConfig)]
         unknown = sorted(set(config) - set(names))
         if unknown:
-            own = ("pretrained", "dtype", "device", "threads", "loglikelihood", "max_gen_toks")
+            own = ("pretrained", "dtype", "device", "threads", "weights", "loglikelihood", "max_gen_toks")
             raise ValueError(f"model_args: expected some of {', '.join((*own, *names))}, got {', '.join(unknown)}")
         self.config = SiriusConfig(**config)
         self.scorer = loglikelihood or ("sparse" if self.config.mode == "sparse" else "full")
@@ -82,7 +83,7 @@ class SiriusLM(TemplateLM):
         if isinstance(pretrained, Engine):
             self.engine = pretrained
         else:
-            self.engine = Engine.from_pretrained(pretrained, self.config, device, parse_dtype(dtype))
+            self.engine = Engine.from_pretrained(pretrained, self.config, device, parse_dtype(dtype), weights=weights)
         if self.engine.tokenizer is None:
             raise ValueError("pretrained: it has no tokenizer, so a task's texts cannot be read")
         self.tokenizer = self.engine.tokenizer

@@ -29,8 +29,8 @@ _PLAIN = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: 
 class Matrix:
     """A weight matrix, stored row by row: a row is what one neuron, or one output, reads.
 
-    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of another uint8 [rows, bytes]. Rows are contiguous, and may
-        stand apart.
+    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of another uint8 [rows, bytes]. Rows are contiguous, and
+        may stand apart.
     packed: of a format that is not plain, which one it is, and its columns.
     """
 

@@ -21,8 +21,8 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from .. import _C
-from .dispatch import check_device, run
 from . import q8
+from .dispatch import check_device, run
 from .matrix import Format, Matrix, matrix_of
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

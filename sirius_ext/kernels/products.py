@@ -1,5 +1,5 @@
-"""Products with a whole matrix, for passes of many tokens: torch's where it has them, and our kernels for formats that it does not
-know."""
+"""Products with a whole matrix, for passes of many tokens: torch's where it has them, and our kernels for formats that it does
+not know."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Eight bits in two planes, as csrc/q8.h has them: numbers into rows of bytes, and back.
 
-Weights are rounded in groups of 32 along a row, with one float16 scale a group. The upper and the lower nibbles of the codes lie in
-two planes of the row, so that a reader of the upper ones alone reads half.
+Weights are rounded in groups of 32 along a row, with one float16 scale a group. The upper and the lower nibbles of the codes lie
+in two planes of the row, so that a reader of the upper ones alone reads half.
 """
 
 from __future__ import annotations
@@ -90,4 +90,5 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     grouped = torch.nn.functional.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
     largest = grouped.abs().amax(-1, keepdim=True)
     integers = (grouped * torch.where(largest > 0, _LARGEST / largest, 0.0)).round()
-    return (integers * (largest / _LARGEST)).flatten(-2)[..., :cols]
+    result: torch.Tensor = (integers * (largest / _LARGEST)).flatten(-2)[..., :cols]
+    return result

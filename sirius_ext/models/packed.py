@@ -1,5 +1,5 @@
-"""Models whose matrices are packed into eight bits (csrc/q8.h): made once from a checkpoint, tensor by tensor, and kept in the cache
-folder.
+"""Models whose matrices are packed into eight bits (csrc/q8.h): made once from a checkpoint, tensor by tensor, and kept in the
+cache folder.
 
 A packed model is one of `transformers` for its config, its generation and its tokenizer alone: its matrices are bytes, which only
 the kernels here can read, so that calling it is refused.
@@ -7,6 +7,7 @@ the kernels here can read, so that calling it is refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,8 +30,8 @@ VERSION = 1  # another number where files come out differently: what older versi
 
 
 def pack(model: PreTrainedModel) -> None:
-    """Pack the matrices of a model of a supported family, one after another, in place. ValueError that names a weight which is not
-    finite."""
+    """Pack the matrices of a model of a supported family, one after another, in place. ValueError that names a weight which is
+    not finite."""
     done: dict[int, nn.Parameter] = {}
     for name, module in _holders(model):
         weight = module.weight
@@ -43,8 +44,8 @@ def pack(model: PreTrainedModel) -> None:
 def load_packed(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype, cache: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> PreTrainedModel | None:
-    """The model in a folder of safetensors, packed. From the second time on it is read from the cache folder. At no time are there
-    more than the result and one matrix in memory.
+    """The model in a folder of safetensors, packed. From the second time on it is read from the cache folder. At no time are
+    there more than the result and one matrix in memory.
 
     dtype: of activations, norms and biases.
     on_progress: told how many tensors there are, and how many are done.
@@ -116,14 +117,14 @@ def _write(
     """Packs a checkpoint into one file, which is written as it is made."""
     matrices = {name for name, _ in _holders(model)}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="pack-") as temporary:
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="pack-") as temporary, contextlib.ExitStack() as stack:
         fresh = Path(temporary) / kept.name
         opened: dict[Path, Any] = {}
 
         def read(name: str) -> torch.Tensor:
             file = files[name]
             if file not in opened:
-                opened[file] = safetensors.safe_open(file, framework="pt").__enter__()
+                opened[file] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
             tensor: torch.Tensor = opened[file].get_tensor(name)
             shape = model.get_parameter(name).shape
             if tensor.shape != shape:
@@ -146,7 +147,7 @@ def _save(
         for count, name in enumerate(names):
             tensor = read(name)
             kind = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
-            stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
             at += tensor.nbytes
             if on_progress:

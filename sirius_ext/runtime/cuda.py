@@ -20,8 +20,8 @@ MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
 FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
 
-# Of a pass: what the extension takes (kind, the addresses of neurons and thresholds, how many neurons are kept), and whether S reads
-# four bits.
+# Of a pass: what the extension takes (kind, the addresses of neurons and thresholds, how many neurons are kept), and whether S
+# reads four bits.
 Arguments = tuple[tuple[int, int, int, int], bool]
 
 
