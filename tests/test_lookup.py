@@ -17,6 +17,7 @@ from sirius_ext.decoding.period import AdaptivePeriod, Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation.batched import Batch
+from sirius_ext.evaluation.plan import Plan
 
 CHEAP = Costs(0.1, ((4, 1.0), (16, 1.05)))  # S drafts on for long
 DEARER = Costs(0.3, ((4, 1.05), (16, 1.3)), 0.01)
@@ -510,3 +511,9 @@ def test_effective_density_counts_passes():
     assert stats.effective_density == pytest.approx(read / sum(each.committed for each in whole))
     assert Stats([stats]).effective_density == stats.effective_density
     assert stats.to_dict()["periods"][0].keys() >= {"copied"}
+
+
+def test_an_evaluation_is_about_texts():
+    with pytest.raises(ValueError, match="^lookup: expected False"):
+        Plan("none", "float32", "cpu", None, "csqa", None, ("full",), SiriusConfig(lookup=True))
+    assert "lookup" not in Plan("none", "float32", "cpu", None, "csqa", None, ("full",), SiriusConfig()).record()
