@@ -295,8 +295,8 @@ class Sequence:
             token = yield from self._next_token(self._sparsity)
             return self._commit([token], started)
         room = self.request.limit - len(self.tokens)
-        copies = self._lookup.find(min(room, self._tree.capacity - 1) - 1)
-        tokens, _ = yield from self._chain(copies, self._sparsity)
+        copies = self._copies(room, min(room, self._tree.capacity - 1))
+        tokens = yield from self._grow(copies, room, self._sparsity)
         if self.request.config.mode == "sparse":
             return self._commit(tokens, started)
         accepted, copied = len(tokens) - 1, len(copies)
@@ -352,7 +352,7 @@ class Sequence:
         depth = 0 if adaptive else min(int(self.request.config.period), room) - 1
         while adaptive.goes_on(room) if adaptive else tree.depth < depth:
             if tree.width == 1 and self._rule.takes_argmax:
-                copied += yield from self._draft_chain(room, depth - tree.depth, sparsity)
+                copied += len((yield from self._grow(self._copies(room, depth), room, sparsity))) - 1
                 continue
             before, leaves = tree.size, tree.leaves
             logits, _ = yield from self._pass(leaves, sparsity)
@@ -363,30 +363,22 @@ class Sequence:
                 adaptive.drafted(self._confidence(logits, leaves.start))
         return copied
 
-    def _draft_chain(self, room: int, most: int, sparsity: CSparse | FSparse) -> Passes[int]:
-        """What S proposes by one pass over the last node of a chain and over copies. Only those that it proposes itself are kept:
-        the draft is the same without them. most: tokens, if the period is fixed. Returns how many took no pass of their own."""
-        tree, adaptive, lookup, first = self._tree, self._adaptive, self._lookup, self._tree.size - 1
-        copies = [] if lookup is None else lookup.find(MOST if adaptive else most - 1)
-        if adaptive:  # no further than S would draft on if F accepted all of them
-            going_on = (adaptive.goes_on(room, ahead) for ahead in range(1, 1 + len(copies)))
-            copies = copies[: sum(1 for _ in itertools.takewhile(bool, going_on))]
-        tokens, logits = yield from self._chain(copies, sparsity)
-        for index in range(len(tokens)):
-            if adaptive and index and not adaptive.goes_on(room):
-                break
-            tree.grow_chain()
-            if adaptive:
-                adaptive.drafted(self._confidence(logits, first))
-        drafted = tree.size - 1 - first
-        if lookup is not None:
-            lookup.draft(tokens[:drafted])
-        return drafted - 1
+    def _copies(self, room: int, depth: int) -> list[int]:
+        """What may stand after the last node of a chain, no further than the draft may go. depth: of a fixed period's draft."""
+        tree, adaptive = self._tree, self._adaptive
+        if self._lookup is None:
+            return []
+        if adaptive is None:
+            return self._lookup.find(depth - tree.depth - 1)
+        copies = self._lookup.find(MOST)
+        going_on = (adaptive.goes_on(room, ahead) for ahead in range(1, 1 + len(copies)))
+        return copies[: sum(1 for _ in itertools.takewhile(bool, going_on))]
 
-    def _chain(self, copies: list[int], sparsity: CSparse | FSparse | None = None) -> Passes[tuple[list[int], Logits]]:
-        """One pass of F, or S, over the last node of a chain and over tokens that may come after it. Returns what the model
-        chooses: one token, and one more after each copy that it chose too. They stand after the node; the tree has not grown."""
-        tree, lookup, first = self._tree, self._lookup, self._tree.size - 1
+    def _grow(self, copies: list[int], room: int, sparsity: CSparse | FSparse | None = None) -> Passes[list[int]]:
+        """Let a chain grow by one pass of S, or F, over its last node and over tokens that may come after it: by the model's
+        choice, and by one more after each copy that it has chosen, if an adaptive period goes on. Returns the new tokens. Without
+        copies they would be the same."""
+        tree, adaptive, lookup, first = self._tree, self._adaptive, self._lookup, self._tree.size - 1
         rows = 1 + len(copies)
         # A row's choice takes the place of the token that was copied for the next one. By then that has been read.
         chosen = tree.tokens[first + 1 : first + 1 + rows]
@@ -397,16 +389,18 @@ class Sequence:
         for row, copy in enumerate((*copies, None)):
             if best[row] < 0:
                 yield from self._not_finite([first + row], sparsity)
-            if self.request.process is None:
-                tokens.append(best[row])
-            else:
-                tokens.append(int(logits[row].argmax()))
-                chosen[row] = tokens[row]
-            if tokens[row] != copy:
+            if self.request.process is not None:
+                chosen[row] = best[row] = int(logits[row].argmax())
+            tokens.append(best[row])
+            tree.grow_chain()
+            if adaptive:
+                adaptive.drafted(self._confidence(logits, first))
+            if best[row] != copy or (adaptive and not adaptive.goes_on(room)):
                 break
         if lookup is not None:
             lookup.learn(tokens)
-        return tokens, logits
+            lookup.draft(tokens)
+        return tokens
 
     def _confidence(self, logits: Logits, first: int) -> float:
         """How likely S finds the best node of the last depth, by the logits of its leaves before, the first of which is node
