@@ -101,6 +101,8 @@ class Bench:
             if "static" not in options.skip:
                 variants["transformers, static cache"] = lambda: self.transformers(cache_implementation="static")
         ours("Full", SiriusConfig(mode="full"))
+        if options.lookup:
+            ours("Full, copies", SiriusConfig(mode="full", lookup=True))
         for sparsity, density in itertools.product(options.sparsities, options.densities):
             kind, _, fixed = sparsity.partition("-")
             base = SiriusConfig(sparsity=kind, follow=not fixed, density=density)
@@ -109,6 +111,8 @@ class Bench:
                 tree = f", width {width}" if width > 1 else ""
                 name = f"{sparsity} {density}, {accept}, period {period}{tree}"
                 ours(name, replace(base, accept=accept, tree_width=width, period=period))
+                if options.lookup and kind == "csparse" and width == 1:
+                    ours(f"{name}, copies", replace(base, accept=accept, period=period, lookup=True))
         return variants
 
 
@@ -151,6 +155,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--periods", type=numbers(lambda text: text if text == "auto" else int(text)), help=default("periods"))
     parser.add_argument("--widths", type=numbers(int), help="of the tree " + default("widths"))
     parser.add_argument("--accepts", type=words, default="threshold,match", help="of threshold, match; not for latency")
+    parser.add_argument("--lookup", action="store_true", help="also with copies from the text; not for latency")
     parser.add_argument("--prompts", type=words, default=",".join(PROMPTS), help="of " + ", ".join(PROMPTS))
     parser.add_argument("--max-new-tokens", type=int, help=default("max_new_tokens"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -171,6 +176,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
         if unknown := set(options.sparsities) - {"csparse", "fsparse", *([] if options.latency else ["csparse-fixed"])}:
             raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
+        if options.latency and options.lookup:
+            raise ValueError("lookup: not for latency, whose texts are random")
         if options.profile and not options.device.startswith("cuda"):
             raise ValueError(f"profile: expected device cuda, got {options.device}")
     except ValueError as error:

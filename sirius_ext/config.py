@@ -41,6 +41,9 @@ class SiriusConfig:
     draft_weights: what the sparse model reads of a weight. "same": what the full model reads. "q4": four bits of it; of weights
         in eight bits (`Engine.from_pretrained(weights="q8")`) that is their upper half, beside other weights it is a copy, which
         takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, "same" elsewhere.
+    lookup: copy from the text: tokens that followed the last ones earlier in prompt, text or draft join the next pass, and stay
+        where they are what the model chooses. The text is the same, in fewer passes. For chains of csparse and for the full model
+        alone, decoded greedily.
 
     Raises TypeError or ValueError that names the field.
     """
@@ -56,6 +59,7 @@ class SiriusConfig:
     threshold: float = 0.1
     score_temperature: float = 0.6
     accept: str = "threshold"
+    lookup: bool = False
     draft_weights: str = "auto"
 
     def __post_init__(self) -> None:
@@ -73,7 +77,7 @@ class SiriusConfig:
         if self.period != "auto":
             object.__setattr__(self, "period", _count("period", self.period, MAX_PERIOD, ' or "auto"'))
         object.__setattr__(self, "tree_width", _count("tree_width", self.tree_width, MAX_WIDTH))
-        for name in ("prune", "follow"):
+        for name in ("prune", "follow", "lookup"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.prune and self.tree_width == 1:
@@ -84,12 +88,22 @@ class SiriusConfig:
             raise TypeError(f"thresholds: expected a path, got {type(self.thresholds).__name__}")
         if self.thresholds is not None and self.sparsity != "fsparse":
             raise ValueError(f'thresholds: they need sparsity="fsparse", got {self.sparsity!r}')
+        if self.lookup:
+            self._check_lookup()
         if not 0 < self.density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: expected 0 to 1, got {self.threshold}")
         if not self.score_temperature > 0:
             raise ValueError(f"score_temperature: expected more than 0, got {self.score_temperature}")
+
+    def _check_lookup(self) -> None:
+        if self.mode != "full" and self.sparsity != "csparse":
+            raise ValueError('lookup: not with sparsity="fsparse", whose neurons depend on all tokens of a pass')
+        if self.mode == "sirius" and self.tree_width > 1:
+            raise ValueError(f"lookup: it needs a chain, tree_width=1, got {self.tree_width}")
+        if self.mode == "sirius" and self.accept == "sample":
+            raise ValueError('lookup: not with accept="sample", whose proposals are drawn')
 
     @property
     def longest_period(self) -> int:

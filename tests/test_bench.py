@@ -168,6 +168,7 @@ def test_bytes_of_llama_3_8b_are_the_published_ones():
     [
         (["--shape", "llama-9"], "shape: expected one of"),
         (["--shape", "tiny", "--periods", "auto"], "periods: auto"),
+        (["--shape", "tiny", "--lookup"], "lookup: not for latency"),
         (["--shape", "tiny", "--profile"], "profile: expected device cuda"),
         (["--device", "tpu"], "device: "),
     ],

@@ -65,7 +65,7 @@ def test_a_seed_makes_a_text(capsys, tmp_path):
 
 def test_trees_periods_and_stop_strings(capsys):
     full = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--dtype", "float32", "--mode", "full")[1]
-    for way in (["--tree-width", "4", "--period", "3"], ["--tree-width", "2", "--prune"], ["--period", "auto"]):
+    for way in (["--tree-width", "4", "--period", "3"], ["--tree-width", "2", "--prune"], ["--period", "auto"], ["--lookup"]):
         arguments = ["--prompt", PROMPT, "--max-new-tokens", "16", "--dtype", "float32", "--accept", "match", *way]
         status, out, err = run(capsys, "generate", *arguments)
         assert status == 0 and out == full, err

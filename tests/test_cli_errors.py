@@ -86,6 +86,10 @@ GENERATE = [
     ("generate --prompt x --mode full --threshold 0.1", "--threshold: --mode full does not use it"),
     ("generate --prompt x --mode full --accept match", "--accept: --mode full does not use it"),
     ("generate --prompt x --mode full --prune", "--prune: --mode full does not use it"),
+    ("generate --prompt x --lookup --sample", "--lookup: not with --sample, whose tokens are drawn"),
+    ("generate --prompt x --lookup --sparsity fsparse", "--lookup: not with sparsity="),
+    ("generate --prompt x --lookup --mode fsparse", "--lookup: not with sparsity="),
+    ("generate --prompt x --lookup --tree-width 2", "--lookup: it needs a chain"),
     # Sampling.
     ("generate --prompt x --sample --temperature 0", "--temperature: expected a finite number of at least 0.000001, got 0"),
     ("generate --prompt x --sample --temperature inf", "--temperature: expected a finite number of at least 0.000001, got inf"),

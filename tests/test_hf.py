@@ -1,5 +1,6 @@
 """Drop-in use with `transformers`: the same call, the same settings, the same text; and the model given back as it was."""
 
+import dataclasses
 import functools
 import threading
 
@@ -276,6 +277,18 @@ def test_what_cannot_be_honoured_is_refused(setting, way):
     name = setting.split("-")[0].replace("token_healing", "token healing")
     with pytest.raises(ValueError, match=name):
         way(ours(), MATCH, IDS, max_new_tokens=4, **REFUSED[setting]())
+
+
+def test_what_is_there_instead_is_named():
+    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens .SiriusConfig.lookup=True"):
+        by_call(ours(), MATCH, IDS, max_new_tokens=4, prompt_lookup_num_tokens=3)
+
+
+@every_way
+def test_copies_are_the_same_text(way):
+    for config in (FULL, MATCH):
+        copying = dataclasses.replace(config, lookup=True)
+        assert torch.equal(way(ours(), copying, IDS, max_new_tokens=COUNT), way(ours(), config, IDS, max_new_tokens=COUNT))
 
 
 @every_way

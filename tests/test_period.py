@@ -185,13 +185,13 @@ def test_the_same_call_gives_the_same_text(one_thread):
 def test_where_drafts_cannot_pay_the_full_model_decodes_alone(monkeypatch, one_thread):
     """No pass of S, and nothing beside the passes of F."""
     monkeypatch.setattr(sequence, "costs_of", lambda *_: DEAR)
-    passes, run = [], sequence.Sequence._pass
+    passes, run = [], sequence.Sequence._ask
 
     def watched(self, nodes, sparsity=None, argmax=None, keep_z=False):
         passes.append((sparsity, keep_z))
         return run(self, nodes, sparsity, argmax, keep_z)
 
-    monkeypatch.setattr(sequence.Sequence, "_pass", watched)
+    monkeypatch.setattr(sequence.Sequence, "_ask", watched)
     tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)
     assert passes == [(None, False)] * 19 and all(period.drafted == 0 for period in stats.periods)
     assert tokens == decode("qwen2", SiriusConfig(mode="full"), 8, 20)[0]

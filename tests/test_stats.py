@@ -183,6 +183,7 @@ def test_as_a_dictionary():
         "cut": False,
         "likelihoods": [0.5] * 3,
         "seconds": 0.01,
+        "copied": 0,
     }
     names = ("mode", "period", "tree_width", "density", "prompt_tokens", "tokens", "finish", "prefill_seconds", "decode_seconds")
     assert [first[name] for name in names] == ["sirius", 4, 1, 0.65, 7, 13, "eos", 0.0, 0.6]

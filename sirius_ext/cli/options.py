@@ -16,7 +16,19 @@ Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 
 DEFAULTS = SiriusConfig()
-FIELDS = ("sparsity", "follow", "density", "thresholds", "period", "tree_width", "prune", "accept", "threshold", "draft_weights")
+FIELDS = (
+    "sparsity",
+    "follow",
+    "density",
+    "thresholds",
+    "period",
+    "tree_width",
+    "prune",
+    "accept",
+    "threshold",
+    "draft_weights",
+    "lookup",
+)
 
 
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
@@ -86,7 +98,7 @@ def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:
 
 def used_by(config: SiriusConfig) -> set[str]:
     """The settings that make a difference to what a config decodes."""
-    used = set()
+    used = {"lookup"}
     if config.mode != "full":
         used |= {"sparsity", "density", "draft_weights", "thresholds" if config.sparsity == "fsparse" else "follow"}
     if config.mode == "sirius":

@@ -112,9 +112,13 @@ class AdaptivePeriod:
         self._confidences: list[float] = []
         self._reach = 1.0
 
-    def goes_on(self, room: int) -> bool:
-        """Whether S drafts one more token in this period. room: tokens that the text may still take."""
-        depth = len(self._confidences) + 1
+    def goes_on(self, room: int, ahead: int = 0) -> bool:
+        """Whether S drafts one more token in this period.
+
+        room: tokens that the text may still take.
+        ahead: so many more are drafted before, of which F accepts all.
+        """
+        depth = len(self._confidences) + ahead + 1
         if depth + 1 > min(self._longest, room):
             return False
         allowed = self._tokens + 1 + MOST_LOSS * max(LEAST_TOKENS, self._tokens + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from ..runtime.graphs import profiled
 from ..runtime.model import Model, not_finite
 from ..runtime.passes import Fault, Pass, Result
 from .costs import costs_of
+from .lookup import MOST, Lookup
 from .period import AdaptivePeriod
 from .period_graph import PeriodGraph, Record, period_graph
 from .prefill import Passes, drive, read
@@ -77,8 +79,13 @@ class Request:
 
     def tree(self, model: Model) -> Tree:
         """An empty one, for the drafts of this text."""
-        corrects = self.config.mode == "sirius"
-        return Tree(self.longest_period(model) - 1, self.config.tree_width) if corrects else Tree(0, 1)
+        if self.config.mode == "sirius":
+            return Tree(self.longest_period(model) - 1, self.config.tree_width)
+        if not self.config.lookup:
+            return Tree(0, 1)
+        # Copies after x0, none of them so far on that it does not see x0, and what is chosen after them.
+        window = model.weights.description.narrowest
+        return Tree(min(1 + MOST, window) if window else 1 + MOST, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Step:
     """What a step of a sequence did.
 
     tokens: that joined the text.
-    period: the verification, if there was one; it says what was drafted, and how much of it was accepted.
+    period: the verification, if there was one; it says what was drafted or copied, and how much of it was accepted.
     finish: why the text has ended, as `PromptStats` has it; "" if it has not.
     """
 
@@ -100,7 +107,7 @@ class Step:
 
     @property
     def drafted(self) -> int:
-        """Tokens that S proposed."""
+        """Tokens that S proposed, or that F alone copied."""
         return self.period.nodes if self.period else 0
 
     @property
@@ -137,6 +144,9 @@ class Sequence:
         config, prompt = request.config, request.prompt
         self._rule = rule_of(config, request.sample, request.generator)
         self._sparsity: CSparse | FSparse | None = None
+        self._lookup = Lookup(prompt.tolist()) if config.lookup else None
+        self._tree = request.tree(model)
+        verifies = config.mode == "full" and config.lookup  # F alone, what is copied
         density = 1.0
         if config.mode != "full":
             self._sparsity = sparsity_of(config, model.weights, request.thresholds)
@@ -144,13 +154,12 @@ class Sequence:
         corrects = config.mode == "sirius"
         self.stats = PromptStats(
             mode=config.mode,
-            period=config.period if corrects else 1,
+            period=config.period if corrects else self._tree.capacity - 1 if verifies else 1,
             tree_width=config.tree_width if corrects else 1,
             density=density,
             prompt_tokens=len(prompt),
             reused_tokens=min(len(cache.tokens), len(prompt) - 1),
         )
-        self._tree = request.tree(model)
         self._adaptive: AdaptivePeriod | None = None
         if corrects and config.period == "auto":
             costs, longest = costs_of(model, config, request.thresholds), request.longest_period(model)
@@ -224,7 +233,8 @@ class Sequence:
         started = time.perf_counter()
         token = self._rule.choose(logits)
         step = self._commit([token], started)
-        if not self.ended and request.process is None and self._adaptive is None and self._rule.takes_argmax:
+        needs_host = request.process is not None or self._adaptive is not None or self._lookup is not None
+        if not self.ended and not needs_host and self._rule.takes_argmax:
             self._graph = period_graph(self.model, self.cache, request.config, self._tree.width, self._sparsity)
             if self._graph is not None:
                 self._graph.begin(token, self._length, request.limit - 1)
@@ -238,6 +248,8 @@ class Sequence:
             end = len(request.prompt) + len(self.tokens) + len(tokens)
             self._ids[end - len(tokens) : end] = torch.tensor(tokens)
         self._tree.plant(tokens[-1], self._length + len(tokens))
+        if self._lookup is not None:
+            self._lookup.commit(tokens)
         before = len(self.tokens)
         finish = ""
         for token in tokens:
@@ -278,15 +290,26 @@ class Sequence:
         return self._commit(tokens, started, period if self.request.config.mode == "sirius" else None)
 
     def _plain_step(self, started: float) -> Passes[Step]:
-        """One token by F alone, or by S alone."""
-        token = yield from self._next_token(self._sparsity)
-        return self._commit([token], started)
+        """One token by F alone, or by S alone; and those that were copied from the text, if it chooses them too."""
+        if self._lookup is None:
+            token = yield from self._next_token(self._sparsity)
+            return self._commit([token], started)
+        room = self.request.limit - len(self.tokens)
+        copies = self._copies(room, min(room, self._tree.capacity - 1))
+        tokens = yield from self._grow(copies, room, self._sparsity)
+        if self.request.config.mode == "sparse":
+            return self._commit(tokens, started)
+        accepted, copied = len(tokens) - 1, len(copies)
+        record = Period(copied, copied, accepted, 0 if accepted else None, len(tokens), copied + 1 == room, [], copied=copied)
+        record.seconds = time.perf_counter() - started
+        return self._commit(tokens, started, record)
 
     def _next_token(self, sparsity: CSparse | FSparse | None) -> Passes[int]:
         """What F, or S, chooses after x0."""
-        choice = torch.empty(1, dtype=torch.int32) if self._rule.takes_argmax else None
-        logits, _ = yield from self._pass(slice(0, 1), sparsity, choice)
-        return self._rule.choose(logits[0]) if choice is None else int(choice)
+        logits, result = yield from self._pass(slice(0, 1), sparsity)
+        if self._rule.takes_argmax and self.request.process is None:
+            return int(result.argmax)
+        return self._rule.choose(logits[0])
 
     def _period(self, started: float) -> Passes[Step]:
         """SPEC section 3, steps 2 to 5, and section 4."""
@@ -295,12 +318,12 @@ class Sequence:
         # The last period may be shorter: it need not commit more than the text may still take.
         room = self.request.limit - len(self.tokens)
         with profiled(device, "draft"):
-            yield from self._draft(room, sparsity)
+            copied = yield from self._draft(room, sparsity)
         cut = tree.depth + 1 == room and (adaptive is not None or room < int(self.request.config.period))
         if adaptive and tree.depth == 0:
             return (yield from self._alone(adaptive, cut, started))
         with profiled(device, "verify"):
-            logits, z = yield from self._pass(slice(0, tree.size), keep_z=sparsity.follows and tree.depth > 0)
+            logits, result = yield from self._pass(slice(0, tree.size), keep_z=sparsity.follows and tree.depth > 0)
         with profiled(device, "accept"):
             path, own, likelihoods = self._rule.accept(tree, logits)
         if adaptive:
@@ -309,11 +332,11 @@ class Sequence:
         # the others is a matter of the length.
         with profiled(device, "interleave"):
             self.cache.compact(self._length, path)
-            if isinstance(sparsity, CSparse) and z is not None:
-                sparsity.follow(z, path)
+            if isinstance(sparsity, CSparse) and result.z is not None:
+                sparsity.follow(result.z, path)
         tokens = tree.tokens[path].tolist() + [own]
         record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), cut, likelihoods)
-        record.seconds = time.perf_counter() - started
+        record.seconds, record.copied = time.perf_counter() - started, copied
         return self._commit(tokens, started, record)
 
     def _alone(self, adaptive: AdaptivePeriod, cut: bool, started: float) -> Passes[Step]:
@@ -322,23 +345,62 @@ class Sequence:
         adaptive.judged(0, 1)
         return self._commit([token], started, Period(0, 0, 0, None, 1, cut, [], time.perf_counter() - started))
 
-    def _draft(self, room: int, sparsity: CSparse | FSparse) -> Passes[None]:
+    def _draft(self, room: int, sparsity: CSparse | FSparse) -> Passes[int]:
         """Step 2: S consumes x0, then what it proposes, the leaves of a depth in one pass, until the period is full, the text has
-        no more room or, if the period is adaptive, one more token is not worth its cost."""
-        tree, adaptive = self._tree, self._adaptive
+        no more room or, if the period is adaptive, one more token is not worth its cost. Returns how many tokens were copied."""
+        tree, adaptive, copied = self._tree, self._adaptive, 0
         depth = 0 if adaptive else min(int(self.request.config.period), room) - 1
         while adaptive.goes_on(room) if adaptive else tree.depth < depth:
-            before, leaves = tree.size, tree.leaves
             if tree.width == 1 and self._rule.takes_argmax:
-                logits, _ = yield from self._pass(leaves, sparsity, tree.tokens[before : before + 1])
-                tree.grow_chain()
-            else:
-                logits, _ = yield from self._pass(leaves, sparsity)
-                self._rule.expand(tree, logits)
-                if tree.size == before:
-                    break
+                copied += len((yield from self._grow(self._copies(room, depth), room, sparsity))) - 1
+                continue
+            before, leaves = tree.size, tree.leaves
+            logits, _ = yield from self._pass(leaves, sparsity)
+            self._rule.expand(tree, logits)
+            if tree.size == before:
+                break
             if adaptive:
                 adaptive.drafted(self._confidence(logits, leaves.start))
+        return copied
+
+    def _copies(self, room: int, depth: int) -> list[int]:
+        """What may stand after the last node of a chain, no further than the draft may go. depth: of a fixed period's draft."""
+        tree, adaptive = self._tree, self._adaptive
+        if self._lookup is None:
+            return []
+        if adaptive is None:
+            return self._lookup.find(depth - tree.depth - 1)
+        copies = self._lookup.find(MOST)
+        going_on = (adaptive.goes_on(room, ahead) for ahead in range(1, 1 + len(copies)))
+        return copies[: sum(1 for _ in itertools.takewhile(bool, going_on))]
+
+    def _grow(self, copies: list[int], room: int, sparsity: CSparse | FSparse | None = None) -> Passes[list[int]]:
+        """Let a chain grow by one pass of S, or F, over its last node and over tokens that may come after it: by the model's
+        choice, and by one more after each copy that it has chosen, if an adaptive period goes on. Returns the new tokens. Without
+        copies they would be the same."""
+        tree, adaptive, lookup, first = self._tree, self._adaptive, self._lookup, self._tree.size - 1
+        rows = 1 + len(copies)
+        # A row's choice takes the place of the token that was copied for the next one. By then that has been read.
+        chosen = tree.tokens[first + 1 : first + 1 + rows]
+        if copies:
+            chosen[:-1] = torch.tensor(copies, dtype=torch.int32)
+        result = yield from self._ask(slice(first, first + rows), sparsity, chosen)
+        logits, best, tokens = self._logits(result, first), result.argmax.tolist(), []
+        for row, copy in enumerate((*copies, None)):
+            if best[row] < 0:
+                yield from self._not_finite([first + row], sparsity)
+            if self.request.process is not None:
+                chosen[row] = best[row] = int(logits[row].argmax())
+            tokens.append(best[row])
+            tree.grow_chain()
+            if adaptive:
+                adaptive.drafted(self._confidence(logits, first))
+            if best[row] != copy or (adaptive and not adaptive.goes_on(room)):
+                break
+        if lookup is not None:
+            lookup.learn(tokens)
+            lookup.draft(tokens)
+        return tokens
 
     def _confidence(self, logits: Logits, first: int) -> float:
         """How likely S finds the best node of the last depth, by the logits of its leaves before, the first of which is node
@@ -352,15 +414,25 @@ class Sequence:
         return best
 
     def _pass(
+        self, nodes: slice, sparsity: CSparse | FSparse | None = None, keep_z: bool = False
+    ) -> Passes[tuple[Logits, Result]]:
+        """Run nodes of the tree through F, or S. Returns the logits by which to decide, and the model's own."""
+        result = yield from self._ask(nodes, sparsity, keep_z=keep_z)
+        best = result.argmax.tolist()
+        if -1 in best:
+            yield from self._not_finite([nodes.start + row for row, token in enumerate(best) if token < 0], sparsity)
+        return self._logits(result, nodes.start), result
+
+    def _ask(
         self,
         nodes: slice,
         sparsity: CSparse | FSparse | None = None,
         argmax: torch.Tensor | None = None,
         keep_z: bool = False,
-    ) -> Passes[tuple[Logits, torch.Tensor | None]]:
-        """Run nodes of the tree through F, or S. A single node's likeliest token goes to `argmax`, if given. Returns the logits
-        and, after `keep_z`, what F made of the nodes, which S's set can follow."""
-        tree, length, process = self._tree, self._length, self.request.process
+    ) -> Passes[Result]:
+        """Have nodes of the tree computed. Each one's likeliest token goes to `argmax`, if given; after `keep_z` there is what F
+        made of the nodes, which S's set can follow."""
+        tree, length = self._tree, self._length
         result: Result = yield Pass(
             tree.tokens[nodes],
             tree.positions(nodes),
@@ -371,15 +443,14 @@ class Sequence:
             argmax=argmax,
             keep_z=keep_z,
         )
-        best = result.argmax.tolist()
-        if -1 in best:
-            yield from self._not_finite([nodes.start + row for row, token in enumerate(best) if token < 0], sparsity)
+        return result
+
+    def _logits(self, result: Result, first: int) -> Logits:
+        """Those of a pass whose first row was node `first`, as the logits processors make them."""
+        process = self.request.process
         if process is None:
-            return Logits(result.logits), result.z
-        logits = Logits(result.logits, lambda row, each: process(self._text_to(nodes.start + row), each))
-        if argmax is not None:
-            argmax[0] = logits[0].argmax()
-        return logits, result.z
+            return Logits(result.logits)
+        return Logits(result.logits, lambda row, each: process(self._text_to(first + row), each))
 
     def _not_finite(self, nodes: list[int], sparsity: CSparse | FSparse | None) -> Passes[None]:
         """Raise the error for the logits of some nodes, which F gave, or with a sparsity S: of the first whose fault can be

@@ -26,14 +26,16 @@ METRICS = (
 class Period:
     """One verification.
 
-    drafted: passes of S, as many tokens as could be accepted.
-    nodes: tokens that S proposed, in all branches.
+    drafted: as many tokens as could be accepted, each after a pass of S unless it was copied.
+    nodes: tokens that were proposed, in all branches.
     accepted: length of the accepted run.
     branch: which node of its depth ended that run, 0 the likeliest; None if nothing was accepted.
     committed: tokens that joined the text, F's own one included.
     cut: the end of the text shortened the period, so that it says nothing about how far a verification advances.
-    likelihoods: F's likelihood of each proposed token.
+    likelihoods: F's likelihood of each proposed token; none of those that F alone copies.
     seconds: wall time of draft, verification and acceptance.
+    copied: of the drafted, those that took no pass of S: copies from the text, one pass for several tokens of S, or none where F
+        decodes alone.
     """
 
     drafted: int
@@ -44,6 +46,12 @@ class Period:
     cut: bool
     likelihoods: list[float]
     seconds: float = 0.0
+    copied: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Of S."""
+        return self.drafted - self.copied
 
 
 class _Metrics:
@@ -67,11 +75,11 @@ class _Metrics:
 
     @property
     def effective_density(self) -> float | None:
-        """((n - 1) * density of the sparse model + 1) / AAL: weights read per token committed, as a share of the model."""
+        """(passes of S * its density + 1) / AAL: weights read per token committed, as a share of the model."""
         whole = self._whole()
         if not whole:
             return None
-        return sum(period.drafted * self.density + 1 for period in whole) / sum(period.committed for period in whole)
+        return sum(period.passes * self.density + 1 for period in whole) / sum(period.committed for period in whole)
 
     @property
     def corrected_fraction(self) -> float | None:
@@ -88,7 +96,7 @@ class _Metrics:
 
     @property
     def drafted_nodes(self) -> float | None:
-        """Tokens that S proposed per verification, in all branches."""
+        """Tokens that were proposed per verification, in all branches."""
         return sum(period.nodes for period in self.periods) / len(self.periods) if self.periods else None
 
     @property
@@ -119,10 +127,11 @@ class _Metrics:
         whole = self._whole()
         tried = sum(min(period.drafted, period.accepted + 1) for period in whole)  # drafts after a rejected one say nothing
         alpha = sum(period.accepted for period in whole) / tried if tried else 1.0
+        price = self.density * sum(period.passes for period in whole) / sum(period.drafted for period in whole)
 
         def expected(length: int) -> float:
             """The effective density of periods of so many tokens, each draft accepted with probability alpha."""
-            return ((length - 1) * self.density + 1) / sum(alpha**accepted for accepted in range(length))
+            return ((length - 1) * price + 1) / sum(alpha**accepted for accepted in range(length))
 
         longest = max(period.drafted for period in whole) + 1
         best = min(range(1, longest + 1), key=expected)
@@ -153,7 +162,7 @@ class _Metrics:
 class PromptStats(_Metrics):
     """One prompt's decoding.
 
-    mode, period, tree_width: as configured.
+    mode, period, tree_width: as configured; with copies in mode "full", period is the most that one of its passes may commit.
     density: of the sparse model, parameters touched per token / all parameters (1 in mode "full").
     prompt_tokens, tokens: lengths of prompt and returned text.
     reused_tokens: of the prompt, those that a cache held already and that were not prefilled again.

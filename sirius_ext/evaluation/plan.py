@@ -53,6 +53,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.base.accept == "sample":
             raise ValueError("--accept: expected threshold or match, got sample; the tasks are decoded greedily")
+        if self.base.lookup:
+            raise ValueError("lookup: expected False; it changes how fast a text comes, not the text")
         configs = [config_of(mode, self.base) for mode in self.modes]
         if len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes: expected each once, got {', '.join(self.modes)}")
@@ -90,11 +92,23 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The first line of a results file: two runs whose records are the same may share one."""
         settings = dataclasses.asdict(self.base) | {"thresholds": self.base.thresholds and str(self.base.thresholds)}
-        for name in ("mode", "sparsity"):
+        for name in ("mode", "sparsity", "lookup"):
             del settings[name]
+        if settings["draft_weights"] == "auto":  # results from before there was a choice may be gone on with
+            del settings["draft_weights"]
+        weights = {"weights": self.weights} if self.weights != "plain" else {}
         source = {"source": "hub"} if self.data is None else {}
         batch = {"batch": self.batch} if self.batch > 1 else {}
-        return {"model": self.model, "dtype": self.dtype, "task": self.task, "shots": self.shots, **source, **batch, **settings}
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "task": self.task,
+            "shots": self.shots,
+            **source,
+            **batch,
+            **weights,
+            **settings,
+        }
 
     def engine(self) -> Engine:
         engine = engine_of(self, self.base)
