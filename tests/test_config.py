@@ -21,6 +21,7 @@ def test_defaults_are_the_papers():
         "threshold": 0.1,
         "score_temperature": 0.6,
         "accept": "threshold",
+        "draft_weights": "auto",
         "lookup": False,
     }
 

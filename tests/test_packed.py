@@ -1,0 +1,242 @@
+"""Models whose matrices are in eight bits, and sparse models that read four of them."""
+
+import copy
+import json
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from test_batched import decode as told_alone
+from test_batched import side_by_side
+from tiny import FAMILY_NAMES, NAMES, full_text, prompt, tiny
+
+from sirius_ext import Engine, SiriusConfig, attach, generate
+from sirius_ext.decoding.sparsity import sparse_density
+from sirius_ext.engine import prepare
+from sirius_ext.kernels import ops, q8
+from sirius_ext.models.packed import load_packed, pack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def packed(name="llama3", dtype=torch.float32):
+    model = tiny(name, dtype)
+    pack(model)
+    return model
+
+
+def same_numbers(name, dtype=torch.float32):
+    """A plain model with the numbers that a packed one has."""
+    model = tiny(name, dtype)
+    for key, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            weight = module.weight.data
+            if key.endswith("down_proj"):
+                weight = weight.t()
+            numbers = q8.decode(q8.encode(weight), weight.shape[1])
+            module.weight.data = (numbers.t() if key.endswith("down_proj") else numbers).to(dtype).contiguous()
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+    return model
+
+
+def logits_of(engine, ids):
+    """After a prompt by prefill, and after its last token by a pass of one row: float32 [V] each."""
+    seen = []
+    processor = [lambda _, scores: seen.append(scores[0].clone()) or scores]
+    engine.generate(ids, config=SiriusConfig(mode="full"), max_new_tokens=1, logits_processor=processor)
+    first = engine.generate(ids[:, :-1], config=SiriusConfig(mode="full"), max_new_tokens=1)
+    engine.generate(ids, config=SiriusConfig(mode="full"), max_new_tokens=1, cache=first.cache, logits_processor=processor)
+    return seen
+
+
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
+def test_every_family_computes_with_its_numbers(name):
+    """The activations are rounded to eight bits: what is left of the logits' difference is a tenth of their size at most."""
+    ids = prompt(50)
+    prefilled, decoded = logits_of(Engine(packed(name)), ids)
+    with torch.no_grad():
+        expected = same_numbers(name)(ids).logits[0, -1]
+    for got in (prefilled, decoded):
+        assert (got - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("isa", ops.available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_match_is_the_full_text(isa, dtype):
+    before = ops.isa()
+    ops.set_isa(isa)
+    try:
+        engine, ids = Engine(packed("qwen2", dtype)), prompt(30)
+        expected = full_text(engine, ids, 40)
+        for settings in ({"period": 8}, {"period": 4, "tree_width": 3}, {"period": 16, "density": 1.0}, {"period": "auto"}):
+            out = engine.generate(ids, config=SiriusConfig(accept="match", **settings), max_new_tokens=40)
+            assert out.sequences[0, 30:].tolist() == expected, settings
+    finally:
+        ops.set_isa(before)
+
+
+def test_four_bits_are_a_view_of_eight():
+    weights = prepare(packed()).weights
+    before, after = weights.layers[0], weights.four_bits.layers[0]
+    for name in ("gate", "up", "down"):
+        assert getattr(before, name).data.data_ptr() == getattr(after, name).data.data_ptr()
+    assert before.before_mlp is after.before_mlp
+    assert weights.four_bits.bytes < 0.62 * weights.full.bytes
+
+
+@pytest.mark.parametrize("draft", ["same", "auto"])
+def test_with_every_neuron(draft):
+    """S that reads what F reads is F; S that reads less is not, but follows it closely."""
+    engine, ids = Engine(packed()), prompt(20)
+    config = SiriusConfig(period=8, density=1.0, accept="match", draft_weights=draft)
+    stats = engine.generate(ids, config=config, max_new_tokens=60).stats
+    if draft == "same":
+        assert stats.average_advance_length == 8 and stats.density == 1
+    else:
+        assert 1 < stats.average_advance_length < 8 and stats.density < 0.62
+
+
+def test_four_bits_beside_plain_weights():
+    """The full model's text is that of the plain model, bit for bit."""
+    ids, plain = prompt(20), Engine(tiny("mistral", torch.bfloat16))
+    expected = full_text(plain, ids, 50)
+    config = SiriusConfig(period=8, density=1.0, accept="match", draft_weights="q4")
+    out = plain.generate(ids, config=config, max_new_tokens=50)
+    assert out.sequences[0, 20:].tolist() == expected
+    weights = prepare(plain.model).weights
+    assert weights.four_bits.bytes < 0.46 * weights.full.bytes  # 0.29 where rows are long
+    assert sparse_density(config, weights) < 0.46
+    assert 1 < out.stats.average_advance_length < 8, "S read other bits, or none"
+
+
+@pytest.mark.parametrize("sparsity", ["csparse", "fsparse"])
+def test_density_counts_bits(sparsity):
+    weights = prepare(packed("llama")).weights
+    same, less = (
+        sparse_density(SiriusConfig(sparsity=sparsity, density=0.5, draft_weights=draft), weights) for draft in ("same", "q4")
+    )
+    ratio = q8.row_bytes(48, upper=True) / q8.row_bytes(48)
+    assert less == pytest.approx(same * ratio, rel=0.05)  # of rows of 101 elements it is nearly the same
+
+
+def test_side_by_side():
+    """Sums in another order round the activations otherwise here and there, and a tiny model's text is soon another one: its
+    beginnings are compared."""
+    engine = Engine(packed())
+    texts = [(prompt(length), 3) for length in range(5, 25)]
+    configs = [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(mode="sparse", draft_weights="same")]
+    found = side_by_side(engine, texts, configs, 7)
+    for number, config in enumerate(configs):
+        equal = [found[index, number][0] == told_alone(engine, ids, config, count)[0] for index, (ids, count) in enumerate(texts)]
+        assert sum(equal) >= 17, config
+    distinct = sum(found[index, 1][0] != found[index, 2][0] for index in range(len(texts)))
+    assert distinct >= 5, "S read the same bits"
+
+
+# -------------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
+    tiny("qwen2").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def load(folder):
+    return Engine.from_pretrained(str(folder), device="cpu", dtype=torch.float32, weights="q8", progress=False)
+
+
+def kept(folder):
+    return sorted((folder.parent / "cache" / "packed").glob("*"))
+
+
+def test_a_loaded_model_is_a_packed_one(folder):
+    ids, expected = prompt(20), packed("qwen2")
+    engine = load(folder)
+    for key, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(key)), key
+    assert full_text(engine, ids, 20) == full_text(Engine(expected), ids, 20)
+
+
+def test_it_is_packed_once(folder):
+    load(folder)
+    (file,) = kept(folder)
+    written = file.stat().st_mtime_ns
+    load(folder)
+    assert kept(folder) == [file] and file.stat().st_mtime_ns == written
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    load(folder)
+    assert len(kept(folder)) == 2, "a file that has changed was not read again"
+
+
+def test_generation_settings_are_kept(folder):
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 9]}))
+    assert load(folder).model.generation_config.eos_token_id == [7, 9]
+
+
+def test_names_of_another_kind(folder):
+    """A checkpoint whose tensors are called otherwise is for transformers to read."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({key.removeprefix("model."): value for key, value in tensors.items()}, file, {"format": "pt"})
+    engine = load(folder)
+    assert kept(folder) == []
+    assert full_text(engine, prompt(20), 20) == full_text(Engine(packed("qwen2")), prompt(20), 20)
+
+
+def test_a_weight_that_is_not_finite(folder):
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: expected finite weights .* row 3 "):
+        load(folder)
+    assert kept(folder) == [], "half a file was left behind"
+    model = tiny()
+    model.lm_head.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="expected finite weights"):
+        pack(model)
+
+
+def test_a_shape_that_the_config_does_not_have(folder):
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.norm.weight"] = torch.ones(5)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: expected shape \[96\] by config\.json, got \[5\]"):
+        load(folder)
+
+
+def test_progress(folder, tmp_path):
+    from transformers import AutoConfig
+
+    seen = []
+    config = AutoConfig.from_pretrained(folder)
+    load_packed(folder, config, torch.float32, tmp_path, lambda total, done: seen.append((total, done)))
+    assert [done for _, done in seen] == list(range(1, len(seen) + 1)) and seen[-1][0] == len(seen)
+
+
+def test_what_is_refused(folder):
+    model = packed()
+    with pytest.raises(RuntimeError, match="packed into eight bits"):
+        model(prompt(3))
+    with pytest.raises(ValueError, match="^weights: expected one of plain, q8, got 'q3'"):
+        Engine.from_pretrained(str(folder), weights="q3")
+    with pytest.raises(ValueError, match="^draft_weights: expected one of auto, same, q4, got 'q2'"):
+        SiriusConfig(draft_weights="q2")
+
+
+def test_every_way_to_call(folder):
+    """A packed model is for generation, however it is asked for."""
+    model, ids = packed(), prompt(12)
+    expected = Engine(copy.deepcopy(model)).generate(ids, max_new_tokens=12).sequences
+    assert torch.equal(model.generate(ids, custom_generate=generate, max_new_tokens=12), expected)
+    with attach(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=12), expected)
+    with attach(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=12), expected), "leaving the block did away with something"
