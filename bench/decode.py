@@ -1,4 +1,5 @@
-"""Tokens per second of Full, CSparse and Sirius, against `transformers`' own generate and llama.cpp at 16 bits.
+"""Tokens per second of Full, CSparse and Sirius, with weights as they come or in eight bits, against `transformers`' own generate
+and llama.cpp.
 
 Every variant decodes the same prompts greedily, in alternating rounds; quoted are medians of the pooled decoding speed (prefill
 excluded) and their ratios. llama.cpp runs in a process of its own, as its users run it. With `--shape` or `--context` it is
@@ -17,7 +18,7 @@ from pathlib import Path
 import latency
 import torch
 from common import alternate, console, header, save
-from llama_cpp import LlamaCpp, to_16_bits
+from llama_cpp import KINDS, LlamaCpp, converted
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, shape_of
@@ -51,7 +52,12 @@ class TimedHandle:
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.limit = options, options.max_new_tokens
-        self.engine = Engine.from_pretrained(options.model, device=options.device, dtype=parse_dtype(options.dtype))
+        dtype = parse_dtype(options.dtype)
+        self.engines = {
+            weights: Engine.from_pretrained(options.model, device=options.device, dtype=dtype, weights=weights)
+            for weights in options.weights
+        }
+        self.engine = self.engines[options.weights[0]]
         encoded = (self.engine.tokenizer(PROMPTS[name], return_tensors="pt") for name in options.prompts)
         self.prompts = [inputs.input_ids.to(options.device) for inputs in encoded]
         self.stats: dict[str, Stats] = {}
@@ -72,11 +78,16 @@ class Bench:
             seconds += streamer.last - streamer.first
         return tokens / seconds
 
-    def sirius(self, name: str, config: SiriusConfig) -> float:
-        ready = prepare(self.engine.model)
-        plain, ready._handle = ready._handle, TimedHandle(ready._handle)
-        outputs = [self.engine.generate(ids, config=config, max_new_tokens=self.limit, **GREEDY) for ids in self.prompts]
-        inside, ready._handle = ready._handle.seconds, plain
+    def sirius(self, name: str, config: SiriusConfig, weights: str) -> float:
+        engine = self.engines[weights]
+        ready = prepare(engine.model)
+        handle_of, timed = ready._handle_of, []
+        ready._handle_of = lambda four_bits: timed.append(TimedHandle(handle_of(four_bits))) or timed[-1]
+        try:
+            outputs = [engine.generate(ids, config=config, max_new_tokens=self.limit, **GREEDY) for ids in self.prompts]
+        finally:
+            del ready._handle_of
+        inside = sum(handle.seconds for handle in timed)
         stats = Stats(prompt for output in outputs for prompt in output.stats.prompts)
         self.stats[name] = stats
         if self.options.device == "cpu":  # elsewhere a call returns before its work is done
@@ -93,27 +104,36 @@ class Bench:
         options = self.options
         variants: dict[str, Callable[[], float]] = {}
 
-        def ours(name: str, config: SiriusConfig) -> None:
-            variants[name] = lambda: self.sirius(name, config)
+        def ours(name: str, config: SiriusConfig, weights: str) -> None:
+            variants[name] = lambda: self.sirius(name, config, weights)
 
-        if "transformers" not in options.skip:
+        if "transformers" not in options.skip and "plain" in self.engines:
             variants["transformers"] = self.transformers
             if "static" not in options.skip:
                 variants["transformers, static cache"] = lambda: self.transformers(cache_implementation="static")
-        ours("Full", SiriusConfig(mode="full"))
-        if options.lookup:
-            ours("Full, copies", SiriusConfig(mode="full", lookup=True))
-        for sparsity, density in itertools.product(options.sparsities, options.densities):
+        drafts = [(weights, draft) for weights in options.weights for draft in options.draft_weights]
+        for weights in options.weights:
+            ours(full_of(weights), SiriusConfig(mode="full"), weights)
+            if options.lookup:
+                ours(f"{full_of(weights)}, copies", SiriusConfig(mode="full", lookup=True), weights)
+        for (weights, draft), sparsity, density in itertools.product(drafts, options.sparsities, options.densities):
             kind, _, fixed = sparsity.partition("-")
-            base = SiriusConfig(sparsity=kind, follow=not fixed, density=density)
-            ours(f"{sparsity} {density} alone", replace(base, mode="sparse"))
+            base = SiriusConfig(sparsity=kind, follow=not fixed, density=density, draft_weights=draft)
+            read = "" if weights == "plain" else f"{weights} "
+            read += "" if draft == "auto" else f"S {draft} "
+            ours(f"{read}{sparsity} {density} alone", replace(base, mode="sparse"), weights)
             for accept, width, period in itertools.product(options.accepts, options.widths, options.periods):
                 tree = f", width {width}" if width > 1 else ""
-                name = f"{sparsity} {density}, {accept}, period {period}{tree}"
-                ours(name, replace(base, accept=accept, tree_width=width, period=period))
+                name = f"{read}{sparsity} {density}, {accept}, period {period}{tree}"
+                ours(name, replace(base, accept=accept, tree_width=width, period=period), weights)
                 if options.lookup and kind == "csparse" and width == 1:
-                    ours(f"{name}, copies", replace(base, accept=accept, period=period, lookup=True))
+                    ours(f"{name}, copies", replace(base, accept=accept, period=period, lookup=True), weights)
         return variants
+
+
+def full_of(weights: str) -> str:
+    """The row that those of the same weights are compared with."""
+    return "Full" if weights == "plain" else f"{weights} Full"
 
 
 # What is measured if nothing else is asked for: of a model's texts, and of its latency.
@@ -146,7 +166,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=numbers(int), help="lengths of prompts; asks for latency, as --shape does")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
-    parser.add_argument("--llama-types", type=words, default="bf16", help="of bf16, f16")
+    parser.add_argument("--llama-types", type=words, default="bf16", help=f"of {', '.join(KINDS)}; own is the file as it is")
+    parser.add_argument("--weights", type=words, default="plain", help="of plain, q8; not for latency")
+    parser.add_argument("--draft-weights", type=words, default="auto", help="of auto, same, q4; not for latency")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--densities", type=numbers(float), default="0.5")
     parser.add_argument(
@@ -174,6 +196,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         device_of(options.device)
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
+        if unknown := set(options.llama_types) - set(KINDS):
+            raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
+        if options.latency and (options.weights, options.draft_weights) != (["plain"], ["auto"]):
+            raise ValueError("weights, draft_weights: not for latency, whose weights are random")
         if unknown := set(options.sparsities) - {"csparse", "fsparse", *([] if options.latency else ["csparse-fixed"])}:
             raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
         if options.latency and options.lookup:
@@ -204,7 +230,7 @@ def compare(options: argparse.Namespace) -> None:
     gguf = options.gguf or (default_model_path() if options.model == DEFAULT_MODEL else None)
     if "llama.cpp" not in options.skip and gguf is not None and options.device == "cpu":
         for kind in options.llama_types:
-            file = to_16_bits(gguf, cache_dir() / f"{gguf.stem}-{kind}.gguf", kind)
+            file = converted(gguf, cache_dir() / f"{gguf.stem}-{kind}.gguf", kind)
             processes.append(LlamaCpp(file, torch.get_num_threads()))
             variants[f"llama.cpp {kind}"] = lambda process=processes[-1]: bench.llama_cpp(process)
     try:
@@ -241,11 +267,14 @@ def report(bench: Bench, rates: dict[str, float]) -> None:
     for name, rate in rates.items():
         stats = bench.stats.get(name)
         advance = stats.average_advance_length if stats else None
-        equal = bench.texts[name] == bench.texts["Full"] if stats else None
+        full = full_of(next((weights for weights in options.weights if name.startswith(f"{weights} ")), "plain"))
+        if full not in rates:
+            full = full_of(options.weights[0])
+        equal = bench.texts[name] == bench.texts[full] if stats else None
         table.add_row(
             name,
             f"{rate:.2f}",
-            f"{rate / rates['Full']:.2f}",
+            f"{rate / rates[full]:.2f}",
             *(f"{rate / rates[other]:.2f}" for other in others),
             "" if advance is None else f"{advance:.2f}",
             "" if advance is None else f"{stats.effective_density:.3f}",
@@ -253,7 +282,7 @@ def report(bench: Bench, rates: dict[str, float]) -> None:
             f"{bench.overhead[name]:.1%}" if name in bench.overhead else "",
             "" if equal is None else ("yes" if equal else "no"),
         )
-        record = {"variant": name, "tokens_per_second": rate, "vs_full": rate / rates["Full"]}
+        record = {"variant": name, "tokens_per_second": rate, "vs_full": rate / rates[full]}
         if stats:
             record |= {
                 "density": stats.density,

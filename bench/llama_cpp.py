@@ -1,4 +1,5 @@
-"""llama.cpp as a user would run it, through the PyPI package xllamacpp, in a process of its own; and 16-bit GGUF files for it."""
+"""llama.cpp as a user would run it, through the PyPI package xllamacpp, in a process of its own; and GGUF files of other types
+for it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-QUANT_16_BITS = {"bf16": "BF16", "f16": "F16"}
+KINDS = {"own": None, "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}
 
 
-def to_16_bits(source: Path, target: Path, kind: str) -> Path:
-    """Write the GGUF file `source` anew with its matrices dequantized to bf16 or f16; norms and biases stay float32."""
+def converted(source: Path, target: Path, kind: str) -> Path:
+    """Write the GGUF file `source` anew with its matrices of another type; norms and biases stay float32. "own" is the file
+    itself."""
+    if KINDS[kind] is None:
+        return source
     import gguf
     import numpy as np
 
@@ -25,7 +29,7 @@ def to_16_bits(source: Path, target: Path, kind: str) -> Path:
         if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
             element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], element)
-    quant = gguf.GGMLQuantizationType[QUANT_16_BITS[kind]]
+    quant = gguf.GGMLQuantizationType[KINDS[kind]]
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if len(tensor.shape) > 1:

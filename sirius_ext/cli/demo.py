@@ -37,6 +37,7 @@ class Row:
     """One way to decode, and what came of it prompt by prompt."""
 
     name: str
+    engine: Engine
     config: SiriusConfig | None  # None is transformers
     texts: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0  # from the first token to the last
@@ -52,17 +53,18 @@ class Row:
         return mine / its if mine is not None and its else None
 
 
-def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
-    """Decode the prompts every way, streaming, and end with a table. Returns 1 if `match` and Full differ, else 0."""
+def run(engine: Engine, packed: Engine | None, model_name: str, max_new_tokens: int) -> int:
+    """Decode the prompts every way, streaming, and end with a table. Returns 1 if `match` and Full differ, else 0.
+
+    packed: the same model in eight bits; if there is one, Sirius decodes with it, and `engine` is there to compare with.
+    """
     console = Console(soft_wrap=True, highlight=False)
-    base = engine.config
-    rows = [
-        Row("transformers", None),
-        Row("Full", replace(base, mode="full")),
-        Row("CSparse", replace(base, mode="sparse")),
-        Row("Sirius, threshold", replace(base, accept="threshold")),
-        Row("Sirius, match", replace(base, accept="match")),
-    ]
+    base, fast = engine.config, packed or engine
+    full = [Row("Full", fast, replace(base, mode="full"))]
+    if packed is not None:
+        full = [Row("Full, 16 bits", engine, replace(base, mode="full")), Row("Full, 8 bits", packed, full[0].config)]
+    corrected = [Row(f"Sirius, {rule}", fast, replace(base, accept=rule)) for rule in ("threshold", "match")]
+    rows = [Row("transformers", engine, None), *full, Row("CSparse", fast, replace(base, mode="sparse")), *corrected]
     chat = engine.tokenizer is not None and engine.tokenizer.chat_template is not None
     prompts = {title: encode(engine.tokenizer, prompt, chat) for title, prompt in PROMPTS.items()}
     assert engine.tokenizer is not None  # or `encode` has raised
@@ -70,18 +72,18 @@ def run(engine: Engine, model_name: str, max_new_tokens: int) -> int:
     release(engine.model)
     for row in rows:
         warm_up = next(iter(prompts.values()))
-        _decode(engine, row.config, warm_up, 2, None)
+        _decode(row.engine, row.config, warm_up, 2, None)
         for title, inputs in prompts.items():
             console.print(f"\n[bold]{row.name}[/bold]: {title}")
             streamer = KeepingStreamer(engine.tokenizer)
-            stats = _decode(engine, row.config, inputs, max_new_tokens, streamer)
+            stats = _decode(row.engine, row.config, inputs, max_new_tokens, streamer)
             row.texts.append(streamer.tokens)
             row.seconds += streamer.seconds
             row.stats += stats.prompts if stats else []
-    equal = rows[-1].texts == rows[1].texts
+    equal = corrected[-1].texts == full[-1].texts
     console.print()
-    console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), base, rows))
-    for row in rows[3:]:
+    console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), base, rows, full[-1]))
+    for row in corrected:
         if (abstained := Stats(row.stats).abstained) is not None:
             console.print(f"{row.name}: {abstained}.")
     console.print(
@@ -108,8 +110,9 @@ def _decode(
     return None
 
 
-def _table(model: str, config: SiriusConfig, rows: list[Row]) -> Table:
-    transformers, full = rows[0], rows[1]
+def _table(model: str, config: SiriusConfig, rows: list[Row], full: Row) -> Table:
+    """full: what the others are compared with."""
+    transformers = rows[0]
     table = Table(
         title=f"{model}, {torch.get_num_threads()} threads, density {config.density}, period {config.period}",
         caption="vs hf: transformers' speed is 1. eff. dens.: weights read per token. = Full: share of Full's text.",

@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add(commands)
 
     show = add_command(commands, "demo", _demo, "transformers, Full, CSparse and Sirius side by side")
+    show.set_defaults(weights="q8")
     show.add_argument(
         "--density", type=number, default=DEFAULTS.density, help="fraction of MLP neurons kept (default: %(default)s)"
     )
@@ -295,7 +296,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     config = SiriusConfig(density=options.density, period=options.period)
-    return demo.run(engine_of(options, config), options.model, options.max_new_tokens)
+    plain = engine_of(argparse.Namespace(**{**vars(options), "weights": "plain"}), config)
+    packed = engine_of(options, config) if options.weights != "plain" else None
+    return demo.run(plain, packed, options.model, options.max_new_tokens)
 
 
 def _info(options: argparse.Namespace) -> int:

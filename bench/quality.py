@@ -1,0 +1,153 @@
+"""What fewer bits cost: how far the next token's distribution is from that of the weights as they come, and perplexity.
+
+usage: python bench/quality.py --data FOLDER --out FILE [--model MODEL] [--tokens N]
+
+Texts are questions of gsm8k and prompts of humaneval. F with plain weights, F in eight bits, and
+the sparse models with some of the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of
+16. Divergence is KL(plain || other) in nats, averaged over the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from common import console, header, save
+from rich.progress import track
+from rich.table import Table
+
+from sirius_ext.config import SiriusConfig
+from sirius_ext.decoding.prefill import drive, read
+from sirius_ext.decoding.sparsity import CSparse, sparsity_of
+from sirius_ext.engine import Engine, Tokenizer, prepare
+from sirius_ext.evaluation.tasks import load_task
+from sirius_ext.kernels import ops
+from sirius_ext.models.hub import DEFAULT_MODEL
+from sirius_ext.runtime.model import Model
+from sirius_ext.runtime.passes import Pass
+
+WINDOW = 16
+LENGTH = 512  # tokens of a text at most
+
+
+@dataclasses.dataclass
+class Reader:
+    """A way to read a text, and what was counted of it so far."""
+
+    name: str
+    model: Model
+    config: SiriusConfig | None  # of a sparse model
+    tokens: int = 0
+    loss: float = 0.0
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def count(self, logits: torch.Tensor, expected: torch.Tensor, following: torch.Tensor) -> None:
+        """logits, expected: float32 [m, V], of this reader and of the plain full model. following: int64 [m], the text's
+        tokens.""" own, plain = logits.log_softmax(-1), expected.log_softmax(-1)
+        self.tokens += len(own)
+        self.loss -= float(own.gather(1, following[:, None]).sum())
+        self.divergence += float((plain.exp() * (plain - own)).sum())
+        self.agreed += int((own.argmax(-1) == plain.argmax(-1)).sum())
+
+
+def texts(data: Path, tokenizer: Tokenizer, tokens: int) -> Iterator[torch.Tensor]:
+    """Questions of both tasks in turns, until the second halves of the texts have so many tokens: int64 [t]."""
+    left = {name: [item.question for item in load_task(name, data)[1]] for name in ("gsm8k", "humaneval")}
+    read = 0
+    while read < tokens and any(left.values()):
+        for questions in left.values():
+            ids, taken = torch.empty(0, dtype=torch.int64), 0
+            while len(ids) < LENGTH and taken < len(questions):
+                taken += 1
+                ids = tokenizer("\n\n".join(questions[:taken]), return_tensors="pt").input_ids[0, :LENGTH]
+            del questions[:taken]
+            if len(ids) > 2:
+                yield ids
+                read += len(ids) - len(ids) // 2 - 1
+
+
+@torch.no_grad()
+def measure(readers: list[Reader], ids: torch.Tensor) -> None:
+    """All readers read the second half of a text. The first one is the plain full model."""
+    half = len(ids) // 2
+    models = {id(reader.model): reader.model for reader in readers}
+    caches, sets = {}, {}
+    for key, model in models.items():
+        cache = caches[key] = model.new_cache()
+        model.reserve(cache, len(ids), WINDOW)
+        usage = CSparse(len(model.weights.layers), model.weights.intermediate, 1.0)
+        drive(model, cache, read(cache, ids[:half], usage))
+        for index, reader in enumerate(readers):
+            if reader.model is model and reader.config is not None:
+                sets[index] = sparsity_of(reader.config, model.weights)
+                if isinstance(sets[index], CSparse):
+                    sets[index].usage.absorb(usage.usage)
+    for begin in range(half, len(ids) - 1, WINDOW):
+        tokens = ids[begin : min(begin + WINDOW, len(ids) - 1)].int()
+        following = ids[begin + 1 : begin + 1 + len(tokens)]
+        positions = torch.arange(begin, begin + len(tokens), dtype=torch.int32)
+        mask = ops.tree_mask(torch.arange(-1, len(tokens) - 1, dtype=torch.int32))
+        expected: torch.Tensor | None = None
+        # Sparse models first in each model: its F then overwrites what they wrote. The plain F of all is the first reader.
+        for index, reader in sorted(enumerate(readers), key=lambda each: (each[0] > 0, each[1].config is None)):
+            cache, sparsity = caches[id(reader.model)], sets.get(index)
+            logits = reader.model.compute(cache, Pass(tokens, positions, mask, begin, begin, sparsity)).logits.clone()
+            expected = logits if expected is None else expected
+            reader.count(logits, expected, following)
+        # The plain model's sparse readers have overwritten its entries: it reads the window once more.
+        for model in models.values():
+            model.compute(caches[id(model)], Pass(tokens, positions, mask, begin, begin))
+
+
+def report(readers: list[Reader]) -> list[dict]:
+    table = Table("", "tokens", "perplexity", "KL", "same top token")
+    records = []
+    for reader in readers:
+        record = {
+            "reader": reader.name,
+            "tokens": reader.tokens,
+            "perplexity": math.exp(reader.loss / reader.tokens),
+            "divergence": reader.divergence / reader.tokens,
+            "top_1": reader.agreed / reader.tokens,
+        }
+        records.append(record)
+        table.add_row(
+            reader.name,
+            str(reader.tokens),
+            f"{record['perplexity']:.4f}",
+            f"{record['divergence']:.5f}",
+            f"{record['top_1']:.2%}",
+        )
+    console.print(table)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' files")
+    parser.add_argument("--tokens", type=int, default=10_000, help="that are judged")
+    parser.add_argument("--densities", default="1,0.7,0.5", help="of the sparse models")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    header()
+    plain, packed = (Engine.from_pretrained(options.model, device="cpu", weights=weights) for weights in ("plain", "q8"))
+    models = prepare(plain.model), prepare(packed.model)
+    readers = [Reader("full, plain", models[0], None), Reader("full, q8", models[1], None)]
+    for density in map(float, options.densities.split(",")):
+        if density < 1:
+            readers.append(Reader(f"density {density}, plain", models[0], SiriusConfig(density=density)))
+        readers.append(Reader(f"density {density}, 4 bits of q8", models[1], SiriusConfig(density=density)))
+    for ids in track(list(texts(options.data, plain.tokenizer, options.tokens)), "reading", console=console):
+        measure(readers, ids)
+    results = report(readers)
+    save(options.out, {"benchmark": "quality", "model": options.model, "results": results})
+
+
+if __name__ == "__main__":
+    main()
