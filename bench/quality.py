@@ -2,9 +2,8 @@
 
 usage: python bench/quality.py --data FOLDER --out FILE [--model MODEL] [--tokens N]
 
-Texts are questions of gsm8k and prompts of humaneval. F with plain weights, F in eight bits, and
-the sparse models with some of the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of
-16. Divergence is KL(plain || other) in nats, averaged over the tokens.
+Texts are questions of gsm8k and prompts of humaneval. F with plain weights, F in eight bits, and the sparse models with some of
+the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of 16. Divergence is KL(plain || other) in nats, averaged over the tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +47,8 @@ class Reader:
 
     def count(self, logits: torch.Tensor, expected: torch.Tensor, following: torch.Tensor) -> None:
         """logits, expected: float32 [m, V], of this reader and of the plain full model. following: int64 [m], the text's
-        tokens.""" own, plain = logits.log_softmax(-1), expected.log_softmax(-1)
+        tokens."""
+        own, plain = logits.log_softmax(-1), expected.log_softmax(-1)
         self.tokens += len(own)
         self.loss -= float(own.gather(1, following[:, None]).sum())
         self.divergence += float((plain.exp() * (plain - own)).sum())
