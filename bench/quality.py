@@ -3,7 +3,8 @@
 usage: python bench/quality.py --data FOLDER --out FILE [--model MODEL] [--tokens N]
 
 Texts are questions of gsm8k and prompts of humaneval. F with plain weights, F in eight bits, and the sparse models with some of
-the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of 16. Divergence is KL(plain || other) in nats, averaged over the tokens.
+the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of 16. Divergence is KL(plain ||
+other) in nats, averaged over the tokens.
 """
 
 from __future__ import annotations

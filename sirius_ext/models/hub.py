@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,19 +160,19 @@ def _load(
     local = Path(source).is_dir()
     # Downloads have progress bars of their own, which a spinner would garble.
     bars = not local and progress and sys.stderr.isatty()
-    with _reporting(f"loading {name}", progress, spinner=not bars) as remarks, _quiet(bars):
+    with _reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
         with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
             config = _supported_config(name, source)
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
-            model = _packed(source, name, config, dtype, remarks) if weights == "q8" else None
+            model = _packed(source, name, config, dtype, report) if weights == "q8" else None
             if model is not None:
                 pass
             elif config.model_type in _WITH_IMAGES:
                 model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
-                remarks.append("the text model alone, without its part for images")
+                report.remarks.append("the text model alone, without its part for images")
             else:
                 model = _weights(AutoModelForCausalLM, source, name, config, dtype)
             if not local:
@@ -187,7 +187,7 @@ def _load(
 
 
 def _packed(
-    source: str, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, remarks: list[str]
+    source: str, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, report: _Report
 ) -> PreTrainedModel | None:
     """The model with its matrices in eight bits, read tensor by tensor. None if that needs transformers' help."""
     if config.model_type in _WITH_IMAGES:
@@ -200,11 +200,17 @@ def _packed(
         check_files(folder, name)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    before = time.perf_counter()
+    packed = False
+
+    def progress(total: int, done: int) -> None:
+        nonlocal packed
+        packed = True
+        report.show(f"packing tensor {done} of {total} into eight bits")
+
     with _refusals(name), _cache_errors():
-        model = load_packed(folder, config, dtype, cache_dir())
-    if time.perf_counter() - before > 5:
-        remarks.append(f"matrices in eight bits, kept in {cache_dir() / 'packed'}")
+        model = load_packed(folder, config, dtype, cache_dir(), progress)
+    if packed:
+        report.remarks.append(f"packed into eight bits, kept in {cache_dir() / 'packed'}")
     return model
 
 
@@ -452,24 +458,34 @@ def _cache_errors() -> Iterator[None]:
         ) from error
 
 
+class _Report:
+    """What is said of something that takes time: remarks at its end, and while it goes on how far it is."""
+
+    def __init__(self) -> None:
+        self.remarks: list[str] = []
+        self.show: Callable[[str], None] = lambda detail: None
+
+
 @contextlib.contextmanager
-def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[list[str]]:
+def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[_Report]:
     """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took; and the remarks that
-    have come into the list meanwhile."""
+    have come into the report meanwhile."""
     console = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=not enabled)
     live = console.is_terminal
     start = time.perf_counter()
-    remarks: list[str] = []
+    report = _Report()
     try:
         if not live:
             console.print(f"{text} ...", end=" ")
-        with console.status(f"{text} ...") if live and spinner and enabled else contextlib.nullcontext():
-            yield remarks
+        with console.status(f"{text} ...") if live and spinner and enabled else contextlib.nullcontext() as shown:
+            if shown is not None:
+                report.show = lambda detail: shown.update(f"{text}, {detail} ...")
+            yield report
     except BaseException:
         console.print("" if live else "failed")
         raise
     took = f"{time.perf_counter() - start:.1f} s"
-    console.print(f"{text} ... " if live else "", "; ".join([took, *remarks]), sep="")
+    console.print(f"{text} ... " if live else "", "; ".join([took, *report.remarks]), sep="")
 
 
 @contextlib.contextmanager
