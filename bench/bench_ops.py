@@ -1,4 +1,4 @@
-"""Microbenchmarks of the ops, in bf16, against torch doing the same.
+"""Microbenchmarks of the ops, with weights in bf16 and in eight bits, against torch doing the same in bf16.
 
 On the CPU an op is timed over enough copies of its weights (512 MB and more) that every pass reads them from memory. Its floor is
 the time to read the weights that it needs at the best read bandwidth seen in the run; the table gives the share of that floor
@@ -19,6 +19,7 @@ from rich.table import Table
 from shapes import SHAPES, shape_of
 
 from sirius_ext.kernels import ops
+from sirius_ext.kernels.matrix import Matrix
 
 DEFAULTS = {
     "cpu": {"shapes": "smollm2-135m,qwen2.5-1.5b,llama-3-8b", "rows": "1,4,16", "densities": "1.0,0.5,0.3", "rounds": 7},
@@ -83,34 +84,41 @@ def main() -> None:
 
 def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) -> list[dict]:
     hidden, intermediate = SHAPES[shape].hidden, SHAPES[shape].intermediate
-    copies = -(-COLD_BYTES // (intermediate * hidden * 2))
     make = lambda *size: torch.randn(*size).div_(hidden**0.5).bfloat16()  # noqa: E731
     one = make(intermediate, hidden)
-    weights = [one.clone() for _ in range(copies)]
+    eight, of_each = Matrix(one).in_eight_bits(), {}
+    for name, form in (("", Matrix(one)), (" q8", eight), (" q8_upper", eight.in_four_bits())):
+        # As many copies as make what is read of them larger than a cache.
+        whole = eight if name else form
+        copies = [Matrix(whole.data.clone(), whole.packed) for _ in range(-(-COLD_BYTES // form.nbytes))]
+        of_each[name] = [each.in_four_bits() for each in copies] if name == " q8_upper" else copies
+    plain = [matrix.data for matrix in of_each[""]]
     x, dense_h = make(rows, hidden), make(rows, intermediate)
     lists = {d: torch.randperm(intermediate)[: round(d * intermediate)].sort().values.int() for d in densities if d < 1}
 
     variants: dict[str, Callable[[], object]] = {}
     bytes_read: dict[str, int] = {}
 
-    def add(name: str, density: float, body: Callable[[int], object], matrices: int = 1) -> None:
+    def add(name: str, density: float, body: Callable[[int], object], matrices: int = 1, kind: str = "") -> None:
         """body(i) runs the op on copy i; `matrices` of them are read by a call."""
-        calls = range(0, copies - matrices + 1, matrices)
-        variants[name] = lambda: seconds(lambda: [body(i) for i in calls]) / len(calls)
-        bytes_read[name] = round(density * intermediate) * hidden * 2 * matrices
+        weights = of_each[kind]
+        calls = range(0, len(weights) - matrices + 1, matrices)
+        variants[name + kind] = lambda: seconds(lambda: [body(i) for i in calls]) / len(calls)
+        bytes_read[name + kind] = round(density * intermediate) * weights[0].nbytes // intermediate * matrices
 
     if rows == 1:
-        add("read (torch.sum)", 1, lambda i: weights[i].view(torch.int64).sum())
-    add("linear", 1, lambda i: ops.linear(x, weights[i]))
-    add("linear torch", 1, lambda i: F.linear(x, weights[i]))
-    add("gate_up 1.0", 1, lambda i: ops.gate_up(x, weights[i], weights[i + 1]), 2)
-    add("down 1.0", 1, lambda i: ops.down(dense_h, weights[i]))
-    for density, neurons in lists.items():
-        h, long = dense_h[:, : len(neurons)].contiguous(), neurons.long()
-        add(f"gate_up {density}", density, lambda i, n=neurons: ops.gate_up(x, weights[i], weights[i + 1], n), 2)
-        add(f"down {density}", density, lambda i, n=neurons, h=h: ops.down(h, weights[i], n))
-        if density == 0.5:
-            add(f"gather torch {density}", density, lambda i, n=long: F.linear(x, weights[i][n]))
+        add("read (torch.sum)", 1, lambda i: plain[i].view(torch.int64).sum())
+    add("linear torch", 1, lambda i: F.linear(x, plain[i]))
+    for kind, weights in of_each.items():
+        add("linear", 1, lambda i, w=weights: ops.linear(x, w[i]), kind=kind)
+        add("gate_up 1.0", 1, lambda i, w=weights: ops.gate_up(x, w[i], w[i + 1]), 2, kind)
+        add("down 1.0", 1, lambda i, w=weights: ops.down(dense_h, w[i]), kind=kind)
+        for density, neurons in lists.items():
+            h, long = dense_h[:, : len(neurons)].contiguous(), neurons.long()
+            add(f"gate_up {density}", density, lambda i, n=neurons, w=weights: ops.gate_up(x, w[i], w[i + 1], n), 2, kind)
+            add(f"down {density}", density, lambda i, n=neurons, h=h, w=weights: ops.down(h, w[i], n), kind=kind)
+            if density == 0.5 and not kind:
+                add(f"gather torch {density}", density, lambda i, n=long: F.linear(x, plain[i][n]))
 
     for warm_up in variants.values():
         warm_up()
@@ -118,13 +126,14 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
     rates = {name: bytes_read[name] / times[name] / 1e9 for name in variants}
     best = max(rates.values())
     table = Table(
-        title=f"{shape}: hidden {hidden}, intermediate {intermediate}, {rows} row{'s' * (rows > 1)}, bf16, cold weights"
+        title=f"{shape}: hidden {hidden}, intermediate {intermediate}, {rows} row{'s' * (rows > 1)}, bf16, packed, cold weights"
     )
     for column in ("op", "us", "GB/s", "of best read", "vs dense"):
         table.add_column(column, justify="left" if column == "op" else "right")
     records = []
     for name in variants:
-        dense = name.split()[0] + " 1.0"
+        op, *rest = name.split()
+        dense = " ".join([op, "1.0", *(part for part in rest if part.startswith("q8"))])
         ratio = times[name] / times[dense] if dense in times and name != dense else None
         table.add_row(
             name,

@@ -12,6 +12,7 @@ import torch
 from timing import Clock
 from torch import nn
 
+from sirius_ext.kernels import products
 from sirius_ext.kernels.matrix import Matrix
 from sirius_ext.models.weights import Layer, Projection, Weights
 from sirius_ext.runtime.layers import attention_of, decoder_layer, embed, norm
@@ -87,7 +88,7 @@ class Dense:
         for index, layer in enumerate(self._layers):
             seen = self._seen[layer.window][positions]
             x = layer_step(layer, x, angles, seen, positions, self._k[index], self._v[index])
-        return w.lm_head.dot(norm(w.description, x[-1:], w.final_norm)).argmax(-1)
+        return products.dot(norm(w.description, x[-1:], w.final_norm), w.lm_head).argmax(-1)
 
     def _layer(self, layer, x, angles, seen, positions, k_cache, v_cache):
         d = self._weights.description
