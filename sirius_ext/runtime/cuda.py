@@ -12,15 +12,13 @@ from ..models.weights import Weights
 from .cache import Cache
 from .graphs import Nodes, Replay, graph_mode
 from .layers import Attend, Neurons, decoder_layer, embed, norm
-from .model import Model, arguments_of
-from .passes import Kind, Pass, Sparsity
+from .model import Arguments, Model, arguments_of
+from .passes import Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
 FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
-
-Arguments = tuple[int, int, int, int]  # of a pass: kind, the addresses of neurons and thresholds, how many neurons are kept
 
 
 class CudaCache(Cache):
@@ -37,10 +35,10 @@ class CudaCache(Cache):
         super().__init__(weights)
         self.base = torch.zeros(1, dtype=torch.int32, device=weights.device)
         self.statistic: torch.Tensor | None = None
-        self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept
+        self._neurons: dict[int, torch.Tensor] = {}  # a text's sets, int32 [layers, kept], by kept
         self._thresholds: torch.Tensor | None = None
         self._taken: Sparsity | None = None  # what stands there
-        self._arguments: Arguments = Kind.DENSE, 0, 0, 0
+        self._arguments = Arguments()
 
     def _release(self) -> None:
         super()._release()
@@ -95,7 +93,8 @@ class CudaCache(Cache):
         return self._arguments
 
     def _held(self, sparsity: Sparsity) -> Arguments:
-        kind, neurons, thresholds, kept = arguments_of(sparsity)
+        arguments = arguments_of(sparsity)
+        kept = arguments.kept
         if sparsity.neurons is not None:
             if kept not in self._neurons:
                 self._neurons[kept] = torch.empty_like(sparsity.neurons)
@@ -105,13 +104,13 @@ class CudaCache(Cache):
                     self.statistic = torch.empty_like(statistic)
                 statistic = self.statistic.copy_(statistic)
             sparsity.place(held, statistic)  # from now on what stands here is the set, which graphs change
-            neurons = held.data_ptr()
+            arguments = arguments._replace(neurons=held.data_ptr())
         if sparsity.thresholds is not None:
             if self._thresholds is None:
                 self._thresholds = torch.empty_like(sparsity.thresholds)
             self._thresholds.copy_(sparsity.thresholds)
-            thresholds = self._thresholds.data_ptr()
-        return kind, neurons, thresholds, kept
+            arguments = arguments._replace(thresholds=self._thresholds.data_ptr())
+        return arguments
 
     def followed(self, kept: int) -> tuple[torch.Tensor, ...]:
         """What a set of so many neurons that follows the text changes, for who must undo it."""
@@ -197,7 +196,7 @@ class CudaModel(Model):
 
         sparsity: what `CudaCache.take` returned.
         argmax: int32 [m], gets every row's; -1 where a logit is not finite.
-        alive: int32 [1]; only so many rows count in FSparse's choice.
+        alive: int32 [1]; only so many rows count where the pass chooses its neurons.
         keep_z: as in `Pass`.
         Returns the logits, float32 [m, V], which the next pass over this cache overwrites.
         """
