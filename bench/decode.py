@@ -146,7 +146,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--densities", type=numbers(float), default="0.5")
     parser.add_argument(
-        "--sparsities", type=words, help="of csparse, csparse-fixed (not for latency), fsparse " + default("sparsities")
+        "--sparsities", type=words, help="of csparse, csparse-fixed (not for latency), fsparse, cascade " + default("sparsities")
     )
     parser.add_argument("--periods", type=numbers(lambda text: text if text == "auto" else int(text)), help=default("periods"))
     parser.add_argument("--widths", type=numbers(int), help="of the tree " + default("widths"))
@@ -169,7 +169,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         device_of(options.device)
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
-        if unknown := set(options.sparsities) - {"csparse", "fsparse", *([] if options.latency else ["csparse-fixed"])}:
+        if unknown := set(options.sparsities) - {
+            "csparse",
+            "fsparse",
+            "cascade",
+            *([] if options.latency else ["csparse-fixed"]),
+        }:
             raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
         if options.profile and not options.device.startswith("cuda"):
             raise ValueError(f"profile: expected device cuda, got {options.device}")

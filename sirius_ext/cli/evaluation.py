@@ -152,7 +152,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _plan(options: argparse.Namespace, modes: Sequence[str], **more: Any) -> Plan:
-    # Thresholds are for FSparse; `config_of` drops them for CSparse.
+    # Thresholds are for FSparse; `config_of` drops them for the others.
     base = decoding_config(options, sparsity="fsparse", period=getattr(options, "period", PERIOD))
     names = ("model", "dtype", "device", "threads", "task", "data", "shots", "skip", "limit", "batch")
     return Plan(

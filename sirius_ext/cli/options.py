@@ -48,7 +48,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, defaul
 
 
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
-    purpose = "csparse's neurons stay as the prompt chose them; without it they follow the text"
+    purpose = "the neurons of csparse and cascade stay as the prompt chose them; without it they follow the text"
     add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
     add_setting(parser, "--density", "fraction of MLP neurons kept", DEFAULTS.density, type=number)
     purpose = "of `calibrate`, for fsparse: in place of a fixed number"
