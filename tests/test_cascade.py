@@ -108,7 +108,7 @@ def choices(draw):
 
 
 @given(choices(), st.booleans(), st.booleans())
-def test_select_among(backend, dtype, choice, listed, weighted):
+def test_select_from_a_list(backend, dtype, choice, listed, weighted):
     values, among, weights, kept = choice
     m, intermediate = values.shape
     candidates = among.tolist() if listed else list(range(intermediate))
@@ -131,7 +131,7 @@ def test_select_among(backend, dtype, choice, listed, weighted):
 
 
 @pytest.mark.parametrize(("m", "intermediate", "count"), [(1, 14336, 9000), (5, 2050, 2049), (16, 9000, 8193), (2, 53248, 28673)])
-def test_select_among_many(backend, m, intermediate, count):
+def test_select_from_a_long_list(backend, m, intermediate, count):
     values, weights = torch.randn(m, intermediate), torch.rand(intermediate)
     among = torch.randperm(intermediate)[:count].sort().values.int()
     for kept in (1, count // 3, count):

@@ -83,7 +83,7 @@ CASES = [
     ("mistral", 11, 12, {"period": 6, "tree_width": 16, "threshold": 0.3}),
     ("llama3", 9, 24, {"period": 5, "sparsity": "cascade"}),
     ("qwen2", 7, 12, {"mode": "sparse", "sparsity": "cascade"}),
-    ("mistral", 5, 20, {"period": 4, "tree_width": 5, "sparsity": "cascade", "accept": "match"}),
+    ("mistral", 5, 20, {"period": 4, "tree_width": 5, "prune": True, "sparsity": "cascade", "score_temperature": 0.2}),
 ]
 
 

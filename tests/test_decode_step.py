@@ -259,7 +259,7 @@ class Pass:
 
 KINDS = {"full": Kind.DENSE, "listed": Kind.LISTED, "largest": Kind.LARGEST, "cascade": Kind.CASCADE}
 # Attention is the same whatever the MLP does: of the cascade a family with norms around the MLP and another activation will do.
-SOME = [(family, shape, "cascade") for family in ("llama", "gemma2") for shape in PARENTS]
+SOME = [(family, shape, "cascade") for family in ("llama", "gemma3") for shape in PARENTS]
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,8 @@ MUTATIONS = {
         lambda: test_fsparse_ops.test_select_at_every_size(ops, 1, 1134),
     ),
     "select takes values before the neurons are listed": (
-        without_barrier("select.cu", "if (!p.taken) return;", "select.cu"),
-        lambda: test_cascade.test_select_among_many(ops, 16, 9000, 8193),
+        without_barrier("select.cu", "if (!p.among && !p.taken) return;", "select.cu"),
+        lambda: test_cascade.test_select_from_a_long_list(ops, 16, 9000, 8193),
     ),
     "tree_expand chooses before all leaves have proposed": (
         without_barrier("tree_expand.cu", "keys, tokens);", "tree_expand.cu"),

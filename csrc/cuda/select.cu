@@ -189,18 +189,22 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams 
                    all_equal = __ballot_sync(kAllLanes, bits == least);
     const int equal_here = equal_before + __popc(all_equal & lower);
     if (bits > least || (bits == least && equal_here < equals))
-      p.neurons[above_before + __popc(all_above & lower) + min(equal_here, equals)] = neuron(candidate);
+      p.neurons[above_before + __popc(all_above & lower) + min(equal_here, equals)] = candidate;
     above_before += __popc(all_above);
     equal_before += __popc(all_equal);
   });
-  if (!p.taken) return;
+  // From candidates to neurons: here, since the loops above have no register to spare.
+  if (!p.among && !p.taken) return;
   __syncthreads();
-  // Of all rows, alive or not: the pass goes on with all of them.
-  for (int i = int(threadIdx.x); i < p.kept; i += int(blockDim.x)) {
-    const float* values = p.values + p.neurons[i];
+  const int count = *p.count;
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    const int chosen = neuron(p.neurons[i]);
+    p.neurons[i] = chosen;
+    if (!p.taken) continue;
+    // Of all rows, alive or not: the pass goes on with all of them.
 #pragma unroll 8
     for (int row = 0; row < p.num_rows; ++row)
-      put(p.dtype, p.taken, size_t(row) * p.kept + i, values[size_t(row) * p.intermediate]);
+      put(p.dtype, p.taken, size_t(row) * p.kept + i, p.values[size_t(row) * p.intermediate + chosen]);
   }
 }
 
