@@ -326,11 +326,11 @@ def test_gate_s_set_follows_the_text_as_csparse_s_does():
 
 @pytest.mark.usefixtures("one_thread")
 def test_tokens_of_a_pass_share_their_sets():
-    """The choice is by the sum over the tokens: signs do not cancel, and the largest single value does not decide."""
-    sparsity = Cascade(1, 6, 0.5, torch.ones(1, 6))
+    """By the sum over the tokens, in which signs do not cancel, times ||down||; of equals the lower index."""
+    sparsity = Cascade(1, 6, 0.5, torch.tensor([[4.0, 4, 1, 2, 9, 9]]))
     sparsity.usage.observe(0, torch.ones(1, 6), torch.tensor([[5.0, 4, 3, 2, 1, 0]]))
     assert (sparsity.kept_neurons, *sparsity.narrowed) == (4, 3, 2) and sparsity.neurons.tolist() == [[0, 1, 2, 3]]
     gates = torch.tensor([[3.0, 0, 2, -2, 9, 9], [0, 1, -2, 2, 9, 9]])
-    z = torch.tensor([[0.0, 9, -1, 1, 9, 9], [2, 9, 1, -2, 9, 9]])
-    # Of gate's four the sums are 3, 1, 4, 4; of up's three they are 2, 2, 3.
-    assert sparsity.choose(0, gates, z).tolist() == [0, 3]
+    z = torch.tensor([[0.0, 1.25, 9, 1, 9, 9], [2, -1.25, 9, -2, 9, 9]])
+    # Of gate's four the scores are 3 * 4, 1 * 4, 4 * 1 and 4 * 2; of 0, 1 and 3 they are then 2 * 4, 2.5 * 4 and 3 * 2.
+    assert sparsity.choose(0, gates, z).tolist() == [0, 1]
