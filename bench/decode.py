@@ -172,7 +172,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--densities", type=numbers(float), default="0.5")
     parser.add_argument(
-        "--sparsities", type=words, help="of csparse, csparse-fixed (not for latency), fsparse " + default("sparsities")
+        "--sparsities", type=words, help="of csparse, csparse-fixed (not for latency), fsparse, cascade " + default("sparsities")
     )
     parser.add_argument("--periods", type=numbers(lambda text: text if text == "auto" else int(text)), help=default("periods"))
     parser.add_argument("--widths", type=numbers(int), help="of the tree " + default("widths"))
@@ -200,7 +200,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
         if options.latency and (options.weights, options.draft_weights) != (["plain"], ["auto"]):
             raise ValueError("weights, draft_weights: not for latency, whose weights are random")
-        if unknown := set(options.sparsities) - {"csparse", "fsparse", *([] if options.latency else ["csparse-fixed"])}:
+        if unknown := set(options.sparsities) - {
+            "csparse",
+            "fsparse",
+            "cascade",
+            *([] if options.latency else ["csparse-fixed"]),
+        }:
             raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
         if options.latency and options.lookup:
             raise ValueError("lookup: not for latency, whose texts are random")

@@ -127,7 +127,7 @@ class Latency:
         threshold = 0.0 if self.random else SiriusConfig.threshold
         for sparsity, density in itertools.product(options.sparsities, options.densities):
             base = SiriusConfig(sparsity=sparsity, density=density, threshold=threshold)
-            kind = {"csparse": "CSparse", "fsparse": "FSparse"}[sparsity]
+            kind = {"csparse": "CSparse", "fsparse": "FSparse", "cascade": "Cascade"}[sparsity]
             found[f"{kind} {density}"] = SiriusConfig(mode="sparse", sparsity=sparsity, density=density)
             for period, width in itertools.product(options.periods, options.widths):
                 found[f"Sirius, {kind} {density}, period {period}, width {width}"] = replace(
@@ -211,7 +211,7 @@ def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advanc
     full = (others + mlp) * weights.dtype.itemsize + cache
     if config.mode == "full":
         return full
-    share = config.density if config.sparsity == "csparse" else (1 + 2 * config.density) / 3
+    share = (1 + 2 * config.density) / 3 if config.sparsity == "fsparse" else config.density
     sparse = (others + share * mlp) * weights.dtype.itemsize + cache
     if config.mode == "sparse":
         return sparse

@@ -140,7 +140,9 @@ class Cases:
         x, out = self._random(rows, hidden), self._empty(rows, intermediate, dtype=torch.float32)
         yield Case(
             "gate", rows, intermediate * hidden * 2, len(weights),
-            lambda i: self._launch("gate", dtype=CODE, x=x, gate=self._matrices[i], out=out, num_rows=rows),
+            lambda i: self._launch(
+                "gate", dtype=CODE, x=x, gate=self._matrices[i], out=out, num_rows=rows, num_neurons=intermediate
+            ),
             lambda i: F.silu(F.linear(x, weights[i])).float(),
         )  # fmt: skip
 
@@ -155,8 +157,8 @@ class Cases:
         yield Case(
             "select", rows, gates.nbytes, copies,
             lambda i: self._launch(
-                "select", gates=many[i], neurons=chosen, count=count, num_rows=rows, intermediate=intermediate, kept=kept,
-                workspace=(rows, intermediate),
+                "select", values=many[i], neurons=chosen, count=count, num_rows=rows, intermediate=intermediate,
+                candidates=intermediate, kept=kept, workspace=(intermediate,),
             ),
             lambda i: many[i].abs().sum(0).topk(kept).indices.sort().values,
             density,

@@ -63,25 +63,32 @@ struct GateUpParams {
   int num_rows, num_neurons;
 };
 
-// out[m, i] = act(gate[i] . x[m]), not rounded: what FSparse chooses from, and `up` multiplies with.
+// out[m, n_i] = act(gate[n_i] . x[m]), not rounded: what FSparse and the cascade choose from, and `up` multiplies with. The
+// values stand at their neurons' places, so that whoever reads them needs no list but that of the neurons it wants; those of
+// neurons that are not listed stay what they are.
 struct GateParams {
   Dtype dtype;
-  const void* x;  // T [num_rows, hidden]
-  Matrix gate;    // [intermediate, hidden]
-  float* out;     // [num_rows, intermediate]
+  const void* x;                     // T [num_rows, hidden]
+  Matrix gate;                       // [intermediate, hidden]
+  const int32_t* neurons = nullptr;  // [num_neurons], or null for 0..num_neurons-1
+  float* out;                        // [num_rows, intermediate]
   Activation activation = Activation::silu;
-  int num_rows;
+  int num_rows, num_neurons;
 };
 
-// The neurons of largest score_i = sum_m |gates[m, i]|, in rising order: `kept` of them, the lower index first among equals; or
-// where `threshold` is not null all with score_i >= num_rows * threshold.
+// Of the candidates those of largest score_i = weights_i * sum_m |values[m, i]|, in rising order: `kept` of them, the lower index
+// first among equals; or where `threshold` is not null all with score_i >= num_rows * threshold.
 struct SelectParams {
-  const float* gates;                // [num_rows, intermediate]
+  Dtype dtype = Dtype::f32;          // of `taken`
+  const float* values;               // [num_rows, intermediate]: gates, or z, at their neurons' places
+  const int32_t* among = nullptr;    // [candidates], rising; or null for all `intermediate`
+  const float* weights = nullptr;    // [intermediate], at least 0; or null for 1
   const float* threshold = nullptr;  // [1] or null
-  int32_t* neurons;                  // [intermediate]
+  int32_t* neurons;                  // [candidates]; not `among`
   int32_t* count;                    // [1]: how many neurons were written
+  void* taken = nullptr;             // T [num_rows, kept], gets the values of the neurons chosen; or null. Not with a threshold
   const int32_t* alive = nullptr;    // [1] (CUDA): only so many of the rows count; or null for all
-  int num_rows, intermediate, kept = 0;
+  int num_rows, intermediate, candidates, kept = 0;
 };
 
 // A set that follows the text. For each of `count` rows of z, in order, statistic_i becomes
@@ -100,7 +107,7 @@ struct FollowParams {
   int layers, num_rows, intermediate, kept, count = 0;
 };
 
-// hidden[m, i] = gates[m, n_i] * (up[n_i] . x[m])
+// hidden[m, i] = gates[m, n_i] * (up[n_i] . x[m]); with `spread` it stands at its neuron's place, as in GateParams.
 struct UpParams {
   Dtype dtype;
   const void* x;                            // T [num_rows, hidden]
@@ -108,7 +115,8 @@ struct UpParams {
   const float* gates;                       // [num_rows, intermediate]
   const int32_t* neurons;                   // [num_neurons]
   const int32_t* num_neurons_at = nullptr;  // [1] (CUDA), at most num_neurons, which is then the row length of `out`
-  void* out;                                // T [num_rows, num_neurons]
+  void* out;                                // T [num_rows, num_neurons]; with spread float [num_rows, intermediate], not rounded
+  bool spread = false;
   int num_rows, num_neurons;
 };
 
@@ -275,12 +283,15 @@ struct ModelWeights {
 };
 
 // Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`
-// all whose mean |act(gate x)| over the rows reaches the layer's threshold.
+// all whose mean |act(gate x)| over the rows reaches the layer's threshold; `cascade` the given ones in gate, of these the
+// kept_up of largest |act(gate x)| * ||down|| in up, and of these the kept_down of largest |z| * ||down|| in down.
 struct Sparsity {
-  enum Kind : int { dense, listed, largest, threshold } kind;
-  const int32_t* neurons = nullptr;   // [layers, kept], if listed
+  enum Kind : int { dense, listed, largest, threshold, cascade } kind;
+  const int32_t* neurons = nullptr;   // [layers, kept], if listed or cascade
   const float* thresholds = nullptr;  // [layers], if threshold
-  int kept = 0;                       // if listed or largest
+  int kept = 0;                       // if listed, largest or cascade
+  const float* down_norms = nullptr;  // [layers, intermediate], if cascade: ||down_i||
+  int kept_up = 0, kept_down = 0;     // if cascade
 };
 
 // One pass of num_rows tokens through every layer. Row m's key and value go to cache slot first_slot + m; what it sees is as in

@@ -79,6 +79,9 @@ struct Fields<Sparsity> {
     v("neurons", &P::neurons, optional);
     v("thresholds", &P::thresholds, optional);
     v("kept", &P::kept, optional);
+    v("down_norms", &P::down_norms, optional);
+    v("kept_up", &P::kept_up, optional);
+    v("kept_down", &P::kept_down, optional);
   }
 };
 
@@ -136,9 +139,11 @@ struct Fields<GateParams> {
     v("dtype", &P::dtype);
     v("x", &P::x);
     v("gate", &P::gate);
+    v("neurons", &P::neurons, optional);
     v("out", &P::out);
     v("activation", &P::activation, optional);
     v("num_rows", &P::num_rows);
+    v("num_neurons", &P::num_neurons);
   }
 };
 
@@ -147,13 +152,18 @@ struct Fields<SelectParams> {
   template <class V>
   static void visit(V& v) {
     using P = SelectParams;
-    v("gates", &P::gates);
+    v("dtype", &P::dtype, optional);
+    v("values", &P::values);
+    v("among", &P::among, optional);
+    v("weights", &P::weights, optional);
     v("threshold", &P::threshold, optional);
     v("neurons", &P::neurons);
     v("count", &P::count);
+    v("taken", &P::taken, optional);
     v("alive", &P::alive, optional);
     v("num_rows", &P::num_rows);
     v("intermediate", &P::intermediate);
+    v("candidates", &P::candidates);
     v("kept", &P::kept, optional);
   }
 };
@@ -192,6 +202,7 @@ struct Fields<UpParams> {
     v("neurons", &P::neurons);
     v("num_neurons_at", &P::num_neurons_at, optional);
     v("out", &P::out);
+    v("spread", &P::spread, optional);
     v("num_rows", &P::num_rows);
     v("num_neurons", &P::num_neurons);
   }

@@ -8,7 +8,7 @@ import numbers
 import os
 
 MODES = ("sirius", "sparse", "full")
-SPARSITIES = ("csparse", "fsparse")
+SPARSITIES = ("csparse", "fsparse", "cascade")
 ACCEPT_RULES = ("threshold", "match", "sample")
 DRAFT_WEIGHTS = ("auto", "same", "q4")
 MAX_PERIOD = 256
@@ -22,10 +22,11 @@ class SiriusConfig:
 
     mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
     sparsity: "csparse", one set of neurons, chosen during the prompt's prefill (GRIFFIN's rule); "fsparse", a set per token,
-        those of largest |silu(gate x)| (CATS' idea).
-    follow: csparse's set follows the text: every verification shows which neurons its tokens used, and the set is chosen anew.
-        With False it stays as the prompt chose it, which is the paper's rule.
-    density: fraction of MLP neurons kept in every layer, in (0, 1].
+        those of largest |silu(gate x)| (CATS' idea); "cascade" (ours), csparse's set for gate, inside it a set per token for up,
+        and inside that one a set per token for down: those that add most to the output, by what is known of them by then.
+    follow: the set of csparse and of the cascade follows the text: every verification shows which neurons its tokens used, and
+        the set is chosen anew. With False it stays as the prompt chose it, which is the paper's rule.
+    density: fraction of MLP neurons kept in every layer, in (0, 1]; of the cascade, the share of gate, up and down that is read.
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
     period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts
@@ -99,7 +100,7 @@ class SiriusConfig:
 
     def _check_lookup(self) -> None:
         if self.mode != "full" and self.sparsity != "csparse":
-            raise ValueError('lookup: not with sparsity="fsparse", whose neurons depend on all tokens of a pass')
+            raise ValueError(f'lookup: not with sparsity="{self.sparsity}", whose neurons depend on all tokens of a pass')
         if self.mode == "sirius" and self.tree_width > 1:
             raise ValueError(f"lookup: it needs a chain, tree_width=1, got {self.tree_width}")
         if self.mode == "sirius" and self.accept == "sample":

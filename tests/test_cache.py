@@ -24,7 +24,7 @@ CONFIGS = [
     SiriusConfig(period=4, density=0.4, threshold=0.05),
     SiriusConfig(period=4, density=0.4, threshold=0.05, follow=False),
     SiriusConfig(period=4, density=0.4, sparsity="fsparse", accept="match"),
-    SiriusConfig(period=4, density=0.4, tree_width=3),
+    SiriusConfig(period=4, density=0.4, tree_width=3, sparsity="cascade"),
 ]
 CSPARSE = CONFIGS[3]
 

@@ -40,6 +40,7 @@ def test_is_frozen():
         {"accept": "sample"},
         {"accept": "sample", "tree_width": 4},
         {"sparsity": "fsparse"},
+        {"sparsity": "cascade", "follow": False},
         {"sparsity": "fsparse", "thresholds": "thresholds.json"},
         {"sparsity": "fsparse", "thresholds": Path("thresholds.json")},
         {"density": 1},
@@ -129,6 +130,7 @@ def test_nonsense_is_named(field, value, error):
         ({"prune": True}, "^prune: .*tree_width > 1"),
         ({"prune": True, "tree_width": 2, "accept": "sample"}, "^prune: not with accept"),
         ({"sparsity": "csparse", "thresholds": "thresholds.json"}, "^thresholds: .*fsparse"),
+        ({"sparsity": "cascade", "thresholds": "thresholds.json"}, "^thresholds: .*fsparse"),
     ],
     ids=str,
 )

@@ -81,6 +81,9 @@ CASES = [
     ("mistral", 5, 16, {"period": 4, "tree_width": 5, "prune": True}),
     ("qwen2", 9, 16, {"period": 6, "tree_width": 4, "accept": "match"}),
     ("mistral", 11, 12, {"period": 6, "tree_width": 16, "threshold": 0.3}),
+    ("llama3", 9, 24, {"period": 5, "sparsity": "cascade"}),
+    ("qwen2", 7, 12, {"mode": "sparse", "sparsity": "cascade"}),
+    ("mistral", 5, 20, {"period": 4, "tree_width": 5, "prune": True, "sparsity": "cascade", "score_temperature": 0.2}),
 ]
 
 
@@ -116,9 +119,9 @@ def test_thresholds(place):
     model, place_of = place.model(name), place.device
     cache, tokens = model.new_cache(), []
     for sparsity in (FSparse(90, 0.5, values.to(place_of)), FSparse(90, 0.5, (values / 2).to(place_of))):
-        kind, neurons, thresholds, _ = cache.take(sparsity)
-        assert (kind, neurons) == (Kind.THRESHOLD, 0)
-        tokens.append(thresholds)
+        taken = cache.take(sparsity)
+        assert (taken.kind, taken.neurons) == (Kind.THRESHOLD, 0)
+        tokens.append(taken.thresholds)
     assert tokens[0] == tokens[1], "a graph would not see the new thresholds"
 
     text = start(model, Request(ids[0], config, 16, thresholds=values))
@@ -128,7 +131,14 @@ def test_thresholds(place):
 
 
 @pytest.mark.parametrize(
-    "values", [{"period": 5}, {"period": 3, "tree_width": 3, "sparsity": "fsparse"}, {"mode": "sparse"}], ids=str
+    "values",
+    [
+        {"period": 5},
+        {"period": 3, "tree_width": 3, "sparsity": "fsparse"},
+        {"period": 4, "tree_width": 2, "sparsity": "cascade"},
+        {"mode": "sparse"},
+    ],
+    ids=str,
 )
 def test_the_host_decides_the_same(place, monkeypatch, values):
     """Period by period on the device or node by node on the host, with and without graphs: the same text in bfloat16."""

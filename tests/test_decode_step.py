@@ -1,6 +1,7 @@
 """A pass over all layers is the ops one after the other: with the same bits, whatever a family of models has."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ PARENTS = {
 }
 
 
-KEPT = 41
+KEPT, KEPT_UP, KEPT_DOWN = 41, 29, 18
 
 
 class Pass:
@@ -194,6 +195,7 @@ class Pass:
         self.positions = self.prefix - 1 + seen
         self.caches = [randn(2, KV_HEADS, CAPACITY, HEAD_DIM, dtype=dtype) for _ in "kv"]
         self.neurons = torch.stack([torch.randperm(INTERMEDIATE)[:KEPT].sort().values.int() for _ in range(2)])
+        self.norms = torch.rand(2, INTERMEDIATE)
         self.written = [cache.clone() for cache in self.caches]
         self.logits, self.z = self.layers.by_ops(
             self.tokens, self.positions, self.mask, self.prefix, self.written, self.choose, fused
@@ -202,6 +204,12 @@ class Pass:
     def choose(self, layer, y, index):
         """The neurons of a layer, and its z."""
         activation = {"activation": self.layers.family.activation}
+        if self.kind == Kind.CASCADE:
+            among, taken = self.neurons[index], torch.empty(self.m, KEPT_DOWN, dtype=self.layers.dtype)
+            gates = ops.gate(y, layer["gate"], among, **activation)
+            wide = ops.select(gates, KEPT_UP, among=among, weights=self.norms[index])
+            z = ops.up(y, layer["up"], gates, wide, spread=True)
+            return ops.select(z, KEPT_DOWN, among=wide, weights=self.norms[index], taken=taken), taken
         if self.kind == Kind.LARGEST:
             gates = ops.gate(y, layer["gate"], **activation)
             chosen = ops.select(gates, KEPT)
@@ -212,6 +220,8 @@ class Pass:
     def check(self, handle, base=None, **beside):
         """That `handle.step` gives the same. base: int32 [1], from where on positions and slots are counted."""
         m, start = self.m, 0 if base is None else int(base)
+        listed = self.kind in (Kind.LISTED, Kind.CASCADE)
+        kept = KEPT, self.norms.data_ptr(), KEPT_UP, KEPT_DOWN
         logits, argmax = poisoned(m, VOCAB, dtype=torch.float32), poisoned(m, dtype=torch.int32)
         z = poisoned(2, m, INTERMEDIATE, dtype=self.layers.dtype)
         workspace = torch.zeros(handle.workspace(m, CAPACITY), dtype=torch.uint8)
@@ -228,7 +238,7 @@ class Pass:
             mask_words=self.mask.shape[1],
             k_cache=caches[0].data_ptr(),
             v_cache=caches[1].data_ptr(),
-            sparsity=(self.kind, self.neurons.data_ptr() if self.kind == Kind.LISTED else 0, 0, KEPT),
+            sparsity=(self.kind, self.neurons.data_ptr() if listed else 0, 0, *kept),
             logits=logits.tensor.data_ptr(),
             argmax=argmax.tensor.data_ptr(),
             workspace=workspace.data_ptr(),
@@ -247,12 +257,14 @@ class Pass:
             assert_same_bits(z.check(), self.z)
 
 
-KINDS = {"full": Kind.DENSE, "listed": Kind.LISTED, "largest": Kind.LARGEST}
+KINDS = {"full": Kind.DENSE, "listed": Kind.LISTED, "largest": Kind.LARGEST, "cascade": Kind.CASCADE}
+# Attention is the same whatever the MLP does: of the cascade a family with norms around the MLP and another activation will do.
+SOME = [(family, shape, "cascade") for family in ("llama", "gemma3") for shape in PARENTS]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", PARENTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "shape", "kind"), [*itertools.product(FAMILIES, PARENTS, ("full", "listed", "largest")), *SOME]
+)
 def test_a_pass_is_its_ops(isa, dtype, family, shape, kind):
     each = Pass(family, shape, dtype, KINDS[kind])
     handle = each.layers.handle(_C)
@@ -260,9 +272,13 @@ def test_a_pass_is_its_ops(isa, dtype, family, shape, kind):
         each.check(handle, threads=threads)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("shape", "kind"), [("a token", "full"), ("a chain", "listed"), ("a tree", "full"), ("a tree", "largest")]
+    ("family", "shape", "kind"),
+    [
+        *((family, *case) for family in FAMILIES for case in (("a token", "full"), ("a chain", "listed"), ("a tree", "full"))),
+        *((family, "a tree", "largest") for family in FAMILIES),
+        *SOME[1:-1:3],
+    ],
 )
 def test_a_pass_of_cuda_is_its_ops(cuda_functions, dtype, family, shape, kind):
     each = Pass(family, shape, dtype, KINDS[kind], fused=not FAMILIES[family].head_norms)

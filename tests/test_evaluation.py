@@ -203,8 +203,10 @@ def test_modes():
         ("full", "fsparse", "x.json"),
         ("sparse", "csparse", None),
         ("sparse", "fsparse", "x.json"),
+        ("sparse", "cascade", None),
         ("sirius", "csparse", None),
         ("sirius", "fsparse", "x.json"),
+        ("sirius", "cascade", None),
     ]
     with pytest.raises(ValueError, match="^modes: expected some of full"):
         config_of("dense", base)

@@ -152,14 +152,15 @@ def test_select_by_the_rows_that_are_alive(cuda_functions, m):
             call(
                 cuda_functions,
                 "select",
-                workspace=cuda_functions.select_workspace(m, intermediate),
-                gates=walled(gates),
+                workspace=cuda_functions.select_workspace(intermediate),
+                values=walled(gates),
                 threshold=None if threshold is None else torch.tensor([threshold]),
                 neurons=neurons.tensor,
                 count=count.tensor,
                 alive=torch.tensor([alive], dtype=torch.int32),
                 num_rows=m,
                 intermediate=intermediate,
+                candidates=intermediate,
                 kept=kept,
             )
             expected = reference.select(gates[:alive], kept or None, threshold)
@@ -310,13 +311,13 @@ def test_gates_of_half_precision_are_float32():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"gates": [[0.0]]}, TypeError, "^gates: expected a tensor"),
-        ({"gates": torch.zeros(2, 4, dtype=torch.bfloat16)}, TypeError, "^gates: expected torch.float32"),
-        ({"gates": torch.zeros(2, 4, device="meta")}, ValueError, "^gates: .*on meta"),
-        ({"gates": torch.zeros(4)}, ValueError, "^gates: expected shape"),
-        ({"gates": torch.zeros(0, 4)}, ValueError, "^gates: "),
-        ({"gates": torch.zeros(2, 0)}, ValueError, "^gates: "),
-        ({"gates": torch.zeros(4, 2).T}, ValueError, "^gates: expected a contiguous"),
+        ({"values": [[0.0]]}, TypeError, "^values: expected a tensor"),
+        ({"values": torch.zeros(2, 4, dtype=torch.bfloat16)}, TypeError, "^values: expected torch.float32"),
+        ({"values": torch.zeros(2, 4, device="meta")}, ValueError, "^values: .*on meta"),
+        ({"values": torch.zeros(4)}, ValueError, "^values: expected shape"),
+        ({"values": torch.zeros(0, 4)}, ValueError, "^values: "),
+        ({"values": torch.zeros(2, 0)}, ValueError, "^values: "),
+        ({"values": torch.zeros(4, 2).T}, ValueError, "^values: expected a contiguous"),
         ({"kept": None}, ValueError, "^kept, threshold: expected one of them"),
         ({"threshold": 0.1}, ValueError, "^kept, threshold: expected one of them"),
         ({"kept": 0}, ValueError, "^kept: expected 1 to 4"),
@@ -326,7 +327,7 @@ def test_gates_of_half_precision_are_float32():
 )
 def test_select_errors(change, error, message):
     with pytest.raises(error, match=message):
-        ops.select(**{"gates": torch.zeros(2, 4), "kept": 2} | change)
+        ops.select(**{"values": torch.zeros(2, 4), "kept": 2} | change)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_match_is_the_full_text(cheap, name, sparsity, width):
 @pytest.mark.parametrize("accept", ["threshold", "match", "sample"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_text_is_that_of_its_periods(cheap, name, accept):
-    for sparsity, width in (("csparse", 1), ("fsparse", 3)):
+    for sparsity, width in (("csparse", 1), ("fsparse", 3), ("cascade", 1)):
         config = SiriusConfig(period="auto", accept=accept, sparsity=sparsity, tree_width=width, density=0.3, threshold=0.05)
         asked, sampling = {}, None
         if accept == "sample":

@@ -28,7 +28,7 @@ def test_full(name):
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
-@pytest.mark.parametrize("sparsity", ["csparse", "fsparse"])
+@pytest.mark.parametrize("sparsity", ["csparse", "fsparse", "cascade"])
 def test_what_a_model_decodes_is_what_it_finds_likeliest(mode, sparsity):
     model = tiny()
     config = SiriusConfig(mode=mode, sparsity=sparsity, density=0.4)

@@ -7,6 +7,7 @@ import backends
 import pytest
 import simt_builds
 import test_accept
+import test_cascade
 import test_down
 import test_fsparse_ops
 import test_linear
@@ -120,6 +121,10 @@ MUTATIONS = {
     "select counts before the bins are empty": (
         without_barrier("select.cu", "shared.bins[i] = 0;", "select.cu", indent=4),
         lambda: test_fsparse_ops.test_select_at_every_size(ops, 1, 1134),
+    ),
+    "select takes values before the neurons are listed": (
+        without_barrier("select.cu", "if (!p.among && !p.taken) return;", "select.cu"),
+        lambda: test_cascade.test_select_from_a_long_list(ops, 16, 9000, 8193),
     ),
     "tree_expand chooses before all leaves have proposed": (
         without_barrier("tree_expand.cu", "keys, tokens);", "tree_expand.cu"),

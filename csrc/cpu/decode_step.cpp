@@ -11,7 +11,7 @@ struct Workspace {
   char* next;
   Dtype dtype;
   void *x, *branch, *qkv, *attended, *hidden;
-  float *gates, *partial, *attention;
+  float *gates, *spread, *partial, *attention;
 
   Workspace(const ModelWeights& m, int num_rows, void* memory) : next(static_cast<char*>(memory)), dtype(m.dtype) {
     x = take(size_t(num_rows) * m.hidden);
@@ -20,7 +20,8 @@ struct Workspace {
     attended = take(size_t(num_rows) * m.heads * m.head_dim);
     hidden = take(size_t(num_rows) * m.intermediate);
     gates = reinterpret_cast<float*>(next);
-    partial = gates + size_t(num_rows) * m.intermediate;
+    spread = gates + size_t(num_rows) * m.intermediate;
+    partial = spread + size_t(num_rows) * m.intermediate;
     attention = partial + down_workspace(num_rows, m.hidden, m.intermediate);
   }
 
@@ -172,26 +173,39 @@ class Pass {
     void* hidden = p_.z ? offset(p_.z, size_t(index) * p_.num_rows * m_.intermediate, m_.dtype) : w_.hidden;
 
     const void* x = normalised(layer.before_mlp);
-    if (s.kind == Sparsity::largest || s.kind == Sparsity::threshold) {
-      gate(
-          {.dtype = m_.dtype, .x = x, .gate = layer.gate, .out = w_.gates, .activation = m_.activation, .num_rows = p_.num_rows});
+    if (s.kind != Sparsity::dense && s.kind != Sparsity::listed) {
+      const bool cascade = s.kind == Sparsity::cascade;
+      const int32_t* among = cascade ? s.neurons + size_t(index) * s.kept : nullptr;
+      const int candidates = cascade ? s.kept : m_.intermediate;
+      gate({.dtype = m_.dtype,
+            .x = x,
+            .gate = layer.gate,
+            .neurons = among,
+            .out = w_.gates,
+            .activation = m_.activation,
+            .num_rows = p_.num_rows,
+            .num_neurons = candidates});
       sync();
       // Every thread makes the list for itself: that takes less time than a barrier and keeps it in the thread's own cache.
       int32_t* list = scratch<int32_t>(Scratch::neurons, m_.intermediate);
-      select({.gates = w_.gates,
+      select({.values = w_.gates,
+              .among = among,
+              .weights = cascade ? s.down_norms + size_t(index) * m_.intermediate : nullptr,
               .threshold = s.kind == Sparsity::threshold ? s.thresholds + index : nullptr,
               .neurons = list,
               .count = &kept,
               .num_rows = p_.num_rows,
               .intermediate = m_.intermediate,
-              .kept = s.kept});
+              .candidates = candidates,
+              .kept = cascade ? s.kept_up : s.kept});
       neurons = list;
       up({.dtype = m_.dtype,
           .x = x,
           .up = layer.up,
           .gates = w_.gates,
           .neurons = neurons,
-          .out = hidden,
+          .out = cascade ? w_.spread : hidden,
+          .spread = cascade,
           .num_rows = p_.num_rows,
           .num_neurons = kept});
     } else {
@@ -210,6 +224,23 @@ class Pass {
                .num_neurons = kept});
     }
     sync();
+    if (s.kind == Sparsity::cascade) {
+      // Again every thread for itself, together with what `down` multiplies by: it need not wait for the others then.
+      int32_t* list = scratch<int32_t>(Scratch::taken_neurons, s.kept_up);
+      hidden = scratch<char>(Scratch::taken, size_t(p_.num_rows) * s.kept_down * size_of(m_.dtype));
+      select({.dtype = m_.dtype,
+              .values = w_.spread,
+              .among = neurons,
+              .weights = s.down_norms + size_t(index) * m_.intermediate,
+              .neurons = list,
+              .count = &kept,
+              .taken = hidden,
+              .num_rows = p_.num_rows,
+              .intermediate = m_.intermediate,
+              .candidates = s.kept_up,
+              .kept = s.kept_down});
+      neurons = list;
+    }
     const Join to = join(layer.after_mlp);
     down({.dtype = m_.dtype,
           .x = hidden,
@@ -235,7 +266,7 @@ void decode_step(const DecodeStepParams& p) { Pass(p).run(); }
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {
   const size_t elements = size_t(num_rows) * (2 * m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);
-  const size_t floats = size_t(num_rows) * m.intermediate + down_workspace(num_rows, m.hidden, m.intermediate) +
+  const size_t floats = 2 * size_t(num_rows) * m.intermediate + down_workspace(num_rows, m.hidden, m.intermediate) +
                         attention_workspace(num_rows, m.heads, m.head_dim, slots);
   return elements * size_of(m.dtype) + 5 * 64 + floats * sizeof(float);
 }

@@ -33,22 +33,30 @@ void gate_up(const GateUpParams& p) {
 
 void gate(const GateParams& p) {
   const Kernels& k32 = kernels(Dtype::f32);
-  const auto row_at = [&](int i) { return p.gate.row(i); };
-  Products(p.gate, p.dtype, p.x, p.num_rows).each_chunk(p.gate.rows, row_at, [&](int j, int i, int n, const float* sums) {
-    k32.activate(p.activation, sums, nullptr, n, p.out + size_t(j) * p.gate.rows + i);
+  const auto row_at = [&](int i) { return p.gate.row(p.neurons ? p.neurons[i] : i); };
+  Products(p.gate, p.dtype, p.x, p.num_rows).each_chunk(p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
+    float* out = p.out + size_t(j) * p.gate.rows;
+    k32.activate(p.activation, sums, nullptr, n, p.neurons ? sums : out + i);
+    if (p.neurons)
+      for (int r = 0; r < n; ++r) out[p.neurons[i + r]] = sums[r];
   });
 }
 
 void select(const SelectParams& p) {
-  float* scores = scratch<float>(Scratch::first, p.intermediate);
-  for (int i = 0; i < p.intermediate; ++i) scores[i] = std::fabs(p.gates[i]);
-  for (int j = 1; j < p.num_rows; ++j)
-    for (int i = 0; i < p.intermediate; ++i) scores[i] += std::fabs(p.gates[size_t(j) * p.intermediate + i]);
+  float* scores = scratch<float>(Scratch::first, p.candidates);
+  const auto neuron = [among = p.among](int i) { return among ? among[i] : i; };
+  for (int j = 0; j < p.num_rows; ++j) {
+    const float* values = p.values + size_t(j) * p.intermediate;
+    for (int i = 0; i < p.candidates; ++i) scores[i] = (j ? scores[i] : 0.0f) + std::fabs(values[neuron(i)]);
+  }
+  // A product of what is not finite may be a NaN with a sign, which would count as the smallest.
+  if (p.weights)
+    for (int i = 0; i < p.candidates; ++i) scores[i] = std::fabs(scores[i] * p.weights[neuron(i)]);
   int count = 0;
   if (p.threshold) {
     const float least = float(p.num_rows) * *p.threshold;
-    for (int i = 0; i < p.intermediate; ++i) {
-      p.neurons[count] = i;
+    for (int i = 0; i < p.candidates; ++i) {
+      p.neurons[count] = neuron(i);
       count += scores[i] >= least;
     }
     *p.count = count;
@@ -63,7 +71,7 @@ void select(const SelectParams& p) {
     const uint32_t known = shift == 31 ? 0 : ~0u << shift;
     shift -= digit;
     int histogram[1 << 11] = {};
-    for (int i = 0; i < p.intermediate; ++i) {
+    for (int i = 0; i < p.candidates; ++i) {
       const uint32_t bits = bits_of(scores[i]);
       if ((bits & known) == found) ++histogram[bits >> shift & ((1u << digit) - 1)];
     }
@@ -71,11 +79,17 @@ void select(const SelectParams& p) {
     while (histogram[bin] < wanted) wanted -= histogram[bin--];
     found |= uint32_t(bin) << shift;
   }
-  for (int i = 0; i < p.intermediate && count < p.kept; ++i) {
+  for (int i = 0; i < p.candidates && count < p.kept; ++i) {
     const uint32_t bits = bits_of(scores[i]);
-    if (bits > found || (bits == found && wanted-- > 0)) p.neurons[count++] = i;
+    if (bits > found || (bits == found && wanted-- > 0)) p.neurons[count++] = neuron(i);
   }
   *p.count = count;
+  if (!p.taken) return;
+  float* taken = scores;
+  for (int j = 0; j < p.num_rows; ++j) {
+    for (int i = 0; i < count; ++i) taken[i] = p.values[size_t(j) * p.intermediate + p.neurons[i]];
+    kernels(p.dtype).store(taken, nullptr, 1.0f, 0.0f, nullptr, count, offset(p.taken, size_t(j) * p.kept, p.dtype));
+  }
 }
 
 void follow(const FollowParams& p) {
@@ -95,7 +109,13 @@ void follow(const FollowParams& p) {
     }
     for (int i = 0; i < p.intermediate; ++i) scores[i] = statistic[i] * p.down_squares[at + i];
     int32_t count;
-    select({.gates = scores, .neurons = list, .count = &count, .num_rows = 1, .intermediate = p.intermediate, .kept = p.kept});
+    select({.values = scores,
+            .neurons = list,
+            .count = &count,
+            .num_rows = 1,
+            .intermediate = p.intermediate,
+            .candidates = p.intermediate,
+            .kept = p.kept});
     std::copy_n(list, p.kept, p.neurons + size_t(layer) * p.kept);
   }
 }
@@ -106,6 +126,11 @@ void up(const UpParams& p) {
   Products(p.up, p.dtype, p.x, p.num_rows).each_chunk(p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
     const float* gates = p.gates + size_t(j) * p.up.rows;
     for (int r = 0; r < n; ++r) sums[r] *= gates[p.neurons[i + r]];
+    if (p.spread) {
+      float* out = static_cast<float*>(p.out) + size_t(j) * p.up.rows;
+      for (int r = 0; r < n; ++r) out[p.neurons[i + r]] = sums[r];
+      return;
+    }
     k.store(sums, nullptr, 1.0f, 0.0f, nullptr, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
   });
 }

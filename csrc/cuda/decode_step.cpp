@@ -1,5 +1,5 @@
-// One pass of up to sixteen tokens through every layer of a model of any family. A layer is six kernels, eight with FSparse; one
-// more for each norm after a product, and one more where heads of q and k are normalised.
+// One pass of up to sixteen tokens through every layer of a model of any family. A layer is six kernels, eight with FSparse, nine
+// with the cascade; one more for each norm after a product, and one more where heads of q and k are normalised.
 #include <initializer_list>
 
 #include "ops.h"
@@ -38,11 +38,13 @@ class Layers {
     branch_ = arena_.take(row * m_.hidden);
     z_ = arena_.take(row * m_.intermediate);
     gates_ = arena_.take<float>(size_t(p.num_rows) * m_.intermediate * sizeof(float));
+    spread_ = arena_.take<float>(size_t(p.num_rows) * m_.intermediate * sizeof(float));
     neurons_ = arena_.take<int32_t>(m_.intermediate * sizeof(int32_t));
+    taken_neurons_ = arena_.take<int32_t>(m_.intermediate * sizeof(int32_t));
     count_ = arena_.take<int32_t>(sizeof(int32_t));
     size_t most = 0;
     for (size_t each :
-         {down_workspace(p.num_rows, m_.hidden, m_.intermediate), select_workspace(p.num_rows, m_.intermediate),
+         {down_workspace(p.num_rows, m_.hidden, m_.intermediate), select_workspace(m_.intermediate),
           attention_workspace(p.num_rows, m_.heads, m_.head_dim, p.capacity), accept_workspace(p.num_rows, m_.vocab)})
       most = each > most ? each : most;
     workspace_ = {arena_.take<float>(most * sizeof(float)), pass.counters};
@@ -171,33 +173,65 @@ class Layers {
                .num_neurons = kept},
               w.before_mlp, workspace_, stream_);
     } else {
-      gate({.dtype = m_.dtype, .x = x_, .gate = w.gate, .out = gates_, .activation = m_.activation, .num_rows = p_.num_rows},
+      const bool cascade = s.kind == Sparsity::cascade;
+      const int32_t* among = cascade ? s.neurons + size_t(layer) * s.kept : nullptr;
+      const float* weights = cascade ? s.down_norms + size_t(layer) * m_.intermediate : nullptr;
+      const int candidates = cascade ? s.kept : m_.intermediate;
+      gate({.dtype = m_.dtype,
+            .x = x_,
+            .gate = w.gate,
+            .neurons = among,
+            .out = gates_,
+            .activation = m_.activation,
+            .num_rows = p_.num_rows,
+            .num_neurons = candidates},
            w.before_mlp, workspace_, stream_);
       const float* threshold = s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr;
-      select({.gates = gates_,
+      if (threshold)
+        count = count_;
+      else
+        kept = cascade ? s.kept_up : s.kept;
+      select({.values = gates_,
+              .among = among,
+              .weights = weights,
               .threshold = threshold,
               .neurons = neurons_,
               .count = count_,
               .alive = pass_.alive,
               .num_rows = p_.num_rows,
               .intermediate = m_.intermediate,
-              .kept = s.kept},
+              .candidates = candidates,
+              .kept = kept},
              workspace_, stream_);
       neurons = neurons_;
-      if (threshold)
-        count = count_;
-      else
-        kept = s.kept;
       up({.dtype = m_.dtype,
           .x = x_,
           .up = w.up,
           .gates = gates_,
           .neurons = neurons,
           .num_neurons_at = count,
-          .out = z,
+          .out = cascade ? spread_ : z,
+          .spread = cascade,
           .num_rows = p_.num_rows,
           .num_neurons = kept},
          w.before_mlp, workspace_, stream_);
+      if (cascade) {
+        kept = s.kept_down;
+        select({.dtype = m_.dtype,
+                .values = spread_,
+                .among = neurons_,
+                .weights = weights,
+                .neurons = taken_neurons_,
+                .count = count_,
+                .taken = z,
+                .alive = pass_.alive,
+                .num_rows = p_.num_rows,
+                .intermediate = m_.intermediate,
+                .candidates = s.kept_up,
+                .kept = kept},
+               workspace_, stream_);
+        neurons = taken_neurons_;
+      }
     }
     const Join to = join(w.after_mlp);
     down({.dtype = m_.dtype,
@@ -236,8 +270,8 @@ class Layers {
   StreamHandle stream_;
   Arena arena_;
   void *x_, *qkv_, *attended_, *branch_, *z_;
-  float* gates_;
-  int32_t *neurons_, *count_;
+  float *gates_, *spread_;
+  int32_t *neurons_, *taken_neurons_, *count_;
   Workspace workspace_;
 };
 

@@ -88,7 +88,12 @@ void follow(const FollowParams& p, Workspace workspace, StreamHandle stream) {
              dim3(p.layers, ceil_div(p.intermediate, kBlendThreads * Vec<T>::size)), kBlendThreads, 0, stream, p, sums, scores);
     });
   });
-  const SelectParams best{.gates = scores, .neurons = p.neurons, .num_rows = 1, .intermediate = p.intermediate, .kept = p.kept};
+  const SelectParams best{.values = scores,
+                          .neurons = p.neurons,
+                          .num_rows = 1,
+                          .intermediate = p.intermediate,
+                          .candidates = p.intermediate,
+                          .kept = p.kept};
   select_each(best, p.layers, workspace, stream);
 }
 

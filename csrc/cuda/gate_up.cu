@@ -27,13 +27,15 @@ template <class T, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     gate_kernel(const GateParams p, const Norm norm) {
   auto& shared = shared_memory<DotShared<Columns, 1>>();
-  const int first = int(blockIdx.x) * kTileRows, neurons = p.gate.rows;
+  const int first = int(blockIdx.x) * kTileRows;
+  const auto neuron = [&](int i) { return p.neurons ? p.neurons[i] : i; };
   const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, p.gate.cols}, shared.scale);
-  dot_rows(input, p.gate.cols, shared,
-           [&](int, int row) { return WeightRow<T, Aligned>(p.gate, first + row < neurons ? first + row : neurons - 1); });
-  for_each_sum<Columns>(neurons - first, input.rows(), [&](int row, int column) {
-    const size_t at = (size_t(blockIdx.y) * kTileRows + column) * neurons + first + row;
-    p.out[at] = activate(p.activation, shared.sum(0, row, column));
+  dot_rows(input, p.gate.cols, shared, [&](int, int row) {
+    return WeightRow<T, Aligned>(p.gate, neuron(first + row < p.num_neurons ? first + row : p.num_neurons - 1));
+  });
+  for_each_sum<Columns>(p.num_neurons - first, input.rows(), [&](int row, int column) {
+    const size_t line = size_t(blockIdx.y) * kTileRows + column;
+    p.out[line * p.gate.rows + neuron(first + row)] = activate(p.activation, shared.sum(0, row, column));
   });
 }
 
@@ -50,8 +52,12 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
   });
   for_each_sum<Columns>(neurons - first, input.rows(), [&](int row, int column) {
     const size_t line = size_t(blockIdx.y) * kTileRows + column;
-    const float gate = p.gates[line * p.up.rows + p.neurons[first + row]];
-    static_cast<T*>(p.out)[line * p.num_neurons + first + row] = from_float<T>(gate * shared.sum(0, row, column));
+    const size_t place = line * p.up.rows + p.neurons[first + row];
+    const float value = p.gates[place] * shared.sum(0, row, column);
+    if (p.spread)
+      static_cast<float*>(p.out)[place] = value;
+    else
+      static_cast<T*>(p.out)[line * p.num_neurons + first + row] = from_float<T>(value);
   });
 }
 
@@ -77,7 +83,7 @@ void gate_up(const GateUpParams& p, const Norm& norm, Workspace, StreamHandle st
 
 void gate(const GateParams& p, const Norm& norm, Workspace, StreamHandle stream) {
   choose(p.dtype, p.x, p.gate, p.gate, norm, p.num_rows, [&](auto type, auto aligned, auto columns) {
-    launch("gate", gate_kernel<typename decltype(type)::type, aligned.value, columns.value>, dot_grid(p.gate.rows, p.num_rows),
+    launch("gate", gate_kernel<typename decltype(type)::type, aligned.value, columns.value>, dot_grid(p.num_neurons, p.num_rows),
            kDotWarps * kWarp, sizeof(DotShared<columns.value, 1>), stream, p, norm);
   });
 }

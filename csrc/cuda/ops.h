@@ -30,9 +30,9 @@ void down(const DownParams& p, Workspace workspace, StreamHandle stream);
 size_t down_workspace(int num_rows, int hidden, int num_neurons);
 
 void select(const SelectParams& p, Workspace workspace, StreamHandle stream);
-size_t select_workspace(int num_rows, int intermediate);
-// The same for several sets of at most kRowsAlone rows each, by number: gates [sets, num_rows, intermediate], neurons [sets,
-// kept]. p.count is null.
+size_t select_workspace(int candidates);
+// The same for several sets of at most kRowsAlone rows each, by number among all neurons and without weights: values [sets,
+// num_rows, intermediate], neurons [sets, kept]. p.count and p.taken are null.
 void select_each(const SelectParams& p, int sets, Workspace workspace, StreamHandle stream);
 
 void follow(const FollowParams& p, Workspace workspace, StreamHandle stream);
@@ -108,7 +108,7 @@ void advance(const AdvanceParams& p, Workspace workspace, StreamHandle stream);
 // What a pass reads from device memory when it is replayed.
 struct Pass {
   const int32_t* base = nullptr;   // [1], added to positions, first_slot and prefix; or null
-  const int32_t* alive = nullptr;  // [1], rows that count in FSparse's choice; or null for all
+  const int32_t* alive = nullptr;  // [1], rows that count where a pass chooses its neurons; or null for all
   int32_t* counters;               // [kCounters]
 };
 // p.num_rows at most 16. p.argmax may be null. p.workspace: bytes.

@@ -18,12 +18,12 @@ struct SelectShared {
 
 // score_i = sum of |values[m, i]| over `rows` rows.
 struct ScoreSource {
-  const float* values;  // [rows, intermediate]
-  int rows, intermediate;
+  const float* values;  // [rows, candidates]
+  int rows, candidates;
 };
 
-// The bits of the scores that a thread looks at, which order as the scores do; a warp's neurons stand side by side. `PerThread`
-// of them are in registers; or with 0 any number, read again each time.
+// The bits of the scores that a thread looks at, which order as the scores do; a warp's candidates stand side by side.
+// `PerThread` of them are in registers; or with 0 any number, read again each time.
 template <int PerThread>
 struct Scores {
   ScoreSource source;
@@ -31,21 +31,21 @@ struct Scores {
   int32_t held[PerThread ? PerThread : 1];
 
   __device__ __forceinline__ explicit Scores(ScoreSource from)
-      : source(from), count(PerThread ? PerThread : ceil_div(from.intermediate, int(blockDim.x))) {
+      : source(from), count(PerThread ? PerThread : ceil_div(from.candidates, int(blockDim.x))) {
     first = int(threadIdx.x) / kWarp * kWarp * count + int(threadIdx.x) % kWarp;
     if constexpr (PerThread > 0) read(0, held);
   }
 
-  __device__ __forceinline__ int neuron(int i) const { return first + i * kWarp; }
+  __device__ __forceinline__ int candidate(int i) const { return first + i * kWarp; }
 
   // N from the begin-th on, -1 after the last neuron. All loads of a row are in flight at once.
   template <int N>
   __device__ __forceinline__ void read(int begin, int32_t (&bits)[N]) const {
-    const int end = source.intermediate - neuron(begin);
-    const float* values = source.values + neuron(begin);
+    const int end = source.candidates - candidate(begin);
+    const float* values = source.values + candidate(begin);
     float sums[N] = {};
 #pragma unroll 1
-    for (int row = 0; row < source.rows; ++row, values += source.intermediate) {
+    for (int row = 0; row < source.rows; ++row, values += source.candidates) {
 #pragma unroll
       for (int i = 0; i < N; ++i) sums[i] += i * kWarp < end ? fabsf(values[i * kWarp]) : 0.0f;
     }
@@ -53,19 +53,19 @@ struct Scores {
     for (int i = 0; i < N; ++i) bits[i] = i * kWarp < end ? int32_t(bits_of(sums[i])) : -1;
   }
 
-  // body(neuron, bits) in rising order, as often in every lane of a warp.
+  // body(candidate, bits) in rising order, as often in every lane of a warp.
   template <class Body>
   __device__ __forceinline__ void each(Body body) const {
     if constexpr (PerThread > 0) {
 #pragma unroll
-      for (int i = 0; i < PerThread; ++i) body(neuron(i), held[i]);
+      for (int i = 0; i < PerThread; ++i) body(candidate(i), held[i]);
     } else {
       constexpr int step = 8;
       for (int begin = 0; begin < count; begin += step) {
         int32_t bits[step];
         read(begin, bits);
 #pragma unroll
-        for (int i = 0; i < step && begin + i < count; ++i) body(neuron(begin + i), bits[i]);
+        for (int i = 0; i < step && begin + i < count; ++i) body(candidate(begin + i), bits[i]);
       }
     }
   }
@@ -126,27 +126,39 @@ __device__ __forceinline__ int32_t nth_largest(const Scores<PerThread>& scores, 
   return found;
 }
 
-// grid: [1, sets]; or where others sum up the rows before it chooses, [intermediate / threads, 1]. Gates of rows that are alive
-// are read once, 4 bytes each, with PerThread 0 five times. all_scores: [intermediate], or null for a block alone. Of several
-// sets each has gates and `kept` neurons of its own, side by side; then count is null.
+// A value to its place in an array of elements of `dtype`, rounded.
+__device__ __forceinline__ void put(Dtype dtype, void* array, size_t place, float value) {
+  switch (dtype) {
+    case Dtype::f32: static_cast<float*>(array)[place] = value; break;
+    case Dtype::f16: static_cast<f16_t*>(array)[place] = from_float<f16_t>(value); break;
+    case Dtype::bf16: static_cast<bf16_t*>(array)[place] = from_float<bf16_t>(value); break;
+  }
+}
+
+// grid: [1, sets]; or where others make the scores before it chooses, [candidates / threads, 1]. Values of rows that are alive
+// are read once, 4 bytes each, with PerThread 0 five times. all_scores: [candidates], or null for a block alone. Of several sets
+// each has values and `kept` neurons of its own, side by side; then count is null.
 template <int PerThread>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams p, float* all_scores, int32_t* counter) {
   SelectShared& shared = shared_memory<SelectShared>();
-  p.gates += size_t(blockIdx.y) * p.num_rows * p.intermediate;
+  p.values += size_t(blockIdx.y) * p.num_rows * p.intermediate;
   p.neurons += size_t(blockIdx.y) * p.kept;
   const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int rows = p.alive ? *p.alive : p.num_rows;
-  ScoreSource source{p.gates, rows, p.intermediate};
+  const auto neuron = [&](int candidate) { return p.among ? p.among[candidate] : candidate; };
+  ScoreSource source{p.values, rows, p.candidates};
   if (all_scores) {
-    const int neuron = int(blockIdx.x * blockDim.x + threadIdx.x);
-    if (neuron < p.intermediate) {
+    const int candidate = int(blockIdx.x * blockDim.x + threadIdx.x);
+    if (candidate < p.candidates) {
+      const int place = neuron(candidate);
       float score = 0.0f;
 #pragma unroll 8
-      for (int row = 0; row < rows; ++row) score += fabsf(p.gates[size_t(row) * p.intermediate + neuron]);
-      all_scores[neuron] = score;
+      for (int row = 0; row < rows; ++row) score += fabsf(p.values[size_t(row) * p.intermediate + place]);
+      // A product of what is not finite may be a NaN with a sign, which counts as no score at all.
+      all_scores[candidate] = p.weights ? fabsf(score * p.weights[place]) : score;
     }
     if (!last_block(counter, int(gridDim.x), &shared.last)) return;
-    source = {all_scores, 1, p.intermediate};
+    source = {all_scores, 1, p.candidates};
   }
   const Scores<PerThread> scores(source);
 
@@ -172,44 +184,58 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams 
   if (threadIdx.x == 0 && p.count) *p.count = int(all >> 32) + min(int(uint32_t(all)), equals);
 
   int above_before = int(before >> 32), equal_before = int(uint32_t(before));
-  scores.each([&](int neuron, int32_t bits) {
+  scores.each([&](int candidate, int32_t bits) {
     const unsigned lower = (1u << lane) - 1, all_above = __ballot_sync(kAllLanes, bits > least),
                    all_equal = __ballot_sync(kAllLanes, bits == least);
     const int equal_here = equal_before + __popc(all_equal & lower);
     if (bits > least || (bits == least && equal_here < equals))
-      p.neurons[above_before + __popc(all_above & lower) + min(equal_here, equals)] = neuron;
+      p.neurons[above_before + __popc(all_above & lower) + min(equal_here, equals)] = candidate;
     above_before += __popc(all_above);
     equal_before += __popc(all_equal);
   });
+  // From candidates to neurons: here, since the loops above have no register to spare.
+  if (!p.among && !p.taken) return;
+  __syncthreads();
+  const int count = *p.count;
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    const int chosen = neuron(p.neurons[i]);
+    p.neurons[i] = chosen;
+    if (!p.taken) continue;
+    // Of all rows, alive or not: the pass goes on with all of them.
+#pragma unroll 8
+    for (int row = 0; row < p.num_rows; ++row)
+      put(p.dtype, p.taken, size_t(row) * p.kept + i, p.values[size_t(row) * p.intermediate + chosen]);
+  }
 }
 
 template <int PerThread>
 void launch_select(const SelectParams& p, int sets, float* scores, int32_t* counter, StreamHandle stream) {
-  const int threads = PerThread ? kWarp * ceil_div(p.intermediate, kWarp * PerThread) : kSelectThreads;
-  launch("select", select_kernel<PerThread>, dim3(scores ? ceil_div(p.intermediate, threads) : 1, sets), threads,
+  const int threads = PerThread ? kWarp * ceil_div(p.candidates, kWarp * PerThread) : kSelectThreads;
+  launch("select", select_kernel<PerThread>, dim3(scores ? ceil_div(p.candidates, threads) : 1, sets), threads,
          sizeof(SelectShared), stream, p, scores, counter);
 }
 
-// The kernel for a row of that length.
-auto select_launcher(int intermediate) {
-  return intermediate <= 2 * kSelectThreads    ? launch_select<2>
-         : intermediate <= 8 * kSelectThreads  ? launch_select<8>
-         : intermediate <= 16 * kSelectThreads ? launch_select<16>
-         : intermediate <= 28 * kSelectThreads ? launch_select<28>
-                                               : launch_select<0>;
+// The kernel for so many candidates.
+auto select_launcher(int candidates) {
+  return candidates <= 2 * kSelectThreads    ? launch_select<2>
+         : candidates <= 8 * kSelectThreads  ? launch_select<8>
+         : candidates <= 16 * kSelectThreads ? launch_select<16>
+         : candidates <= 28 * kSelectThreads ? launch_select<28>
+                                             : launch_select<0>;
 }
 
 }  // namespace
 
-size_t select_workspace(int num_rows, int intermediate) { return num_rows <= kRowsAlone ? 0 : intermediate; }
+size_t select_workspace(int candidates) { return candidates; }
 
 void select(const SelectParams& p, Workspace workspace, StreamHandle stream) {
-  float* scores = p.num_rows <= kRowsAlone ? nullptr : workspace.floats;
-  select_launcher(p.intermediate)(p, 1, scores, workspace.counters, stream);
+  // What is gathered is gathered by many blocks: one would wait for its list, and then for the values.
+  const bool alone = p.num_rows <= kRowsAlone && !p.among && !p.weights;
+  select_launcher(p.candidates)(p, 1, alone ? nullptr : workspace.floats, workspace.counters, stream);
 }
 
 void select_each(const SelectParams& p, int sets, Workspace, StreamHandle stream) {
-  select_launcher(p.intermediate)(p, sets, nullptr, nullptr, stream);
+  select_launcher(p.candidates)(p, sets, nullptr, nullptr, stream);
 }
 
 }  // namespace sirius::cuda

@@ -65,8 +65,8 @@ def _add_eval(commands: Commands) -> None:
     suite.add_argument(
         "--modes",
         type=words,
-        default=",".join(NAMED_MODES),
-        help="some of these, also with settings of their own, as in sirius-c:period=8:threshold=0.2 (default: %(default)s)",
+        default="full,csparse,fsparse,sirius-c,sirius-f",
+        help=f"of {', '.join(NAMED_MODES)}, also with settings of their own, as in sirius-c:period=8 (default: %(default)s)",
     )
     _add_ways(suite)
     suite.add_argument("--shard", type=_shard, default="1/1", help="i/k: the i-th of k parts of the items (default: %(default)s)")
@@ -152,7 +152,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _plan(options: argparse.Namespace, modes: Sequence[str], **more: Any) -> Plan:
-    # Thresholds are for FSparse; `config_of` drops them for CSparse.
+    # Thresholds are for FSparse; `config_of` drops them for the others.
     base = decoding_config(options, sparsity="fsparse", period=getattr(options, "period", PERIOD))
     names = ("model", "dtype", "device", "threads", "weights", "task", "data", "shots", "skip", "limit", "batch")
     return Plan(

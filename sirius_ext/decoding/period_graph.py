@@ -8,7 +8,7 @@ import torch
 
 from ..config import SiriusConfig
 from ..runtime.cache import Cache
-from ..runtime.cuda import Arguments, CudaCache, CudaModel
+from ..runtime.cuda import Chosen, CudaCache, CudaModel
 from ..runtime.graphs import Nodes, Replay, profiled
 from ..runtime.model import Model
 from .sampling import PRUNE
@@ -45,8 +45,8 @@ class PeriodGraph:
         cache: CudaCache,
         config: SiriusConfig,
         depth: int,
-        draft: Arguments,
-        judge: Arguments,
+        draft: Chosen,
+        judge: Chosen,
         follows: bool,
     ) -> None:
         self._model, self._cache, self._config, self.depth = model, cache, config, depth
@@ -71,7 +71,7 @@ class PeriodGraph:
         self._remaining, self._limit, self._root, self._kept = (torch.zeros_like(places[:1]) for _ in range(4))
         self._state: tuple[torch.Tensor, ...] = (self.record.tokens, self.record.fault, cache.base, self._remaining, self._limit)
         if follows:
-            self._state += cache.followed(draft[0][-1])
+            self._state += cache.followed(draft[0].kept)
         self._replay = Replay(
             self._launch, device, model.graph_mode == "period", f"a period of {depth + 1} and width {self.width}", self._state
         )
@@ -226,8 +226,8 @@ class PeriodGraph:
                 start=0,
             )
         if self._follows:
-            (_, neurons, _, kept), _ = self._draft_by
-            nodes, (_, statistic) = len(record.tokens), cache.followed(kept)
+            draft, _ = self._draft_by
+            nodes, (_, statistic) = len(record.tokens), cache.followed(draft.kept)
             model.launch(
                 "follow",
                 dtype=w.dtype_code,
@@ -235,12 +235,12 @@ class PeriodGraph:
                 rows=record.path,
                 down_squares=w.down_squares,
                 statistic=statistic,
-                neurons=neurons,
+                neurons=draft.neurons,
                 decay=DECAY,
                 layers=len(w.layers),
                 num_rows=nodes,
                 intermediate=w.intermediate,
-                kept=kept,
+                kept=draft.kept,
                 count_at=self._kept,
                 fault=record.fault,
             )

@@ -6,7 +6,7 @@ import torch
 
 from ..kernels import ops
 from ..runtime.model import Model, not_finite
-from ..runtime.passes import Fault, Pass
+from ..runtime.passes import Fault, Kind, Pass
 from .prefill import drive, read
 from .sparsity import CSparse, FSparse
 
@@ -31,8 +31,8 @@ class Reader:
         What it has in common with the prompt before is not read again. ValueError if it does not fit."""
         self._check(len(prompt))
         self._sparsity = sparsity
-        # FSparse chooses for a pass, not for a row: a token's neurons are its own only when it is alone.
-        self._rows = 1 if isinstance(sparsity, FSparse) else ROWS
+        # Where neurons are chosen for a pass, not for a row, a token's are its own only when it is alone.
+        self._rows = ROWS if sparsity is None or sparsity.kind == Kind.LISTED else 1
         self._cache.rewind(self._cache.reusable(prompt.tolist(), observed=isinstance(sparsity, CSparse)))
         self.next = self._after_prompt = drive(self._model, self._cache, read(self._cache, prompt, sparsity))
         self.tokens, self._prompt = prompt.int(), len(prompt)

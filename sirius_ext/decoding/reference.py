@@ -43,17 +43,54 @@ def select_neurons(stat: torch.Tensor, density: float) -> torch.Tensor:
 def density_of(sparsity: str, density: float, mlp_parameters: int, all_parameters: int) -> float:
     """Parameters that the sparse model touches per token over all parameters, embedding included (SPEC section 2).
 
-    sparsity: "csparse", where gate, up and down skip neurons, or "fsparse", where gate is dense and two of the three do.
+    sparsity: "csparse", where gate, up and down skip neurons; "fsparse", where gate is dense and two of the three do; "cascade",
+    where all three do, each a share of its own, which is 1 - density on average.
     """
-    skipping = {"csparse": 1.0, "fsparse": 2 / 3}[sparsity]
+    skipping = {"csparse": 1.0, "fsparse": 2 / 3, "cascade": 1.0}[sparsity]
     return 1 - (1 - density) * skipping * mlp_parameters / all_parameters
+
+
+def cascade_shares(density: float, intermediate: int) -> tuple[int, int, int]:
+    """The sizes of K, U and D (SPEC section 2): 1.375 d, d and 0.625 d of I, which is 3 d I together; at least one each, and
+    D <= U <= K <= I."""
+    everything = round(3 * density * intermediate)
+    k = min(max(round(1.375 * density * intermediate), 1), intermediate)
+    u = min(max(round((everything - k) / 1.625), 1), k)
+    d = min(max(everything - k - u, 1), u)
+    return k, u, d
+
+
+@dataclasses.dataclass
+class Cascade:
+    """Sets within one another (SPEC section 2).
+
+    sets: K of each layer, int32 [K].
+    down_norms: `||down_i||_2` of each layer, float32 [I].
+    up, down: the sizes of U and D.
+    """
+
+    sets: Sequence[torch.Tensor]
+    down_norms: Sequence[torch.Tensor]
+    up: int
+    down: int
+
+    def choose(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """D, by `gates = act(gate x)` and `z = gates * (up x)` of all neurons, float32 [m, I], of which only those of K count."""
+        u = self._largest(gates, self.sets[layer], layer, self.up)
+        return self._largest(z, u, layer, self.down)
+
+    def _largest(self, values: torch.Tensor, among: torch.Tensor, layer: int, count: int) -> torch.Tensor:
+        """By the sum of |values| over the tokens, times ||down||."""
+        scores = (values.abs().sum(0) * self.down_norms[layer])[among.long()]
+        return among[ops.largest(scores, count).long()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- decoder
 
 
-# What the sparse model keeps: per layer int32 [K] (CSparse), or a choice from the layer's index and its gates (FSparse).
-Neurons = Sequence[torch.Tensor] | Callable[[int, torch.Tensor], torch.Tensor]
+# What the sparse model keeps: per layer int32 [K] (CSparse), or a choice from the layer's index and its gates (FSparse), or the
+# cascade.
+Neurons = Sequence[torch.Tensor] | Callable[[int, torch.Tensor], torch.Tensor] | Cascade
 
 
 @dataclasses.dataclass
@@ -217,11 +254,15 @@ class Decoder:
             )
 
             x = self._norm(hidden, layer.before_mlp)
-            if callable(neurons):
+            kept: torch.Tensor | None
+            if isinstance(neurons, Cascade):
                 gates = ops.gate(x, layer.gate, activation=self.activation)
-                chosen: torch.Tensor = neurons(index, gates)
-                kept: torch.Tensor | None = chosen
-                x = ops.up(x, layer.up, gates, chosen)
+                kept = neurons.choose(index, gates, gates * (x.float() @ layer.up.float().T))
+                x = ops.up(x, layer.up, gates, kept)
+            elif callable(neurons):
+                gates = ops.gate(x, layer.gate, activation=self.activation)
+                kept = neurons(index, gates)
+                x = ops.up(x, layer.up, gates, kept)
             else:
                 kept = None if neurons is None else neurons[index]
                 x = ops.gate_up(x, layer.gate, layer.up, kept, activation=self.activation)
@@ -414,7 +455,8 @@ def generate(
             z: list[torch.Tensor] = []
             committed, path, record = _verify(decoder, tree, position, config, sampling, z)
             if following and record.drafted:  # without a draft F decodes alone, and nothing is followed
-                neurons = following.neurons_after(torch.stack(z), [0, *path])
+                sets = following.neurons_after(torch.stack(z), [0, *path])
+                neurons = dataclasses.replace(neurons, sets=sets) if isinstance(neurons, Cascade) else sets
             record.cut = depth < period - 1
             committed = _until_eos(committed, eos_token_ids)
             record.cut |= len(committed) < record.committed
@@ -429,11 +471,11 @@ def generate(
 class Following:
     """What a set that follows the text goes by (SPEC section 2)."""
 
-    def __init__(self, decoder: Decoder, z: list[torch.Tensor], density: float) -> None:
+    def __init__(self, decoder: Decoder, z: list[torch.Tensor], kept: int) -> None:
         tokens = len(z[0])
         self.statistic = torch.stack([csparse_statistic(layer).square() / tokens for layer in z])
         self.down_squares = torch.stack([layer.down.float().square().sum(1) for layer in decoder.layers])
-        self.kept = max(1, round(density * len(self.statistic[0])))
+        self.kept = kept
 
     def neurons_after(self, z: torch.Tensor, rows: Sequence[int]) -> list[torch.Tensor]:
         """z: float32 [L, m, I]; rows: those of tokens that joined the text."""
@@ -448,15 +490,23 @@ def _prefill(
     prompt."""
     z: list[torch.Tensor] = []
     decoder.reset(len(prompt_ids) + max_new_tokens * config.tree_width + config.tree_width)
-    logits = decoder.chain(prompt_ids, 0, z=z)[-1]
-    if config.sparsity == "csparse" and config.follow:
-        following = Following(decoder, z, config.density)
-        return following.neurons_after(torch.stack(z), []), following, logits
-    if config.sparsity == "csparse":
-        return [select_neurons(csparse_statistic(layer), config.density) for layer in z], None, logits
+    logits, intermediate = decoder.chain(prompt_ids, 0, z=z)[-1], z[0].shape[1]
+    kept = max(1, round(config.density * intermediate))
     if thresholds is not None:
         return (lambda layer, gates: ops.select(gates, threshold=thresholds[layer])), None, logits
-    return (lambda layer, gates: ops.select(gates, max(1, round(config.density * gates.shape[1])))), None, logits
+    if config.sparsity == "fsparse":
+        return (lambda layer, gates: ops.select(gates, kept)), None, logits
+    if config.sparsity == "cascade":
+        kept, up, down = cascade_shares(config.density, intermediate)
+    following = Following(decoder, z, kept) if config.follow else None
+    if following:
+        sets = following.neurons_after(torch.stack(z), [])
+    else:
+        sets = [select_neurons(csparse_statistic(layer), kept / intermediate) for layer in z]
+    if config.sparsity == "cascade":
+        norms = [layer.down.float().square().sum(1).sqrt() for layer in decoder.layers]
+        return Cascade(sets, norms, up, down), following, logits
+    return sets, following, logits
 
 
 def _draft(

@@ -483,7 +483,7 @@ def start(model: Model, request: Request, cache: Cache | None = None) -> Sequenc
     cache: goes on from all tokens that this one holds, decoded ones too.
     ValueError if the prompt does not begin with them, or it cannot be used here.
     """
-    prompt, observed = request.prompt.tolist(), request.config.mode != "full" and request.config.sparsity == "csparse"
+    prompt, observed = request.prompt.tolist(), request.config.mode != "full" and request.config.sparsity != "fsparse"
     tree = request.tree(model)
     if cache is None:
         cache = model.caches.take(prompt, observed)
@@ -509,5 +509,6 @@ def _check_cache(model: Model, cache: Cache, prompt: list[int], observed: bool) 
         )
     if observed and any(stretch.observed is None for stretch in cache.stretches):
         raise ValueError(
-            "past_key_values: this cache was filled by a mode that does not observe its neurons, which csparse chooses by"
+            "past_key_values: this cache was filled by a mode that does not observe its neurons, which csparse and the cascade "
+            "choose by"
         )

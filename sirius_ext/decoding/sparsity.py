@@ -12,7 +12,8 @@ from ..models.weights import Weights
 from ..runtime.passes import Kind
 
 # Share of an MLP's parameters that a sparse model skips in a neuron left out: all three matrices, or two where gate is dense.
-_SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3}
+# The cascade reads less of down than of gate, and as much as CSparse altogether.
+_SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3, "cascade": 1.0}
 # What a token counts for in the statistic of a following set, relative to the next one: half as much 32 tokens later.
 DECAY = 2 ** (-1 / 32)
 
@@ -27,9 +28,19 @@ def four_bits(config: SiriusConfig, weights: Weights) -> bool:
     return config.draft_weights == "q4" or (config.draft_weights == "auto" and weights.packed)
 
 
+def cascade_neurons(density: float, intermediate: int) -> tuple[int, int, int]:
+    """Of how many neurons the cascade reads gate, up and down: 1.375 d, d and 0.625 d of I. Gate can be read of no more than all;
+    up and down then make up for it, so that the three are 3 d I together."""
+    total = round(3 * density * intermediate)
+    gate = min(intermediate, kept_neurons(1.375 * density, intermediate))
+    up = min(gate, max(1, round((total - gate) / 1.625)))
+    return gate, up, min(up, max(1, total - gate - up))
+
+
 def sparse_density(config: SiriusConfig, weights: Weights) -> float:
     """Parameters that the sparse model touches for a token, over all parameters (SPEC section 2), each by the bits that S and F
-    read of it: with the same bits `1 - (1 - d) * M / P` for CSparse, `1 - (1 - d) * (2 / 3) * M / P` for FSparse."""
+    read of it: with the same bits `1 - (1 - d) * M / P` for CSparse and the cascade, and `1 - (1 - d) * (2 / 3) * M / P` for
+    FSparse."""
     mlp, rest = weights.num_mlp_parameters, weights.num_parameters - weights.num_mlp_parameters
     mlp_share = rest_share = 1.0  # of the bytes of a parameter that F reads
     if four_bits(config, weights):
@@ -73,7 +84,7 @@ class CSparse:
         goes on with every verification, and a neuron counts by what it adds to the output.
     """
 
-    kind, thresholds = Kind.LISTED, None
+    kind, narrowed, thresholds = Kind.LISTED, (0, 0), None
 
     def __init__(
         self,
@@ -89,6 +100,11 @@ class CSparse:
         self.kept_neurons = kept_neurons(density, intermediate)
         self.down_squares = down_squares
         self.follows = down_squares is not None and self.kept_neurons < intermediate
+
+    @property
+    def down_norms(self) -> torch.Tensor | None:
+        """None: the set is that of gate, up and down."""
+        return None
 
     @functools.cached_property
     def _mean(self) -> torch.Tensor:
@@ -108,7 +124,7 @@ class CSparse:
         order = scores.argsort(dim=-1, descending=True, stable=True)
         return order[:, : self.kept_neurons].sort(-1).values.to(torch.int32).contiguous()
 
-    def choose(self, layer: int, gates: torch.Tensor) -> torch.Tensor:
+    def choose(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The neurons of one layer, whatever the tokens of the pass: int32 [K], rising."""
         return self.neurons[layer]
 
@@ -132,11 +148,50 @@ class CSparse:
         return torch.zeros(squares.shape, dtype=torch.bool, device=squares.device).scatter_(1, self.neurons.long(), True)
 
 
+class Cascade(CSparse):
+    """Three sets within one another: gate is read of CSparse's, or of a set that follows the text; up of those of the largest
+    `|silu(gate x)| ||down||` among them; down of those of the largest `|z| ||down||` among these. The last two are chosen by the
+    tokens of each pass.
+
+    down_norms: `||down_i||_2`, float32 [layers, I].
+    The others are as of `CSparse`; `neurons` and `kept_neurons` are gate's.
+    """
+
+    kind = Kind.CASCADE
+
+    def __init__(
+        self,
+        num_layers: int,
+        intermediate: int,
+        density: float,
+        down_norms: torch.Tensor,
+        device: torch.device | str = "cpu",
+        down_squares: torch.Tensor | None = None,
+        four_bits: bool = False,
+    ) -> None:
+        gate, *narrowed = cascade_neurons(density, intermediate)
+        super().__init__(num_layers, intermediate, gate / intermediate, device, down_squares, four_bits)
+        self.narrowed = narrowed[0], narrowed[1]
+        self._down_norms = down_norms
+
+    @property
+    def down_norms(self) -> torch.Tensor:
+        return self._down_norms
+
+    def choose(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The neurons whose down is read in a pass with gates = silu(gate x) and z = gates * (up x), float32 [m, I]: int32 [K],
+        rising."""
+        up, down = self.narrowed
+        norms = self._down_norms[layer]
+        wide = ops.select(gates, up, among=self.neurons[layer], weights=norms)
+        return ops.select(z, down, among=wide, weights=norms)
+
+
 class FSparse:
     """A set of neurons per pass, by `|silu(gate x)|`: the largest, or with thresholds, float32 [layers], all that reach
     theirs. It is chosen by the tokens that use it, so that neither the prompt nor the text before has a say."""
 
-    follows, neurons, statistic, usage = False, None, None, None
+    follows, narrowed, neurons, statistic, down_norms, usage = False, (0, 0), None, None, None, None
 
     def __init__(
         self, intermediate: int, density: float, thresholds: torch.Tensor | None = None, four_bits: bool = False
@@ -144,7 +199,7 @@ class FSparse:
         self.kept_neurons, self.thresholds, self.four_bits = kept_neurons(density, intermediate), thresholds, four_bits
         self.kind = Kind.LARGEST if thresholds is None else Kind.THRESHOLD
 
-    def choose(self, layer: int, gates: torch.Tensor) -> torch.Tensor:
+    def choose(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The neurons of a pass with gates = silu(gate x), float32 [m, I]: int32 [K], rising."""
         if self.thresholds is not None:
             return ops.select(gates, threshold=float(self.thresholds[layer]))
@@ -157,8 +212,9 @@ class FSparse:
 def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor | None = None) -> CSparse | FSparse:
     """What the config asks for, for one prompt."""
     less = four_bits(config, weights)
-    if config.sparsity == "csparse":
-        squares = weights.down_squares if config.follow else None
-        return CSparse(len(weights.layers), weights.intermediate, config.density, weights.device, squares, less)
-    thresholds = None if thresholds is None else thresholds.to(weights.device)
-    return FSparse(weights.intermediate, config.density, thresholds, less)
+    if config.sparsity == "fsparse":
+        return FSparse(weights.intermediate, config.density, None if thresholds is None else thresholds.to(weights.device), less)
+    shape, squares = (len(weights.layers), weights.intermediate), weights.down_squares if config.follow else None
+    if config.sparsity == "cascade":
+        return Cascade(*shape, config.density, weights.down_norms, weights.device, squares, less)
+    return CSparse(*shape, config.density, weights.device, squares, less)

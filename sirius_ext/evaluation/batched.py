@@ -24,7 +24,7 @@ from ..models.weights import Weights
 from ..runtime.cache import Cache
 from ..runtime.layers import Attend, Neurons, decoder_layer, embed, logits, norm, soft_capped
 from ..runtime.model import Model, not_finite
-from ..runtime.passes import Fault, Pass, Prefill, Result, Sparsity
+from ..runtime.passes import Fault, Kind, Pass, Prefill, Result, Sparsity
 
 KEPT_CHUNKS = 64  # of prompts, whose keys and values are at hand for the next mode
 
@@ -279,7 +279,7 @@ class _Pass:
             start += len(rows.tokens)
         self._positions = torch.cat([rows.positions for rows in asked])
         # CSparse's sets, as what the z of a text's rows is multiplied with: T [layers, I].
-        self._kept = [rows.sparsity.kept.to(weights.dtype) if isinstance(rows.sparsity, CSparse) else None for rows in asked]
+        self._kept = [_set_of(rows.sparsity, weights.dtype) for rows in asked]
         # By a layer's window: what each text's rows see of its own cache, and all rows of the prefix.
         windows = {layer.window for layer in weights.layers}
         self._own = {window: [self._bias(self._visible(rows, window)) for rows in asked] for window in windows}
@@ -358,11 +358,16 @@ class _Pass:
                     z[share] *= kept[index]
                 elif rows.sparsity is not None:
                     chosen = torch.zeros(z.shape[1], dtype=z.dtype)
-                    chosen[rows.sparsity.choose(index, gates[share].float())] = 1
+                    chosen[rows.sparsity.choose(index, gates[share].float(), z[share].float())] = 1
                     z[share] *= chosen
             return z
 
         return neurons
+
+
+def _set_of(sparsity: Sparsity | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """1 for each neuron of a set that is the same for all passes, T [layers, I]. None for any other S, and for F."""
+    return sparsity.kept.to(dtype) if isinstance(sparsity, CSparse) and sparsity.kind == Kind.LISTED else None
 
 
 def _attention(

@@ -36,8 +36,10 @@ NAMED_MODES: dict[str, dict[str, Any]] = {
     "full": {"mode": "full"},
     "csparse": {"mode": "sparse", "sparsity": "csparse", "thresholds": None},
     "fsparse": {"mode": "sparse", "sparsity": "fsparse"},
+    "cascade": {"mode": "sparse", "sparsity": "cascade", "thresholds": None},
     "sirius-c": {"mode": "sirius", "sparsity": "csparse", "thresholds": None},
     "sirius-f": {"mode": "sirius", "sparsity": "fsparse"},
+    "sirius-cascade": {"mode": "sirius", "sparsity": "cascade", "thresholds": None},
 }
 
 

@@ -256,52 +256,106 @@ def gate_up(
 
 @_on_one_device
 def gate(
-    x: torch.Tensor, weight: torch.Tensor | Matrix, *, activation: str = "silu", out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | Matrix,
+    neurons: torch.Tensor | None = None,
+    *,
+    activation: str = "silu",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`act(gate x)` of every neuron, not rounded: what FSparse chooses its neurons by (SPEC section 2).
+    """`act(gate x)` of the listed neurons, or of all, not rounded: what FSparse and the cascade choose their neurons by (SPEC
+    section 2).
 
     x: T [m, H].
     weight: T [I, H].
+    neurons: int32 [K], values in [0, I).
     activation: as in `gate_up`.
-    Returns float32 [m, I].
+    Returns float32 [m, I], each neuron's value at its place; those of the others stay what they are in `out`, or are zero.
     """
     px, matrix, m, intermediate = _check_product(x, weight)
+    pn, listed = _check_neurons(neurons, intermediate)
     act = _check_activation(activation)
-    out, po = _output(out, x.device, torch.float32, m, intermediate)
-    run(x.device, "gate", dtype=DTYPES[x.dtype], x=px, gate=matrix.raw, out=po, activation=act, num_rows=m)
+    out, po = _output(_places(out, neurons, x, intermediate), x.device, torch.float32, m, intermediate)
+    run(
+        x.device,
+        "gate",
+        dtype=DTYPES[x.dtype],
+        x=px,
+        gate=matrix.raw,
+        neurons=pn,
+        out=po,
+        activation=act,
+        num_rows=m,
+        num_neurons=listed,
+    )
+    return out
+
+
+def _places(out: torch.Tensor | None, neurons: torch.Tensor | None, x: torch.Tensor, intermediate: int) -> torch.Tensor | None:
+    """Where listed neurons' values go to their places: zeros, if the caller has nothing there."""
+    if out is None and neurons is not None:
+        return torch.zeros(len(x), intermediate, device=x.device)
     return out
 
 
 @_on_one_device
-def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None = None) -> torch.Tensor:
-    """FSparse's neurons (SPEC section 2), by `score = sum of |gates| over the rows`: the `kept` largest, of equals the lower
-    index; or with a threshold all whose score is at least m times it.
+def select(
+    values: torch.Tensor,
+    kept: int | None = None,
+    threshold: float | None = None,
+    *,
+    among: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    taken: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Neurons by their values in a pass (SPEC section 2), by `score = (sum of |values| over the rows) * weights`: the `kept`
+    largest, of equals the lower index; or with a threshold all whose score is at least m times it.
 
-    gates: float32 [m, I].
-    kept, threshold: one of them; kept is 1 to I.
+    values: float32 [m, I]; what stands at the places of neurons that cannot be chosen is not read.
+    kept, threshold: one of them; kept is 1 to the number of candidates.
+    among: int32 [candidates], rising: no others are chosen; without it all may be.
+    weights: float32 [I], at least 0; without it 1.
+    taken: T [m, kept], gets the values of those chosen, rounded.
     Returns int32 [K], rising.
     """
-    pg = _check("gates", gates, torch.float32, None, None)
-    m, intermediate = gates.shape
-    _positive("gates: rows", m)
-    _positive("gates: neurons", intermediate)
+    pv = _check("values", values, torch.float32, None, None)
+    m, intermediate = values.shape
+    _positive("values: rows", m)
+    _positive("values: neurons", intermediate)
+    pa = _optional("among", among, torch.int32, None)
+    candidates = intermediate if among is None else _positive("among: size", among.numel())
+    if among is not None:
+        _check_indices("among", among, intermediate)
+        if bool((among[1:] <= among[:-1]).any()):
+            raise ValueError(f"among: expected rising values, got {among.tolist()}")
+    pw = _optional("weights", weights, torch.float32, intermediate)
     if (kept is None) == (threshold is None):
         raise ValueError(f"kept, threshold: expected one of them, got {kept} and {threshold}")
-    if kept is not None and not 1 <= kept <= intermediate:
-        raise ValueError(f"kept: expected 1 to {intermediate}, got {kept}")
-    neurons = torch.empty(intermediate, dtype=torch.int32, device=gates.device)
-    count = torch.empty(1, dtype=torch.int32, device=gates.device)
-    limit = None if threshold is None else torch.tensor([threshold], dtype=torch.float32, device=gates.device)
+    if kept is not None and not 1 <= kept <= candidates:
+        raise ValueError(f"kept: expected 1 to {candidates}, got {kept}")
+    pt = 0
+    if taken is not None:
+        if kept is None:
+            raise ValueError("taken: it needs kept, a number that is known")
+        pt = _check_rows("taken", taken, m, kept)
+    neurons = torch.empty(candidates, dtype=torch.int32, device=values.device)
+    count = torch.empty(1, dtype=torch.int32, device=values.device)
+    limit = None if threshold is None else torch.tensor([threshold], dtype=torch.float32, device=values.device)
     run(
-        gates.device,
+        values.device,
         "select",
-        workspace=(m, intermediate),
-        gates=pg,
+        workspace=(candidates,),
+        dtype=DTYPES[torch.float32 if taken is None else taken.dtype],
+        values=pv,
+        among=pa,
+        weights=pw,
         threshold=0 if limit is None else limit.data_ptr(),
         neurons=neurons.data_ptr(),
         count=count.data_ptr(),
+        taken=pt,
         num_rows=m,
         intermediate=intermediate,
+        candidates=candidates,
         kept=kept or 0,
     )
     return neurons[: int(count)]
@@ -367,6 +421,7 @@ def up(
     gates: torch.Tensor,
     neurons: torch.Tensor,
     *,
+    spread: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`gates * (up x)` for the listed neurons, rounded once: `gate_up` for gates that are known.
@@ -375,14 +430,17 @@ def up(
     weight: T [I, H].
     gates: float32 [m, I].
     neurons: int32 [K], values in [0, I).
-    Returns T [m, K].
+    Returns T [m, K]; or with `spread` float32 [m, I], not rounded, each neuron's value at its place as in `gate`.
     """
     px, matrix, m, intermediate = _check_product(x, weight)
     pg = _check("gates", gates, torch.float32, m, intermediate)
     pn = _check("neurons", neurons, torch.int32, None)
     _check_indices("neurons", neurons, intermediate)
     kept = neurons.numel()
-    out, po = _output(out, x.device, x.dtype, m, kept)
+    if spread:
+        out, po = _output(_places(out, neurons, x, intermediate), x.device, torch.float32, m, intermediate)
+    else:
+        out, po = _output(out, x.device, x.dtype, m, kept)
     run(
         x.device,
         "up",
@@ -392,6 +450,7 @@ def up(
         gates=pg,
         neurons=pn,
         out=po,
+        spread=spread,
         num_rows=m,
         num_neurons=kept,
     )

@@ -86,33 +86,66 @@ def gate_up(
 
 
 def gate(
-    x: torch.Tensor, weight: torch.Tensor | Matrix, *, activation: str = "silu", out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | Matrix,
+    neurons: torch.Tensor | None = None,
+    *,
+    activation: str = "silu",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`act(gate x)`, what FSparse chooses its neurons by (SPEC section 2).
+    """`act(gate x)`, what FSparse and the cascade choose their neurons by (SPEC section 2).
 
     x: T [m, H].
     weight: T [I, H].
+    neurons: int32 [K]; without it all of them.
     activation: as in `gate_up`.
-    Returns float32 [m, I].
+    Returns float32 [m, I], each neuron's value at its place; those of the others stay what they are in `out`, or are zero.
     """
-    return _round(_act(x.float() @ _dense(weight).T, activation), torch.float32, out)
+    value = _act(x.float() @ _dense(weight).T, activation)
+    return _placed(value, neurons, out)
 
 
-def select(gates: torch.Tensor, kept: int | None = None, threshold: float | None = None) -> torch.Tensor:
-    """FSparse's neurons (SPEC section 2): the `kept` of largest `sum of |gates| over the rows`, or all whose sum reaches m times
-    the threshold.
+def _placed(value: torch.Tensor, neurons: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    """The columns `neurons` of `value`, float32 [m, I], in place of those of `out`."""
+    out = torch.zeros_like(value) if out is None else out
+    places = slice(None) if neurons is None else neurons.long()
+    out[:, places] = value[:, places]
+    return out
 
-    gates: float32 [m, I].
+
+def select(
+    values: torch.Tensor,
+    kept: int | None = None,
+    threshold: float | None = None,
+    *,
+    among: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    taken: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Neurons by their values in a pass (SPEC section 2): the `kept` of largest `(sum of |values| over the rows) * weights`, or
+    all for which that reaches m times the threshold.
+
+    values: float32 [m, I].
     kept, threshold: one of them.
+    among: int32 [candidates], rising: no others are chosen; without it all may be.
+    weights: float32 [I]; without it 1.
+    taken: T [m, kept], gets the values of those chosen, rounded.
     Returns int32 [K], rising.
     """
-    scores = gates[0].abs()
-    for row in gates[1:]:
+    scores = values[0].abs()
+    for row in values[1:]:
         scores = scores + row.abs()
+    if weights is not None:
+        scores = scores * weights
+    candidates = torch.arange(len(scores), dtype=torch.int32) if among is None else among
+    scores = scores[candidates.long()]
     if threshold is not None:
-        return (scores >= len(gates) * torch.tensor(threshold, dtype=torch.float32)).nonzero().flatten().to(torch.int32)
+        return candidates[scores >= len(values) * torch.tensor(threshold, dtype=torch.float32)]
     assert kept is not None
-    return largest(scores, kept)
+    chosen = candidates[largest(scores, kept).long()]
+    if taken is not None:
+        taken.copy_(values[:, chosen.long()])
+    return chosen
 
 
 def largest(statistic: torch.Tensor, kept: int) -> torch.Tensor:
@@ -155,6 +188,7 @@ def up(
     gates: torch.Tensor,
     neurons: torch.Tensor,
     *,
+    spread: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`gates * (up x)` for the listed neurons.
@@ -163,8 +197,10 @@ def up(
     weight: T [I, H].
     gates: float32 [m, I].
     neurons: int32 [K].
-    Returns T [m, K].
+    Returns T [m, K]; or with `spread` float32 [m, I], not rounded, each neuron's value at its place as in `gate`.
     """
+    if spread:
+        return _placed(gates * (x.float() @ _dense(weight).T), neurons, out)
     value = gates[:, neurons.long()] * (x.float() @ _dense(weight)[neurons.long()].T)
     return _round(value, x.dtype, out)
 

@@ -241,6 +241,11 @@ class Weights:
         """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
         return torch.stack([layer.down.dense().square().sum(-1) for layer in self.layers])
 
+    @functools.cached_property
+    def down_norms(self) -> torch.Tensor:
+        """||down_i||_2 of every neuron, float32 [layers, I]: what the cascade weighs it by."""
+        return self.down_squares.sqrt()
+
     def fingerprint(self) -> str:
         """Tells models apart, and is the same for one model in float32 and in bfloat16."""
         digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, self.vocab)).encode())

@@ -12,7 +12,7 @@ from ..models.weights import Weights
 from .cache import Cache
 from .graphs import Nodes, Replay, graph_mode
 from .layers import Attend, Neurons, decoder_layer, embed, norm
-from .model import Model, arguments_of
+from .model import Arguments, Model, arguments_of
 from .passes import Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
@@ -20,9 +20,8 @@ MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
 FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
 
-# Of a pass: what the extension takes (kind, the addresses of neurons and thresholds, how many neurons are kept), and whether S
-# reads four bits.
-Arguments = tuple[tuple[int, int, int, int], bool]
+# What the extension takes of a pass, and whether S reads four bits in it.
+Chosen = tuple[Arguments, bool]
 
 
 class CudaCache(Cache):
@@ -39,10 +38,10 @@ class CudaCache(Cache):
         super().__init__(weights)
         self.base = torch.zeros(1, dtype=torch.int32, device=weights.device)
         self.statistic: torch.Tensor | None = None
-        self._neurons: dict[int, torch.Tensor] = {}  # CSparse's sets, int32 [layers, kept], by kept
+        self._neurons: dict[int, torch.Tensor] = {}  # a text's sets, int32 [layers, kept], by kept
         self._thresholds: torch.Tensor | None = None
         self._taken: Sparsity | None = None  # what stands there
-        self._arguments: Arguments = arguments_of(None), False
+        self._chosen: Chosen = Arguments(), False
 
     def _release(self) -> None:
         super()._release()
@@ -85,19 +84,20 @@ class CudaCache(Cache):
         self.base.fill_(asked.prefix)
         return nodes
 
-    def take(self, sparsity: Sparsity | None) -> Arguments:
+    def take(self, sparsity: Sparsity | None) -> Chosen:
         """Put a prompt's sets, or the thresholds, where passes find them. Returns what `CudaModel.run` takes."""
         if sparsity is None:
-            return arguments_of(None), False
+            return Arguments(), False
         if sparsity is not self._taken:  # a sequence's passes all come with the same one
             if self._taken is not None and self._taken.neurons is not None:
                 statistic = self._taken.statistic
                 self._taken.place(self._taken.neurons.clone(), None if statistic is None else statistic.clone())
-            self._taken, self._arguments = sparsity, self._held(sparsity)
-        return self._arguments
+            self._taken, self._chosen = sparsity, (self._held(sparsity), sparsity.four_bits)
+        return self._chosen
 
     def _held(self, sparsity: Sparsity) -> Arguments:
-        kind, neurons, thresholds, kept = arguments_of(sparsity)
+        arguments = arguments_of(sparsity)
+        kept = arguments.kept
         if sparsity.neurons is not None:
             if kept not in self._neurons:
                 self._neurons[kept] = torch.empty_like(sparsity.neurons)
@@ -107,13 +107,13 @@ class CudaCache(Cache):
                     self.statistic = torch.empty_like(statistic)
                 statistic = self.statistic.copy_(statistic)
             sparsity.place(held, statistic)  # from now on what stands here is the set, which graphs change
-            neurons = held.data_ptr()
+            arguments = arguments._replace(neurons=held.data_ptr())
         if sparsity.thresholds is not None:
             if self._thresholds is None:
                 self._thresholds = torch.empty_like(sparsity.thresholds)
             self._thresholds.copy_(sparsity.thresholds)
-            thresholds = self._thresholds.data_ptr()
-        return (kind, neurons, thresholds, kept), sparsity.four_bits
+            arguments = arguments._replace(thresholds=self._thresholds.data_ptr())
+        return arguments
 
     def followed(self, kept: int) -> tuple[torch.Tensor, ...]:
         """What a set of so many neurons that follows the text changes, for who must undo it."""
@@ -190,7 +190,7 @@ class CudaModel(Model):
         self,
         cache: CudaCache,
         nodes: Nodes,
-        sparsity: Arguments,
+        sparsity: Chosen,
         argmax: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
         keep_z: bool = False,
@@ -199,14 +199,14 @@ class CudaModel(Model):
 
         sparsity: what `CudaCache.take` returned.
         argmax: int32 [m], gets every row's; -1 where a logit is not finite.
-        alive: int32 [1]; only so many rows count in FSparse's choice.
+        alive: int32 [1]; only so many rows count where the pass chooses its neurons.
         keep_z: as in `Pass`.
         Returns the logits, float32 [m, V], which the next pass over this cache overwrites.
         """
         m = len(nodes.tokens)
         if m > FEW_ROWS:
             return self._run_many(cache, nodes, argmax, keep_z)
-        chosen, four_bits = sparsity
+        arguments, four_bits = sparsity
         with dispatch.guard(self.device):
             self._handle_of(four_bits).step(
                 tokens=nodes.tokens.data_ptr(),
@@ -218,7 +218,7 @@ class CudaModel(Model):
                 mask_words=nodes.mask.shape[1],
                 k_cache=cache.k.data_ptr(),
                 v_cache=cache.v.data_ptr(),
-                sparsity=chosen,
+                sparsity=arguments,
                 logits=cache.logits.data_ptr(),
                 argmax=0 if argmax is None else argmax.data_ptr(),
                 workspace=self._workspace.data_ptr(),

@@ -6,7 +6,7 @@ import collections
 import threading
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -183,12 +183,26 @@ class Model:
         return out, argmax
 
 
-def arguments_of(sparsity: Sparsity | None) -> tuple[int, int, int, int]:
-    """What a compiled pass takes: kind, the addresses of neurons and thresholds, and how many neurons are kept."""
+class Arguments(NamedTuple):
+    """What a compiled pass takes of a sparse model: `Sparsity` of csrc/params.h, whose arrays go by their addresses."""
+
+    kind: Kind = Kind.DENSE
+    neurons: int = 0
+    thresholds: int = 0
+    kept: int = 0
+    down_norms: int = 0
+    kept_up: int = 0
+    kept_down: int = 0
+
+
+def arguments_of(sparsity: Sparsity | None) -> Arguments:
+    """Those of S, or of F."""
     if sparsity is None:
-        return Kind.DENSE, 0, 0, 0
-    neurons, thresholds = (0 if each is None else each.data_ptr() for each in (sparsity.neurons, sparsity.thresholds))
-    return sparsity.kind, neurons, thresholds, 0 if sparsity.kind == Kind.THRESHOLD else sparsity.kept_neurons
+        return Arguments()
+    arrays = sparsity.neurons, sparsity.thresholds, sparsity.down_norms
+    neurons, thresholds, norms = (0 if each is None else each.data_ptr() for each in arrays)
+    kept = 0 if sparsity.kind == Kind.THRESHOLD else sparsity.kept_neurons
+    return Arguments(sparsity.kind, neurons, thresholds, kept, norms, *sparsity.narrowed)
 
 
 def _neurons(index: int, observer: Observer | None, sparsity: Sparsity | None) -> Neurons | None:
@@ -201,7 +215,7 @@ def _neurons(index: int, observer: Observer | None, sparsity: Sparsity | None) -
 
     def kept(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         assert sparsity is not None
-        chosen = sparsity.choose(index, gates.float()).long()
+        chosen = sparsity.choose(index, gates.float(), z.float()).long()
         return torch.zeros_like(z).index_copy_(1, chosen, z[:, chosen])
 
     return observed if sparsity is None else kept

@@ -16,25 +16,28 @@ class Kind(enum.IntEnum):
     LISTED = 1
     LARGEST = 2
     THRESHOLD = 3
+    CASCADE = 4
 
 
 class Sparsity(Protocol):
     """The neurons that S keeps.
 
-    kind: LISTED, LARGEST or THRESHOLD.
-    kept_neurons: of every layer; of THRESHOLD it says nothing.
+    kind: any but DENSE.
+    kept_neurons: of every layer; of THRESHOLD it says nothing. Of CASCADE those whose gate is read.
+    narrowed: of CASCADE, of how many of these up is read, and of how many of those down.
     follows: the set is chosen anew after every verification.
     four_bits: S reads four bits of every weight (`Weights.four_bits`).
     """
 
     kind: Kind
     kept_neurons: int
+    narrowed: tuple[int, int]
     follows: bool
     four_bits: bool
 
     @property
     def neurons(self) -> torch.Tensor | None:
-        """Of LISTED, int32 [layers, kept_neurons], rising."""
+        """Of LISTED and CASCADE, int32 [layers, kept_neurons], rising."""
 
     @property
     def statistic(self) -> torch.Tensor | None:
@@ -44,11 +47,16 @@ class Sparsity(Protocol):
     def thresholds(self) -> torch.Tensor | None:
         """Of THRESHOLD, float32 [layers]."""
 
+    @property
+    def down_norms(self) -> torch.Tensor | None:
+        """Of CASCADE, `||down_i||_2`, float32 [layers, I]."""
+
     def place(self, neurons: torch.Tensor, statistic: torch.Tensor | None) -> None:
         """Have neurons and statistic in other memory, which holds them already."""
 
-    def choose(self, layer: int, gates: torch.Tensor) -> torch.Tensor:
-        """The neurons of one layer for a pass with gates = silu(gate x), float32 [m, I]: int32 [kept], rising."""
+    def choose(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """The neurons whose down is read in one layer, for a pass with gates = silu(gate x) and z = gates * (up x), float32
+        [m, I]: int32 [kept], rising."""
 
 
 class Observer(Protocol):
