@@ -119,7 +119,7 @@ def test_thresholds(place):
     model, place_of = place.model(name), place.device
     cache, tokens = model.new_cache(), []
     for sparsity in (FSparse(90, 0.5, values.to(place_of)), FSparse(90, 0.5, (values / 2).to(place_of))):
-        taken = cache.take(sparsity)
+        taken, _ = cache.take(sparsity)
         assert (taken.kind, taken.neurons) == (Kind.THRESHOLD, 0)
         tokens.append(taken.thresholds)
     assert tokens[0] == tokens[1], "a graph would not see the new thresholds"
