@@ -97,7 +97,7 @@ class OnDevice:
 
             def there(value):
                 if isinstance(value, Matrix):
-                    return Matrix(there(value.data), there(value.scales))
+                    return Matrix(there(value.data), value.packed)
                 if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
                     return value
                 storage = value.untyped_storage()

@@ -15,10 +15,11 @@ from sirius_ext.kernels import dispatch
 needs_build = pytest.mark.skipif(
     not dispatch.has_cuda_kernels(), reason="built without the CUDA kernels (no nvcc, or neither a GPU nor SIRIUS_CUDA=ON)"
 )
-# Products of rows of weights, in bf16, from 16-byte aligned rows, for up to 8 and for more rows of input.
+# Products of rows of weights, of every format, in bf16, from 16-byte aligned rows, for up to 8 and for more rows of input.
 PRODUCTS = {
-    f"{op}_kernelINS_6bf16_tE{out}Lb1ELi{columns}E"
-    for op, out in [("linear", "S3_"), ("linear", "f"), ("gate_up", ""), ("gate", ""), ("up", ""), ("qkv", ""), ("down", "")]
+    f"{op}_kernelINS_6bf16_tENS0_{weights}ELb1ELi{columns}E"
+    for op in ("linear", "gate_up", "gate", "up", "qkv", "down")
+    for weights in ("5Plain", "2Q8ILb0EE", "2Q8ILb1EE")
     for columns in (8, 16)
 }
 OTHERS = {f"attention_kernelINS0_9RowReaderINS_6bf16_tELb1ELi{lanes}E" for lanes in (8, 16, 32)} | {"accept_kernelILb1E"}

@@ -95,7 +95,7 @@ BF16 = torch.bfloat16
 # A fault in a kernel, and a case of the op's tests that must find it.
 MUTATIONS = {
     "linear adds up the warps' sums before they are there": (
-        without_barrier("dot.cuh", "tiles[m].put(shared.parts[warp][m]);", "linear.cu"),
+        without_barrier("dot.cuh", "tiles[m].put(shared.warps[warp].parts[m]);", "linear.cu"),
         lambda: test_linear.test_against_reference(ops, BF16, (5, 100, 129), "plain"),
     ),
     "down adds up the warps' sums before they are there": (

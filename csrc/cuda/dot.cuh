@@ -5,6 +5,8 @@
 // Bytes that must move: the weights', once for every 16 rows of input. Input comes from L1.
 #pragma once
 
+#include <initializer_list>
+
 #include "mma.cuh"
 #include "norm.cuh"
 #include "weights.cuh"
@@ -27,16 +29,21 @@ struct Input {
   int num_rows, width;
 };
 
-template <int Columns, int Matrices>
+template <class T, class W, int Columns, int Matrices>
 struct DotShared {
+  // Of a warp: first what it needs to read weights, then its sums.
+  union Warp {
+    typename WeightRow<T, W, true>::Scratch scratch[Matrices];
+    float parts[Matrices][kTileRows][Columns];
+  };
+  Warp warps[kDotWarps];
   float scale[Columns];
-  float parts[kDotWarps][Matrices][kTileRows][Columns];
 
   // The product of row `row` of the tile of a matrix with row `column` of the block's input.
   __device__ __forceinline__ float sum(int matrix, int row, int column) const {
-    float total = parts[0][matrix][row][column];
+    float total = warps[0].parts[matrix][row][column];
 #pragma unroll
-    for (int i = 1; i < kDotWarps; ++i) total += parts[i][matrix][row][column];
+    for (int i = 1; i < kDotWarps; ++i) total += warps[i].parts[matrix][row][column];
     return total;
   }
 };
@@ -85,21 +92,14 @@ class InputRows {
   float scale_[Sums::kInputs];
 };
 
-// Leaves every sum of the block's tiles in `shared`. row_at(matrix, row): the WeightRow of one of the 16 rows of a matrix, of
-// which each must be readable.
-template <class T, bool Aligned, int Columns, int Matrices, class RowAt>
-__device__ __forceinline__ void dot_rows(const InputRows<T, Aligned, Columns>& input, int width,
-                                         DotShared<Columns, Matrices>& shared, RowAt&& row_at) {
+// Adds what this warp has of the rows to its tiles. The lane's rows are lane_row() and lane_row() + 8 of each matrix.
+template <class T, class W, bool Aligned, int Columns, int Matrices>
+__device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns>& input, int width,
+                                             const WeightRow<T, W, Aligned> (&rows)[Matrices][2], NoScratch (&)[Matrices],
+                                             Tile<T, Columns> (&tiles)[Matrices]) {
   constexpr int kPart = 4 * Vec<T>::size;  // elements of a row that a warp loads at a time: 64 bytes
   constexpr int kParts = 2;
   const int warp = int(threadIdx.x) / kWarp;
-  WeightRow<T, Aligned> rows[Matrices][2];
-#pragma unroll
-  for (int m = 0; m < Matrices; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rows[m][half] = row_at(m, lane_row() + half * 8);
-
-  Tile<T, Columns> tiles[Matrices];
 #pragma unroll(Matrices == 1 && sizeof(T) == 2 && Aligned ? 2 : 1)  // bodies that are not for speed stay small
   for (int begin = warp * kParts * kPart; begin < width; begin += kDotWarps * kParts * kPart) {
     Vec<T> weights[kParts][Matrices][2];
@@ -118,8 +118,69 @@ __device__ __forceinline__ void dot_rows(const InputRows<T, Aligned, Columns>& i
       for (int m = 0; m < Matrices; ++m) tiles[m].add(weights[i][m][0], weights[i][m][1], x);
     }
   }
+}
+
+// The same of rows in eight bits. A warp loads four groups of a row at a time, 64 bytes of a plane.
+template <class T, bool kUpper, bool Aligned, int Columns, int Matrices>
+__device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns>& input, int width,
+                                             const WeightRow<T, Q8<kUpper>, Aligned> (&rows)[Matrices][2],
+                                             Q8Codes (&codes)[Matrices], Tile<T, Columns> (&tiles)[Matrices]) {
+  const int groups = q8::groups(width);
+  Q8Group<kUpper> loaded[Matrices][2];
+  const auto load_from = [&](int first) {
 #pragma unroll
-  for (int m = 0; m < Matrices; ++m) tiles[m].put(shared.parts[warp][m]);
+    for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], first + lane_part(), width);
+  };
+  // Loads are on the way while what came before is multiplied, unless registers do not suffice.
+  constexpr bool kAhead = kUpper || Columns * Matrices < 32;
+  int first = int(threadIdx.x) / kWarp * kStepGroups;
+  if (kAhead) load_from(first);
+#pragma unroll 1
+  for (; first < groups; first += kDotWarps * kStepGroups) {
+    if (!kAhead) load_from(first);
+    __syncwarp();  // all lanes have used the codes before
+#pragma unroll
+    for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) codes[m].put(lane_row() + half * 8, lane_part(), loaded[m][half]);
+    __syncwarp();
+    if (kAhead) load_from(first + kDotWarps * kStepGroups);
+#pragma unroll(Aligned ? 2 : 1)
+    for (int i = 0; i < kStepGroups; ++i) {
+      if (first + i >= groups) break;
+      Vec<T> x[Tile<T, Columns>::kInputs];
+      input.load((first + i) * q8::kGroup + lane_part() * Vec<T>::size, x);
+#pragma unroll
+      for (int m = 0; m < Matrices; ++m) {
+        Words<T> numbers[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          numbers[half] = codes[m].template eight<T, kUpper>(lane_row() + half * 8, i, lane_part());
+        tiles[m].add_scaled(numbers[0], numbers[1], codes[m].scales[i][lane_row()], codes[m].scales[i][lane_row() + 8], x);
+      }
+    }
+  }
+  __syncwarp();  // the sums are put where the codes were
+}
+
+// Leaves every sum of the block's tiles in `shared`. row_at(matrix, row): the WeightRow of one of the 16 rows of a matrix, of
+// which each must be readable.
+template <class T, class W, bool Aligned, int Columns, int Matrices, class RowAt>
+__device__ __forceinline__ void dot_rows(const InputRows<T, Aligned, Columns>& input, int width,
+                                         DotShared<T, W, Columns, Matrices>& shared, RowAt&& row_at) {
+  const int warp = int(threadIdx.x) / kWarp;
+  WeightRow<T, W, Aligned> rows[Matrices][2];
+#pragma unroll
+  for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows[m][half] = row_at(m, lane_row() + half * 8);
+
+  Tile<T, Columns> tiles[Matrices];
+  add_products<T>(input, width, rows, shared.warps[warp].scratch, tiles);
+#pragma unroll
+  for (int m = 0; m < Matrices; ++m) tiles[m].put(shared.warps[warp].parts[m]);
   __syncthreads();
 }
 
@@ -136,6 +197,28 @@ inline dim3 dot_grid(int rows, int num_rows) { return dim3(ceil_div(rows, kTileR
 template <class T>
 bool rows_aligned(const void* array, int width) {
   return aligned16(array) && width % Vec<T>::size == 0;
+}
+
+// body(Type<T>(), Type<W>(), whether 16-byte loads are possible, columns) for rows of some matrices of one format, and of x.
+template <class Body>
+void with_body(Dtype dtype, const void* x, std::initializer_list<const Matrix*> weights, const Norm& norm, int num_rows,
+               Body&& body) {
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Matrix& weight = **weights.begin();
+    bool aligned = rows_aligned<T>(x, weight.cols) && aligned16(norm.weight);
+    for (const Matrix* each : weights) aligned = aligned && weights_aligned<T>(*each);
+    with_format<T>(weight, [&](auto format) {
+      const auto for_speed = [&](auto is_aligned) {
+        with_columns(num_rows, [&](auto columns) { body(type, format, is_aligned, columns); });
+      };
+      if constexpr (std::is_same_v<typename decltype(format)::type, Plain>) return with_flag(aligned, for_speed);
+      // Of what is not for speed there is one body.
+      if constexpr (sizeof(T) == 2)
+        if (aligned) return for_speed(std::true_type());
+      body(type, format, std::false_type(), std::integral_constant<int, 16>());
+    });
+  });
 }
 
 }  // namespace sirius::cuda

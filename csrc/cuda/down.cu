@@ -2,8 +2,13 @@
 // cores' pairs of k are put together from two rows.
 //
 // A block has a stretch of columns of `out` and a part of the neurons; its warps take turns at 16 neurons, reading 128 bytes of
-// each. Parts and warps are added up in order. Where the neurons are cut depends on their number and on `hidden` alone. Bytes
-// that must move: hidden * neurons elements, once for every 16 rows of input; the parts' sums stay in L2.
+// each, or of a plane 64. Parts and warps are added up in order. Where the neurons are cut depends on their number, on `hidden`
+// and on the format alone. Bytes that must move: hidden * neurons elements, once for every 16 rows of input; the parts' sums stay
+// in L2.
+//
+// In eight bits a neuron's scale differs from group to group of its columns, and a sum is over neurons. So it is multiplied with
+// the coefficient, in float32, and what tensor cores get is the product's first 16 bits, as two numbers of bf16. bf16 holds every
+// code, and has float32's range, so this is done for any 16-bit T.
 #include "mma.cuh"
 #include "weights.cuh"
 
@@ -16,9 +21,12 @@ constexpr int kLaneNeurons = 4;
 constexpr int kBlocks = 512;       // that shall run at a time: nearly four for each multiprocessor of an H100
 constexpr int kPartNeurons = 128;  // least of a part: one step for each warp
 
-// Columns of `out` that a warp has: 16 bytes for each of eight lanes.
-template <class T>
+// Columns of `out` that a warp has: 16 bytes for each of eight lanes, or of a plane for each of four.
+template <class T, class W>
 constexpr int kStretch = 8 * Vec<T>::size;
+template <class T, bool kUpper>
+constexpr int kStretch<T, Q8<kUpper>> = kStepGroups * q8::kGroup;
+constexpr int kLargestStretch = kStretch<bf16_t, Q8<false>>;
 
 int parts_of(int stretch, int hidden, int num_neurons) {
   const int parts = kBlocks / ceil_div(hidden, stretch), most = ceil_div(num_neurons, kPartNeurons);
@@ -32,7 +40,7 @@ struct alignas(4 * sizeof(T)) Quad {
 };
 
 // The sums of a warp: kStretch columns of out by Columns rows of input.
-template <class T, int Columns>
+template <class T, class W, int Columns>
 class Sums {
  public:
   static constexpr int kInputs = Columns / 8;
@@ -54,7 +62,7 @@ class Sums {
     }
   }
 
-  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<T>]) const {
+  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<T, W>]) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -70,8 +78,8 @@ class Sums {
   float sums_[4][kInputs][4] = {};
 };
 
-template <int Columns>
-class Sums<float, Columns> {
+template <class W, int Columns>
+class Sums<float, W, Columns> {
  public:
   static constexpr int kInputs = Columns;
   __device__ static __forceinline__ int column(int input) { return input; }
@@ -85,7 +93,7 @@ class Sums<float, Columns> {
         for (int c = 0; c < Vec<float>::size; ++c) sums_[i][c] += weights[n].v[c] * x[i].v[n];
   }
 
-  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<float>]) const {
+  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<float, W>]) const {
 #pragma unroll
     for (int i = 0; i < Columns; ++i)
 #pragma unroll
@@ -101,18 +109,174 @@ class Sums<float, Columns> {
   float sums_[Columns][Vec<float>::size] = {};
 };
 
-template <class T, int Columns>
+template <class T, bool kUpper, int Columns>
+class Sums<T, Q8<kUpper>, Columns> {
+ public:
+  static constexpr int kInputs = Columns / 8;
+  __device__ static __forceinline__ int column(int input) { return input * 8 + lane_row(); }
+
+  // codes: of the step's neurons, in the stretch's groups.
+  __device__ __forceinline__ void add(const Q8Codes& codes, const Quad<T> (&x)[kInputs]) {
+#pragma unroll
+    for (int group = 0; group < kStepGroups; ++group) {
+      uint32_t four[kLaneNeurons], a[2][4];
+#pragma unroll
+      for (int i = 0; i < kLaneNeurons; ++i) four[i] = codes.four(lane_part() * kLaneNeurons + i, group, lane_row());
+      // The tile's row g is the even one of the lane's columns 2 j and 2 j + 1, and row g + 8 the odd one.
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) a[j][k] = both(four[k / 2 * 2], four[k / 2 * 2 + 1], 2 * j + k % 2);
+      const Vec<float> scales = load(codes.scales[group] + lane_part() * kLaneNeurons);
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) {
+        bf16_t first[kLaneNeurons], rest[kLaneNeurons];
+#pragma unroll
+        for (int k = 0; k < kLaneNeurons; ++k) {
+          const float product = to_float(x[i].v[k]) * scales.v[k];
+          first[k] = from_float<bf16_t>(product);
+          rest[k] = from_float<bf16_t>(product - to_float(first[k]));
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {pair(first), pair(first + 2)}});
+          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {pair(rest), pair(rest + 2)}});
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<T, Q8<kUpper>>]) const {
+#pragma unroll
+    for (int group = 0; group < kStepGroups; ++group)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < kInputs; ++i)
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            out[i * 8 + lane_part() * 2 + k % 2][group * q8::kGroup + lane_row() * 4 + 2 * j + k / 2] = sums_[group][j][i][k];
+  }
+
+ private:
+  __device__ static __forceinline__ uint32_t pair(const bf16_t* two) {
+    return uint32_t(two[0].bits) | uint32_t(two[1].bits) << 16;
+  }
+  // The numbers of byte `which` of two neurons' codes.
+  __device__ static __forceinline__ uint32_t both(uint32_t a, uint32_t b, int which) {
+    return q8_numbers<bf16_t, kUpper>(__byte_perm(a, b, which | (which + 4) << 8));
+  }
+
+  float sums_[kStepGroups][2][kInputs][4] = {};
+};
+
+template <class T, class W, int Columns>
 struct Shared {
-  float sums[kWarps][Columns][kStretch<T>];
+  float sums[kWarps][Columns][kStretch<T, W>];
   int32_t last;
 };
 
+// What a block adds up of one row of `x` after another.
+template <class T>
+struct Part {
+  const T* x;      // of the block's first row of input
+  int rows;        // of input
+  int begin, end;  // neurons
+  int column;      // of `out`, the first
+
+  __device__ __forceinline__ int neuron(const DownParams& p, int i) const { return i < end ? (p.neurons ? p.neurons[i] : i) : 0; }
+
+  // Neurons first .. first + 3 of the input rows that a lane multiplies, zero from `end` on.
+  template <class Sums>
+  __device__ __forceinline__ void load(const DownParams& p, int first, Quad<T> (&out)[Sums::kInputs]) const {
+    const bool by_quads = reinterpret_cast<std::uintptr_t>(p.x) % sizeof(Quad<T>) == 0 && p.num_neurons % kLaneNeurons == 0;
+#pragma unroll
+    for (int i = 0; i < Sums::kInputs; ++i) {
+      const int m = Sums::column(i);
+      const T* from = x + size_t(m) * p.num_neurons + first;
+      if (by_quads && m < rows && first + kLaneNeurons <= end) {
+        out[i] = *reinterpret_cast<const Quad<T>*>(from);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kLaneNeurons; ++j) out[i].v[j] = m < rows && first + j < end ? from[j] : from_float<T>(0.0f);
+      }
+    }
+  }
+};
+
+// Adds what this warp has of the part.
+template <class T, class W, bool Aligned, int Columns>
+__device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, NoScratch*, Sums<T, W, Columns>& sums) {
+  int first = part.begin + (int(threadIdx.x) / kWarp * 4 + lane_part()) * kLaneNeurons, next[kLaneNeurons];
+#pragma unroll
+  for (int i = 0; i < kLaneNeurons; ++i) next[i] = part.neuron(p, first + i);
+#pragma unroll 2
+  for (; first - lane_part() * kLaneNeurons < part.end; first += kWarps * kStep) {
+    Vec<T> weights[kLaneNeurons];
+#pragma unroll
+    for (int i = 0; i < kLaneNeurons; ++i)
+      weights[i] = WeightRow<T, W, Aligned>(p.down, next[i])
+                       .load(part.column + lane_row() * Vec<T>::size, first + i < part.end ? p.down.cols : 0);
+#pragma unroll
+    for (int i = 0; i < kLaneNeurons; ++i) next[i] = part.neuron(p, first + kWarps * kStep + i);  // in time for the next round
+    Quad<T> inputs[Sums<T, W, Columns>::kInputs];
+    part.template load<Sums<T, W, Columns>>(p, first, inputs);
+    sums.add(weights, inputs);
+  }
+}
+
+// The same in eight bits. A lane loads a group of each of two neurons, and multiplies four columns of four neurons in each group.
+template <class T, class W, bool Aligned, int Columns, bool kUpper>
+__device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, Q8Codes* codes,
+                                            Sums<T, Q8<kUpper>, Columns>& sums) {
+  Q8Group<kUpper> loaded[2];
+  int first = part.begin + int(threadIdx.x) / kWarp * kStep, next[2];
+  const auto list_from = [&](int begin) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) next[half] = part.neuron(p, begin + lane_row() + half * 8);
+  };
+  const auto load_from = [&](int begin) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      WeightRow<T, W, Aligned>(p.down, next[half])
+          .load(loaded[half], part.column / q8::kGroup + lane_part(), p.down.cols, begin + lane_row() + half * 8 < part.end);
+  };
+  // Loads are on the way while what came before is multiplied, unless registers do not suffice.
+  constexpr bool kAhead = kUpper || Columns == 8;
+  list_from(first);
+  if (kAhead) {
+    load_from(first);
+    list_from(first + kWarps * kStep);
+  }
+#pragma unroll 1
+  for (; first < part.end; first += kWarps * kStep) {
+    if (!kAhead) {
+      load_from(first);
+      list_from(first + kWarps * kStep);
+    }
+    __syncwarp();  // all lanes have used the codes before
+#pragma unroll
+    for (int half = 0; half < 2; ++half) codes->put(lane_row() + half * 8, lane_part(), loaded[half]);
+    __syncwarp();
+    if (kAhead) {
+      load_from(first + kWarps * kStep);
+      list_from(first + 2 * kWarps * kStep);
+    }
+    Quad<T> inputs[Sums<T, W, Columns>::kInputs];
+    part.template load<Sums<T, W, Columns>>(p, first + lane_part() * kLaneNeurons, inputs);
+    sums.add(*codes, inputs);
+  }
+  __syncwarp();  // the sums are put where the codes were
+}
+
 // grid: [stretches of columns, rows of input / 16, parts of the neurons]
-template <class T, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
     down_kernel(const DownParams p, const Workspace workspace, int first_row) {
-  auto& shared = shared_memory<Shared<T, Columns>>();
-  constexpr int stretch = kStretch<T>;
+  auto& shared = shared_memory<Shared<T, W, Columns>>();
+  constexpr int stretch = kStretch<T, W>;
+  using Scratch = typename WeightRow<T, W, Aligned>::Scratch;
+  static_assert(sizeof(Scratch) <= sizeof(shared.sums[0]), "a warp's scratch lies where its sums are put");
   const int neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons, hidden = p.down.cols;
   const int row = first_row + int(blockIdx.y) * kTileRows, rows = p.num_rows - row < Columns ? p.num_rows - row : Columns;
   const int column = int(blockIdx.x) * stretch, parts = int(gridDim.z);
@@ -120,33 +284,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
   const int begin = int(blockIdx.z) * part, end = begin + part < neurons ? begin + part : neurons;
   const T* x = static_cast<const T*>(p.x) + size_t(row) * p.num_neurons;
 
-  Sums<T, Columns> sums;
-  const auto neuron_at = [&](int i) { return i < end ? (p.neurons ? p.neurons[i] : i) : 0; };
-  int first = begin + (int(threadIdx.x) / kWarp * 4 + lane_part()) * kLaneNeurons, next[kLaneNeurons];
-#pragma unroll
-  for (int i = 0; i < kLaneNeurons; ++i) next[i] = neuron_at(first + i);
-#pragma unroll 2
-  for (; first - lane_part() * kLaneNeurons < end; first += kWarps * kStep) {
-    Vec<T> weights[kLaneNeurons];
-#pragma unroll
-    for (int i = 0; i < kLaneNeurons; ++i)
-      weights[i] = WeightRow<T, Aligned>(p.down, next[i]).load(column + lane_row() * Vec<T>::size, first + i < end ? hidden : 0);
-#pragma unroll
-    for (int i = 0; i < kLaneNeurons; ++i) next[i] = neuron_at(first + kWarps * kStep + i);  // in time for the next round
-    Quad<T> inputs[Sums<T, Columns>::kInputs];
-#pragma unroll
-    for (int i = 0; i < Sums<T, Columns>::kInputs; ++i) {
-      const int m = Sums<T, Columns>::column(i);
-      const T* from = x + size_t(m) * p.num_neurons + first;
-      if (Aligned && m < rows && first + kLaneNeurons <= end) {
-        inputs[i] = *reinterpret_cast<const Quad<T>*>(from);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kLaneNeurons; ++j) inputs[i].v[j] = m < rows && first + j < end ? from[j] : from_float<T>(0.0f);
-      }
-    }
-    sums.add(weights, inputs);
-  }
+  Sums<T, W, Columns> sums;
+  add_neurons<T, W, Aligned, Columns>(p, {x, rows, begin, end, column},
+                                      reinterpret_cast<Scratch*>(shared.sums[threadIdx.x / kWarp]), sums);
   sums.put(shared.sums[threadIdx.x / kWarp]);
   __syncthreads();
 
@@ -183,27 +323,33 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
 void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const int hidden = p.down.cols;
-    const int stretches = ceil_div(hidden, kStretch<T>), parts = parts_of(kStretch<T>, hidden, p.num_neurons);
-    // Every group of 16 rows and every stretch has a counter of its own.
-    const int groups = ceil_div(p.num_rows, kTileRows),
-              together = kCounters / stretches < groups ? kCounters / stretches : groups;
-    const bool aligned = aligned16(p.x) && p.num_neurons % kLaneNeurons == 0 && weights_aligned<T>(p.down);
-    with_flag(aligned, [&](auto is_aligned) {
-      const auto start = [&](auto columns, int first) {
-        const dim3 grid(stretches, groups - first < together ? groups - first : together, parts);
-        launch("down", down_kernel<T, is_aligned.value, columns.value>, grid, kWarps * kWarp, sizeof(Shared<T, columns.value>),
-               stream, p, workspace, first * kTileRows);
+    with_format<T>(p.down, [&](auto format) {
+      using W = typename decltype(format)::type;
+      const int hidden = p.down.cols, stretch = kStretch<T, W>;
+      const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretch, hidden, p.num_neurons);
+      // Every group of 16 rows and every stretch has a counter of its own.
+      const int groups = ceil_div(p.num_rows, kTileRows),
+                together = kCounters / stretches < groups ? kCounters / stretches : groups;
+      const auto start = [&](auto aligned, auto columns) {
+        for (int first = 0; first < groups; first += together) {
+          const dim3 grid(stretches, groups - first < together ? groups - first : together, parts);
+          launch("down", down_kernel<T, W, aligned.value, columns.value>, grid, kWarps * kWarp,
+                 sizeof(Shared<T, W, columns.value>), stream, p, workspace, first * kTileRows);
+        }
       };
-      for (int first = 0; first < groups; first += together) {
-        with_columns(p.num_rows, [&](auto columns) { start(columns, first); });
-      }
+      const auto for_speed = [&](auto aligned) { with_columns(p.num_rows, [&](auto columns) { start(aligned, columns); }); };
+      if constexpr (std::is_same_v<W, Plain>)
+        with_flag(weights_aligned<T>(p.down), for_speed);
+      else if constexpr (sizeof(T) == 2)
+        for_speed(std::true_type());
+      else
+        start(std::false_type(), std::integral_constant<int, 16>());
     });
   });
 }
 
 size_t down_workspace(int num_rows, int hidden, int num_neurons) {
-  return size_t(parts_of(kStretch<bf16_t>, hidden, num_neurons)) * num_rows * hidden;
+  return size_t(parts_of(kLargestStretch, hidden, num_neurons)) * num_rows * hidden;
 }
 
 }  // namespace sirius::cuda

@@ -5,15 +5,15 @@ namespace sirius::cuda {
 namespace {
 
 // grid: [neurons / 16, rows of input / 16]
-template <class T, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 2>))
     gate_up_kernel(const GateUpParams p, const Norm norm) {
-  auto& shared = shared_memory<DotShared<Columns, 2>>();
+  auto& shared = shared_memory<DotShared<T, W, Columns, 2>>();
   const int first = int(blockIdx.x) * kTileRows;
   const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, p.gate.cols}, shared.scale);
   dot_rows(input, p.gate.cols, shared, [&](int matrix, int row) {
     const int i = first + row < p.num_neurons ? first + row : p.num_neurons - 1;
-    return WeightRow<T, Aligned>(matrix == 0 ? p.gate : p.up, p.neurons ? p.neurons[i] : i);
+    return WeightRow<T, W, Aligned>(matrix == 0 ? p.gate : p.up, p.neurons ? p.neurons[i] : i);
   });
   for_each_sum<Columns>(p.num_neurons - first, input.rows(), [&](int row, int column) {
     const size_t at = (size_t(blockIdx.y) * kTileRows + column) * p.num_neurons + first + row;
@@ -23,15 +23,15 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
 }
 
 // grid: [neurons / 16, rows of input / 16]
-template <class T, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     gate_kernel(const GateParams p, const Norm norm) {
-  auto& shared = shared_memory<DotShared<Columns, 1>>();
+  auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const int first = int(blockIdx.x) * kTileRows;
   const auto neuron = [&](int i) { return p.neurons ? p.neurons[i] : i; };
   const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, p.gate.cols}, shared.scale);
   dot_rows(input, p.gate.cols, shared, [&](int, int row) {
-    return WeightRow<T, Aligned>(p.gate, neuron(first + row < p.num_neurons ? first + row : p.num_neurons - 1));
+    return WeightRow<T, W, Aligned>(p.gate, neuron(first + row < p.num_neurons ? first + row : p.num_neurons - 1));
   });
   for_each_sum<Columns>(p.num_neurons - first, input.rows(), [&](int row, int column) {
     const size_t line = size_t(blockIdx.y) * kTileRows + column;
@@ -40,15 +40,15 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
 }
 
 // grid: [neurons / 16, rows of input / 16]; blocks beyond the neurons that there are leave
-template <class T, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     up_kernel(const UpParams p, const Norm norm) {
-  auto& shared = shared_memory<DotShared<Columns, 1>>();
+  auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const int first = int(blockIdx.x) * kTileRows, neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons;
   if (first >= neurons) return;
   const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, p.up.cols}, shared.scale);
   dot_rows(input, p.up.cols, shared, [&](int, int row) {
-    return WeightRow<T, Aligned>(p.up, p.neurons[first + row < neurons ? first + row : neurons - 1]);
+    return WeightRow<T, W, Aligned>(p.up, p.neurons[first + row < neurons ? first + row : neurons - 1]);
   });
   for_each_sum<Columns>(neurons - first, input.rows(), [&](int row, int column) {
     const size_t line = size_t(blockIdx.y) * kTileRows + column;
@@ -61,38 +61,33 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
   });
 }
 
-// body(T, whether 16-byte loads are possible, columns) for rows of one or two matrices and of x.
-template <class Body>
-void choose(Dtype dtype, const void* x, const Matrix& weight, const Matrix& other, const Norm& norm, int num_rows, Body&& body) {
-  with_type(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const bool aligned =
-        rows_aligned<T>(x, weight.cols) && weights_aligned<T>(weight) && weights_aligned<T>(other) && aligned16(norm.weight);
-    with_flag(aligned, [&](auto is_aligned) { with_columns(num_rows, [&](auto columns) { body(type, is_aligned, columns); }); });
-  });
-}
-
 }  // namespace
 
 void gate_up(const GateUpParams& p, const Norm& norm, Workspace, StreamHandle stream) {
-  choose(p.dtype, p.x, p.gate, p.up, norm, p.num_rows, [&](auto type, auto aligned, auto columns) {
-    launch("gate_up", gate_up_kernel<typename decltype(type)::type, aligned.value, columns.value>,
-           dot_grid(p.num_neurons, p.num_rows), kDotWarps * kWarp, sizeof(DotShared<columns.value, 2>), stream, p, norm);
+  with_body(p.dtype, p.x, {&p.gate, &p.up}, norm, p.num_rows, [&](auto type, auto format, auto aligned, auto columns) {
+    using T = typename decltype(type)::type;
+    using W = typename decltype(format)::type;
+    launch("gate_up", gate_up_kernel<T, W, aligned.value, columns.value>, dot_grid(p.num_neurons, p.num_rows), kDotWarps * kWarp,
+           sizeof(DotShared<T, W, columns.value, 2>), stream, p, norm);
   });
 }
 
 void gate(const GateParams& p, const Norm& norm, Workspace, StreamHandle stream) {
-  choose(p.dtype, p.x, p.gate, p.gate, norm, p.num_rows, [&](auto type, auto aligned, auto columns) {
-    launch("gate", gate_kernel<typename decltype(type)::type, aligned.value, columns.value>, dot_grid(p.num_neurons, p.num_rows),
-           kDotWarps * kWarp, sizeof(DotShared<columns.value, 1>), stream, p, norm);
+  with_body(p.dtype, p.x, {&p.gate}, norm, p.num_rows, [&](auto type, auto format, auto aligned, auto columns) {
+    using T = typename decltype(type)::type;
+    using W = typename decltype(format)::type;
+    launch("gate", gate_kernel<T, W, aligned.value, columns.value>, dot_grid(p.num_neurons, p.num_rows), kDotWarps * kWarp,
+           sizeof(DotShared<T, W, columns.value, 1>), stream, p, norm);
   });
 }
 
 void up(const UpParams& p, const Norm& norm, Workspace, StreamHandle stream) {
   if (p.num_neurons == 0) return;
-  choose(p.dtype, p.x, p.up, p.up, norm, p.num_rows, [&](auto type, auto aligned, auto columns) {
-    launch("up", up_kernel<typename decltype(type)::type, aligned.value, columns.value>, dot_grid(p.num_neurons, p.num_rows),
-           kDotWarps * kWarp, sizeof(DotShared<columns.value, 1>), stream, p, norm);
+  with_body(p.dtype, p.x, {&p.up}, norm, p.num_rows, [&](auto type, auto format, auto aligned, auto columns) {
+    using T = typename decltype(type)::type;
+    using W = typename decltype(format)::type;
+    launch("up", up_kernel<T, W, aligned.value, columns.value>, dot_grid(p.num_neurons, p.num_rows), kDotWarps * kWarp,
+           sizeof(DotShared<T, W, columns.value, 1>), stream, p, norm);
   });
 }
 

@@ -20,15 +20,15 @@ struct Place {
 };
 
 // grid: [outputs / 16, rows of input / 16]
-template <class T, class Out, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     linear_kernel(const LinearParams p, const Norm norm) {
-  auto& shared = shared_memory<DotShared<Columns, 1>>();
+  auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const int first = int(blockIdx.x) * kTileRows, width = p.parts[0].weight.cols;
   const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, width}, shared.scale);
   dot_rows(input, width, shared, [&](int, int row) {
     const Place at(p, first + row < p.out_features ? first + row : p.out_features - 1);
-    return WeightRow<T, Aligned>(projection_at(p.parts, at.part).weight, at.row);
+    return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight, at.row);
   });
   for_each_sum<Columns>(p.out_features - first, input.rows(), [&](int row, int column) {
     const size_t to = (size_t(blockIdx.y) * kTileRows + column) * p.out_features + first + row;
@@ -36,26 +36,25 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
     float sum = shared.sum(0, row, column);
     if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) sum += to_float(bias[at.row]);
     const float residual = p.residual ? to_float(static_cast<const T*>(p.residual)[to]) : 0.0f;
-    static_cast<Out*>(p.out)[to] = from_float<Out>(scaled(sum, p.scale, p.softcap, residual));
+    const float value = scaled(sum, p.scale, p.softcap, residual);
+    if (p.out_f32)
+      static_cast<float*>(p.out)[to] = value;
+    else
+      static_cast<T*>(p.out)[to] = from_float<T>(value);
   });
 }
 
 }  // namespace
 
 void linear(const LinearParams& p, const Norm& norm, Workspace, StreamHandle stream) {
-  with_type(p.dtype, [&](auto type) {
+  // Parts that there are not are the first once more.
+  const Matrix &first = p.parts[0].weight, &second = p.num_parts > 1 ? p.parts[1].weight : first,
+               &third = p.num_parts > 2 ? p.parts[2].weight : first;
+  with_body(p.dtype, p.x, {&first, &second, &third}, norm, p.num_rows, [&](auto type, auto format, auto aligned, auto columns) {
     using T = typename decltype(type)::type;
-    bool aligned = rows_aligned<T>(p.x, p.parts[0].weight.cols) && aligned16(norm.weight);
-    for (int i = 0; i < p.num_parts; ++i) aligned = aligned && weights_aligned<T>(p.parts[i].weight);
-    with_flag(aligned, [&](auto is_aligned) {
-      with_flag(p.out_f32, [&](auto is_f32) {
-        with_columns(p.num_rows, [&](auto columns) {
-          using Out = std::conditional_t<is_f32.value, float, T>;
-          launch("linear", linear_kernel<T, Out, is_aligned.value, columns.value>, dot_grid(p.out_features, p.num_rows),
-                 kDotWarps * kWarp, sizeof(DotShared<columns.value, 1>), stream, p, norm);
-        });
-      });
-    });
+    using W = typename decltype(format)::type;
+    launch("linear", linear_kernel<T, W, aligned.value, columns.value>, dot_grid(p.out_features, p.num_rows), kDotWarps * kWarp,
+           sizeof(DotShared<T, W, columns.value, 1>), stream, p, norm);
   });
 }
 

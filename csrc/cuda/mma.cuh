@@ -70,6 +70,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Operands& o) {
 template <class T>
 struct Words {
   uint32_t w[4];
+  Words() = default;
   __device__ __forceinline__ explicit Words(const Vec<T>& v) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = uint32_t(v.v[2 * i].bits) | uint32_t(v.v[2 * i + 1].bits) << 16;
@@ -91,6 +92,20 @@ class Tile {
       const Words<T> c(x[i]);
       mma<T>(sums_[i], {{a.w[0], b.w[0], a.w[1], b.w[1]}, {c.w[0], c.w[1]}});
       mma<T>(sums_[i], {{a.w[2], b.w[2], a.w[3], b.w[3]}, {c.w[2], c.w[3]}});
+    }
+  }
+
+  // The same of numbers whose sum is to be multiplied with a scale of its row.
+  __device__ __forceinline__ void add_scaled(const Words<T>& first, const Words<T>& second, float first_scale, float second_scale,
+                                             const Vec<T> (&x)[kInputs]) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+      const Words<T> c(x[i]);
+      float sums[4] = {};
+      mma<T>(sums, {{first.w[0], second.w[0], first.w[1], second.w[1]}, {c.w[0], c.w[1]}});
+      mma<T>(sums, {{first.w[2], second.w[2], first.w[3], second.w[3]}, {c.w[2], c.w[3]}});
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums_[i][j] = fmaf(sums[j], j < 2 ? first_scale : second_scale, sums_[i][j]);
     }
   }
 

@@ -28,17 +28,18 @@ struct Place {
 };
 
 // grid: [pairs / 8, rows of input / 16]. The tile's rows r and r + 8 are a pair, which is rotated as soon as it is summed up.
-template <class T, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     qkv_kernel(const LinearParams p, const RopeParams rope, const Norm norm) {
-  auto& shared = shared_memory<DotShared<Columns, 1>>();
+  auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const int head_dim = rope.cache.head_dim, width = p.parts[0].weight.cols;
   const int first = int(blockIdx.x) * kPairs, pairs = (rope.heads + 2 * rope.cache.kv_heads) * (head_dim / 2);
   const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, width}, shared.scale);
   dot_rows(input, width, shared, [&](int, int row) {
     const int pair = first + row % kPairs;
     const Place at(rope, pair < pairs ? pair : pairs - 1);
-    return WeightRow<T, Aligned>(projection_at(p.parts, at.part).weight, at.line(rope) + (row < kPairs ? at.first : at.second));
+    return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight,
+                                    at.line(rope) + (row < kPairs ? at.first : at.second));
   });
   for_each_sum<Columns>(pairs - first < kPairs ? pairs - first : kPairs, input.rows(), [&](int row, int column) {
     const Place at(rope, first + row);
@@ -62,19 +63,15 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
 }  // namespace
 
 void qkv_rope_kv_write(const LinearParams& p, const RopeParams& rope, const Norm& norm, Workspace, StreamHandle stream) {
-  with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    bool aligned = rows_aligned<T>(p.x, p.parts[0].weight.cols) && aligned16(norm.weight);
-    for (const Projection& part : p.parts) aligned = aligned && weights_aligned<T>(part.weight);
-    const int pairs = (rope.heads + 2 * rope.cache.kv_heads) * (rope.cache.head_dim / 2);
-    with_flag(aligned, [&](auto is_aligned) {
-      with_columns(p.num_rows, [&](auto columns) {
-        launch("qkv_rope_kv_write", qkv_kernel<T, is_aligned.value, columns.value>,
-               dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
-               sizeof(DotShared<columns.value, 1>), stream, p, rope, norm);
-      });
-    });
-  });
+  const int pairs = (rope.heads + 2 * rope.cache.kv_heads) * (rope.cache.head_dim / 2);
+  with_body(p.dtype, p.x, {&p.parts[0].weight, &p.parts[1].weight, &p.parts[2].weight}, norm, p.num_rows,
+            [&](auto type, auto format, auto aligned, auto columns) {
+              using T = typename decltype(type)::type;
+              using W = typename decltype(format)::type;
+              launch("qkv_rope_kv_write", qkv_kernel<T, W, aligned.value, columns.value>,
+                     dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
+                     sizeof(DotShared<T, W, columns.value, 1>), stream, p, rope, norm);
+            });
 }
 
 }  // namespace sirius::cuda

@@ -11,7 +11,7 @@ constexpr int kEmbedThreads = 128;
 template <class T, bool Aligned>
 __global__ void embed_kernel(const EmbedParams p) {
   const int hidden = p.table.cols;
-  const WeightRow<T, Aligned> from(p.table, max(p.tokens[blockIdx.x], 0));
+  const WeightRow<T, Plain, Aligned> from(p.table, max(p.tokens[blockIdx.x], 0));
   T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
   for (int c = int(threadIdx.x) * Vec<T>::size; c < hidden; c += kEmbedThreads * Vec<T>::size) {
     Vec<T> part = from.load(c, hidden);
@@ -19,6 +19,16 @@ __global__ void embed_kernel(const EmbedParams p) {
     for (int i = 0; i < Vec<T>::size; ++i) part.v[i] = from_float<T>(p.scale * to_float(part.v[i]));
     store_part<Aligned>(to, c, hidden, part);
   }
+}
+
+// grid: [num_rows]; one block a row, one thread a weight at a time. The same of a table in eight bits.
+template <class T>
+__global__ void embed_q8_kernel(const EmbedParams p) {
+  const int hidden = p.table.cols;
+  const void* from = p.table.row(max(p.tokens[blockIdx.x], 0));
+  T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
+  for (int c = int(threadIdx.x); c < hidden; c += kEmbedThreads)
+    to[c] = from_float<T>(p.scale * q8_weight(from, c, hidden, p.table.format == Format::q8_upper));
 }
 
 // One warp; one lane a new node. A node sees its parent's ancestors, its parent and itself.
@@ -51,6 +61,7 @@ __global__ void advance_kernel(const AdvanceParams p) {
 void embed(const EmbedParams& p, Workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    if (is_q8(p.table)) return launch("embed", embed_q8_kernel<T>, p.num_rows, kEmbedThreads, 0, stream, p);
     with_flag(weights_aligned<T>(p.table) && aligned16(p.out),
               [&](auto flag) { launch("embed", embed_kernel<T, flag.value>, p.num_rows, kEmbedThreads, 0, stream, p); });
   });

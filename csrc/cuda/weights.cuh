@@ -1,14 +1,28 @@
 // How kernels read a weight matrix: whatever depends on its format.
 #pragma once
 
-#include "common.cuh"
+#include "q8.cuh"
 
 namespace sirius::cuda {
 
-// One row of a matrix whose format is a plain array of T. Rows are read once a pass: by 16 bytes, if they are `Aligned`.
+// A matrix's format, as a kernel's template parameter.
+struct Plain {};  // an array of T
+template <bool kUpper>
+struct Q8 {};         // q8 or q8_upper, for tensor cores
+struct Q8Numbers {};  // either of them, number by number in float32
+
+// What a warp needs in shared memory to read a matrix, if anything.
+struct NoScratch {};
+
+// One row of a matrix. Rows are read once a pass: by 16 bytes, if they are `Aligned`.
+template <class T, class W, bool Aligned>
+class WeightRow;
+
 template <class T, bool Aligned>
-class WeightRow {
+class WeightRow<T, Plain, Aligned> {
  public:
+  using Scratch = NoScratch;
+
   WeightRow() = default;
   __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : elements_(static_cast<const T*>(matrix.row(row))) {}
 
@@ -19,10 +33,61 @@ class WeightRow {
   const T* elements_;
 };
 
+// Such rows are always aligned. They are no vectors of T before they have gone through the scratch.
+template <class T, bool kUpper, bool Aligned>
+class WeightRow<T, Q8<kUpper>, Aligned> {
+ public:
+  using Scratch = Q8Codes;
+
+  WeightRow() = default;
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(matrix.row(row)) {}
+
+  // Nothing is read unless the row is there.
+  __device__ __forceinline__ void load(Q8Group<kUpper>& to, int group, int cols, bool there = true) const {
+    to.load(row_, group, cols, there && group < q8::groups(cols));
+  }
+
+ private:
+  const void* row_;
+};
+
+template <bool Aligned>
+class WeightRow<float, Q8Numbers, Aligned> {
+ public:
+  using Scratch = NoScratch;
+
+  WeightRow() = default;
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
+      : row_(matrix.row(row)), upper_(matrix.format == Format::q8_upper) {}
+
+  __device__ __forceinline__ Vec<float> load(int begin, int n) const {
+    Vec<float> out;
+#pragma unroll
+    for (int i = 0; i < Vec<float>::size; ++i) out.v[i] = begin + i < n ? q8_weight(row_, begin + i, n, upper_) : 0.0f;
+    return out;
+  }
+
+ private:
+  const void* row_;
+  bool upper_;
+};
+
+inline bool is_q8(const Matrix& matrix) { return matrix.format == Format::q8 || matrix.format == Format::q8_upper; }
+
 // Whether the matrix's rows may be read by 16 bytes.
 template <class T>
 bool weights_aligned(const Matrix& matrix) {
-  return aligned16(matrix.data) && matrix.stride % 16 == 0 && matrix.cols % Vec<T>::size == 0;
+  return is_q8(matrix) || (aligned16(matrix.data) && matrix.stride % 16 == 0 && matrix.cols % Vec<T>::size == 0);
+}
+
+// body(Type<W>()) for a matrix's format and input of T.
+template <class T, class Body>
+void with_format(const Matrix& matrix, Body&& body) {
+  if (!is_q8(matrix)) return body(Type<Plain>());
+  if constexpr (sizeof(T) == 4)
+    body(Type<Q8Numbers>());
+  else
+    with_flag(matrix.format == Format::q8_upper, [&](auto upper) { body(Type<Q8<upper.value>>()); });
 }
 
 // One of the projections whose outputs stand side by side. By comparison: an index would copy a kernel's parameters to local
