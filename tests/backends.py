@@ -287,7 +287,13 @@ def exact_activation(g: torch.Tensor, activation: str) -> torch.Tensor:
     return g * torch.sigmoid(g if activation == "silu" else gelu_exponent(g))
 
 
-def activation_error(x: torch.Tensor, gate: torch.Tensor, activation: str, up: torch.Tensor | None = None) -> torch.Tensor:
+def activation_error(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    activation: str,
+    up: torch.Tensor | None = None,
+    dot_error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = dot_error,
+) -> torch.Tensor:
     """How far two float32 results of `act(gate x) * (up x)`, or without `up` of `act(gate x)`, may be apart. |act'| stays below
     1.2. The twin's gelu adds 1 to a tanh near -1, whose own rounding is then left."""
     g, gate_error = x.float() @ gate.float().T, dot_error(x, gate)

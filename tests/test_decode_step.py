@@ -58,13 +58,15 @@ EPS, SCALE = 1e-5, 0.2
 
 
 class Layers:
-    """Random weights of a family, and both ways through them."""
+    """Random weights of a family, and both ways through them. packed: makes the matrices of layers, and those of embedding and LM
+    head, from plain ones."""
 
-    def __init__(self, family, dtype):
+    def __init__(self, family, dtype, packed=(Matrix, Matrix)):
         self.family, self.dtype = family, dtype
 
         def weight(rows, cols):
-            return (randn(rows, cols, dtype=torch.float32) * cols**-0.5).to(dtype)
+            pack = packed[rows == VOCAB]
+            return pack((randn(rows, cols, dtype=torch.float32) * cols**-0.5).to(dtype))
 
         def norm(present, width=HIDDEN):
             return randn(width, dtype=dtype) if present else None
@@ -95,13 +97,12 @@ class Layers:
         norm = lambda weight: (0 if weight is None else weight.data_ptr(), EPS, family.offset)  # noqa: E731
         layers = [
             {name: norm(layer[name]) for name in layer if name.startswith(("before", "after")) or name.endswith("norm")}
-            | {name: Matrix(layer[name]).raw for name in ("gate", "up", "down")}
+            | {name: layer[name].raw for name in ("gate", "up", "down")}
             | {
                 "qkv": [
-                    (Matrix(weight).raw, 0 if bias is None else bias.data_ptr())
-                    for weight, bias in zip(layer["qkv"], layer["biases"])
+                    (weight.raw, 0 if bias is None else bias.data_ptr()) for weight, bias in zip(layer["qkv"], layer["biases"])
                 ],
-                "output": (Matrix(layer["output"]).raw,),
+                "output": (layer["output"].raw,),
                 "window": family.windows[index],
                 "rope": family.ropes[index],
             }
@@ -109,9 +110,9 @@ class Layers:
         ]
         return functions.Model(
             dtype=ops.DTYPES[self.dtype],
-            embedding=Matrix(self.embedding).raw,
+            embedding=self.embedding.raw,
             final_norm=norm(self.final_norm),
-            lm_head=Matrix(self.lm_head).raw,
+            lm_head=self.lm_head.raw,
             layers=layers,
             hidden=HIDDEN,
             intermediate=INTERMEDIATE,
@@ -146,7 +147,7 @@ class Layers:
                 return product(*arguments, residual=x, scale=family.residual_scale)
             return normed(product(*arguments), after, x)
 
-        x = (self.embedding[tokens.long()].float() * torch.tensor(family.embedding_scale)).to(self.dtype)
+        x = (self.embedding.dense()[tokens.long()] * torch.tensor(family.embedding_scale)).to(self.dtype)
         kept_z = []
         for index, layer in enumerate(self.layers):
             y = normed(x, layer["before_attention"])
@@ -187,8 +188,8 @@ KEPT, KEPT_UP, KEPT_DOWN = 41, 29, 18
 class Pass:
     """Inputs of one pass, and what it must give."""
 
-    def __init__(self, family, shape, dtype, kind, fused=False):
-        self.layers, self.mask, self.kind = Layers(FAMILIES[family], dtype), ops.tree_mask(PARENTS[shape].int()), kind
+    def __init__(self, family, shape, dtype, kind, fused=False, packed=(Matrix, Matrix)):
+        self.layers, self.mask, self.kind = Layers(FAMILIES[family], dtype, packed), ops.tree_mask(PARENTS[shape].int()), kind
         self.m, self.prefix = len(self.mask), 300
         self.tokens = torch.randint(VOCAB, (self.m,), dtype=torch.int32)
         seen = torch.tensor([row.bit_count() for row in self.mask.flatten().tolist()], dtype=torch.int32)
@@ -281,8 +282,49 @@ def test_a_pass_is_its_ops(isa, dtype, family, shape, kind):
     ],
 )
 def test_a_pass_of_cuda_is_its_ops(cuda_functions, dtype, family, shape, kind):
-    each = Pass(family, shape, dtype, KINDS[kind], fused=not FAMILIES[family].head_norms)
+    check_on_cuda(cuda_functions, Pass(family, shape, dtype, KINDS[kind], fused=not FAMILIES[family].head_norms))
+
+
+def check_on_cuda(cuda_functions, each):
     handle, counters = each.layers.handle(cuda_functions), torch.zeros(cuda_functions.counters, dtype=torch.int32)
     for base in (None, torch.tensor([each.prefix], dtype=torch.int32)):
         each.check(handle, base, counters=counters.data_ptr(), stream=0)
         assert not counters.any()
+
+
+def eight_bits(numbers):
+    return Matrix(numbers).in_eight_bits()
+
+
+def four_bits(numbers):
+    return eight_bits(numbers).in_four_bits()
+
+
+# The matrices of the layers; embedding and LM head.
+PACKED = {
+    "eight bits": (eight_bits, eight_bits),
+    "four bits": (four_bits, four_bits),
+    "eight bits, and a plain head": (eight_bits, Matrix),
+    "four bits, and a head of eight": (four_bits, eight_bits),
+}
+# (family, tokens, neurons): heads that are normalised or not, a scale of the embedding, biases.
+CASES = [
+    ("qwen2", "a token", "full"),
+    ("gemma3", "a chain", "listed"),
+    ("llama", "a tree", "full"),
+    ("granite", "a tree", "largest"),
+]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize(("family", "shape", "kind"), CASES)
+def test_a_pass_of_packed_weights_is_its_ops(isa, dtype, family, shape, kind, packed):
+    each = Pass(family, shape, dtype, KINDS[kind], packed=PACKED[packed])
+    each.check(each.layers.handle(_C), threads=2)
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize(("family", "shape", "kind"), CASES)
+def test_a_pass_of_packed_weights_of_cuda_is_its_ops(cuda_functions, dtype, family, shape, kind, packed):
+    fused = not FAMILIES[family].head_norms
+    check_on_cuda(cuda_functions, Pass(family, shape, dtype, KINDS[kind], fused, PACKED[packed]))

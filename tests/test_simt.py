@@ -11,6 +11,7 @@ import test_cascade
 import test_down
 import test_fsparse_ops
 import test_linear
+import test_q8
 import test_rms_norm
 import test_tree_attention
 import test_tree_expand
@@ -20,6 +21,7 @@ from simt_builds import Mutation
 
 from sirius_ext import _simt
 from sirius_ext.kernels import ops
+from sirius_ext.kernels.matrix import Format
 
 NUMBERS = torch.arange(1.0, 257.0).view(4, 2, 32)  # what the small kernels are given: [blocks, warps, lanes]
 ONES = torch.ones(256)
@@ -86,9 +88,9 @@ def test_every_small_kernel_is_tested():
     assert sorted(RIGHT) == sorted([*MESSAGES, *WRONG, *SANITIZER])
 
 
-def without_barrier(file, after, unit, indent=2):
+def without_barrier(file, after, unit, indent=2, barrier="__syncthreads"):
     """The barrier behind `after` is gone."""
-    return Mutation(file, f"{after}\n{' ' * indent}__syncthreads();", after, unit)
+    return Mutation(file, f"{after}\n{' ' * indent}{barrier}();", after, unit)
 
 
 BF16 = torch.bfloat16
@@ -101,6 +103,14 @@ MUTATIONS = {
     "down adds up the warps' sums before they are there": (
         without_barrier("down.cu", "sums.put(shared.sums[threadIdx.x / kWarp]);", "down.cu"),
         lambda: test_down.test_against_reference(ops, BF16, (3, 151, 129), "dense"),
+    ),
+    "linear multiplies codes before they are there": (
+        without_barrier("dot.cuh", "lane_part(), loaded[m][half]);", "linear.cu", 4, "__syncwarp"),
+        lambda: test_q8.test_linear_against_reference(ops, BF16, Format.Q8, (3, 160, 17), "plain"),
+    ),
+    "down multiplies codes before they are there": (
+        without_barrier("down.cu", "lane_part(), loaded[half]);", "down.cu", 4, "__syncwarp"),
+        lambda: test_q8.test_down_against_reference(ops, BF16, Format.Q8, (3, 151, 129), "dense"),
     ),
     "down writes a column too many": (
         Mutation("down.cu", "c >= columns", "c > columns", "down.cu"),

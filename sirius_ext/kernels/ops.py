@@ -150,6 +150,8 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
     if weight.packed is not None:  # for input of any dtype
         width = q8.row_bytes(weight.cols, weight.format == Format.Q8_UPPER)
         _check(name, data, torch.uint8, None, width)
+        if data.data_ptr() % 16 or weight.stride % 16:
+            raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
         data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)
     return weight
@@ -235,6 +237,8 @@ def gate_up(
     """
     px, gates, m, intermediate = _check_product(x, gate, "gate")
     ups = _check_matrix("up", up, x.dtype, intermediate, gates.cols)
+    if ups.format != gates.format:
+        raise ValueError(f"up: expected a matrix of the format {gates.format.name}, as gate's, got {ups.format.name}")
     pn, kept = _check_neurons(neurons, intermediate)
     act = _check_activation(activation)
     out, po = _output(out, x.device, x.dtype, m, kept)

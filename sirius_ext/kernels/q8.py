@@ -89,6 +89,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     cols = x.shape[-1]
     grouped = torch.nn.functional.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
     largest = grouped.abs().amax(-1, keepdim=True)
-    integers = (grouped * torch.where(largest > 0, _LARGEST / largest, 0.0)).round()
+    inverse = torch.where(largest > 0, torch.full_like(largest, _LARGEST) / largest, 0.0)  # a number / tensor rounds twice
+    integers = (grouped * inverse).round()
     result: torch.Tensor = (integers * (largest / _LARGEST)).flatten(-2)[..., :cols]
     return result
