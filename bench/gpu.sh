@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-570}
 SHAPE=${SHAPE:-llama-3-8b}
 PARTS=(build test sanitize soak bench)
-OP_TESTS=(tests/test_{linear,gate_up,down,fsparse_ops,cascade,follow,rms_norm,rope_kv_write}.py
+OP_TESTS=(tests/test_{linear,gate_up,down,q8,fsparse_ops,cascade,follow,rms_norm,rope_kv_write}.py
   tests/test_tree_{mask,attention,expand}.py tests/test_{accept,kv_rewrite}.py)
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
