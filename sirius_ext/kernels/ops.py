@@ -22,7 +22,7 @@ import torch
 
 from .. import _C
 from . import q8
-from .dispatch import check_device, run
+from .dispatch import check_device, is_cuda, run
 from .matrix import Format, Matrix, matrix_of
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -150,7 +150,7 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
     if weight.packed is not None:  # for input of any dtype
         width = q8.row_bytes(weight.cols, weight.format == Format.Q8_UPPER)
         _check(name, data, torch.uint8, None, width)
-        if data.data_ptr() % 16 or weight.stride % 16:
+        if is_cuda(weight.device) and (data.data_ptr() % 16 or weight.stride % 16):
             raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
         data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)
