@@ -40,9 +40,9 @@ class TimedHandle:
     def __init__(self, handle) -> None:
         self._handle, self.seconds = handle, 0.0
 
-    def step(self, *arguments) -> None:
+    def step(self, **fields) -> None:
         started = time.perf_counter()
-        self._handle.step(*arguments)
+        self._handle.step(**fields)
         self.seconds += time.perf_counter() - started
 
     def __getattr__(self, name: str):

@@ -1,5 +1,5 @@
-// Eight bits in two planes: how a row of the formats q8 and q8_upper lies in memory. `cols` weights in groups of 32, the last one
-// filled up:
+// Eight bits in two planes: how a row of the formats q8 and q8_upper lies in memory. `cols` weights in groups of 32, the last
+// one filled up:
 //
 //   scales f16 [groups], filled up to 16 bytes | upper nibbles [groups][16] | lower nibbles [groups][16]
 //

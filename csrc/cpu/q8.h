@@ -1,13 +1,13 @@
-// The products of matrices in eight bits, in two planes (csrc/q8.h): what all instruction sets have in common, and the bodies for
-// a CPU that has none of them, which are the explanation of q8_simd.h as well.
+// The products of matrices in eight bits, in two planes (csrc/q8.h): what all instruction sets have in common, and the bodies
+// for a CPU that has none of them, which are the explanation of q8_simd.h as well.
 //
-// Products are of integers. The input is rounded to 8 bits in groups of 32 with a scale each, as the weights were, and a group's
-// sum of integers is exact: only its conversion to float and the sum over the groups round. So the bits of a result depend on
-// nothing but its own rows, and the bodies for 16, 8 and 1 lanes differ in fused multiplication at most.
+// Products are of integers. The input is rounded to 8 bits in groups of 32 with a scale each, as the weights were, and a
+// group's sum of integers is exact: only its conversion to float and the sum over the groups round. So the bits of a result
+// depend on nothing but its own rows, and the bodies for 16, 8 and 1 lanes differ in fused multiplication at most.
 //
 // `sum` adds up rows with coefficients, and a row's scale differs from group to group. There the integers are the coefficients
-// times the scales, rounded for 32 rows and a group of columns together: relative to the largest coefficient of the 32 rows times
-// the largest scale that they have in the group.
+// times the scales, rounded for 32 rows and a group of columns together: relative to the largest coefficient of the 32 rows
+// times the largest scale that they have in the group.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +28,8 @@ constexpr int kRows = 32;     // of `sum`, rounded together
 constexpr int kColumns = 16;  // input rows of `dot` that are packed together
 constexpr float kTop = 127.0f;
 
-// The starting value of a group's sum of integers, which takes off the codes' zero. total: of the input's integers, |total| <= 32
-// * 127. For q8_upper it is rounded, by half of a code times one of the input's integers at most.
+// The starting value of a group's sum of integers, which takes off the codes' zero. total: of the input's integers, |total| <=
+// 32 * 127. For q8_upper it is rounded, by half of a code times one of the input's integers at most.
 template <bool kUpper>
 int start_of(int total) {
   return kUpper ? -(241 * total) >> 1 : -kZero * total;
