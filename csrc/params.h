@@ -12,15 +12,23 @@
 
 namespace sirius {
 
+// How long the rows of a matrix are, and where their parts lie.
+struct RowForm {
+  int cols;
+  int64_t lower;  // see Matrix
+};
+
 // A weight matrix, stored row by row: a row is what one neuron, or one output, reads. Who wants a row asks `row`, so that one day
 // it may lie elsewhere. How the bytes of a row are read is known to the format's kernels alone.
 struct Matrix {
   const void* data;
   Format format;
   int rows, cols;
-  int64_t stride;  // bytes from one row to the next
+  int64_t stride;     // bytes from one row to the next
+  int64_t lower = 0;  // of q8, bytes from a row to its lower nibbles
 
   SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
+  RowForm form() const { return {cols, lower}; }
 };
 
 // A matrix with an optional bias.

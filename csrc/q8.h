@@ -1,14 +1,17 @@
-// Eight bits in two planes: how a row of the formats q8 and q8_upper lies in memory. `cols` weights in groups of 32, the last
-// one filled up:
+// Eight bits in two planes: how the formats q8 and q8_upper lie in memory. A row has `cols` weights in groups of 32, the last one
+// filled up:
 //
-//   scales f16 [groups], filled up to 16 bytes | upper nibbles [groups][16] | lower nibbles [groups][16]
+//   at the row's address:               scales f16 [groups], filled up to 16 bytes | upper nibbles [groups][16]
+//   Matrix::lower bytes from there on:  lower nibbles [groups][16]
 //
 // Byte b of a group's 16 has the nibble of weight b in its lower half and that of weight 16 + b in its upper half. F reads all:
 //
 //   weight = scale * (code - 128), code = 16 * upper + lower
 //
-// S reads the same row up to the lower nibbles and takes 7.5, their mean, for each. So q8_upper is a view of a q8 matrix, or a
-// matrix of its own whose rows end there.
+// S reads the same rows without the lower nibbles and takes 7.5, their mean, for each. So q8_upper is a view of a q8 matrix, or a
+// matrix of its own that has no lower nibbles. The upper plane of all rows comes before the lower one of all: a reader of the
+// upper ones then reads straight on, which is a third faster than to skip what lies between (measured: hardware reads it all the
+// same).
 #pragma once
 
 #include "types.h"
@@ -23,7 +26,7 @@ SIRIUS_ANYWHERE constexpr int groups(int cols) { return (cols + kGroup - 1) / kG
 
 SIRIUS_ANYWHERE constexpr int scale_bytes(int cols) { return (2 * groups(cols) + 15) / 16 * 16; }
 
-// Where the lower nibbles begin.
+// Of a row without its lower nibbles.
 SIRIUS_ANYWHERE constexpr int upper_bytes(int cols) { return scale_bytes(cols) + kGroupBytes * groups(cols); }
 
 }  // namespace sirius::q8

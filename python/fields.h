@@ -35,6 +35,7 @@ struct Fields<Matrix> {
     v("rows", &P::rows);
     v("cols", &P::cols);
     v("stride", &P::stride);
+    v("lower", &P::lower, optional);
   }
 };
 

@@ -46,11 +46,11 @@ def packed(weight: torch.Tensor, form: Format) -> Matrix:
 
 def among_faults(matrix: Matrix, neurons: torch.Tensor | None = None) -> Matrix:
     """A copy with bytes of 255, of which two are a scale of NaN, before, between and after its rows; and in those not listed."""
-    rows, width = matrix.data.shape
-    wide = torch.full((rows + 2, width + 48 - width % 16), 255, dtype=torch.uint8)
+    *planes, rows, width = matrix.data.shape
+    wide = torch.full((*planes, rows + 2, width + 48 - width % 16), 255, dtype=torch.uint8)
     selected = slice(None) if neurons is None else neurons.long()
-    wide[1:-1][selected, 16 : 16 + width] = matrix.data[selected]
-    return Matrix(wide[1:-1, 16 : 16 + width], matrix.packed)
+    wide[..., 1:-1, :][..., selected, 16 : 16 + width] = matrix.data[..., selected, :]
+    return Matrix(wide[..., 1:-1, 16 : 16 + width], matrix.packed)
 
 
 def on_cuda(kernels) -> bool:
@@ -87,7 +87,7 @@ def test_numbers_are_rounded_to_the_nearest_code(cols):
     weight = torch.randn(7, cols) * torch.logspace(-3, 3, 7)[:, None]
     weight[3] = 0.0
     matrix = Matrix(weight).in_eight_bits()
-    assert matrix.shape == weight.shape and matrix.stride % 16 == 0 and matrix.data.shape[1] == q8.row_bytes(cols)
+    assert matrix.shape == weight.shape and matrix.stride % 16 == 0 and matrix.data.shape == (2, 7, q8.row_bytes(cols))
     (wide,) = grouped(weight)
     scales = (wide.abs().amax(-1) / 127).half().float().repeat_interleave(q8.GROUP, 1)[:, :cols]
     # Half a code; or of the largest what rounding its scale has left, which may be subnormal.
@@ -105,13 +105,13 @@ def every_code(form: Format) -> tuple[Matrix, torch.Tensor]:
     """A matrix with all 256 codes, laid out as csrc/q8.h says, scales of 1; and its numbers."""
     codes = torch.arange(256).view(8, 32)
     first, second = codes[:, :16], codes[:, 16:]
-    planes = torch.cat((first >> 4 | second & 0xF0, first & 15 | (second & 15) << 4), 1).to(torch.uint8)
-    scales = torch.zeros(8, 8, dtype=torch.float16)
-    scales[:, 0] = 1.0
-    data = torch.cat((scales.view(torch.uint8), planes), 1).contiguous()
+    planes = torch.stack((first >> 4 | second & 0xF0, first & 15 | (second & 15) << 4)).to(torch.uint8)
+    scales = torch.zeros(2, 8, 8, dtype=torch.float16)
+    scales[0, :, 0] = 1.0
+    data = torch.cat((scales.view(torch.uint8), planes), 2).contiguous()
     if form == Format.Q8:
         return Matrix(data, (form, 32)), codes - 128.0
-    return Matrix(data[:, :32], (form, 32)), codes // 16 * 16 - 120.5
+    return Matrix(data[0], (form, 32)), codes // 16 * 16 - 120.5
 
 
 def test_every_code_is_its_number(kernels, dtype, form):
@@ -307,8 +307,8 @@ def in_itself(matrix: Matrix) -> Matrix:
     """The same rows in a matrix of eight bits."""
     if matrix.format == Format.Q8:
         return matrix
-    lower = torch.full((matrix.rows, 16 * q8.groups(matrix.cols)), 255, dtype=torch.uint8)
-    return Matrix(torch.cat((matrix.data, lower), 1), (Format.Q8, matrix.cols)).in_four_bits()
+    lower = torch.full_like(matrix.data, 255)
+    return Matrix(torch.stack((matrix.data, lower)), (Format.Q8, matrix.cols)).in_four_bits()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -328,12 +328,13 @@ WEIGHT = Matrix(torch.ones(4, 40)).in_eight_bits()
 @pytest.mark.parametrize(
     ("data", "cols", "error", "message"),
     [
-        (WEIGHT.data[:, :-16], 40, ValueError, r"^weight: expected shape \[any, 80\], got \[4, 64\]"),
+        (WEIGHT.data[..., :-16], 40, ValueError, r"^weight: expected shape \[2, any, 48\], got \[2, 4, 32\]"),
+        (WEIGHT.data[0], 40, ValueError, r"^weight: expected shape \[2, any, 48\], got \[4, 48\]"),
         (WEIGHT.data, 64, ValueError, r"^weight: expected shape \[any, 40\], got \[4, 64\]"),
-        (WEIGHT.data, 72, ValueError, r"^weight: expected shape \[any, 112\], got \[4, 80\]"),
+        (WEIGHT.data, 72, ValueError, r"^weight: expected shape \[2, any, 64\], got \[2, 4, 48\]"),
         (WEIGHT.data.float(), 40, TypeError, "^weight: expected torch.uint8"),
         (WEIGHT.data.flatten(), 40, ValueError, "^weight: expected shape"),
-        (WEIGHT.data.T.contiguous().T, 40, ValueError, "^weight: expected a contiguous"),
+        (WEIGHT.data.mT.contiguous().mT, 40, ValueError, "^weight: expected a contiguous"),
     ],
 )
 def test_errors(data, cols, error, message):
@@ -341,10 +342,12 @@ def test_errors(data, cols, error, message):
         ops.linear(torch.zeros(2, 40), Matrix(data, (Format.Q8, cols)))
 
 
-@pytest.mark.parametrize(("stride", "first"), [(88, 0), (80, 8)])
+@pytest.mark.parametrize(("stride", "first"), [(56, 0), (48, 8)])
 def test_rows_that_16_byte_loads_may_not_read(kernels, stride, first):
     """A file that is mapped into memory may have them."""
-    data = torch.zeros(4 * stride + 8, dtype=torch.uint8)[first:].as_strided((4, 80), (stride, 1)).copy_(WEIGHT.data)
+    data = (
+        torch.zeros(8 * stride + 8, dtype=torch.uint8)[first:].as_strided((2, 4, 48), (4 * stride, stride, 1)).copy_(WEIGHT.data)
+    )
     x, matrix = torch.ones(2, 40), Matrix(data, (Format.Q8, 40))
     if not on_cuda(kernels):
         assert_same_bits(kernels.linear(x, matrix), kernels.linear(x, WEIGHT))

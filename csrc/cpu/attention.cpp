@@ -109,7 +109,7 @@ class Attention {
     Rows<kSlots> rows;
     float* scores = scratch<float>(Scratch::second, size_t(columns) * kSlots);
     rows.fill(0, n, key, [&](int i) { return value(std::min(i, n - 1)); });
-    rows_.dot(rows.pointers, n, queries, columns, head_dim, scores, kSlots);
+    rows_.dot(rows.pointers, n, queries, columns, keys.form(), scores, kSlots);
 
     const size_t at = (size_t(kv_head) * chunks_ + chunk - first_) * p_.num_rows * group_ + first;
     char* weights = scratch<char>(Scratch::probabilities, size_t(columns) * kSlots * size_of(p_.dtype));
@@ -119,7 +119,7 @@ class Attention {
     float* out = partials_.values + at * head_dim;
     std::fill_n(out, size_t(columns) * head_dim, 0.0f);
     rows.fill(0, n, n, value);
-    rows_.sum(rows.pointers, n, weights, kSlots, columns, head_dim, 0, head_dim, out, head_dim);
+    rows_.sum(rows.pointers, n, weights, kSlots, columns, values.form(), 0, head_dim, out, head_dim);
   }
 
   // One reading serves every row.

@@ -22,20 +22,20 @@ struct MatrixKernels {
   size_t (*packed_size)(int m, int k);
   void (*pack)(const void* x, ptrdiff_t ldx, int m, int k, void* packed);
 
-  // out[j * ldo + i] = rows[i] . x[j], float; rows: [k] each, n + kAhead pointers.
-  void (*dot)(const void* const* rows, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo);
+  // out[j * ldo + i] = rows[i] . x[j], float; rows: [form.cols] each, n + kAhead pointers.
+  void (*dot)(const void* const* rows, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo);
 
-  // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: [k], n + kAhead pointers.
-  // The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32). `begin` is one,
-  // too.
-  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, int k, int begin, int end, float* acc,
-              ptrdiff_t lda);
+  // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: [form.cols], n + kAhead
+  // pointers. The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32). `begin`
+  // is one, too.
+  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
+              float* acc, ptrdiff_t lda);
 
-  // out[c] = row[c] for all n of a row.
-  void (*read)(const void* row, int n, float* out);
+  // out[c] = row[c] for all of a row.
+  void (*read)(const void* row, const RowForm& form, float* out);
 
-  // row[c] = x[c], rounded; x: T [n].
-  void (*write)(const void* x, int n, void* row);
+  // row[c] = x[c], rounded; x: T [form.cols].
+  void (*write)(const void* x, const RowForm& form, void* row);
 };
 
 struct Kernels {

@@ -121,7 +121,8 @@ void dot_group(const T* const* rows, int n, const typename Product<T>::Input* x,
 }
 
 template <class T>
-void dot(const void* const* row_pointers, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+void dot(const void* const* row_pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+  const int k = form.cols;
   using Input = typename Product<T>::Input;
   const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
   const int width = padded<T>(k);
@@ -162,8 +163,8 @@ void sum_group(const T* const* rows, const T* coef, ptrdiff_t ldc, int m, int be
 }
 
 template <class T>
-void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, int, int begin, int end,
-         float* acc, ptrdiff_t lda) {
+void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm&, int begin,
+         int end, float* acc, ptrdiff_t lda) {
   const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
   const T* coef = static_cast<const T*>(coefficients);
   int r = 0;
@@ -172,13 +173,14 @@ void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdi
 }
 
 template <class T>
-void read_row(const void* row, int n, float* out) {
+void read_row(const void* row, const RowForm& form, float* out) {
+  const int n = form.cols;
   for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(static_cast<const T*>(row) + c, n - c), out + c, n - c);
 }
 
 template <class T>
-void write_row(const void* x, int n, void* row) {
-  std::memcpy(row, x, n * sizeof(T));
+void write_row(const void* x, const RowForm& form, void* row) {
+  std::memcpy(row, x, form.cols * sizeof(T));
 }
 
 template <class T, class Out>

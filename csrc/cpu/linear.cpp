@@ -23,7 +23,7 @@ void linear(const LinearParams& p) {
   int start = 0;
   for (const Projection* part = p.parts; part < p.parts + p.num_parts; start += (part++)->weight.rows) {
     const int begin = std::max(range.begin, start), end = std::min(range.end, start + part->weight.rows);
-    products.each_chunk(begin, end, range.end, row_at, [&](int j, int r, int n, const float* sums) {
+    products.each_chunk(part->weight, begin, end, range.end, row_at, [&](int j, int r, int n, const float* sums) {
       const size_t at = size_t(j) * p.out_features + r;
       const void* bias = part->bias ? offset(part->bias, r - start, p.dtype) : nullptr;
       const void* residual = p.residual ? offset(p.residual, at, p.dtype) : nullptr;
@@ -36,7 +36,7 @@ void pack(const PackParams& p) {
   const MatrixKernels& matrix = matrix_kernels(p.out.format, p.dtype);
   const Range rows = share(p.out.rows);
   for (int r = rows.begin; r < rows.end; ++r)
-    matrix.write(offset(p.x, size_t(r) * p.out.cols, p.dtype), p.out.cols, const_cast<void*>(p.out.row(r)));
+    matrix.write(offset(p.x, size_t(r) * p.out.cols, p.dtype), p.out.form(), const_cast<void*>(p.out.row(r)));
 }
 
 }  // namespace sirius::cpu

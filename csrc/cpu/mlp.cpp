@@ -23,9 +23,9 @@ void gate_up(const GateUpParams& p) {
     const auto up_row = [&](int r) { return row(p.up, std::min(r, range.end - 1)); };
     Rows<> rows;
     rows.fill(i, n, gate_row, [&](int r) { return up_row(i + r); });
-    products.dot(rows, n, gates);
+    products.dot(rows, p.gate.form(), n, gates);
     rows.fill(i, n, up_row, [&](int r) { return gate_row(i + n + r); });
-    products.dot(rows, n, ups);
+    products.dot(rows, p.up.form(), n, ups);
     for (int j = 0; j < p.num_rows; ++j)
       k.activate(p.activation, gates + j * kChunk, ups + j * kChunk, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
   }
@@ -34,7 +34,7 @@ void gate_up(const GateUpParams& p) {
 void gate(const GateParams& p) {
   const Kernels& k32 = kernels(Dtype::f32);
   const auto row_at = [&](int i) { return p.gate.row(p.neurons ? p.neurons[i] : i); };
-  Products(p.gate, p.dtype, p.x, p.num_rows).each_chunk(p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
+  Products(p.gate, p.dtype, p.x, p.num_rows).each_chunk(p.gate, p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
     float* out = p.out + size_t(j) * p.gate.rows;
     k32.activate(p.activation, sums, nullptr, n, p.neurons ? sums : out + i);
     if (p.neurons)
@@ -123,7 +123,7 @@ void follow(const FollowParams& p) {
 void up(const UpParams& p) {
   const Kernels& k = kernels(p.dtype);
   const auto row_at = [&](int i) { return p.up.row(p.neurons[i]); };
-  Products(p.up, p.dtype, p.x, p.num_rows).each_chunk(p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
+  Products(p.up, p.dtype, p.x, p.num_rows).each_chunk(p.up, p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
     const float* gates = p.gates + size_t(j) * p.up.rows;
     for (int r = 0; r < n; ++r) sums[r] *= gates[p.neurons[i + r]];
     if (p.spread) {
@@ -172,7 +172,7 @@ void down(const DownParams& p) {
       const int n = std::min(kChunk, last - i);
       Rows<> rows;
       rows.fill(i, n, p.num_neurons, row_at);
-      matrix.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, hidden, begin, end, acc, hidden);
+      matrix.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, p.down.form(), begin, end, acc, hidden);
     }
   }
   sync();

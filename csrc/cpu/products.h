@@ -14,39 +14,40 @@ class Products {
   Products(const Matrix& matrix, Dtype dtype, const void* x, int m)
       : kernels_(matrix_kernels(matrix.format, dtype)),
         packed_(scratch<char>(Scratch::packed, kernels_.packed_size(m, matrix.cols))),
-        m_(m),
-        width_(matrix.cols) {
-    kernels_.pack(x, width_, m, width_, packed_);
+        m_(m) {
+    kernels_.pack(x, matrix.cols, m, matrix.cols, packed_);
   }
 
   // sums[j * kChunk + i] = rows[i] . x[j] for n <= kChunk rows.
-  void dot(const Rows<>& rows, int n, float* sums) const { kernels_.dot(rows.pointers, n, packed_, m_, width_, sums, kChunk); }
+  void dot(const Rows<>& rows, const RowForm& form, int n, float* sums) const {
+    kernels_.dot(rows.pointers, n, packed_, m_, form, sums, kChunk);
+  }
 
-  // Rows begin .. end - 1 by `row_at`, a chunk at a time: `use(j, i, n, sums)` gets the products of rows i .. i + n - 1 with
-  // x[j], and may change them. The thread reads on up to row `last` - 1.
+  // Rows begin .. end - 1 of a matrix by `row_at`, a chunk at a time: `use(j, i, n, sums)` gets the products of rows i .. i + n -
+  // 1 with x[j], and may change them. The thread reads on up to row `last` - 1.
   template <class RowAt, class Use>
-  void each_chunk(int begin, int end, int last, const RowAt& row_at, const Use& use) const {
+  void each_chunk(const Matrix& matrix, int begin, int end, int last, const RowAt& row_at, const Use& use) const {
     float* sums = scratch<float>(Scratch::first, size_t(m_) * kChunk);
     for (int i = begin; i < end; i += kChunk) {
       const int n = std::min(kChunk, end - i);
       Rows<> rows;
       rows.fill(i, n, last, row_at);
-      dot(rows, n, sums);
+      dot(rows, matrix.form(), n, sums);
       for (int j = 0; j < m_; ++j) use(j, i, n, sums + j * kChunk);
     }
   }
 
   // The same for this thread's share of `num_rows` rows.
   template <class RowAt, class Use>
-  void each_chunk(int num_rows, const RowAt& row_at, const Use& use) const {
+  void each_chunk(const Matrix& matrix, int num_rows, const RowAt& row_at, const Use& use) const {
     const Range range = share(num_rows, 16);
-    each_chunk(range.begin, range.end, range.end, row_at, use);
+    each_chunk(matrix, range.begin, range.end, range.end, row_at, use);
   }
 
  private:
   const MatrixKernels& kernels_;
   void* const packed_;
-  const int m_, width_;
+  const int m_;
 };
 
 }  // namespace sirius::cpu

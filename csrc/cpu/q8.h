@@ -124,9 +124,9 @@ template <bool kUpper>
 struct Row {
   const uint8_t *scales, *upper, *lower;
 
-  Row(const void* row, int cols) : scales(static_cast<const uint8_t*>(row)) {
-    upper = scales + scale_bytes(cols);
-    lower = scales + upper_bytes(cols);
+  Row(const void* row, const RowForm& form) : scales(static_cast<const uint8_t*>(row)) {
+    upper = scales + scale_bytes(form.cols);
+    lower = scales + form.lower;
   }
   float scale(int group) const {
     f16_t value;
@@ -141,15 +141,17 @@ struct Row {
 };
 
 template <bool kUpper>
-void read(const void* pointer, int n, float* out) {
-  const Row<kUpper> row(pointer, n);
-  for (int c = 0; c < n; ++c) out[c] = row.scale(c / kGroup) * (float(row.code(c)) - (kUpper ? kUpperZero : float(kZero)));
+void read(const void* pointer, const RowForm& form, float* out) {
+  const Row<kUpper> row(pointer, form);
+  for (int c = 0; c < form.cols; ++c)
+    out[c] = row.scale(c / kGroup) * (float(row.code(c)) - (kUpper ? kUpperZero : float(kZero)));
 }
 
 template <class T, bool kUpper>
-void write(const void* x, int n, void* pointer) {
+void write(const void* x, const RowForm& form, void* pointer) {
+  const int n = form.cols;
   uint8_t* const scales = static_cast<uint8_t*>(pointer);
-  uint8_t *upper = scales + scale_bytes(n), *lower = scales + upper_bytes(n);
+  uint8_t *upper = scales + scale_bytes(n), *lower = scales + form.lower;
   std::memset(scales, 0, scale_bytes(n));
   for (int g = 0; g < groups(n); ++g, upper += kGroupBytes, lower += kGroupBytes) {
     alignas(64) float values[kGroup] = {};
@@ -170,9 +172,10 @@ void write(const void* x, int n, void* pointer) {
 }
 
 template <bool kUpper>
-void dot_plain(const void* const* rows, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+void dot_plain(const void* const* rows, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+  const int k = form.cols;
   for (int i = 0; i < n; ++i) {
-    const Row<kUpper> row(rows[i], k);
+    const Row<kUpper> row(rows[i], form);
     for (int j = 0; j < m; ++j) {
       const Packed x(packed, j / kColumns * kColumns, m, k);
       float sum = 0.0f;
@@ -188,8 +191,8 @@ void dot_plain(const void* const* rows, int n, const void* packed, int m, int k,
 }
 
 template <class T, bool kUpper>
-void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, int k, int begin, int end,
-               float* acc, ptrdiff_t lda) {
+void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin,
+               int end, float* acc, ptrdiff_t lda) {
   for (int first = 0; first < n; first += kRows) {
     const int count = std::min(kRows, n - first);
     for (int j = 0; j < m; ++j) {
@@ -202,11 +205,11 @@ void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff
       for (int c = begin; c < end; ++c) {
         const int g = c / kGroup;
         float largest = 0.0f;
-        for (int r = 0; r < count; ++r) largest = std::max(largest, Row<kUpper>(rows[first + r], k).scale(g));
+        for (int r = 0; r < count; ++r) largest = std::max(largest, Row<kUpper>(rows[first + r], form).scale(g));
         const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
         int total = 0, sum = 0;
         for (int r = 0; r < count; ++r) {
-          const Row<kUpper> row(rows[first + r], k);
+          const Row<kUpper> row(rows[first + r], form);
           const int value = int(integers(Vec::set(row.scale(g) * inverse * (to_float(coef[r]) * inverse_of(top)))).v);
           total += value;
           sum += value * row.code(c);

@@ -238,8 +238,9 @@ struct Block {
 
 // A block of kLanes rows of weights by M of input, added to acc. Meanwhile the block that comes after it is fetched.
 template <bool kUpper, int M>
-void dot_block(const Block& now, const Block& next, const Packed& x, int k, Vec* sums, bool fetch) {
-  const int upper_at = scale_bytes(k), lower_at = upper_bytes(k);
+void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums, bool fetch) {
+  const int upper_at = scale_bytes(form.cols);
+  const int64_t lower_at = form.lower;
   Vec acc[M];
   for (int j = 0; j < M; ++j) acc[j] = sums[j];
   Vec scales[8];
@@ -283,8 +284,9 @@ void dot_block(const Block& now, const Block& next, const Packed& x, int k, Vec*
 constexpr int kTiles = 64 / kLanes;
 
 template <bool kUpper, int M>
-void dot_rows(const uint8_t* const* rows, int n, const Packed& x, int k, bool fetch, float* out, ptrdiff_t ldo, int wanted) {
-  const int num_groups = groups(k), tiles = (n + kLanes - 1) / kLanes;
+void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm& form, bool fetch, float* out, ptrdiff_t ldo,
+              int wanted) {
+  const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
   Vec sums[kTiles][M];
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < M; ++j) sums[t][j] = Vec::set(0.0f);
@@ -293,14 +295,15 @@ void dot_rows(const uint8_t* const* rows, int n, const Packed& x, int k, bool fe
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
-      dot_block<kUpper, M>(block(t, group), next, x, k, sums[t], fetch);
+      dot_block<kUpper, M>(block(t, group), next, x, form, sums[t], fetch);
     }
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < wanted; ++j) store_upto(sums[t][j], out + j * ldo + t * kLanes, n - t * kLanes);
 }
 
 template <bool kUpper>
-void dot(const void* const* pointers, int n, const void* packed, int m, int k, float* out, ptrdiff_t ldo) {
+void dot(const void* const* pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+  const int k = form.cols;
   for (int i = 0; i < n; i += kTiles * kLanes) {
     const int count = std::min(kTiles * kLanes, n - i), whole = (count + kLanes - 1) / kLanes * kLanes;
     const uint8_t* rows[(kTiles + 1) * kLanes];
@@ -314,11 +317,11 @@ void dot(const void* const* pointers, int n, const void* packed, int m, int k, f
       const int wanted = std::min(m - j, kColumns);
       float* to = out + j * ldo + i;
       switch (x.columns) {
-        case 1: dot_rows<kUpper, 1>(rows, count, x, k, j == 0, to, ldo, wanted); break;
-        case 2: dot_rows<kUpper, 2>(rows, count, x, k, j == 0, to, ldo, wanted); break;
-        case 4: dot_rows<kUpper, 4>(rows, count, x, k, j == 0, to, ldo, wanted); break;
-        case 8: dot_rows<kUpper, 8>(rows, count, x, k, j == 0, to, ldo, wanted); break;
-        default: dot_rows<kUpper, 16>(rows, count, x, k, j == 0, to, ldo, wanted);
+        case 1: dot_rows<kUpper, 1>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 2: dot_rows<kUpper, 2>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 4: dot_rows<kUpper, 4>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 8: dot_rows<kUpper, 8>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        default: dot_rows<kUpper, 16>(rows, count, x, form, j == 0, to, ldo, wanted);
       }
     }
   }
@@ -329,7 +332,8 @@ template <class T, bool kUpper>
 class SumBlock {
  public:
   // rows: count + kAhead.
-  SumBlock(const void* const* rows, int count, int k) : count_(count), upper_(scale_bytes(k)), lower_(upper_bytes(k)) {
+  SumBlock(const void* const* rows, int count, const RowForm& form)
+      : count_(count), upper_(scale_bytes(form.cols)), lower_(form.lower) {
     for (int r = 0; r < kRows; ++r) {
       rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
@@ -403,7 +407,7 @@ class SumBlock {
 
   // What the rows that come next have in this place, and at the beginning their scales.
   void prefetch(int group) const {
-    const auto fetch = [&](int at) {
+    const auto fetch = [&](int64_t at) {
       for (int r = 0; r < kRows; ++r) prefetch_now(next_[r] + at);
     };
     if (group == 0)
@@ -423,7 +427,7 @@ class SumBlock {
     }
   }
 
-  static void interleave(const uint8_t* const* rows, int at, int n, Ints* out) {
+  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints* out) {
     Ints x[4];
     for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
     const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
@@ -468,7 +472,8 @@ class SumBlock {
   }
 
   const uint8_t *rows_[kRows], *next_[kRows];
-  const int count_, upper_, lower_;
+  const int count_, upper_;
+  const int64_t lower_;
   int m_ = 0;
   alignas(64) float coefficients_[kColumns][kRows];
   float scales_[kColumns];
@@ -478,10 +483,10 @@ class SumBlock {
 };
 
 template <class T, bool kUpper>
-void sum(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, int k, int begin, int end, float* acc,
-         ptrdiff_t lda) {
+void sum(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
+         float* acc, ptrdiff_t lda) {
   for (int r = 0; r < n; r += kRows) {
-    SumBlock<T, kUpper> block(rows + r, std::min(kRows, n - r), k);
+    SumBlock<T, kUpper> block(rows + r, std::min(kRows, n - r), form);
     for (int j = 0; j < m; j += kColumns) {
       block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, std::min(kColumns, m - j));
       block.add(begin, end, j == 0, acc + j * lda, lda);

@@ -13,13 +13,13 @@ namespace sirius::cuda {
 constexpr int kStepGroups = 4;  // groups of a row that a warp reads at a time, one a lane
 
 // One weight, for bodies that are not for speed.
-inline SIRIUS_OUT_OF_LINE __device__ float q8_weight(const void* row, int column, int cols, bool upper) {
+inline SIRIUS_OUT_OF_LINE __device__ float q8_weight(const void* row, int64_t lower, int column, int cols, bool upper) {
   const int group = column / q8::kGroup, place = column % q8::kGroup, shift = place / q8::kGroupBytes * 4;
-  const uint8_t* plane =
-      static_cast<const uint8_t*>(row) + q8::scale_bytes(cols) + group * q8::kGroupBytes + place % q8::kGroupBytes;
-  const float scale = to_float(static_cast<const f16_t*>(row)[group]), code = float(16 * (plane[0] >> shift & 15));
+  const uint8_t* const bytes = static_cast<const uint8_t*>(row) + group * q8::kGroupBytes + place % q8::kGroupBytes;
+  const float scale = to_float(static_cast<const f16_t*>(row)[group]),
+              code = float(16 * (bytes[q8::scale_bytes(cols)] >> shift & 15));
   if (upper) return scale * (code - q8::kUpperZero);
-  return scale * (code + float(plane[q8::groups(cols) * q8::kGroupBytes] >> shift & 15) - float(q8::kZero));
+  return scale * (code + float(bytes[lower] >> shift & 15) - float(q8::kZero));
 }
 
 // One group of one row, as it lies in memory.
@@ -29,15 +29,14 @@ struct Q8Group {
   f16_t scale;
 
   // What is not there is not read: its scale is 0.
-  __device__ __forceinline__ void load(const void* row, int group, int cols, bool there) {
+  __device__ __forceinline__ void load(const void* row, int64_t lower_at, int group, int cols, bool there) {
     upper = lower = {};
     scale = {};
     if (!there) return;
     const char* const at = static_cast<const char*>(row);
     scale = reinterpret_cast<const f16_t*>(at)[group];
     upper = load_streaming(reinterpret_cast<const uint32_t*>(at + q8::scale_bytes(cols) + group * q8::kGroupBytes));
-    if constexpr (!kUpper)
-      lower = load_streaming(reinterpret_cast<const uint32_t*>(at + q8::upper_bytes(cols) + group * q8::kGroupBytes));
+    if constexpr (!kUpper) lower = load_streaming(reinterpret_cast<const uint32_t*>(at + lower_at + group * q8::kGroupBytes));
   }
 };
 

@@ -40,15 +40,18 @@ class WeightRow<T, Q8<kUpper>, Aligned> {
   using Scratch = Q8Codes;
 
   WeightRow() = default;
-  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(matrix.row(row)) {}
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(matrix.row(row)) {
+    if constexpr (!kUpper) lower_ = uint32_t(matrix.lower / 16);
+  }
 
   // Nothing is read unless the row is there.
   __device__ __forceinline__ void load(Q8Group<kUpper>& to, int group, int cols, bool there = true) const {
-    to.load(row_, group, cols, there && group < q8::groups(cols));
+    to.load(row_, kUpper ? 0 : int64_t(lower_) * 16, group, cols, there && group < q8::groups(cols));
   }
 
  private:
   const void* row_;
+  uint32_t lower_;  // bytes to the lower nibbles / 16: half of a register that the address of another row would take
 };
 
 template <bool Aligned>
@@ -58,17 +61,18 @@ class WeightRow<float, Q8Numbers, Aligned> {
 
   WeightRow() = default;
   __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
-      : row_(matrix.row(row)), upper_(matrix.format == Format::q8_upper) {}
+      : row_(matrix.row(row)), lower_(matrix.lower), upper_(matrix.format == Format::q8_upper) {}
 
   __device__ __forceinline__ Vec<float> load(int begin, int n) const {
     Vec<float> out;
 #pragma unroll
-    for (int i = 0; i < Vec<float>::size; ++i) out.v[i] = begin + i < n ? q8_weight(row_, begin + i, n, upper_) : 0.0f;
+    for (int i = 0; i < Vec<float>::size; ++i) out.v[i] = begin + i < n ? q8_weight(row_, lower_, begin + i, n, upper_) : 0.0f;
     return out;
   }
 
  private:
   const void* row_;
+  int64_t lower_;
   bool upper_;
 };
 

@@ -29,8 +29,8 @@ _PLAIN = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: 
 class Matrix:
     """A weight matrix, stored row by row: a row is what one neuron, or one output, reads.
 
-    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of another uint8 [rows, bytes]. Rows are contiguous, and
-        may stand apart.
+    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of Q8_UPPER uint8 [rows, bytes], and of Q8 two such planes,
+        [2, rows, bytes]. Rows are contiguous, and may stand apart.
     packed: of a format that is not plain, which one it is, and its columns.
     """
 
@@ -48,7 +48,7 @@ class Matrix:
 
     @property
     def rows(self) -> int:
-        return self.data.shape[0]
+        return self.data.shape[-2]
 
     @property
     def cols(self) -> int:
@@ -61,12 +61,18 @@ class Matrix:
     @property
     def stride(self) -> int:
         """Bytes from one row to the next."""
-        return self.data.stride(0) * self.data.element_size()
+        return self.data.stride(-2) * self.data.element_size()
+
+    @property
+    def lower(self) -> int:
+        """Of Q8, bytes from a row to its lower nibbles."""
+        return self.data.stride(0) + q8.scale_bytes(self.cols) if self.format == Format.Q8 else 0
 
     @property
     def nbytes(self) -> int:
         """What a reader of all rows reads."""
-        return self.rows * self.data.shape[1] * self.data.element_size()
+        beside = self.rows * q8.scale_bytes(self.cols) if self.format == Format.Q8 else 0  # the lower plane has no scales
+        return self.data.numel() * self.data.element_size() - beside
 
     @property
     def device(self) -> torch.device:
@@ -81,17 +87,18 @@ class Matrix:
             rows=self.rows,
             cols=self.cols,
             stride=self.stride,
+            lower=self.lower,
         )
 
     def dense(self) -> torch.Tensor:
         """The numbers: float32 [rows, cols]."""
         if self.packed is None:
             return self.data.float()
-        return q8.decode(self.data, self.cols, self.format == Format.Q8_UPPER)
+        return q8.decode(self.data, self.cols)
 
     def take(self, rows: slice | torch.Tensor) -> Matrix:
         """Some of the rows: of a slice those themselves, of an index copies."""
-        return Matrix(self.data[rows], self.packed)
+        return Matrix(self.data[..., rows, :], self.packed)
 
     def in_eight_bits(self) -> Matrix:
         """A copy of a plain one, as `Format.Q8`. ValueError if that is not possible."""
@@ -101,17 +108,18 @@ class Matrix:
         """As `Format.Q8_UPPER`: a view of a matrix in eight bits, and of a plain one a copy."""
         if self.packed is None:
             return self._packed_as(Format.Q8_UPPER)
-        return Matrix(self.data[:, : q8.row_bytes(self.cols, upper=True)], (Format.Q8_UPPER, self.cols))
+        return Matrix(self.data[0], (Format.Q8_UPPER, self.cols))
 
     def _packed_as(self, form: Format) -> Matrix:
         upper = form == Format.Q8_UPPER
         if self.device.type != "cpu":
             return Matrix(q8.encode(self.data, upper), (form, self.cols))
-        data = torch.empty(self.rows, q8.row_bytes(self.cols, upper), dtype=torch.uint8)
+        planes = torch.zeros(1 if upper else 2, self.rows, q8.row_bytes(self.cols), dtype=torch.uint8)
+        data = planes[0] if upper else planes
         packed = Matrix(data, (form, self.cols))
         numbers = self.data.contiguous()
         _C.pack(dtype=int(self.format), x=numbers.data_ptr(), out=packed.raw, threads=torch.get_num_threads())
-        q8.check_scales(data, self.cols)
+        q8.check_scales(planes[0], self.cols)
         return packed
 
 

@@ -148,9 +148,12 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
     if data.dim() == 2 and data.stride(1) == 1:
         data = data.as_strided(data.shape, (data.shape[1], 1))  # `_check` then finds nothing wrong with its strides
     if weight.packed is not None:  # for input of any dtype
-        width = q8.row_bytes(weight.cols, weight.format == Format.Q8_UPPER)
-        _check(name, data, torch.uint8, None, width)
-        if is_cuda(weight.device) and (data.data_ptr() % 16 or weight.stride % 16):
+        _check_is_tensor(name, weight.data)
+        planes = (2,) if weight.format == Format.Q8 else ()
+        if weight.data.stride(-1) == 1:
+            data = torch.empty(weight.data.shape, dtype=weight.data.dtype, device="meta")
+        _check(name, data, torch.uint8, *planes, None, q8.row_bytes(weight.cols))
+        if is_cuda(weight.device) and any(place % 16 for place in (weight.data.data_ptr(), weight.stride, weight.lower)):
             raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
         data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)

@@ -1,7 +1,8 @@
 """Eight bits in two planes, as csrc/q8.h has them: numbers into rows of bytes, and back.
 
-Weights are rounded in groups of 32 along a row, with one float16 scale a group. The upper and the lower nibbles of the codes lie
-in two planes of the row, so that a reader of the upper ones alone reads half.
+Weights are rounded in groups of 32 along a row, with one float16 scale a group. A matrix is two planes of rows, of one shape: the
+first has the scales and the upper nibbles of the codes, the second, in the same places, the lower nibbles. A reader of the upper
+nibbles alone reads the first.
 """
 
 from __future__ import annotations
@@ -24,32 +25,32 @@ def scale_bytes(cols: int) -> int:
     return -(-2 * groups(cols) // 16) * 16
 
 
-def row_bytes(cols: int, upper: bool = False) -> int:
-    """Of a whole row, or of what a reader of the upper plane reads."""
-    return scale_bytes(cols) + GROUP_BYTES * groups(cols) * (1 if upper else 2)
+def row_bytes(cols: int) -> int:
+    """Of a row of a plane."""
+    return scale_bytes(cols) + GROUP_BYTES * groups(cols)
 
 
 def encode(weight: torch.Tensor, upper: bool = False) -> torch.Tensor:
-    """weight: float [rows, cols]. Returns uint8 [rows, row_bytes]. ValueError if it has values that are not finite, or too large
-    for a float16 scale."""
+    """weight: float [rows, cols]. Returns uint8 [2, rows, row_bytes], or with `upper` the first plane alone. ValueError if it has
+    values that are not finite, or too large for a float16 scale."""
     rows, cols = weight.shape
-    out = torch.zeros(rows, row_bytes(cols, upper), dtype=torch.uint8, device=weight.device)
+    planes = torch.zeros(1 if upper else 2, rows, row_bytes(cols), dtype=torch.uint8, device=weight.device)
     step = max(1, _CHUNK // cols)
     for first in range(0, rows, step):
-        _encode(weight[first : first + step], out[first : first + step], upper)
-    check_scales(out, cols)
-    return out
+        _encode(weight[first : first + step], planes[:, first : first + step])
+    check_scales(planes[0], cols)
+    return planes[0] if upper else planes
 
 
-def check_scales(data: torch.Tensor, cols: int) -> None:
-    """ValueError if rows were made of weights that are not finite, or too large for a float16 scale."""
-    scales = data[:, : 2 * groups(cols)].contiguous().view(torch.float16)
+def check_scales(upper: torch.Tensor, cols: int) -> None:
+    """ValueError if rows, of the upper plane, were made of weights that are not finite, or too large for a float16 scale."""
+    scales = upper[:, : 2 * groups(cols)].contiguous().view(torch.float16)
     if not bool(scales.isfinite().all()):
         row = int((~scales.isfinite()).any(-1).nonzero()[0])
         raise ValueError(f"expected finite weights of at most {_LARGEST * 65504:.2g}, row {row} has others")
 
 
-def _encode(weight: torch.Tensor, out: torch.Tensor, upper: bool) -> None:
+def _encode(weight: torch.Tensor, planes: torch.Tensor) -> None:
     rows, cols = weight.shape
     count, start = groups(cols), scale_bytes(cols)
     grouped = torch.zeros(rows, count * GROUP, device=weight.device)
@@ -60,26 +61,27 @@ def _encode(weight: torch.Tensor, out: torch.Tensor, upper: bool) -> None:
     # A scale that was rounded down would make the largest weight's code 128, or more if it is subnormal.
     codes = (grouped.mul_(inverse[..., None]).round_().clamp_(-_LARGEST, _LARGEST) + ZERO).to(torch.uint8)
     first, second = codes.split(GROUP_BYTES, -1)
-    out[:, : 2 * count] = scales.view(torch.uint8).view(rows, 2 * count)
-    planes = out[:, start:].view(rows, -1, count, GROUP_BYTES)
-    planes[:, 0] = (first >> 4) | (second & 0xF0)
-    if not upper:
-        planes[:, 1] = (first & 0xF) | (second << 4)
+    planes[0, :, : 2 * count] = scales.view(torch.uint8).view(rows, 2 * count)
+    planes[0, :, start:] = ((first >> 4) | (second & 0xF0)).view(rows, -1)
+    if len(planes) == 2:
+        planes[1, :, start:] = ((first & 0xF) | (second << 4)).view(rows, -1)
 
 
-def decode(data: torch.Tensor, cols: int, upper: bool = False) -> torch.Tensor:
-    """The numbers that a reader, of the upper plane alone if `upper`, takes rows for. data: uint8 [rows, row_bytes]. Returns
-    float32 [rows, cols]."""
-    rows, count, start = len(data), groups(cols), scale_bytes(cols)
-    scales = data[:, : 2 * count].contiguous().view(torch.float16).float()
-    size = count * GROUP_BYTES
-    plane = data[:, start : start + size].view(rows, count, GROUP_BYTES)
-    codes = torch.cat((plane << 4, plane & 0xF0), -1).float()
-    if upper:
+def decode(data: torch.Tensor, cols: int) -> torch.Tensor:
+    """The numbers that a reader takes rows for. data: uint8 [2, rows, row_bytes], or [rows, row_bytes], the upper plane alone.
+    Returns float32 [rows, cols]."""
+    upper = data if data.dim() == 2 else data[0]
+    rows, count, start = len(upper), groups(cols), scale_bytes(cols)
+    scales = upper[:, : 2 * count].contiguous().view(torch.float16).float()
+
+    def nibbles(plane: torch.Tensor) -> torch.Tensor:
+        return plane[:, start:].reshape(rows, count, GROUP_BYTES)
+
+    codes = torch.cat((nibbles(upper) << 4, nibbles(upper) & 0xF0), -1).float()
+    if data.dim() == 2:
         codes += LOWER_MEAN
     else:
-        plane = data[:, start + size : start + 2 * size].view(rows, count, GROUP_BYTES)
-        codes += torch.cat((plane & 0xF, plane >> 4), -1)
+        codes += torch.cat((nibbles(data[1]) & 0xF, nibbles(data[1]) >> 4), -1)
     return ((codes - ZERO) * scales[..., None]).view(rows, count * GROUP)[:, :cols]
 
 

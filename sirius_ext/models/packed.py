@@ -26,7 +26,7 @@ from ..kernels.matrix import Matrix
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-VERSION = 1  # another number where files come out differently: what older versions left in the cache is not used then
+VERSION = 2  # another number where files come out differently: what older versions left in the cache is not used then
 
 
 def pack(model: PreTrainedModel) -> None:

@@ -106,7 +106,7 @@ class Weights:
         family = check_supported(getattr(model, "config", None))
         _check_modules(model, family)
         self.description, ropes = describe(model)
-        self.vocab = model.lm_head.weight.shape[0]
+        self.vocab = model.lm_head.out_features
         body = model.model
         self.dtype, self.device = body.norm.weight.dtype, body.norm.weight.device
         self._check_placement(model)
