@@ -106,7 +106,8 @@ def test_weights_that_cannot_be_used(way):
     partly = tiny()
     partly.model.layers[1].mlp.up_proj.to("meta")
     with pytest.raises(
-        ValueError, match="^model: expected every weight on cpu, as lm_head is, but model.layers.1.mlp.up_proj.weight is on meta"
+        ValueError,
+        match="^model: expected every weight on cpu, as the last norm is, but model.layers.1.mlp.up_proj.weight is on meta",
     ):
         way(partly)
     assert "generate" not in vars(mixed) and "generate" not in vars(partly)
