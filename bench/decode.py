@@ -63,6 +63,7 @@ class Bench:
         self.stats: dict[str, Stats] = {}
         self.overhead: dict[str, float] = {}
         self.texts: dict[str, list[list[int]]] = {}
+        self.full: dict[str, str] = {}  # the row that one of ours is compared with
 
     def transformers(self, **settings) -> float:
         if self.options.device == "cpu":
@@ -106,6 +107,7 @@ class Bench:
 
         def ours(name: str, config: SiriusConfig, weights: str) -> None:
             variants[name] = lambda: self.sirius(name, config, weights)
+            self.full[name] = full_of(weights)
 
         if "transformers" not in options.skip and "plain" in self.engines:
             variants["transformers"] = self.transformers
@@ -272,9 +274,7 @@ def report(bench: Bench, rates: dict[str, float]) -> None:
     for name, rate in rates.items():
         stats = bench.stats.get(name)
         advance = stats.average_advance_length if stats else None
-        full = full_of(next((weights for weights in options.weights if name.startswith(f"{weights} ")), "plain"))
-        if full not in rates:
-            full = full_of(options.weights[0])
+        full = bench.full.get(name, full_of("plain" if "plain" in options.weights else options.weights[0]))
         equal = bench.texts[name] == bench.texts[full] if stats else None
         table.add_row(
             name,

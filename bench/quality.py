@@ -25,7 +25,6 @@ from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sparsity import CSparse, sparsity_of
 from sirius_ext.engine import Engine, Tokenizer, prepare
 from sirius_ext.evaluation.tasks import load_task
-from sirius_ext.kernels import ops
 from sirius_ext.models.hub import DEFAULT_MODEL
 from sirius_ext.runtime.model import Model
 from sirius_ext.runtime.passes import Pass
@@ -91,18 +90,16 @@ def measure(readers: list[Reader], ids: torch.Tensor) -> None:
     for begin in range(half, len(ids) - 1, WINDOW):
         tokens = ids[begin : min(begin + WINDOW, len(ids) - 1)].int()
         following = ids[begin + 1 : begin + 1 + len(tokens)]
-        positions = torch.arange(begin, begin + len(tokens), dtype=torch.int32)
-        mask = ops.tree_mask(torch.arange(-1, len(tokens) - 1, dtype=torch.int32))
         expected: torch.Tensor | None = None
         # Sparse models first in each model: its F then overwrites what they wrote. The plain F of all is the first reader.
         for index, reader in sorted(enumerate(readers), key=lambda each: (each[0] > 0, each[1].config is None)):
             cache, sparsity = caches[id(reader.model)], sets.get(index)
-            logits = reader.model.compute(cache, Pass(tokens, positions, mask, begin, begin, sparsity)).logits.clone()
+            logits = reader.model.compute(cache, Pass.chain(tokens, begin, sparsity)).logits.clone()
             expected = logits if expected is None else expected
             reader.count(logits, expected, following)
         # The plain model's sparse readers have overwritten its entries: it reads the window once more.
         for model in models.values():
-            model.compute(caches[id(model)], Pass(tokens, positions, mask, begin, begin))
+            model.compute(caches[id(model)], Pass.chain(tokens, begin))
 
 
 def report(readers: list[Reader]) -> list[dict]:

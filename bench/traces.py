@@ -25,7 +25,6 @@ from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import CSparse, sparsity_of
 from sirius_ext.engine import Engine, encode, prepare
 from sirius_ext.evaluation.tasks import load_task
-from sirius_ext.kernels import ops
 from sirius_ext.models.hub import DEFAULT_MODEL
 from sirius_ext.runtime.cache import Cache
 from sirius_ext.runtime.model import Model
@@ -61,13 +60,11 @@ def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int]) ->
     for begin in range(0, len(text) - 1, WINDOW):
         tokens = torch.tensor(text[begin : min(begin + WINDOW, len(text) - 1)], dtype=torch.int32)
         rows, slot = len(tokens), len(prompt) + begin
-        positions = torch.arange(slot, slot + rows, dtype=torch.int32)
-        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
         proposals = []
         for sparsity in sets:
-            logits = model.compute(cache, Pass(tokens, positions, mask, slot, slot, sparsity)).logits
+            logits = model.compute(cache, Pass.chain(tokens, slot, sparsity)).logits
             proposals.append(torch.softmax(logits / TEMPERATURE, -1).max(-1))  # at once: the next pass overwrites the logits
-        full = model.compute(cache, Pass(tokens, positions, mask, slot, slot, keep_z=True))
+        full = model.compute(cache, Pass.chain(tokens, slot, keep_z=True))
         likelihoods, best = torch.softmax(full.logits / TEMPERATURE, -1), full.logits.argmax(-1)
         for draft, (confidences, proposed) in zip(drafts, proposals):
             draft["confidence"] += [round(1000 * confidence) for confidence in confidences.tolist()]

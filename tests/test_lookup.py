@@ -322,8 +322,9 @@ def test_logits_processors(monkeypatch, values):
         assert told(before.periods) == told(after.periods)
 
 
-def test_what_only_a_wrong_copy_gives_is_no_error(monkeypatch):
-    """Logits that are not finite, after a token that is no part of the text."""
+def check_wrong_copies(monkeypatch, spoil):
+    """The text is the same whatever `spoil(sequence, nodes, result, row)` makes of all from the first row on whose token is a
+    wrong copy; and there is such a row."""
     ask, found = sequence.Sequence._ask, []
 
     def spoiled(self, nodes, sparsity=None, argmax=None, keep_z=False):
@@ -331,7 +332,7 @@ def test_what_only_a_wrong_copy_gives_is_no_error(monkeypatch):
         result = yield from ask(self, nodes, sparsity, argmax, keep_z)
         wrong = [row for row in range(1, len(tokens)) if argmax is not None and result.argmax[row - 1] != tokens[row]]
         if wrong:
-            result.argmax[wrong[0] :] = -1
+            spoil(self, nodes, result, wrong[0])
             found.append(wrong[0])
         return result
 
@@ -342,6 +343,15 @@ def test_what_only_a_wrong_copy_gives_is_no_error(monkeypatch):
             patch.setattr(sequence.Sequence, "_ask", spoiled)
             assert decode("llama3", SiriusConfig(**values, lookup=True), repetitive(), 60)[0] == expected
         assert found
+
+
+def test_what_only_a_wrong_copy_gives_is_no_error(monkeypatch):
+    """Logits that are not finite, after a token that is no part of the text."""
+
+    def spoil(text, nodes, result, row):
+        result.argmax[row:] = -1
+
+    check_wrong_copies(monkeypatch, spoil)
 
 
 @pytest.mark.parametrize("values", [{"mode": "full"}, {"period": 8, "accept": "match", "density": 0.6}], ids=str)
@@ -439,25 +449,12 @@ def test_a_wrong_copy_that_is_kept_would_be_found(monkeypatch, values):
 
 def test_slots_after_the_copies_are_never_seen(monkeypatch):
     """What wrong copies left in the cache."""
-    ask, found = sequence.Sequence._ask, []
 
-    def spoiled(self, nodes, sparsity=None, argmax=None, keep_z=False):
-        tokens = self._tree.tokens[nodes].clone()
-        result = yield from ask(self, nodes, sparsity, argmax, keep_z)
-        wrong = [row for row in range(1, len(tokens)) if argmax is not None and result.argmax[row - 1] != tokens[row]]
-        if wrong:
-            for cache in (self.cache.k, self.cache.v):
-                cache[:, :, self._length + nodes.start + wrong[0] :] = torch.nan
-            found.append(wrong[0])
-        return result
+    def spoil(text, nodes, result, row):
+        for cache in (text.cache.k, text.cache.v):
+            cache[:, :, text._length + nodes.start + row :] = torch.nan
 
-    for values in ({"mode": "full"}, {"period": 8, "density": 0.6}):
-        expected, _ = decode("llama3", SiriusConfig(**values), repetitive(), 60)
-        found.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(sequence.Sequence, "_ask", spoiled)
-            assert decode("llama3", SiriusConfig(**values, lookup=True), repetitive(), 60)[0] == expected
-        assert found
+    check_wrong_copies(monkeypatch, spoil)
 
 
 # ------------------------------------------------------------------------------------------------------------ what it goes with

@@ -57,9 +57,21 @@ def on_cuda(kernels) -> bool:
     return isinstance(kernels, OnDevice) or dispatch.is_cuda(torch.device("cpu"))
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Input as the CPU's kernels multiply it: rounded to integers of up to 127 times a scale, in groups of 32 along its rows.
+    x: float32 [..., cols]."""
+    cols = x.shape[-1]
+    grouped = torch.nn.functional.pad(x, (0, -cols % q8.GROUP)).unflatten(-1, (-1, q8.GROUP))
+    largest = grouped.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)  # a number / tensor rounds twice
+    integers = (grouped * inverse).round()
+    result: torch.Tensor = (integers * (largest / 127)).flatten(-2)[..., :cols]
+    return result
+
+
 def multiplied(kernels, x: torch.Tensor) -> torch.Tensor:
     """The input that products of rows multiply: the CPU's round it to eight bits."""
-    return x.float() if on_cuda(kernels) else q8.rounded(x.float())
+    return x.float() if on_cuda(kernels) else rounded(x.float())
 
 
 def product_error(kernels, matrix: Matrix):

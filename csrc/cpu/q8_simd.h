@@ -23,7 +23,8 @@ using Ints = __m512i;
 inline Ints set(int x) { return _mm512_set1_epi32(x); }
 inline Vec floats(Ints x) { return {_mm512_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
+inline Ints times(Ints a, int b) { return _mm512_mullo_epi32(a, set(b)); }
+inline Ints halved(Ints a) { return _mm512_srai_epi32(a, 1); }
 
 // 16 bytes at each of kSpan places.
 template <class At>
@@ -119,7 +120,8 @@ using Ints = __m256i;
 inline Ints set(int x) { return _mm256_set1_epi32(x); }
 inline Vec floats(Ints x) { return {_mm256_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-inline Ints load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Ints times(Ints a, int b) { return _mm256_mullo_epi32(a, set(b)); }
+inline Ints halved(Ints a) { return _mm256_srai_epi32(a, 1); }
 
 template <class At>
 Ints gather(const At& at) {
@@ -127,7 +129,7 @@ Ints gather(const At& at) {
                                  _mm_loadu_si128((const __m128i*)at(1)), 1);
 }
 inline Ints load_spans(const void* p, int n) {
-  return n == kSpan ? load(p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  return n == kSpan ? _mm256_loadu_si256((const __m256i*)p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
 }
 inline Ints unpack_low32(Ints a, Ints b) { return _mm256_unpacklo_epi32(a, b); }
 inline Ints unpack_high32(Ints a, Ints b) { return _mm256_unpackhi_epi32(a, b); }
@@ -209,6 +211,12 @@ inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
 
 #endif
 
+// As `start_of` a number.
+template <bool kUpper>
+Ints start_of(Ints total) {
+  return kUpper ? halved(times(total, -241)) : times(total, -kZero);
+}
+
 // A prefetch that the compiler may not move: in a loop that is unrolled it otherwise drops or gathers them.
 inline void prefetch_now(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
 
@@ -236,7 +244,7 @@ struct Block {
   int group, groups;
 };
 
-// A block of kLanes rows of weights by M of input, added to acc. Meanwhile the block that comes after it is fetched.
+// A block of kLanes rows of weights by M of input, added to sums. Meanwhile the block that comes after it is fetched.
 template <bool kUpper, int M>
 void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums, bool fetch) {
   const int upper_at = scale_bytes(form.cols);
@@ -364,8 +372,8 @@ class SumBlock {
       for (int part = 0; part < 4 && g + part * kSpan < last; ++part) {
         const int group = g + part * kSpan;
         if (first) prefetch(group);
-        read(group, std::min(kSpan, last - group));
         const int n = std::min(kSpan, last - group);
+        read(group, n);
         int j = 0;
         for (; j + 2 <= m_; j += 2) add_part<2>(j, group, part, n, end, acc, lda);
         if (j < m_) add_part<1>(j, group, part, n, end, acc, lda);
@@ -392,17 +400,9 @@ class SumBlock {
         rounded_[j][quad] = four;
         total = sum_bytes(total, four);
       }
-      starts_[j] = start(total);
+      starts_[j] = start_of<kUpper>(total);
       (largest * Vec::set(scales_[j])).store(group_scales_[j]);
     }
-  }
-
-  static Ints start(Ints total) {
-#if defined(__AVX512F__)
-    return kUpper ? _mm512_srai_epi32(_mm512_mullo_epi32(total, set(-241)), 1) : _mm512_mullo_epi32(total, set(-kZero));
-#else
-    return kUpper ? _mm256_srai_epi32(_mm256_mullo_epi32(total, set(-241)), 1) : _mm256_mullo_epi32(total, set(-kZero));
-#endif
   }
 
   // What the rows that come next have in this place, and at the beginning their scales.

@@ -112,10 +112,7 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
             sparsity.usage.observe(layer, z, z)
 
     def run(rows: int, by: CSparse | FSparse | None, follow: bool = False) -> Callable[[], None]:
-        tokens, first = torch.zeros(rows, dtype=torch.int32), _SLOTS - rows
-        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
-        positions = torch.arange(first, _SLOTS, dtype=torch.int32)
-        asked = Pass(tokens, positions, mask, first, first, by, keep_z=follow)
+        asked = Pass.chain(torch.zeros(rows, dtype=torch.int32), _SLOTS - rows, by, keep_z=follow)
 
         def body() -> None:
             result = model.compute(cache, asked)

@@ -24,7 +24,7 @@ from ..models.weights import Weights
 from ..runtime.cache import Cache
 from ..runtime.layers import Attend, Neurons, decoder_layer, embed, logits, norm, soft_capped
 from ..runtime.model import Model, not_finite
-from ..runtime.passes import Fault, Kind, Pass, Prefill, Result, Sparsity
+from ..runtime.passes import Fault, Kind, Pass, Prefill, Result, Sparsity, reads_four_bits
 
 KEPT_CHUNKS = 64  # of prompts, whose keys and values are at hand for the next mode
 
@@ -59,7 +59,7 @@ class _Rows:
     @property
     def four_bits(self) -> bool:
         """Whether S reads four bits of every weight for them."""
-        return self.sparsity is not None and self.sparsity.four_bits
+        return reads_four_bits(self.sparsity)
 
     @property
     def end(self) -> int:

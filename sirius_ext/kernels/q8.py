@@ -83,15 +83,3 @@ def decode(data: torch.Tensor, cols: int) -> torch.Tensor:
     else:
         codes += torch.cat((nibbles(data[1]) & 0xF, nibbles(data[1]) >> 4), -1)
     return ((codes - ZERO) * scales[..., None]).view(rows, count * GROUP)[:, :cols]
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """Input as the CPU's kernels multiply it: rounded to integers of up to 127 times a scale, in groups of 32 along its rows.
-    x: float32 [..., cols]."""
-    cols = x.shape[-1]
-    grouped = torch.nn.functional.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
-    largest = grouped.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, torch.full_like(largest, _LARGEST) / largest, 0.0)  # a number / tensor rounds twice
-    integers = (grouped * inverse).round()
-    result: torch.Tensor = (integers * (largest / _LARGEST)).flatten(-2)[..., :cols]
-    return result

@@ -168,18 +168,17 @@ def _load(
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
             model = _packed(source, name, config, dtype, report) if weights == "q8" else None
-            if model is not None:
-                pass
-            elif config.model_type in _WITH_IMAGES:
-                model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
-                report.remarks.append("the text model alone, without its part for images")
-            else:
-                model = _weights(AutoModelForCausalLM, source, name, config, dtype)
-            if not local:
-                check_files(_snapshot(source), name)
-            if weights == "q8" and model.model.norm.weight.dtype == model.lm_head.weight.dtype:
-                with _refusals(name):
-                    pack(model)
+            if model is None:
+                if config.model_type in _WITH_IMAGES:
+                    model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
+                    report.remarks.append("the text model alone, without its part for images")
+                else:
+                    model = _weights(AutoModelForCausalLM, source, name, config, dtype)
+                if not local:
+                    check_files(_snapshot(source), name)
+                if weights == "q8":
+                    with _refusals(name):
+                        pack(model)
         with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None

@@ -138,7 +138,7 @@ def _write(
 def _save(
     file: Path, names: list[str], read: Callable[[str], torch.Tensor], on_progress: Callable[[int, int], None] | None
 ) -> None:
-    """As safetensors' own save, but a tensor at a time: the header, whose length is known from the shapes, is written last."""
+    """As safetensors' own save, but a tensor at a time: there is room left for the header, which is written last."""
     with open(file, "wb") as stream:
         entries: dict[str, object] = {}
         room = 256 * len(names) + 1024

@@ -71,12 +71,12 @@ class View:
         ]
         return View(layers, self.lm_head.in_four_bits())
 
-    @property
+    @functools.cached_property
     def mlp_bytes(self) -> int:
         """Of gate, up and down in all layers."""
         return sum(part.nbytes for layer in self.layers for part in (layer.gate, layer.up, layer.down))
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Of everything that a pass may read, but for the embedding."""
         return self.lm_head.nbytes + sum(

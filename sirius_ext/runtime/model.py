@@ -14,7 +14,7 @@ from .. import _C
 from ..models.weights import Weights
 from .cache import Cache, KeptCaches, chunks
 from .layers import Attend, Neurons, attention, decoder_layer, embed, logits, norm
-from .passes import Fault, Kind, Observer, Pass, Prefill, Result, Sparsity
+from .passes import Fault, Kind, Observer, Pass, Prefill, Result, Sparsity, reads_four_bits
 
 
 class Model:
@@ -93,7 +93,7 @@ class Model:
         """Tokens, int64 [t], after `start` others through F, or with a sparsity through S, in torch: their embeddings, then what
         each layer makes of them, T [t, H]."""
         w, end = self.weights, start + len(tokens)
-        view = w.view(sparsity is not None and sparsity.four_bits)
+        view = w.view(reads_four_bits(sparsity))
         angles = cache.cos[:, start:end], cache.sin[:, start:end]
         x = embed(w, tokens.to(self.device))
         yield x
@@ -147,7 +147,7 @@ class Model:
         normed = self._last_norm(x)
         if not bool(normed.isfinite().all()):
             return "the final norm"
-        head = self._head(normed, sparsity is not None and sparsity.four_bits)
+        head = self._head(normed, reads_four_bits(sparsity))
         return None if bool(head.isfinite().all()) else "the LM head"
 
     def step(self, cache: Cache, asked: Pass) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ class Model:
         m = len(asked.tokens)
         out, argmax = cache.logits[:m], cache.argmax[:m] if asked.argmax is None else asked.argmax
         with self.lock:
-            self._handle_of(asked.sparsity is not None and asked.sparsity.four_bits).step(
+            self._handle_of(reads_four_bits(asked.sparsity)).step(
                 tokens=asked.tokens.data_ptr(),
                 positions=asked.positions.data_ptr(),
                 cos=cache.cos.data_ptr(),

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..kernels import ops
+
 
 class Kind(enum.IntEnum):
     """How the neurons of a pass are chosen. As in csrc/params.h, `Sparsity`."""
@@ -59,6 +61,11 @@ class Sparsity(Protocol):
         [m, I]: int32 [kept], rising."""
 
 
+def reads_four_bits(sparsity: Sparsity | None) -> bool:
+    """Whether a pass of S with this sparsity, or of F, reads four bits of every weight."""
+    return sparsity is not None and sparsity.four_bits
+
+
 class Observer(Protocol):
     """Who wants to know what happens inside a prefill."""
 
@@ -100,6 +107,14 @@ class Pass:
     sparsity: Sparsity | None = None
     argmax: torch.Tensor | None = None
     keep_z: bool = False
+
+    @classmethod
+    def chain(cls, tokens: torch.Tensor, first: int, sparsity: Sparsity | None = None, keep_z: bool = False) -> Pass:
+        """Of tokens, int32 [m], one after another from position `first` on, after all that stand before it."""
+        rows = len(tokens)
+        positions = torch.arange(first, first + rows, dtype=torch.int32)
+        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
+        return cls(tokens, positions, mask, first, first, sparsity, keep_z=keep_z)
 
 
 @dataclasses.dataclass(frozen=True)
