@@ -21,6 +21,7 @@ constexpr int kSpan = kLanes / 4;  // rows of 16 bytes in a vector
 using Ints = __m512i;
 
 inline Ints set(int x) { return _mm512_set1_epi32(x); }
+inline void store(Ints x, int32_t* to) { _mm512_store_si512(to, x); }
 inline Vec floats(Ints x) { return {_mm512_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints times(Ints a, int b) { return _mm512_mullo_epi32(a, set(b)); }
@@ -56,12 +57,6 @@ inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
   const Ints high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
   const Ints order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return _mm512_shuffle_epi8(_mm512_packs_epi16(low, high), order);
-}
-
-// Each of the dwords kSpan * part .. in all of the four lanes of its place.
-inline Ints spread(Ints x, int part) {
-  const Ints lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_epi32(add(lane, set(kSpan * part)), x);
 }
 
 // Codes of four weights a lane, and sums of their products with integers from -128 to 127.
@@ -102,15 +97,14 @@ struct Sum {
 // The sums of each lane's four signed bytes.
 inline Ints sum_bytes(Ints sum, Ints x) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), x); }
 
-// Sums of the columns 16 h + 4 i + b of kSpan groups, in lanes b of the groups' places, as the columns' own order: of group g,
-// out[g] [column / kLanes].
-inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
+// Of kSpan vectors of 16 bytes each: place q of out[g] is place g of in[q].
+inline void cross(const Ints* in, Ints* out) {
   const Ints a = _mm512_shuffle_i32x4(in[0], in[1], 0x88), b = _mm512_shuffle_i32x4(in[0], in[1], 0xdd);
   const Ints c = _mm512_shuffle_i32x4(in[2], in[3], 0x88), d = _mm512_shuffle_i32x4(in[2], in[3], 0xdd);
-  out[0][0] = _mm512_shuffle_i32x4(a, c, 0x88);
-  out[1][0] = _mm512_shuffle_i32x4(b, d, 0x88);
-  out[2][0] = _mm512_shuffle_i32x4(a, c, 0xdd);
-  out[3][0] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  out[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  out[1] = _mm512_shuffle_i32x4(b, d, 0x88);
+  out[2] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  out[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
 #else
@@ -118,6 +112,7 @@ inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
 using Ints = __m256i;
 
 inline Ints set(int x) { return _mm256_set1_epi32(x); }
+inline void store(Ints x, int32_t* to) { _mm256_store_si256((__m256i*)to, x); }
 inline Vec floats(Ints x) { return {_mm256_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints times(Ints a, int b) { return _mm256_mullo_epi32(a, set(b)); }
@@ -153,10 +148,6 @@ inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
   const Ints high = _mm256_packs_epi32(_mm256_cvtps_epi32(c.v), _mm256_cvtps_epi32(d.v));
   const Ints order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return _mm256_shuffle_epi8(_mm256_packs_epi16(low, high), order);
-}
-
-inline Ints spread(Ints x, int part) {
-  return _mm256_permutevar8x32_epi32(x, add(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), set(kSpan * part)));
 }
 
 // Without VNNI: products of unsigned and signed bytes are added up in 16 bits, so the nibbles stay apart. Eight products of two
@@ -202,11 +193,9 @@ inline Ints sum_bytes(Ints sum, Ints x) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1)));
 }
 
-inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
-  for (int half = 0; half < 2; ++half) {
-    out[0][half] = _mm256_permute2x128_si256(in[2 * half], in[2 * half + 1], 0x20);
-    out[1][half] = _mm256_permute2x128_si256(in[2 * half], in[2 * half + 1], 0x31);
-  }
+inline void cross(const Ints* in, Ints* out) {
+  out[0] = _mm256_permute2x128_si256(in[0], in[1], 0x20);
+  out[1] = _mm256_permute2x128_si256(in[0], in[1], 0x31);
 }
 
 #endif
@@ -335,6 +324,13 @@ void dot(const void* const* pointers, int n, const void* packed, int m, const Ro
   }
 }
 
+constexpr int kHalf = 16 / kLanes;  // vectors of columns in half of a group
+#if defined(__AVX512F__)
+constexpr int kTogether = 8;  // rows of input
+#else
+constexpr int kTogether = 1;
+#endif
+
 // Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
 template <class T, bool kUpper>
 class SumBlock {
@@ -369,14 +365,17 @@ class SumBlock {
     const int last = groups(end);
     for (int g = begin / kGroup; g < last; g += kLanes) {
       round_coefficients(g);
-      for (int part = 0; part < 4 && g + part * kSpan < last; ++part) {
-        const int group = g + part * kSpan;
+      for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
+        const int group = g + part, n = std::min(kSpan, last - group);
         if (first) prefetch(group);
-        const int n = std::min(kSpan, last - group);
         read(group, n);
-        int j = 0;
-        for (; j + 2 <= m_; j += 2) add_part<2>(j, group, part, n, end, acc, lda);
-        if (j < m_) add_part<1>(j, group, part, n, end, acc, lda);
+        for (int i = 0; i < n; ++i) {
+          const int column = (group + i) * kGroup, columns = end - column;
+          if (columns >= kGroup)
+            add_group(i, part + i, acc + column, lda);
+          else
+            add_part(i, part + i, columns, acc + column, lda);
+        }
       }
     }
   }
@@ -397,10 +396,10 @@ class SumBlock {
         const float* c = coefficients_[j] + 4 * quad;
         const Vec* s = scale + 4 * quad;
         const Ints four = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
-        rounded_[j][quad] = four;
+        store(four, rounded_[j][quad]);
         total = sum_bytes(total, four);
       }
-      starts_[j] = start_of<kUpper>(total);
+      store(start_of<kUpper>(total), starts_[j]);
       (largest * Vec::set(scales_[j])).store(group_scales_[j]);
     }
   }
@@ -416,59 +415,77 @@ class SumBlock {
     if (!kUpper) fetch(lower_ + group * kGroupBytes);
   }
 
-  // The codes of all rows in n groups, four rows to a lane.
+  // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane.
   void read(int group, int n) {
     for (int quad = 0; quad < kRows / 4; ++quad) {
       const uint8_t* const* rows = rows_ + 4 * quad;
-      Ints uppers[4], lowers[4] = {};
+      Ints uppers[kSpan][kHalf], lowers[kSpan][kHalf] = {};
       interleave(rows, upper_ + group * kGroupBytes, n, uppers);
       if constexpr (!kUpper) interleave(rows, lower_ + group * kGroupBytes, n, lowers);
-      for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], &codes_[quad][i], &codes_[quad][4 + i]);
+      for (int g = 0; g < kSpan; ++g)
+        for (int v = 0; v < kHalf; ++v)
+          split<kUpper>(uppers[g][v], lowers[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
     }
   }
 
-  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints* out) {
+  // Of n groups' 16 bytes of four rows: of each group vectors of its bytes in order, the four rows' in a lane.
+  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints out[kSpan][kHalf]) {
     Ints x[4];
     for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
     const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
     const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
-    out[0] = unpack_low16(a, c);
-    out[1] = unpack_high16(a, c);
-    out[2] = unpack_low16(b, d);
-    out[3] = unpack_high16(b, d);
+    const Ints fours[4] = {unpack_low16(a, c), unpack_high16(a, c), unpack_low16(b, d), unpack_high16(b, d)};
+    for (int v = 0; v < kHalf; ++v) {
+      Ints groups[kSpan];
+      cross(fours + v * kSpan, groups);
+      for (int g = 0; g < kSpan; ++g) out[g][v] = groups[g];
+    }
   }
 
-  // For J rows of input from j on, in n groups: J share the codes once they are loaded.
+  // All rows of input by the group that was read as number `at`, and whose coefficients stand in lane `lane`.
+  void add_group(int at, int lane, float* to, ptrdiff_t lda) const {
+    int j = 0;
+    for (; j + kTogether <= m_; j += kTogether) add_rows<kTogether>(j, at, lane, to + j * lda, lda);
+    if constexpr (kTogether > 4)
+      for (; j + 4 <= m_; j += 4) add_rows<4>(j, at, lane, to + j * lda, lda);
+    for (; j < m_; ++j) add_rows<1>(j, at, lane, to + j * lda, lda);
+  }
+
+  // The same for the last group, which has fewer columns.
+  void add_part(int at, int lane, int columns, float* to, ptrdiff_t lda) const {
+    alignas(64) float whole[kColumns][kGroup] = {};
+    for (int j = 0; j < m_; ++j) std::copy_n(to + j * lda, columns, whole[j]);
+    add_group(at, lane, whole[0], kGroup);
+    for (int j = 0; j < m_; ++j) std::copy_n(whole[j], columns, to + j * lda);
+  }
+
+  // J rows of input from j on. A code that is loaded, and a coefficient, are used for as many products as there are registers.
   template <int J>
-  void add_part(int j, int group, int part, int n, int end, float* acc, ptrdiff_t lda) const {
-    Sum<kUpper> sums[J][8];
+  void add_rows(int j, int at, int lane, float* to, ptrdiff_t lda) const {
+    constexpr int kVectors = 2 * kHalf;
+    Sum<kUpper> sums[J][kVectors];
+#pragma GCC unroll 8
     for (int each = 0; each < J; ++each)
-      for (int i = 0; i < 8; ++i) sums[each][i] = Sum<kUpper>(spread(starts_[j + each], part));
-    for (int quad = 0; quad < kRows / 4; ++quad) {
-      Ints x[J];
-      for (int each = 0; each < J; ++each) x[each] = spread(rounded_[j + each][quad], part);
-      for (int i = 0; i < 8; ++i)
-        for (int each = 0; each < J; ++each) sums[each][i].add(codes_[quad][i], x[each]);
-    }
-    const bool whole = n == kSpan && (group + kSpan) * kGroup <= end;
-    for (int each = 0; each < J; ++each)
-      for (int half = 0; half < 2; ++half) {
-        Ints totals[4], ordered[kSpan][16 / kLanes];
-        for (int i = 0; i < 4; ++i) totals[i] = sums[each][4 * half + i].total();
-        order(totals, ordered);
 #pragma GCC unroll 4
-        for (int g = 0; g < kSpan; ++g)
-#pragma GCC unroll 2
-          for (int v = 0; v < 16 / kLanes; ++v) {
-            const int column = (group + g) * kGroup + 16 * half + kLanes * v;
-            float* to = acc + (j + each) * lda + column;
-            const Vec scale = Vec::set(group_scales_[j + each][part * kSpan + g]);
-            if (whole)
-              fma(floats(ordered[g][v]), scale, Vec::load(to)).store(to);
-            else if (column < end)
-              store_upto(fma(floats(ordered[g][v]), scale, load_upto(to, end - column)), to, end - column);
-          }
+      for (int v = 0; v < kVectors; ++v) sums[each][v] = Sum<kUpper>(set(starts_[j + each][lane]));
+    for (int quad = 0; quad < kRows / 4; ++quad) {
+      const Codes* codes = codes_[at][quad];
+#pragma GCC unroll 8
+      for (int each = 0; each < J; ++each) {
+        const Ints x = set(rounded_[j + each][quad][lane]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[each][v].add(codes[v], x);
       }
+    }
+#pragma GCC unroll 8
+    for (int each = 0; each < J; ++each) {
+      const Vec scale = Vec::set(group_scales_[j + each][lane]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* columns = to + each * lda + kLanes * v;
+        fma(floats(sums[each][v].total()), scale, Vec::load(columns)).store(columns);
+      }
+    }
   }
 
   const uint8_t *rows_[kRows], *next_[kRows];
@@ -477,9 +494,10 @@ class SumBlock {
   int m_ = 0;
   alignas(64) float coefficients_[kColumns][kRows];
   float scales_[kColumns];
-  Ints rounded_[kColumns][kRows / 4], starts_[kColumns];
+  // By groups: the coefficients as integers, four rows in one, and so on.
+  alignas(64) int32_t rounded_[kColumns][kRows / 4][kLanes], starts_[kColumns][kLanes];
   alignas(64) float group_scales_[kColumns][kLanes];
-  Codes codes_[kRows / 4][8];
+  Codes codes_[kSpan][kRows / 4][2 * kHalf];
 };
 
 template <class T, bool kUpper>
