@@ -150,6 +150,42 @@ inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
   return _mm256_shuffle_epi8(_mm256_packs_epi16(low, high), order);
 }
 
+#if defined(__AVXVNNI__)
+
+struct Codes {
+  Ints value;
+};
+
+template <bool kUpper>
+void split(Ints upper, Ints lower, Codes* first, Codes* second) {
+  const Ints mask = _mm256_set1_epi8(15);
+  first->value = _mm256_slli_epi16(_mm256_and_si256(upper, mask), 4);
+  second->value = _mm256_andnot_si256(mask, upper);
+  if constexpr (!kUpper) {
+    first->value = _mm256_or_si256(first->value, _mm256_and_si256(lower, mask));
+    second->value = _mm256_or_si256(second->value, _mm256_and_si256(_mm256_srli_epi16(lower, 4), mask));
+  }
+}
+
+template <bool kUpper>
+struct Sum {
+  Ints value;
+
+  Sum() = default;
+  explicit Sum(Ints start) : value(start) {}
+  void add(const Codes& codes, Ints x) { value = _mm256_dpbusd_avx_epi32(value, codes.value, x); }
+  void add_four(const Codes& codes, const int8_t* x) {
+    int four;
+    std::memcpy(&four, x, 4);
+    add(codes, set(four));
+  }
+  Ints total() const { return value; }
+};
+
+inline Ints sum_bytes(Ints sum, Ints x) { return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), x); }
+
+#else
+
 // Without VNNI: products of unsigned and signed bytes are added up in 16 bits, so the nibbles stay apart. Eight products of two
 // nibbles, at most 8 * 2 * 15 * 127, just fit.
 struct Codes {
@@ -192,6 +228,8 @@ struct Sum {
 inline Ints sum_bytes(Ints sum, Ints x) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1)));
 }
+
+#endif
 
 inline void cross(const Ints* in, Ints* out) {
   out[0] = _mm256_permute2x128_si256(in[0], in[1], 0x20);
@@ -325,8 +363,11 @@ void dot(const void* const* pointers, int n, const void* packed, int m, const Ro
 }
 
 constexpr int kHalf = 16 / kLanes;  // vectors of columns in half of a group
+// Rows of input whose sums fit the registers: a code and a coefficient are loaded once for all of them.
 #if defined(__AVX512F__)
-constexpr int kTogether = 8;  // rows of input
+constexpr int kTogether = 8;
+#elif defined(__AVXVNNI__)
+constexpr int kTogether = 2;
 #else
 constexpr int kTogether = 1;
 #endif
@@ -459,7 +500,7 @@ class SumBlock {
     for (int j = 0; j < m_; ++j) std::copy_n(whole[j], columns, to + j * lda);
   }
 
-  // J rows of input from j on. A code that is loaded, and a coefficient, are used for as many products as there are registers.
+  // J rows of input from j on.
   template <int J>
   void add_rows(int j, int at, int lane, float* to, ptrdiff_t lda) const {
     constexpr int kVectors = 2 * kHalf;
