@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_setting(generate, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
     add_decoding_options(generate, f"{DEFAULTS.accept}, with --sample sample")
-    purpose = "copy what followed the last tokens earlier in the text: the same text in fewer passes"
-    add_setting(generate, "--lookup", purpose, action="store_true")
+    purpose = "copy what followed the last tokens earlier in the text: the same text in fewer passes (default: where it pays)"
+    add_setting(generate, "--lookup", purpose, action=argparse.BooleanOptionalAction)
     generate.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     add_setting(generate, "--temperature", "with --sample", SAMPLING["temperature"], type=number)
     add_setting(generate, "--top-k", "with --sample; 0 is no limit", SAMPLING["top_k"], type=integer_in(0, 2**31 - 1))
@@ -200,7 +200,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> SiriusConfig:
     """ValueError for settings that contradict each other."""
     by, values = f"--mode {options.mode}", {"mode": options.mode}
-    if options.sample and hasattr(options, "lookup"):
+    if options.sample and getattr(options, "lookup", False):
         raise ValueError("lookup: not with --sample, whose tokens are drawn")
     if options.mode in SPARSITIES:
         if getattr(options, "sparsity", options.mode) != options.mode:

@@ -81,7 +81,7 @@ class Request:
         """An empty one, for the drafts of this text."""
         if self.config.mode == "sirius":
             return Tree(self.longest_period(model) - 1, self.config.tree_width)
-        if not self.config.lookup:
+        if not self.config.copies:
             return Tree(0, 1)
         # Copies after x0, none of them so far on that it does not see x0, and what is chosen after them.
         window = model.weights.description.narrowest
@@ -144,9 +144,9 @@ class Sequence:
         config, prompt = request.config, request.prompt
         self._rule = rule_of(config, request.sample, request.generator)
         self._sparsity: CSparse | FSparse | None = None
-        self._lookup = Lookup(prompt.tolist()) if config.lookup else None
+        self._lookup = Lookup(prompt.tolist()) if config.copies else None
         self._tree = request.tree(model)
-        verifies = config.mode == "full" and config.lookup  # F alone, what is copied
+        verifies = config.mode == "full" and config.copies  # F alone, what is copied
         density = 1.0
         if config.mode != "full":
             self._sparsity = sparsity_of(config, model.weights, request.thresholds)
@@ -165,6 +165,8 @@ class Sequence:
             costs, longest = costs_of(model, config, request.thresholds), request.longest_period(model)
             self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest)
             self.stats.sparse_cost = costs.sparse
+            if self._lookup is not None:
+                self._lookup.cost = costs.copy
         # The text so far, for who wants to see it: logits processors.
         self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
         self._graph: PeriodGraph | None = None  # replayed for every step, where there is one
