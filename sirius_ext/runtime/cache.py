@@ -153,8 +153,8 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values."""
-        return self.k.nbytes + self.v.nbytes
+        """Of keys, values and what passes leave."""
+        return self.k.nbytes + self.v.nbytes + self.logits.nbytes + self._z.nbytes
 
     def clear(self) -> None:
         """Hold nothing, and give the memory back."""
