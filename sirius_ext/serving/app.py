@@ -177,9 +177,12 @@ async def _http_error(_: Request, error: Exception) -> Response:
 async def _invalid(_: Request, error: Exception) -> Response:
     """The first thing that is wrong with a body, by the field's name."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    # Of a field that may have several types the types' names are among the places: they say nothing to who has sent it.
-    place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
+    errors = error.errors()
+    # A field that may have several types has an error for each of them. The one that got furthest is the likeliest to be meant.
+    first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
+    # The types' names are among the places, and say nothing to who has sent it.
+    place = [str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
+    place = [part for part in place if part not in ("str", "int", "float")]
     if first["type"] == "json_invalid":
         return JSONResponse(error_body(f"body: it is not JSON: {first.get('ctx', {}).get('error', '')}"), 422)
     message = first["msg"].removeprefix("Value error, ")
