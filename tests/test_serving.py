@@ -135,9 +135,7 @@ def test_unicode_across_tokens(by_heart):
     begun, rest = served.TEXT[:6], served.TEXT[6:]
     answer = by_heart.completions.create(model=served.NAME, prompt=begun, logprobs=0)
     assert answer.choices[0].text == rest and answer.choices[0].finish_reason == "stop"
-    pieces = [
-        chunk.choices[0].text for chunk in by_heart.completions.create(model=served.NAME, prompt=begun, stream=True)
-    ]
+    pieces = [chunk.choices[0].text for chunk in by_heart.completions.create(model=served.NAME, prompt=begun, stream=True)]
     assert "".join(pieces) == rest and not any("\ufffd" in piece for piece in pieces)
     for stop in ("🎉", "👩‍🔬", "é", "﷽"):
         for stream in (False, True):
