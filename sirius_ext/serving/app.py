@@ -455,7 +455,8 @@ class _Writer:
         if event.finish:
             last = self._chunk(index, self.delta(None), event.finish, None)
             if self._body.sirius.trace:
-                last["sirius"] = self._trace([] if found else event.tokens, event)
+                told = dataclasses.replace(event, tokens=[], period=None) if found else event
+                last["sirius"] = self._trace(told.tokens, told)
             found.append(last)
         return found
 
