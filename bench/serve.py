@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     try:
         number = 0
-        for name, (_, address) in servers.items():
+        for _, address in servers.values():
             ask(address, model.name, 1000, 8)  # warm
         for _ in range(options.rounds):
             for clients in options.clients:
