@@ -14,11 +14,13 @@ DRAFT_WEIGHTS = ("auto", "same", "q4")
 MAX_PERIOD = 256
 MAX_AUTO_PERIOD = 32
 MAX_WIDTH = 16
+DENSITY, DENSITY_IN_FOUR_BITS = 0.5, 0.7  # of "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig:
-    """How to decode. Names are those of the Sirius paper (arXiv 2409.03856); so are the defaults, but for `follow` and `period`.
+    """How to decode. Names are those of the Sirius paper (arXiv 2409.03856); so are the defaults, but for `follow` and for what is
+    "auto".
 
     mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
     sparsity: "csparse", one set of neurons, chosen during the prompt's prefill (GRIFFIN's rule); "fsparse", a set per token,
@@ -27,6 +29,7 @@ class SiriusConfig:
     follow: the set of csparse and of the cascade follows the text: every verification shows which neurons its tokens used, and
         the set is chosen anew. With False it stays as the prompt chose it, which is the paper's rule.
     density: fraction of MLP neurons kept in every layer, in (0, 1]; of the cascade, the share of gate, up and down that is read.
+        "auto" is 0.7 for csparse that reads four bits of a weight, which makes neurons cheap, and 0.5 elsewhere.
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
     period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts
@@ -52,7 +55,7 @@ class SiriusConfig:
     mode: str = "sirius"
     sparsity: str = "csparse"
     follow: bool = True
-    density: float = 0.5
+    density: float | str = "auto"
     thresholds: str | os.PathLike[str] | None = None
     period: int | str = "auto"
     tree_width: int = 1
@@ -70,8 +73,11 @@ class SiriusConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("density", "threshold", "score_temperature"):
             value = getattr(self, name)
+            if name == "density" and value == "auto":
+                continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
+                other = ' or "auto"' if name == "density" else ""
+                raise TypeError(f"{name}: expected a number{other}, got {value!r}")
             object.__setattr__(self, name, float(value))  # of whatever kind it was: numpy has its own
             if not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
@@ -93,7 +99,7 @@ class SiriusConfig:
             raise ValueError(f'thresholds: they need sparsity="fsparse", got {self.sparsity!r}')
         if self.lookup is True and (refused := self._not_copied):
             raise ValueError(f"lookup: {refused}")
-        if not 0 < self.density <= 1:
+        if isinstance(self.density, float) and not 0 < self.density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold: expected 0 to 1, got {self.threshold}")
@@ -110,6 +116,12 @@ class SiriusConfig:
         if self.mode == "sirius" and self.accept == "sample":
             return 'not with accept="sample", whose proposals are drawn'
         return ""
+
+    def density_with(self, four_bits: bool) -> float:
+        """The density of a sparse model that reads four bits of a weight, or all of them."""
+        if isinstance(self.density, float):
+            return self.density
+        return DENSITY_IN_FOUR_BITS if four_bits and self.sparsity == "csparse" else DENSITY
 
     @property
     def copies(self) -> bool:

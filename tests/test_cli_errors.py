@@ -45,7 +45,7 @@ GENERATE = [
     ("generate --prompt x --period 0", '--period: expected 1 to 256 or "auto", got 0'),
     ("generate --prompt x --period 257", '--period: expected 1 to 256 or "auto", got 257'),
     (f"generate --prompt x --period {'9' * 5000}", "--period: expected an integer or auto, got '999"),
-    ("generate --prompt x --density x", "--density: expected a number, got 'x'"),
+    ("generate --prompt x --density x", "--density: expected a number or auto, got 'x'"),
     ("generate --prompt x --density 0", "--density: expected more than 0 and at most 1, got 0"),
     ("generate --prompt x --density nan", "--density: expected a finite number, got nan"),
     ("generate --prompt x --threshold 2", "--threshold: expected 0 to 1, got 2"),

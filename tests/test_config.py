@@ -8,12 +8,12 @@ from sirius_ext.config import MAX_AUTO_PERIOD, MAX_PERIOD, MAX_WIDTH, SiriusConf
 
 
 def test_defaults_are_the_papers():
-    """But for `follow` and `period`, which are ours."""
+    """But for `follow`, and for what is "auto"."""
     assert dataclasses.asdict(SiriusConfig()) == {
         "mode": "sirius",
         "sparsity": "csparse",
         "follow": True,
-        "density": 0.5,
+        "density": "auto",
         "thresholds": None,
         "period": "auto",
         "tree_width": 1,
@@ -152,3 +152,13 @@ def test_period_names_its_alternative():
 def test_the_longest_period():
     assert SiriusConfig(period=17).longest_period == 17
     assert SiriusConfig(period="auto", tree_width=MAX_WIDTH).longest_period == MAX_AUTO_PERIOD == 32
+
+
+def test_the_density_of_a_config():
+    """Neurons are cheap in four bits: of a set for all tokens more of them pay."""
+    assert (SiriusConfig().density_with(False), SiriusConfig().density_with(True)) == (0.5, 0.7)
+    for sparsity in ("fsparse", "cascade"):
+        assert SiriusConfig(sparsity=sparsity).density_with(True) == 0.5
+    assert SiriusConfig(density=0.3).density_with(True) == SiriusConfig(density=0.3).density_with(False) == 0.3
+    with pytest.raises(TypeError, match='^density: expected a number or "auto", got'):
+        SiriusConfig(density="dense")

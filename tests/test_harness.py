@@ -129,7 +129,7 @@ def test_sampling(harness):
         ({"densty": 0.5}, "^model_args: expected some of pretrained, .*, mode, .*got densty"),
         ({"loglikelihood": "both"}, "^loglikelihood: expected one of full, sparse, got 'both'"),
         ({"loglikelihood": 3}, "^loglikelihood: expected one of full, sparse, got 3"),
-        ({"density": "half"}, "^density: expected a number, got 'half'"),
+        ({"density": "half"}, "^density: expected a number or .auto., got 'half'"),
         ({"threads": "all"}, "^threads: expected 1 to .*, got 'all'"),
         ({"threads": 100000}, "^threads: expected 1 to .*, got 100000"),
         ({"threads": True}, "^threads: expected 1 to .*, got True"),

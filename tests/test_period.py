@@ -59,6 +59,24 @@ def test_never_slower_than_full_and_as_good_as_the_best_fixed_period(model, rule
     assert together >= 0.97 * max(fixed.values()), (together, fixed)
 
 
+# Weights in eight bits, S in four, two cores with AVX-512: S by its density, F over more tokens.
+PACKED = {
+    density: Costs(cost, ((4, 1.07), (8, 1.1), (16, 1.42)), 0.01) for density, cost in ((1, 0.47), (0.7, 0.39), (0.5, 0.325))
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_in_four_bits_the_default_density_is_the_best(rule):
+    """And no text is slower than F alone."""
+    found = {}
+    for density, costs in PACKED.items():
+        policy = lambda rule: AdaptivePeriod(costs, rule)  # noqa: B023, E731
+        found[density], each = tokens_per_cost(policy, "qwen2.5-coder-1.5b-packed", costs, density, rule)
+        assert len(each) >= 30 and min(each) >= 0.98
+    default = SiriusConfig().density_with(four_bits=True)
+    assert found[default] >= 0.99 * max(found.values()) and found[default] > 1.5, found
+
+
 def test_the_texts_are_worth_it():
     """Where S is cheap enough, drafting gains a lot; somewhere every fixed period loses, and somewhere each other one is best."""
     density, costs = COSTS["bytes alone, .5"]

@@ -104,6 +104,11 @@ period = reads(parse_period)
 
 
 @reads
+def density(text: str) -> float | str:
+    return text if text == "auto" else _number(text, float, "a number or auto")
+
+
+@reads
 def words(text: str) -> list[str]:
     """With commas between them."""
     found = text.split(",")

@@ -16,7 +16,7 @@ import transformers
 from rich.progress import Progress
 
 from .. import __version__
-from ..config import SiriusConfig
+from ..config import DENSITY, SiriusConfig
 from ..decoding.calibrate import calibrate, check_density
 from ..decoding.stats import CostlyDrafts, Stats
 from ..engine import encode, engine_of, prepare
@@ -29,6 +29,7 @@ from .arguments import (
     as_option,
     check_distinct,
     check_text,
+    density,
     input_text,
     not_empty,
     number,
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibration.add_argument("--text", metavar="FILE", type=input_text, required=True, help="UTF-8; - is standard input")
     calibration.add_argument(
-        "--density", type=number, default=DEFAULTS.density, help="fraction of MLP neurons to keep (default: %(default)s)"
+        "--density", type=number, default=DENSITY, help="fraction of MLP neurons to keep (default: %(default)s)"
     )
     calibration.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the thresholds")
 
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     show = add_command(commands, "demo", _demo, "transformers, Full, CSparse and Sirius side by side")
     show.set_defaults(weights="q8")
     show.add_argument(
-        "--density", type=number, default=DEFAULTS.density, help="fraction of MLP neurons kept (default: %(default)s)"
+        "--density", type=density, default=DEFAULTS.density, help="fraction of MLP neurons kept, or auto (default: %(default)s)"
     )
     show.add_argument(
         "--period",

@@ -12,7 +12,7 @@ from ..config import ACCEPT_RULES, DRAFT_WEIGHTS, SPARSITIES, SiriusConfig
 from ..decoding.calibrate import read_thresholds
 from ..engine import GREEDY, check_threads
 from ..models.hub import DEFAULT_MODEL, parse_dtype, parse_weights
-from .arguments import Commands, input_file, integer, integer_in, number, period, reads
+from .arguments import Commands, density, input_file, integer, integer_in, number, period, reads
 
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
@@ -78,7 +78,7 @@ def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
     purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4 of weights in eight bits"
     add_setting(parser, "--draft-weights", purpose, DEFAULTS.draft_weights, choices=DRAFT_WEIGHTS)
-    add_setting(parser, "--density", "fraction of MLP neurons kept", DEFAULTS.density, type=number)
+    add_setting(parser, "--density", "fraction of MLP neurons kept, or auto", DEFAULTS.density, type=density)
     purpose = "of `calibrate`, for fsparse: in place of a fixed number"
     add_setting(parser, "--thresholds", purpose, metavar="FILE", type=input_file)
     add_setting(parser, "--threshold", "least likelihood of a kept token", DEFAULTS.threshold, type=number)
@@ -161,7 +161,7 @@ def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:
     given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     config = SiriusConfig(**given | values)
     if "thresholds" in given:
-        read_thresholds(given["thresholds"], config.density)
+        read_thresholds(given["thresholds"], config.density_with(False))
     return config
 
 

@@ -43,7 +43,7 @@ def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     thresholds: FSparse's, float32 [layers].
     """
     less = four_bits(config, model.weights)
-    sparse = config.sparsity, config.follow, config.density, config.thresholds, config.tree_width, less, config.copies
+    sparse = config.sparsity, config.follow, config.density_with(less), config.thresholds, config.tree_width, less, config.copies
     asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
         at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))

@@ -28,6 +28,11 @@ def four_bits(config: SiriusConfig, weights: Weights) -> bool:
     return config.draft_weights == "q4" or (config.draft_weights == "auto" and weights.packed)
 
 
+def density_of(config: SiriusConfig, weights: Weights) -> float:
+    """The share of the neurons that S keeps."""
+    return config.density_with(four_bits(config, weights))
+
+
 def cascade_neurons(density: float, intermediate: int) -> tuple[int, int, int]:
     """Of how many neurons the cascade reads gate, up and down: 1.375 d, d and 0.625 d of I. Gate can be read of no more than all;
     up and down then make up for it, so that the three are 3 d I together."""
@@ -47,7 +52,7 @@ def sparse_density(config: SiriusConfig, weights: Weights) -> float:
         less, all_bits = weights.four_bits, weights.full
         mlp_share = less.mlp_bytes / all_bits.mlp_bytes
         rest_share = (less.bytes - less.mlp_bytes) / (all_bits.bytes - all_bits.mlp_bytes)
-    kept = 1 - (1 - config.density) * _SKIPPED[config.sparsity]
+    kept = 1 - (1 - density_of(config, weights)) * _SKIPPED[config.sparsity]
     return (rest_share * rest + mlp_share * kept * mlp) / (rest + mlp)
 
 
@@ -211,10 +216,10 @@ class FSparse:
 
 def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor | None = None) -> CSparse | FSparse:
     """What the config asks for, for one prompt."""
-    less = four_bits(config, weights)
+    less, density = four_bits(config, weights), density_of(config, weights)
     if config.sparsity == "fsparse":
-        return FSparse(weights.intermediate, config.density, None if thresholds is None else thresholds.to(weights.device), less)
+        return FSparse(weights.intermediate, density, None if thresholds is None else thresholds.to(weights.device), less)
     shape, squares = (len(weights.layers), weights.intermediate), weights.down_squares if config.follow else None
     if config.sparsity == "cascade":
-        return Cascade(*shape, config.density, weights.down_norms, weights.device, squares, less)
-    return CSparse(*shape, config.density, weights.device, squares, less)
+        return Cascade(*shape, density, weights.down_norms, weights.device, squares, less)
+    return CSparse(*shape, density, weights.device, squares, less)

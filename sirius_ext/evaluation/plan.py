@@ -96,6 +96,9 @@ class Plan:
             del settings[name]
         if settings["draft_weights"] == "auto":  # results from before there was a choice may be gone on with
             del settings["draft_weights"]
+        four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights != "plain")
+        if settings["density"] == "auto" and not four_bits:  # where it is the same in all modes
+            settings["density"] = self.base.density_with(False)
         weights = {"weights": self.weights} if self.weights != "plain" else {}
         source = {"source": "hub"} if self.data is None else {}
         batch = {"batch": self.batch} if self.batch > 1 else {}
@@ -116,7 +119,7 @@ class Plan:
             raise ValueError("--model: it has no tokenizer, so questions cannot be read")
         if self.base.thresholds is not None:
             # For this model? Otherwise every item would fail, one by one.
-            load_thresholds(self.base.thresholds, prepare(engine.model).weights, self.base.density)
+            load_thresholds(self.base.thresholds, prepare(engine.model).weights, self.base.density_with(False))
         return engine
 
     def left(self, items: list[Item], done: set[tuple[str, str]]) -> list[Item]:
