@@ -211,7 +211,8 @@ def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advanc
     full = (others + mlp) * weights.dtype.itemsize + cache
     if config.mode == "full":
         return full
-    share = (1 + 2 * config.density) / 3 if config.sparsity == "fsparse" else config.density
+    density = config.density_with(False)
+    share = (1 + 2 * density) / 3 if config.sparsity == "fsparse" else density
     sparse = (others + share * mlp) * weights.dtype.itemsize + cache
     if config.mode == "sparse":
         return sparse

@@ -19,7 +19,7 @@ DENSITY, DENSITY_IN_FOUR_BITS = 0.5, 0.7  # of "auto"
 
 @dataclasses.dataclass(frozen=True)
 class SiriusConfig:
-    """How to decode. Names are those of the Sirius paper (arXiv 2409.03856); so are the defaults, but for `follow` and for what is
+    """How to decode. Names are those of the Sirius paper (arXiv 2409.03856); so are the defaults, but for `follow` and what is
     "auto".
 
     mode: "sirius" drafts with the sparse model and corrects with the full one; "sparse" and "full" decode with one of them alone.
