@@ -131,7 +131,7 @@ __device__ __forceinline__ void combine(const AttentionParams& p, const Columns&
         const Vec<float> values = load(partials.values + at * partials.stride + d);
         sum = fmaf(weight, partials.sum[at], sum);
 #pragma unroll
-        for (int i = 0; i < Vec<float>::size; ++i) out[i] = fmaf(weight, values.v[i], out[i]);
+        for (int i = 0; i < Vec<float>::size; ++i) out[i] = fmaf(weight, values[i], out[i]);
       }
       T* const to = static_cast<T*>(p.out) + (size_t(row) * p.heads + head) * head_dim + d;
 #pragma unroll

@@ -72,16 +72,17 @@ class InputRows {
 
   // Elements [k, k + Vec::size) of the rows that this lane multiplies.
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[Sums::kInputs]) const {
-    Vec<T> weight;
+    Vec<T> weight{};
     if (norm_) weight = load_part<Aligned>(norm_, k, width_);
 #pragma unroll
     for (int i = 0; i < Sums::kInputs; ++i) {
       const int row = Sums::column(i);
       out[i] = load_part<Aligned>(x_ + size_t(row) * width_, k, row < rows_ ? width_ : 0);
       if (!norm_) continue;
+      float normed[Vec<T>::size];
 #pragma unroll
-      for (int j = 0; j < Vec<T>::size; ++j)
-        out[i].v[j] = from_float<T>(to_float(out[i].v[j]) * scale_[i] * (to_float(weight.v[j]) + offset_));
+      for (int j = 0; j < Vec<T>::size; ++j) normed[j] = out[i][j] * scale_[i] * (weight[j] + offset_);
+      out[i] = Vec<T>::rounded(normed);
     }
   }
 
@@ -99,25 +100,36 @@ __device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns
                                              Tile<T, Columns> (&tiles)[Matrices]) {
   constexpr int kPart = 4 * Vec<T>::size;  // elements of a row that a warp loads at a time: 64 bytes
   constexpr int kParts = 2;
-  const int warp = int(threadIdx.x) / kWarp;
-#pragma unroll(Matrices == 1 && sizeof(T) == 2 && Aligned ? 2 : 1)  // bodies that are not for speed stay small
-  for (int begin = warp * kParts * kPart; begin < width; begin += kDotWarps * kParts * kPart) {
-    Vec<T> weights[kParts][Matrices][2];
+  constexpr bool kAhead = sizeof(T) == 2 && Aligned;  // the other bodies stay small
+  const int begin = int(threadIdx.x) / kWarp * kParts * kPart;
+  Vec<T> loaded[kParts][Matrices][2], weights[kParts][Matrices][2];
+  const auto load = [&](int step) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i)
 #pragma unroll
       for (int m = 0; m < Matrices; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights[i][m][half] = rows[m][half].load(begin + i * kPart + lane_part() * Vec<T>::size, width);
+          loaded[i][m][half] = rows[m][half].load(step + i * kPart + lane_part() * Vec<T>::size, width);
+  };
+  const auto take = [&] {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i)
+#pragma unroll
+      for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) weights[i][m][half] = loaded[i][m][half];
+  };
+  if (kAhead) load(begin);
+  in_steps<kAhead>(begin, width, kDotWarps * kParts * kPart, load, take, [&](int step) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       Vec<T> x[Tile<T, Columns>::kInputs];
-      input.load(begin + i * kPart + lane_part() * Vec<T>::size, x);
+      input.load(step + i * kPart + lane_part() * Vec<T>::size, x);
 #pragma unroll
       for (int m = 0; m < Matrices; ++m) tiles[m].add(weights[i][m][0], weights[i][m][1], x);
     }
-  }
+  });
 }
 
 // The same of rows in eight bits. A warp loads four groups of a row at a time, 64 bytes of a plane.
@@ -125,28 +137,25 @@ template <class T, bool kUpper, bool Aligned, int Columns, int Matrices>
 __device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns>& input, int width,
                                              const WeightRow<T, Q8<kUpper>, Aligned> (&rows)[Matrices][2],
                                              Q8Codes (&codes)[Matrices], Tile<T, Columns> (&tiles)[Matrices]) {
-  const int groups = q8::groups(width);
+  constexpr bool kAhead = kUpper || Columns * Matrices < 32;
+  const int groups = q8::groups(width), begin = int(threadIdx.x) / kWarp * kStepGroups;
   Q8Group<kUpper> loaded[Matrices][2];
-  const auto load_from = [&](int first) {
+  const auto load = [&](int first) {
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], first + lane_part(), width);
   };
-  // Loads are on the way while what came before is multiplied, unless registers do not suffice.
-  constexpr bool kAhead = kUpper || Columns * Matrices < 32;
-  int first = int(threadIdx.x) / kWarp * kStepGroups;
-  if (kAhead) load_from(first);
-#pragma unroll 1
-  for (; first < groups; first += kDotWarps * kStepGroups) {
-    if (!kAhead) load_from(first);
+  const auto take = [&] {
     __syncwarp();  // all lanes have used the codes before
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) codes[m].put(lane_row() + half * 8, lane_part(), loaded[m][half]);
     __syncwarp();
-    if (kAhead) load_from(first + kDotWarps * kStepGroups);
+  };
+  if (kAhead) load(begin);
+  in_steps<kAhead>(begin, groups, kDotWarps * kStepGroups, load, take, [&](int first) {
 #pragma unroll(Aligned ? 2 : 1)
     for (int i = 0; i < kStepGroups; ++i) {
       if (first + i >= groups) break;
@@ -154,14 +163,14 @@ __device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns
       input.load((first + i) * q8::kGroup + lane_part() * Vec<T>::size, x);
 #pragma unroll
       for (int m = 0; m < Matrices; ++m) {
-        Words<T> numbers[2];
+        Vec<T> numbers[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           numbers[half] = codes[m].template eight<T, kUpper>(lane_row() + half * 8, i, lane_part());
         tiles[m].add_scaled(numbers[0], numbers[1], codes[m].scales[i][lane_row()], codes[m].scales[i][lane_row() + 8], x);
       }
     }
-  }
+  });
   __syncwarp();  // the sums are put where the codes were
 }
 

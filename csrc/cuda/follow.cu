@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const Fol
   for (int c = int(threadIdx.x) * Vec<T>::size; c < p.intermediate; c += int(blockDim.x) * Vec<T>::size) {
     const Vec<T> part = load_part<Aligned>(z, c, p.intermediate);
 #pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) squares += to_float(part.v[i]) * to_float(part.v[i]);
+    for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
   }
   squares = warp_sum(squares);
   if (threadIdx.x % kWarp == 0) shared.warps[threadIdx.x / kWarp] = squares;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kBlendThreads) follow_blend_kernel(const Follo
     const Vec<T> part = load_part<Aligned>(z, first, p.intermediate);
 #pragma unroll
     for (int j = 0; j < size; ++j) {
-      const float value = to_float(part.v[j]);
+      const float value = part[j];
       statistic[j] = fmaf(value * add, value, p.decay * statistic[j]);
     }
   }

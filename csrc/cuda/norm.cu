@@ -15,16 +15,17 @@ __global__ void rms_norm_kernel(const RmsNormParams p) {
   const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
   const float scale = inverse_rms<Aligned>(x, p.hidden, p.norm.eps);
   for (int c = first; c < p.hidden; c += kWarp * Vec<T>::size) {
-    Vec<T> out = load_part<Aligned>(x, c, p.hidden), add;
+    const Vec<T> from = load_part<Aligned>(x, c, p.hidden);
     const Vec<T> w = load_part<Aligned>(weight, c, p.hidden);
+    Vec<T> add{};
     if (residual) add = load_part<Aligned>(residual, c, p.hidden);
+    float out[Vec<T>::size];
 #pragma unroll
     for (int i = 0; i < Vec<T>::size; ++i) {
-      float value = to_float(out.v[i]) * scale * (to_float(w.v[i]) + p.norm.offset);
-      if (residual) value += to_float(add.v[i]);
-      out.v[i] = from_float<T>(value);
+      out[i] = from[i] * scale * (w[i] + p.norm.offset);
+      if (residual) out[i] += add[i];
     }
-    store_part<Aligned>(static_cast<T*>(p.out) + at, c, p.hidden, out);
+    store_part<Aligned>(static_cast<T*>(p.out) + at, c, p.hidden, Vec<T>::rounded(out));
   }
 }
 

@@ -13,7 +13,7 @@ __device__ float inverse_rms(const T* row, int n, float eps) {
   for (int c = int(threadIdx.x) % kWarp * Vec<T>::size; c < n; c += kWarp * Vec<T>::size) {
     const Vec<T> part = load_part<Aligned>(row, c, n);
 #pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) squares += to_float(part.v[i]) * to_float(part.v[i]);
+    for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
   }
   return 1.0f / sqrtf(warp_sum(squares) / float(n) + eps);
 }

@@ -13,7 +13,7 @@ __device__ __forceinline__ void load_floats(const float* array, int begin, int n
   for (int i = 0; i < N; i += Vec<float>::size) {
     const Vec<float> part = load_part<Aligned>(array, begin + i, n);
 #pragma unroll
-    for (int j = 0; j < Vec<float>::size; ++j) out[i + j] = part.v[j];
+    for (int j = 0; j < Vec<float>::size; ++j) out[i + j] = part[j];
   }
 }
 
@@ -31,25 +31,17 @@ class Head {
   __device__ __forceinline__ void load(int begin, int c, int n, float (&out)[N]) const {
     const Vec<T> x = load_part<Aligned>(vector_ + begin, c, n);
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+    for (int i = 0; i < N; ++i) out[i] = x[i];
     if (!weight_) return;
     const Vec<T> weight = load_part<Aligned>(weight_ + begin, c, n);
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = out[i] * scale_ * (to_float(weight.v[i]) + offset_);
+    for (int i = 0; i < N; ++i) out[i] = out[i] * scale_ * (weight[i] + offset_);
   }
 
  private:
   const T *vector_, *weight_;
   float offset_, scale_ = 1.0f;
 };
-
-template <bool Aligned, class T>
-__device__ __forceinline__ void store_rounded(T* array, int begin, int n, const float (&values)[Vec<T>::size]) {
-  Vec<T> rounded;
-#pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i) rounded.v[i] = from_float<T>(values[i]);
-  store_part<Aligned>(array, begin, n, rounded);
-}
 
 // grid: [num_rows * (heads + 2 * kv_heads) / kWarps]; one warp a head. A lane takes 16 bytes of the rotated part's first half and
 // the 16 bytes that they are paired with, then 16 bytes of the rest. Moves each row twice: qkv is read, q and the caches are
@@ -79,13 +71,13 @@ __global__ void rope_kv_write_kernel(const RopeParams p) {
       a[i] = rotated.first;
       b[i] = rotated.second;
     }
-    store_rounded<Aligned>(out, c, half, a);
-    store_rounded<Aligned>(out + half, c, half, b);
+    store_part<Aligned>(out, c, half, Vec<T>::rounded(a));
+    store_part<Aligned>(out + half, c, half, Vec<T>::rounded(b));
   }
   for (int c = first; c < head_dim - rotary_dim; c += kWarp * kPart) {
     float rest[kPart];
     from.load(rotary_dim, c, head_dim - rotary_dim, rest);
-    store_rounded<Aligned>(out + rotary_dim, c, head_dim - rotary_dim, rest);
+    store_part<Aligned>(out + rotary_dim, c, head_dim - rotary_dim, Vec<T>::rounded(rest));
   }
 }
 

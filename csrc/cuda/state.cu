@@ -14,10 +14,11 @@ __global__ void embed_kernel(const EmbedParams p) {
   const WeightRow<T, Plain, Aligned> from(p.table, max(p.tokens[blockIdx.x], 0));
   T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
   for (int c = int(threadIdx.x) * Vec<T>::size; c < hidden; c += kEmbedThreads * Vec<T>::size) {
-    Vec<T> part = from.load(c, hidden);
+    const Vec<T> part = from.load(c, hidden);
+    float scaled[Vec<T>::size];
 #pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) part.v[i] = from_float<T>(p.scale * to_float(part.v[i]));
-    store_part<Aligned>(to, c, hidden, part);
+    for (int i = 0; i < Vec<T>::size; ++i) scaled[i] = p.scale * part[i];
+    store_part<Aligned>(to, c, hidden, Vec<T>::rounded(scaled));
   }
 }
 

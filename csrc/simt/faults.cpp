@@ -103,7 +103,7 @@ __global__ void missing_lane(const Data d) {
 
 __global__ void misaligned_load(const Data d) {
   const int t = int(threadIdx.x), at = int(blockIdx.x) * kThreads;
-  if (t == 0) d.out[at] = load(d.in + at + (d.broken ? 1 : 0)).v[0];
+  if (t == 0) d.out[at] = load(d.in + at + (d.broken ? 1 : 0))[0];
 }
 
 __global__ void misaligned_store(const Data d) {
