@@ -27,30 +27,61 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ------------------------------------------------------------------------------------------------------------ launching
 
+// On sm_90 and later a kernel is launched while the one before it still runs: it begins as soon as all blocks of that one have
+// come past their `wait_for_kernel_before`, and what it asks of memory until it comes to its own is on the way meanwhile. Until
+// then it may touch nothing but what no kernel writes: weights, and its own arguments. Every thread of every kernel must come
+// there, also one that has nothing to do: whoever waits for a kernel takes for granted that it has waited for the one before.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#elif !defined(__CUDACC__)
+  simt::wait_for_grid_before();
+#endif
+}
+
 #if defined(__CUDACC__)
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, StreamHandle stream,
-            Arguments&&... arguments) {
+// Kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked.
+template <auto Kernel, class... Arguments>
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle stream, Arguments&&... arguments) {
   if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+    check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+  // What was compiled for an older card does not wait, whatever it runs on.
+  cudaFuncAttributes about{};
+  check(cudaFuncGetAttributes(&about, Kernel), name);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = about.ptxVersion >= 90 && about.binaryVersion >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, Kernel, std::forward<Arguments>(arguments)...), name);
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
 }
 #else
-template <class... Parameters, class... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, StreamHandle,
-            Arguments&&... arguments) {
-  simt::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+template <auto Kernel, class... Arguments>
+void launch(const char*, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle, const Arguments&... arguments) {
+  simt::launch(__PRETTY_FUNCTION__, grid, block, shared_bytes, [=] { Kernel(arguments...); });
 }
+
+inline int multiprocessors() { return simt::multiprocessors(); }
 #endif
 
 // The block's dynamic shared memory, as one plain struct. All shared memory is dynamic, so that the tests can fill it with NaN.
@@ -160,10 +191,14 @@ __device__ __forceinline__ Vec<T> load_streaming(const T* at, bool there) {
 #if defined(__CUDA_ARCH__)
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  if (there)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(out.words[0]), "=r"(out.words[1]), "=r"(out.words[2]), "=r"(out.words[3])
-                 : "l"(at), "l"(policy));
+  // With a branch around it nvcc copies words as soon as they are loaded, and so waits for them.
+  asm volatile(
+      "{.reg .pred there;\n"
+      "setp.ne.u32 there, %6, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@there ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;}"
+      : "=&r"(out.words[0]), "=&r"(out.words[1]), "=&r"(out.words[2]), "=&r"(out.words[3])
+      : "l"(at), "l"(policy), "r"(uint32_t(there)));
 #else
   if (!there) return out;
   expect_aligned(at);

@@ -2,13 +2,15 @@
 // cores' pairs of k are put together from two rows.
 //
 // A block has a stretch of columns of `out` and a part of the neurons; its warps take turns at 16 neurons, reading 128 bytes of
-// each, or of a plane 64. Parts and warps are added up in order. Where the neurons are cut depends on their number, on `hidden`
-// and on the format alone. Bytes that must move: hidden * neurons elements, once for every 16 rows of input; the parts' sums stay
-// in L2.
+// each, or of a plane 64. Parts and warps are added up in order. Where the neurons are cut depends on their number, on `hidden`,
+// on the format and on the card alone. Bytes that must move: hidden * neurons elements, once for every 16 rows of input; the
+// parts' sums stay in L2.
 //
 // In eight bits a neuron's scale differs from group to group of its columns, and a sum is over neurons. So it is multiplied with
 // the coefficient, in float32, and what tensor cores get is the product's first 16 bits, as two numbers of bf16. bf16 holds every
 // code, and has float32's range, so this is done for any 16-bit T.
+#include <algorithm>
+
 #include "mma.cuh"
 #include "weights.cuh"
 
@@ -18,7 +20,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kStep = 16;  // neurons that a warp adds up at a time: four a lane
 constexpr int kLaneNeurons = 4;
-constexpr int kBlocks = 512;       // that shall run at a time: nearly four for each multiprocessor of an H100
 constexpr int kPartNeurons = 128;  // least of a part: one step for each warp
 
 // Columns of `out` that a warp has: 16 bytes for each of eight lanes, or of a plane for each of four.
@@ -28,9 +29,22 @@ template <class T, bool kUpper>
 constexpr int kStretch<T, Q8<kUpper>> = kStepGroups * q8::kGroup;
 constexpr int kLargestStretch = kStretch<bf16_t, Q8<false>>;
 
-int parts_of(int stretch, int hidden, int num_neurons) {
-  const int parts = kBlocks / ceil_div(hidden, stretch), most = ceil_div(num_neurons, kPartNeurons);
-  return parts < 1 ? 1 : parts < most ? parts : most;
+// Blocks of one row of input that a multiprocessor holds at a time, and of 16-bit types at least two thirds as many of sixteen.
+template <class T, class W>
+constexpr int kResident = sizeof(T) == 2 && std::is_same_v<W, Plain> ? 3 : 2;
+constexpr int kMostProcessors = 192;  // that a card may have, as far as the workspace is concerned
+
+// As many as run at a time, or fewer if all multiprocessors then have more equally much to read.
+int parts_of(int stretches, int resident, int num_neurons) {
+  const int processors = std::min(multiprocessors(), kMostProcessors), longest = ceil_div(num_neurons, kPartNeurons);
+  const int most = std::max(1, std::min(resident * processors / stretches, longest));
+  const auto share = [&](int parts) {  // of the multiprocessors' time that is used
+    return double(parts * stretches) / (ceil_div(parts * stretches, processors) * processors);
+  };
+  int best = most;
+  for (int parts = most - 1; parts > 0; --parts)
+    if (share(parts) > share(best)) best = parts;
+  return best;
 }
 
 // Neurons 4 t .. 4 t + 3 of a row of x.
@@ -225,6 +239,7 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
   };
   look_up(begin);
   if (kAhead) load(begin);
+  wait_for_kernel_before();
   in_steps<kAhead>(begin, part.end, kStride, load, take, [&](int first) {
     Quad<T> inputs[Sums<T, W, Columns>::kInputs];
     part.template load<Sums<T, W, Columns>>(p, first + own, inputs);
@@ -261,6 +276,7 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
   };
   look_up(begin);
   if (kAhead) load(begin);
+  wait_for_kernel_before();
   in_steps<kAhead>(begin, part.end, kStride, load, take, [&](int first) {
     Quad<T> inputs[Sums<T, W, Columns>::kInputs];
     part.template load<Sums<T, W, Columns>>(p, first + lane_part() * kLaneNeurons, inputs);
@@ -277,6 +293,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
   constexpr int stretch = kStretch<T, W>;
   using Scratch = typename WeightRow<T, W, Aligned>::Scratch;
   static_assert(sizeof(Scratch) <= sizeof(shared.sums[0]), "a warp's scratch lies where its sums are put");
+  if ((p.neurons || p.num_neurons_at) && !p.settled) wait_for_kernel_before();
   const int neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons, hidden = p.down.cols;
   const int row = first_row + int(blockIdx.y) * kTileRows, rows = p.num_rows - row < Columns ? p.num_rows - row : Columns;
   const int column = int(blockIdx.x) * stretch, parts = int(gridDim.z);
@@ -326,15 +343,15 @@ void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
     with_format<T>(p.down, [&](auto format) {
       using W = typename decltype(format)::type;
       const int hidden = p.down.cols, stretch = kStretch<T, W>;
-      const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretch, hidden, p.num_neurons);
+      const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretches, kResident<T, W>, p.num_neurons);
       // Every group of 16 rows and every stretch has a counter of its own.
       const int groups = ceil_div(p.num_rows, kTileRows),
                 together = kCounters / stretches < groups ? kCounters / stretches : groups;
       const auto start = [&](auto aligned, auto columns) {
         for (int first = 0; first < groups; first += together) {
           const dim3 grid(stretches, groups - first < together ? groups - first : together, parts);
-          launch("down", down_kernel<T, W, aligned.value, columns.value>, grid, kWarps * kWarp,
-                 sizeof(Shared<T, W, columns.value>), stream, p, workspace, first * kTileRows);
+          launch<down_kernel<T, W, aligned.value, columns.value>>(
+              "down", grid, kWarps * kWarp, sizeof(Shared<T, W, columns.value>), stream, p, workspace, first * kTileRows);
         }
       };
       const auto for_speed = [&](auto aligned) { with_columns(p.num_rows, [&](auto columns) { start(aligned, columns); }); };
@@ -349,7 +366,8 @@ void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
 }
 
 size_t down_workspace(int num_rows, int hidden, int num_neurons) {
-  return size_t(parts_of(kLargestStretch, hidden, num_neurons)) * num_rows * hidden;
+  const int most = std::max(1, kResident<bf16_t, Plain> * kMostProcessors / ceil_div(hidden, kLargestStretch));
+  return size_t(std::min(most, ceil_div(num_neurons, kPartNeurons))) * num_rows * hidden;
 }
 
 }  // namespace sirius::cuda

@@ -62,11 +62,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const Operands& o) {
 #endif
 }
 
-// The sums of a warp's tile: 16 rows of weights by Columns (8 or 16) rows of input.
+// The sums of a warp's tile: 16 rows of weights by Columns (1, 8 or 16) rows of input. One row is the first of eight.
 template <class T, int Columns>
 class Tile {
  public:
-  static constexpr int kInputs = Columns / 8;  // vectors of input that a lane needs at a time
+  static constexpr int kInputs = (Columns + 7) / 8;  // vectors of input that a lane needs at a time
   __device__ static __forceinline__ int column(int input) { return input * 8 + lane_row(); }
 
   // 16 bytes of weight rows g and g + 8, and the same elements of the input rows column(0), column(1).
@@ -83,7 +83,7 @@ class Tile {
       float sums[4] = {};
       multiply(sums, first, second, x[i]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums_[i][j] = fmaf(sums[j], j < 2 ? first_scale : second_scale, sums_[i][j]);
+      for (int j = 0; j < 4; j += kEvery) sums_[i][j] = fmaf(sums[j], j < 2 ? first_scale : second_scale, sums_[i][j]);
     }
   }
 
@@ -91,10 +91,13 @@ class Tile {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[lane_row() + j / 2 * 8][i * 8 + lane_part() * 2 + j % 2] = sums_[i][j];
+      for (int j = 0; j < 4; j += kEvery)
+        if (Columns > 1 || lane_part() == 0) out[lane_row() + j / 2 * 8][i * 8 + lane_part() * 2 + j % 2] = sums_[i][j];
   }
 
  private:
+  static constexpr int kEvery = Columns > 1 ? 1 : 2;  // sums of the second of a lane's two columns, if there is one
+
   __device__ static __forceinline__ void multiply(float (&sums)[4], const Vec<T>& a, const Vec<T>& b, const Vec<T>& x) {
     mma<T>(sums, {{a.words[0], b.words[0], a.words[1], b.words[1]}, {x.words[0], x.words[1]}});
     mma<T>(sums, {{a.words[2], b.words[2], a.words[3], b.words[3]}, {x.words[2], x.words[3]}});

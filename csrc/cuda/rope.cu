@@ -1,4 +1,3 @@
-#include "norm.cuh"
 #include "rope.cuh"
 
 namespace sirius::cuda {
@@ -23,7 +22,14 @@ class Head {
  public:
   __device__ __forceinline__ Head(const T* vector, int head_dim, const Norm& norm)
       : vector_(vector), weight_(static_cast<const T*>(norm.weight)), offset_(norm.offset) {
-    if (weight_) scale_ = inverse_rms<Aligned>(vector, head_dim, norm.eps);
+    if (!weight_) return;
+    float squares = 0.0f;
+    for (int c = int(threadIdx.x) % kWarp * Vec<T>::size; c < head_dim; c += kWarp * Vec<T>::size) {
+      const Vec<T> part = load_part<Aligned>(vector, c, head_dim);
+#pragma unroll
+      for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
+    }
+    scale_ = 1.0f / sqrtf(warp_sum(squares) / float(head_dim) + norm.eps);
   }
 
   // Elements [begin + c, begin + c + N), of which those from begin + n on are not looked at.
@@ -48,6 +54,7 @@ class Head {
 // written.
 template <class T, bool Aligned>
 __global__ void rope_kv_write_kernel(const RopeParams p) {
+  wait_for_kernel_before();
   constexpr int kPart = Vec<T>::size;
   const int all_heads = p.heads + 2 * p.cache.kv_heads, head_dim = p.cache.head_dim;
   const int index = int(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp, row = index / all_heads, head = index % all_heads;
@@ -91,7 +98,7 @@ void rope_kv_write(const RopeParams& p, Workspace, StreamHandle stream) {
                          aligned16(p.q_norm.weight) && aligned16(p.k_norm.weight);
     const int heads = p.num_rows * (p.heads + 2 * p.cache.kv_heads);
     with_flag(aligned, [&](auto flag) {
-      launch("rope_kv_write", rope_kv_write_kernel<T, flag.value>, ceil_div(heads, kWarps), kWarps * kWarp, 0, stream, p);
+      launch<rope_kv_write_kernel<T, flag.value>>("rope_kv_write", ceil_div(heads, kWarps), kWarps * kWarp, 0, stream, p);
     });
   });
 }
