@@ -2,7 +2,8 @@
 //
 // A block has up to sixteen rows of each of its matrices; its warps take turns at 128 bytes of every row, and their sums are
 // added up in order. How a row is cut depends on its length alone, so a column's bits depend neither on the other columns nor on
-// the grid. Bytes that must move: the weights', once for every 16 rows of input. Input comes from L1.
+// the grid. Bytes that must move: the weights', once for every 16 rows of input. Input comes from L1, or one row from shared
+// memory.
 #pragma once
 
 #include <initializer_list>
