@@ -97,8 +97,12 @@ def seconds(body: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def save(path: Path | None, record: dict) -> None:
+def save(path: Path | None, record: dict, last: bool = True) -> None:
+    """Not `last`: of a benchmark that goes on. Whatever ends it, the file holds all of one of its states."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")
-        console.print(f"written to {path}")
+        half = path.with_name(path.name + ".part")
+        half.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")
+        half.replace(path)
+        if last:
+            console.print(f"written to {path}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from timing import Clock
 from torch import nn
 
@@ -95,7 +96,13 @@ class Dense:
 
         def attend(q, k, v):
             k_cache[:, positions], v_cache[:, positions] = k.transpose(0, 1), v.transpose(0, 1)
-            return attention_of(d, q, k_cache, v_cache, seen)
+            if len(q) > 1 or d.attention_softcap:
+                return attention_of(d, q, k_cache, v_cache, seen)
+            # The heads that share keys as so many queries: with a mask torch has no fast kernel that knows of groups.
+            grouped = q.view(1, d.kv_heads, d.heads // d.kv_heads, d.head_dim)
+            mask = seen[None, None].expand(1, d.kv_heads, d.heads // d.kv_heads, -1)
+            attended = F.scaled_dot_product_attention(grouped, k_cache[None], v_cache[None], mask, scale=d.attention_scale)
+            return attended.reshape(1, -1)
 
         return decoder_layer(d, layer, x, angles, attend)
 

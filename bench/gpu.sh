@@ -1,46 +1,71 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, on a bare machine with PyTorch for CUDA and nvcc: bench/gpu.sh [PART...], by default all of
-#   build     the extension with the CUDA kernels for this card, and the tests' emulator
-#   test      pytest -k cuda
-#   sanitize  the tests of the ops under compute-sanitizer: memcheck, then racecheck
-#   soak      200 prompts of mixed length: memory stays constant
-#   bench     the ops, then milliseconds per token of Llama-3-8B's shape
-# A part that fails does not keep the next one from running; the exit status then is 1. Logs and results go to OUT.
+# All that wants a GPU, on a bare machine with PyTorch for CUDA and nvcc: bench/gpu.sh [PART...], by default all of
+#   first     the build for this card, the tests of the ops and of decoding, a first table of milliseconds per token
+#   bench     milliseconds per token of Llama-3-8B's shape, then the ops
+#   sanitize  the ops' tests on aligned tensors under compute-sanitizer: memcheck, then racecheck
+#   soak      many prompts of mixed length: memory stays constant; then what Nsight Compute says of the largest kernels
+# Each ends well within ten minutes on sixteen cores, and begins with what is worth most. What is known is written at once, so
+# that a time limit is no failure. A part that fails does not keep the next one from running; the exit status then is 1.
+#   wheels    lists the Python packages that the parts lack here, to be brought along where there is no network
+# Logs and results go to OUT.
 #   OUT      folder (bench/results)           PYTHON  interpreter (python3)
-#   LIMIT    seconds a part may take (570)    SHAPE   of bench (llama-3-8b)
-# Without a network pip fetches nothing: then what is there has to do, and what cannot run says what it lacks.
+#   LIMIT    seconds a part may take (540)    SHAPE   of the model (llama-3-8b)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-bench/results}")
 PYTHON=${PYTHON:-python3}
-LIMIT=${LIMIT:-570}
+LIMIT=${LIMIT:-540}
 SHAPE=${SHAPE:-llama-3-8b}
-PARTS=(build test sanitize soak bench)
+PARTS=(first bench sanitize soak)
 OP_TESTS=(tests/test_{linear,gate_up,down,q8,fsparse_ops,cascade,follow,rms_norm,rope_kv_write}.py
   tests/test_tree_{mask,attention,expand}.py tests/test_{accept,kv_rewrite}.py)
+RUNTIME=(transformers safetensors numpy rich)
+TESTS=(pytest hypothesis)
 export PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
+started=$SECONDS
+left() { echo $((LIMIT - (SECONDS - started))); } # seconds of the part
 
-has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+has() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
 card() { nvidia-smi -i 0 --query-gpu="$1" --format=csv,noheader 2>/dev/null; }
 # The card's name as a file's: h100, a100, ...
 card_name() { card name | tr ' -' '\n\n' | grep -m1 -E '^[A-Z]+[0-9]+' | tr '[:upper:]' '[:lower:]'; }
 
+lacking() { # of these packages
+  local module
+  for module in "$@"; do has "$module" || echo "$module"; done
+}
+
 need() { # what a part cannot do without
-  local module missing=()
-  for module in "$@"; do has "$module" || missing+=("$module"); done
+  local missing
+  mapfile -t missing < <(lacking "$@")
   if [ ${#missing[@]} -gt 0 ]; then
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${missing[@]}" || {
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 5 "${missing[@]}" || {
       echo "missing here, and pip cannot install it: ${missing[*]}"
       return 1
     }
   fi
 }
 
+part_wheels() { lacking "${RUNTIME[@]}" "${TESTS[@]}" xdist pybind11; }
+
+# Runs what is left of the part's time at most; being stopped by it is no failure.
+within() {
+  local code seconds
+  seconds=$(left)
+  [ "$seconds" -gt 5 ] || { echo "no time left for: $*"; return 0; }
+  timeout -k 10 "$seconds" "$@"
+  code=$?
+  case $code in
+  124 | 137) echo "stopped after $seconds s: $*" ;;
+  *) return $code ;;
+  esac
+}
+
 built() { "$PYTHON" -c 'import torch; from sirius_ext import _C, _simt; _C.cuda' 2>/dev/null; }
 ready() {
-  need transformers safetensors numpy rich || return
-  built || part_build || return
+  need "${RUNTIME[@]}" || return
+  built || build || return
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "no CUDA device that torch can use"
     return 1
@@ -57,16 +82,22 @@ architecture() { # code for this card alone: a build of minutes becomes one of l
   esac
 }
 
-part_build() {
+# setup.py wants a setuptools that knows the licence's form, CMake, pybind11 and Python's headers; the compilers alone do too.
+by_setup() {
+  command -v cmake >/dev/null && has pybind11 &&
+    "$PYTHON" -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null &&
+    [ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]
+}
+
+build() {
   export SIRIUS_CUDA=ON SIRIUS_SIMT=ON SIRIUS_CUDA_ARCHITECTURES=${SIRIUS_CUDA_ARCHITECTURES:-$(architecture)}
   echo "architectures: $SIRIUS_CUDA_ARCHITECTURES"
-  if need pybind11 setuptools && command -v cmake >/dev/null; then
+  if by_setup; then
     "$PYTHON" setup.py build_ext --inplace || return
   else
-    echo "no cmake or no pybind11: compiling without them"
+    echo "no cmake, pybind11, Python.h or setuptools 77: compiling without them"
     by_hand || return
   fi
-  need transformers safetensors numpy rich || return
   "$PYTHON" -m sirius_ext info
 }
 
@@ -76,6 +107,11 @@ by_hand() {
   nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
   suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
   includes="-I$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+  # Without Python's own headers, those of another interpreter of the same version.
+  file=$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+  for file in /usr/include/$file /usr/local/include/$file /opt/*/include/$file; do
+    [ ! -e "$file/Python.h" ] || includes+=" -I$file"
+  done
   torch_includes=$("$PYTHON" -c 'import torch.utils.cpp_extension as c; print(*("-I" + path for path in c.include_paths()))')
   includes+=" $("$PYTHON" -m pybind11 --includes 2>/dev/null || echo "$torch_includes")"
   flags="-std=c++20 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fno-strict-aliasing"
@@ -91,12 +127,12 @@ by_hand() {
     echo "g++ $flags -fopenmp -DSIRIUS_HAVE_CUDA $includes -c python/bindings.cpp -o $objects/cpu/bindings.o"
     for file in csrc/cuda/*.cu; do
       echo "$nvcc -std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -lineinfo -Xcompiler -fPIC,-fvisibility=hidden" \
-        "$(for number in ${numbers//;/ }; do echo "-gencode arch=compute_$number,code=sm_$number"; done)" \
+        "$(for number in ${numbers//;/ }; do echo "-gencode arch=compute_$number,code=sm_$number"; done)" -DSIRIUS_HAVE_CUDA \
         "-c $file -o $objects/cuda/$(basename "$file").o"
       echo "g++ $flags -O2 -Wno-unknown-pragmas -x c++ -c $file -o $objects/simt/$(basename "$file").o"
     done
     for file in csrc/cuda/*.cpp python/bindings_cuda.cpp; do
-      echo "g++ $flags $includes -c $file -o $objects/cuda/$(basename "$file").o"
+      echo "g++ $flags $includes -DSIRIUS_HAVE_CUDA -c $file -o $objects/cuda/$(basename "$file").o"
       echo "g++ $flags -O2 $includes -c $file -o $objects/simt/$(basename "$file").o"
     done
     for file in csrc/simt/*.cpp python/simt_module.cpp; do
@@ -108,43 +144,61 @@ by_hand() {
     g++ -shared $objects/simt/*.o -o "sirius_ext/_simt$suffix"
 }
 
-part_test() {
-  ready && need pytest hypothesis || return
-  local -a files
-  # Files that hold no test of the kernels may import what is not here.
-  mapfile -t files < <(grep -lE 'cuda|backend|[(, ]kernels[,)]' tests/test_*.py)
-  "$PYTHON" -m pytest -q -p no:cacheprovider -k "cuda and not simt" "${files[@]}"
-}
-
-part_sanitize() {
-  ready && need pytest hypothesis || return
-  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on PATH"; return 1; }
-  local tool status=0
-  for tool in memcheck racecheck; do
-    # Without torch's cache every tensor is an allocation of its own, whose ends memcheck knows.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 $((LIMIT / 2 - 15)) compute-sanitizer --tool $tool --error-exitcode 9 \
-      "$PYTHON" -m pytest -q -x -p no:cacheprovider -k "cuda and not simt" "${OP_TESTS[@]}"
-    local code=$?
-    echo "$tool: exit status $code (124: stopped for time)"
-    [ $code = 0 ] || status=1
-  done
+# The tests that run on the card; not all cases of all files, so that there is time for what comes after them.
+part_first() {
+  ready && need "${TESTS[@]}" || return
+  local status=0 name parallel=()
+  name=$(card_name)
+  has xdist && parallel=(-n 8 --dist worksteal)
+  within "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" -k "cuda and not simt" tests/test_cuda_model.py \
+    "${OP_TESTS[@]}" || status=1
+  within "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_build.py || status=1
+  within "$PYTHON" bench/decode.py --device cuda --shape "$SHAPE" --context 1024 --rounds 3 --skip transformers,dense \
+    --out "$OUT/latency-$SHAPE-$name.json" || status=1
   return $status
 }
 
-part_soak() { ready && "$PYTHON" bench/soak.py; }
-
-# What matters most comes first: a run writes its file when it ends, and the limit may end one before.
+# What matters most comes first.
 part_bench() {
   ready || return
   local name status=0 decode
   name=$(card_name)
   decode=("$PYTHON" bench/decode.py --device cuda --shape "$SHAPE")
-  "${decode[@]}" --context 1024 --skip transformers --out "$OUT/latency-$SHAPE-$name.json" || status=1
-  "$PYTHON" bench/bench_ops.py --backend cuda --shapes "$SHAPE" --out "$OUT/ops-$name.json" || status=1
-  "${decode[@]}" --context 512,4096 --rounds 2 --skip transformers,dense --out "$OUT/latency-$SHAPE-$name-contexts.json" || status=1
-  # transformers compiles its forward for minutes.
-  "${decode[@]}" --context 1024 --rounds 2 --skip dense --sparsities csparse --widths "" \
-    --out "$OUT/latency-$SHAPE-$name-transformers.json" || status=1
+  within "${decode[@]}" --context 1024 --skip transformers --out "$OUT/latency-$SHAPE-$name.json" || status=1
+  within "$PYTHON" bench/bench_ops.py --backend cuda --shapes "$SHAPE" --rows 1,16 --rounds 7 --out "$OUT/ops-$name.json" ||
+    status=1
+  within "${decode[@]}" --context 512,4096 --rounds 2 --skip transformers,dense --out "$OUT/latency-$SHAPE-$name-contexts.json" ||
+    status=1
+  return $status
+}
+
+part_sanitize() {
+  ready && need "${TESTS[@]}" || return
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer on PATH"; return 1; }
+  local tool status=0 half
+  half=$(($(left) / 2))
+  for tool in memcheck racecheck; do
+    # Without torch's cache every tensor is an allocation of its own, whose ends memcheck knows.
+    LIMIT=$((SECONDS - started + half)) PYTORCH_NO_CUDA_MEMORY_CACHING=1 within \
+      compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" \
+      -m pytest -q -x -p no:cacheprovider -k "cuda-aligned and bfloat16 and against_reference" "${OP_TESTS[@]}"
+    local code=$?
+    echo "$tool: exit status $code"
+    [ $code = 0 ] || status=1
+  done
+  return $status
+}
+
+part_soak() {
+  ready || return
+  local status=0
+  within "$PYTHON" bench/soak.py --seconds $(($(left) / 2)) || status=1
+  command -v ncu >/dev/null || { echo "no ncu on PATH"; return $status; }
+  # The kernels of one pass of Full and one of S after the warm-up; all but the launches' own times come from these sections.
+  within ncu --profile-from-start off --launch-count 400 --section SpeedOfLight --section Occupancy --section LaunchStats \
+    --kernel-name 'regex:linear|gate_up|down|qkv|attention' --csv --log-file "$OUT/kernels-$(card_name).csv" \
+    env SIRIUS_GRAPHS=off "$PYTHON" bench/decode.py --device cuda --shape "$SHAPE" --context 1024 --rounds 1 --widths 1 \
+    --sparsities csparse --skip transformers,dense --profile || status=1
   return $status
 }
 
@@ -155,6 +209,7 @@ if [ "${1:-}" = --run ]; then # one part, in a process of its own: so a time lim
   exit
 fi
 [ $# -gt 0 ] || set -- "${PARTS[@]}"
+[ "$*" != wheels ] || { part_wheels; exit; }
 for part in "$@"; do
   [[ " ${PARTS[*]} " == *" $part "* ]] || { echo "gpu.sh: expected parts of ${PARTS[*]}, got $part" >&2; exit 2; }
 done
@@ -162,11 +217,12 @@ summary=() failed=0
 for part in "$@"; do
   echo "== $part"
   SECONDS=0
-  timeout -k 10 "$LIMIT" "$0" --run "$part" 2>&1 | tee "$OUT/$part.log"
+  # It ends in time by itself, unless something hangs that does not listen.
+  timeout -k 10 $((LIMIT + 20)) "$0" --run "$part" 2>&1 | tee "$OUT/$part.log"
   code=${PIPESTATUS[0]}
   case $code in
   0) result=passed ;;
-  124 | 137) result="stopped after $LIMIT s" ;;
+  124 | 137) result=HUNG ;;
   *) result=FAILED ;;
   esac
   [ "$code" = 0 ] || failed=1

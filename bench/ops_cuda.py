@@ -324,17 +324,18 @@ def bench(
     device: torch.device,
     cases: Callable[[Shape, torch.device], Cases] = Cases,
     bandwidth: dict[str, float] | None = None,
+    on_result: Callable[[dict], object] = lambda record: None,
 ) -> dict:
-    """Measure and print. Returns what is saved: the bandwidths in bytes a second, and one record a case."""
+    """Measure and print. Returns what is saved: the bandwidths in bytes a second, and one record a case. on_result: gets the same
+    after each case, as far as it is known."""
     bandwidth = dict(bandwidth or read_bandwidth(device))
-    records = []
+    records: list[dict] = []
     for name in shapes:
-        own = []
         for case in cases(shape_of(name), device).all(rows, densities):
-            own.append({"shape": name, **measure(case, device, rounds)})
+            records.append({"shape": name, **measure(case, device, rounds)})
+            on_result({"bandwidth": bandwidth, "results": records})
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the graphs' memory
-        records += own
     linear = [record["gb_per_s"] * 1e9 for record in records if record["op"].startswith("linear") and record["rows"] == 1]
     bandwidth["linear, 1 row"] = max(linear, default=0.0)
     best = max(bandwidth.values())

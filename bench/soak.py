@@ -4,7 +4,9 @@ and the first prompt's text is the same at the end as at the beginning."""
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,8 +27,14 @@ CONFIGS = (
 )
 
 
-def soak(engine: Engine, prompts: int, longest: int, new_tokens: int, memory: Callable[[], int]) -> list[str]:
-    """What went wrong: nothing, or a line for each. memory: bytes in use."""
+def soak(
+    engine: Engine, prompts: int, longest: int, new_tokens: int, memory: Callable[[], int], seconds: float = math.inf
+) -> tuple[int, list[str]]:
+    """How many prompts were decoded until the seconds were over, and what went wrong: nothing, or a line for each.
+
+    memory: bytes in use.
+    """
+    end = time.monotonic() + seconds
     device, vocab = engine.model.device, engine.model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
 
@@ -44,7 +52,11 @@ def soak(engine: Engine, prompts: int, longest: int, new_tokens: int, memory: Ca
     before = [text(first, config) for config in CONFIGS]
     start, faults = memory(), []
     lengths = torch.randint(1, longest + 1, (prompts,), generator=generator).tolist()
+    done = 0
     for index, length in enumerate(track(lengths, "soaking", console=console, transient=True)):
+        if time.monotonic() > end:
+            break
+        done += 1
         text(prompt(length), CONFIGS[index % len(CONFIGS)])
         if memory() != start:
             faults.append(f"memory: {start} bytes before, {memory()} after prompt {index} of {length} tokens")
@@ -52,7 +64,7 @@ def soak(engine: Engine, prompts: int, longest: int, new_tokens: int, memory: Ca
     for config, expected in zip(CONFIGS, before):
         if not torch.equal(text(first, config), expected):
             faults.append(f"text: another one at the end than at the beginning, by {config}")
-    return faults
+    return done, faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--longest", type=int, default=1500, help="prompt, in tokens")
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no more prompts are decoded")
     options = parser.parse_args(arguments)
     try:
         device_of(options.device)
@@ -74,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = Engine(random_model(options.shape, device, parse_dtype(options.dtype)))
     # On the CPU there is no such number: only texts are compared.
     memory = (lambda: torch.cuda.memory_allocated(device)) if device.type == "cuda" else (lambda: 0)
-    faults = soak(engine, options.prompts, options.longest, options.new_tokens, memory)
+    done, faults = soak(engine, options.prompts, options.longest, options.new_tokens, memory, options.seconds)
     for fault in faults:
         console.print(f"[bold red]{fault}")
-    console.print(f"{options.prompts} prompts, {len(faults)} faults, {memory() / 1e6:.1f} MB in use")
+    console.print(f"{done} of {options.prompts} prompts, {len(faults)} faults, {memory() / 1e6:.1f} MB in use")
     return bool(faults)
 
 

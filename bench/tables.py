@@ -1,5 +1,5 @@
-"""What was measured on GPUs, beside the paper's figures and the time that reading the weights takes: a table in
-docs/benchmarks.md, made from bench/results/*.json.
+"""What was measured on GPUs, beside the paper's figures, the time that reading the weights takes, and what bench/model.py
+predicts: a table in docs/benchmarks.md, made from bench/results/*.json.
 
 python bench/tables.py          write it
 python bench/tables.py --check  exit 1 if it is not what the results say
@@ -68,13 +68,28 @@ def latencies(folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def predictions(folder: Path) -> dict[str, dict[str, float]]:
+    """As `latencies`, but what bench/model.py predicts. ValueError if the file is not one."""
+    path = folder / "predicted.json"
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    try:
+        for r in json.loads(path.read_text())["results"]:
+            if r["context"] == CONTEXT:
+                found.setdefault(r["card"], {})[r["variant"]] = r["ms_per_token"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a file that bench/model.py wrote ({error!r})") from error
+    return found
+
+
 def _gpu(full_name: str) -> str | None:
     """Which of GPUS nvidia-smi's name means: "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"."""
     words = full_name.replace("-", " ").split()
     return next((gpu.name for gpu in GPUS if gpu.name in words), None)
 
 
-def table(measured: dict[str, dict[str, float]]) -> str:
+def table(measured: dict[str, dict[str, float]], predicted: dict[str, dict[str, float]]) -> str:
     lines = [
         f"| | | {' | '.join(VARIANTS)} |",
         "|---|---|" + "---|" * len(VARIANTS),
@@ -86,7 +101,9 @@ def table(measured: dict[str, dict[str, float]]) -> str:
             rows["paper"] = csparse, "", sirius, full, ""
         csparse, sirius, full = _with_ratios(gpu.floor)
         rows[f"floor, {gpu.bandwidth} GB/s"] = csparse, sirius, sirius, full, full
-        rows["**here**"] = _here(measured.get(gpu.name, {}))
+        if times := predicted.get(gpu.name):
+            rows["*predicted*"] = [f"*{cell}*" if cell else "" for cell in _cells(times, "")]
+        rows["**here**"] = _cells(measured.get(gpu.name, {}), "not measured")
         for index, (what, cells) in enumerate(rows.items()):
             lines.append(f"| {'' if index else gpu.name} | {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -98,13 +115,13 @@ def _with_ratios(times: tuple[float, float, float]) -> tuple[str, str, str]:
     return f"{csparse} ({csparse / full:.2f})", f"{sirius} ({sirius / full:.2f})", str(full)
 
 
-def _here(times: dict[str, float]) -> list[str]:
+def _cells(times: dict[str, float], nothing: str) -> list[str]:
     full = times.get("Full")
     cells = []
     for variant in VARIANTS.values():
         time = times.get(variant)
         ratio = f" ({time / full:.2f})" if time and full and variant != "Full" else ""
-        cells.append("not measured" if time is None else f"{time:.2f}{ratio}")
+        cells.append(nothing if time is None else f"{time:.2f}{ratio}")
     return cells
 
 
@@ -124,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = options.document.read_text()
     try:
-        after = renewed(before, table(latencies(options.results)))
+        after = renewed(before, table(latencies(options.results), predictions(options.results)))
     except ValueError as error:
         parser.error(str(error))
     if not options.check:

@@ -48,6 +48,7 @@ class Repeated:
             return
         # Libraries and our counters keep memory by stream: the run before the capture is on the stream of the capture.
         stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # which may still write what the bodies read
         with torch.cuda.stream(stream):
             counters(device)
             for body in bodies:

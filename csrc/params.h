@@ -66,6 +66,7 @@ struct GateUpParams {
   const void* x;                     // T [num_rows, hidden]
   Matrix gate, up;                   // [intermediate, hidden], of one format
   const int32_t* neurons = nullptr;  // [num_neurons], or null for 0..num_neurons-1
+  bool settled = false;              // (CUDA) the kernel launched before this one does not write them
   void* out;                         // T [num_rows, num_neurons]
   Activation activation = Activation::silu;
   int num_rows, num_neurons;
@@ -79,6 +80,7 @@ struct GateParams {
   const void* x;                     // T [num_rows, hidden]
   Matrix gate;                       // [intermediate, hidden]
   const int32_t* neurons = nullptr;  // [num_neurons], or null for 0..num_neurons-1
+  bool settled = false;              // (CUDA) as in GateUpParams
   float* out;                        // [num_rows, intermediate]
   Activation activation = Activation::silu;
   int num_rows, num_neurons;
@@ -135,6 +137,7 @@ struct DownParams {
   Matrix down;                              // [intermediate, hidden]: down_proj transposed
   const int32_t* neurons = nullptr;         // [num_neurons] or null
   const int32_t* num_neurons_at = nullptr;  // [1] (CUDA), as in UpParams
+  bool settled = false;                     // (CUDA) neither the neurons nor their number: as in GateUpParams
   const void* residual = nullptr;           // T [num_rows, hidden] or null; may be `out`
   void* out;                                // T [num_rows, hidden]
   float* workspace;                         // [down_workspace(...)]

@@ -5,6 +5,10 @@
 #include "../csrc/cuda/ops.h"
 #include "weights.h"
 
+#if !defined(SIRIUS_HAVE_CUDA)
+#include "../csrc/simt/simt.h"
+#endif
+
 namespace sirius::binding {
 
 // What every op ends with.
@@ -100,15 +104,27 @@ struct Fields<cuda::Pass> {
 
 namespace {
 
+// What was launched has run when a function returns over simt, unless the tests let it wait for what is launched next.
+void launched() {
+#if !defined(SIRIUS_HAVE_CUDA)
+  if (!simt::held()) simt::finish();
+#endif
+}
+
 template <class P>
 void define_op(py::module_& m, const char* name, void (*op)(const P&, cuda::Workspace, cuda::StreamHandle)) {
-  define<P, Launch>(m, name, [op](const P& p, const Launch& launch) { op(p, launch, launch.stream); });
+  define<P, Launch>(m, name, [op](const P& p, const Launch& launch) {
+    op(p, launch, launch.stream);
+    launched();
+  });
 }
 
 template <class P>
 void define_op(py::module_& m, const char* name, void (*op)(const P&, const Norm&, cuda::Workspace, cuda::StreamHandle)) {
-  define<P, InputNorm, Launch>(
-      m, name, [op](const P& p, const InputNorm& input, const Launch& launch) { op(p, input.norm, launch, launch.stream); });
+  define<P, InputNorm, Launch>(m, name, [op](const P& p, const InputNorm& input, const Launch& launch) {
+    op(p, input.norm, launch, launch.stream);
+    launched();
+  });
 }
 
 class Model : public Weights {
@@ -155,5 +171,6 @@ void bind_cuda(pybind11::module_& m) {
   model.def(py::init<const py::kwargs&>()).def("workspace", &Model::workspace);
   define_step<cuda::Pass, OnStream>(model, [](const DecodeStepParams& p, const cuda::Pass& pass, const OnStream& launch) {
     cuda::decode_step(p, pass, launch.stream);
+    launched();
   });
 }

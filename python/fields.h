@@ -125,6 +125,7 @@ struct Fields<GateUpParams> {
     v("gate", &P::gate);
     v("up", &P::up);
     v("neurons", &P::neurons, optional);
+    v("settled", &P::settled, optional);
     v("out", &P::out);
     v("activation", &P::activation, optional);
     v("num_rows", &P::num_rows);
@@ -141,6 +142,7 @@ struct Fields<GateParams> {
     v("x", &P::x);
     v("gate", &P::gate);
     v("neurons", &P::neurons, optional);
+    v("settled", &P::settled, optional);
     v("out", &P::out);
     v("activation", &P::activation, optional);
     v("num_rows", &P::num_rows);
@@ -218,6 +220,7 @@ struct Fields<DownParams> {
     v("x", &P::x);
     v("down", &P::down);
     v("neurons", &P::neurons, optional);
+    v("settled", &P::settled, optional);
     v("num_neurons_at", &P::num_neurons_at, optional);
     v("residual", &P::residual, optional);
     v("out", &P::out);

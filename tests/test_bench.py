@@ -16,9 +16,11 @@ import ops_cuda
 import pytest
 import soak
 import tables
+import timing
 import tiny
 import torch
 from dense import Dense
+from fake_cuda import FakeCuda
 from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig, _simt
@@ -134,6 +136,44 @@ def test_latency_of_replayed_periods(emulated, one_thread, tmp_path):
     record = measured(tmp_path, *asked, "--skip", "transformers,dense")
     assert len(record["results"]) == 3
     assert all(0 < r["idle_share"] < 1 for r in record["results"])
+
+
+def test_results_are_written_as_they_come(emulated, one_thread, tmp_path, monkeypatch):
+    """A lease may end at any time."""
+    out = tmp_path / "latency.json"
+    monkeypatch.setattr(latency.Latency, "ours", lambda bench: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path, "--context", "9", "--max-new-tokens", "12")
+    kept = json.loads(out.read_text())
+    assert [r["variant"] for r in kept["results"]] == ["transformers", "dense, torch.compile"]
+
+    cases = lambda shape, where: ops_cuda.Cases(shape, where, cold_bytes=1, contexts=[6], vocab=151)  # noqa: E731
+    seen = []
+    record = ops_cuda.bench(
+        ["tiny"], [1], [1.0], 1, CPU, cases, {"read": 1e9}, lambda record: seen.append(len(record["results"]))
+    )
+    assert seen == list(range(1, len(record["results"]) + 1))
+
+
+def test_a_baseline_stands_beside_its_own_floor(one_thread, tmp_path, capsys):
+    asked = "--context", "9", "--max-new-tokens", "12", "--sparsities", "csparse", "--periods", "3", "--widths", "1"
+    record = measured(tmp_path, *asked)
+    full = next(r for r in record["results"] if r["variant"] == "Full")
+    baselines = [r for r in record["results"] if "advance" not in r]
+    assert len(baselines) == 2 and all(r["floor_ms"] == full["floor_ms"] for r in baselines)
+    slow = {"variant": "dense, torch.compile", "context": 9, "ms_per_token": 3.0, "floor_ms": 1.0, "over_floor": 3.0}
+    fair = slow | {"over_floor": latency.FAIR}
+    assert latency._against(slow, 1.0) == "void" and latency._against(fair, 1.0) == "3.00" and latency._against(None, 1.0) == ""
+
+
+def test_a_warm_up_waits_for_what_it_reads(monkeypatch):
+    """It runs on a stream of its own."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(timing, "counters", lambda device: None)
+    seen = []
+    timing.Repeated([lambda: seen.append(list(cuda.log))], torch.device("cuda", 0))
+    assert ("wait", cuda.log[0][1], "default") in seen[0]
+    assert [each[0] for each in cuda.log][-2:] == ["capture", "replay"]
 
 
 def test_the_dense_baseline_says_what_full_says(one_thread):
@@ -266,12 +306,16 @@ def tiny_engine(one_thread):
 
 
 def test_soak_finds_nothing_where_memory_is_constant(tiny_engine):
-    assert soak.soak(tiny_engine, 10, 40, 12, lambda: 1000) == []
+    assert soak.soak(tiny_engine, 10, 40, 12, lambda: 1000) == (10, [])
+
+
+def test_soak_ends_when_its_time_is_over(tiny_engine):
+    assert soak.soak(tiny_engine, 10, 40, 4, lambda: 1000, seconds=0) == (0, [])
 
 
 def test_soak_finds_memory_that_grows(tiny_engine):
     sizes = itertools.chain([1000] * 3, itertools.repeat(1008))
-    faults = soak.soak(tiny_engine, 10, 40, 12, lambda: next(sizes))
+    _, faults = soak.soak(tiny_engine, 10, 40, 12, lambda: next(sizes))
     assert len(faults) == 1 and faults[0].startswith("memory: 1000 bytes before, 1008 after prompt 2 of ")
 
 
@@ -285,23 +329,24 @@ def test_soak_finds_a_text_that_changes(tiny_engine, monkeypatch):
         return out
 
     monkeypatch.setattr(Engine, "generate", forgetful)
-    faults = soak.soak(tiny_engine, 1, 40, 4, lambda: 0)
+    _, faults = soak.soak(tiny_engine, 1, 40, 4, lambda: 0)
     assert len(faults) == len(soak.CONFIGS) and all(fault.startswith("text: ") for fault in faults)
 
 
 # ------------------------------------------------------------------------------------------------------------ gpu.sh
 
-GPU_PARTS = ["test", "sanitize", "soak", "bench"]
+GPU_PARTS = ["first", "bench", "sanitize", "soak"]
 
 
-def run_gpu(tmp_path, python: str, *parts: str) -> subprocess.CompletedProcess:
-    """gpu.sh with `python`, a shell script's body, in place of Python and a compute-sanitizer that runs what it is given."""
-    for name, body in (("python", python), ("compute-sanitizer", 'while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"')):
+def run_gpu(tmp_path, python: str, *parts: str, limit: int = 60) -> subprocess.CompletedProcess:
+    """gpu.sh with `python`, a shell script's body, in place of Python; compute-sanitizer and ncu run what they are given."""
+    run = 'while [ "$1" != "$PYTHON" ]; do shift; done; exec "$@"'
+    for name, body in (("python", python), ("compute-sanitizer", run), ("ncu", run)):
         script = tmp_path / name
         script.write_text(f"#!/bin/sh\n{body}\n")
         script.chmod(0o755)
     out, path = tmp_path / "out", f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHON": str(tmp_path / "python"), "OUT": str(out), "LIMIT": "60"}
+    environment = {**os.environ, "PATH": path, "PYTHON": str(tmp_path / "python"), "OUT": str(out), "LIMIT": str(limit)}
     script = tables.ROOT / "bench" / "gpu.sh"
     return subprocess.run([script, *parts], env=environment, capture_output=True, text=True, check=False)
 
@@ -311,23 +356,32 @@ def test_gpu_parts_run_and_are_summed_up(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.splitlines()[-len(GPU_PARTS) :]
     assert [line.split()[:2] for line in summary] == [[part, "passed"] for part in GPU_PARTS]
-    assert "--shape llama-3-8b --context 1024 --skip" in (tmp_path / "out" / "bench.log").read_text()
+    for part in ("first", "bench"):
+        assert "--shape llama-3-8b --context 1024" in (tmp_path / "out" / f"{part}.log").read_text()
 
 
 def test_a_failed_part_does_not_keep_the_next_one_from_running(tmp_path):
     done = run_gpu(tmp_path, 'case "$*" in *bench_ops*|*racecheck*|*soak.py*) exit 3;; esac', *GPU_PARTS)
     assert done.returncode == 1
     results = [line.split()[:2] for line in done.stdout.splitlines()[-len(GPU_PARTS) :]]
-    assert results == [["test", "passed"], ["sanitize", "passed"], ["soak", "FAILED"], ["bench", "FAILED"]]
+    assert results == [["first", "passed"], ["bench", "FAILED"], ["sanitize", "passed"], ["soak", "FAILED"]]
     # Nor a failed step of a part its next step.
     done = run_gpu(tmp_path, 'case "$*" in *bench_ops*) exit 3;; esac; echo "ran $*"', "bench")
     assert done.returncode == 1 and "ran bench/decode.py" in done.stdout
 
 
+def test_a_time_limit_is_no_failure(tmp_path):
+    done = run_gpu(tmp_path, 'case "$*" in *decode.py*) sleep 60;; esac', "bench", limit=7)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[:2] == ["bench", "passed"]
+    assert "stopped after" in done.stdout and "no time left for" in done.stdout
+
+
 def test_gpu_says_what_is_missing(tmp_path):
     done = run_gpu(tmp_path, "exit 1", "soak")
     assert done.returncode == 1 and "missing here, and pip cannot install it: transformers" in done.stdout
-    done = run_gpu(tmp_path, 'case "$*" in *is_available*) exit 1;; esac', "test")
+    listed = run_gpu(tmp_path, 'case "$*" in *rich*|*hypothesis*) exit 1;; esac', "wheels")
+    assert listed.returncode == 0 and listed.stdout.split() == ["rich", "hypothesis"]
+    done = run_gpu(tmp_path, 'case "$*" in *is_available*) exit 1;; esac', "first")
     assert done.returncode == 1 and "no CUDA device that torch can use" in done.stdout
     assert run_gpu(tmp_path, "", "everything").returncode == 2
 

@@ -10,6 +10,7 @@ from tiny import decoder, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.decoding import reference
+from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import FSparse
@@ -265,6 +266,45 @@ def test_errors(place, monkeypatch):
     assert not len(model.caches) and not kept.tokens and not kept.nbytes
     model.reserve(cache, 100, 3)
     assert decode(engine, prompt(3), SiriusConfig(period=3), 5)[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"period": 5},
+        {"period": 4, "tree_width": 3, "sparsity": "fsparse"},
+        {"period": 4, "tree_width": 3, "sparsity": "cascade"},
+        {"period": 4, "tree_width": 2, "accept": "match"},
+    ],
+    ids=str,
+)
+def test_kernels_of_a_period_overlap(monkeypatch, values):
+    """As in a graph on sm_90: every kernel begins before the one before it, whichever calls launched them. So it shows where one
+    touches what another has yet to write."""
+    launch, held = PeriodGraph._launch, []
+
+    def overlapping(graph):
+        _simt.set_held(True)
+        held.append(graph)
+        try:
+            launch(graph)
+        finally:
+            _simt.set_held(False)
+
+    config, ids = SiriusConfig(density=0.4, threshold=0.1, **values), prompt(9)
+    with emulated(_simt):
+        apart, periods = decode(Engine(tiny("mistral", torch.bfloat16)), ids, config, 16)
+        monkeypatch.setattr(PeriodGraph, "_launch", overlapping)
+        together, same_periods = decode(Engine(tiny("mistral", torch.bfloat16)), ids, config, 16)
+    assert held and together == apart and rows(same_periods.periods) == rows(periods.periods)
+
+
+def test_attention_s_workspace_is_bounded(place):
+    """Of a tree over a long text: by the rows that run at once, not by all of them."""
+    functions = dispatch.cuda_functions(place.device)
+    floats = lambda rows, capacity: functions.tree_attention_workspace(rows, 32, 128, capacity)  # noqa: E731
+    assert 4 * floats(121, 1 << 17) == 4 * floats(16, 1 << 17) < 300e6
+    assert 4 * floats(121, 4096) == 4 * 121 * floats(1, 4096) < 128 << 20
 
 
 def test_the_counters_are_left_at_zero(place):

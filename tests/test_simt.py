@@ -8,6 +8,7 @@ import pytest
 import simt_builds
 import test_accept
 import test_cascade
+import test_decode_step
 import test_down
 import test_fsparse_ops
 import test_linear
@@ -22,6 +23,7 @@ from simt_builds import Mutation
 from sirius_ext import _simt
 from sirius_ext.kernels import ops
 from sirius_ext.kernels.matrix import Format
+from sirius_ext.runtime.passes import Kind
 
 NUMBERS = torch.arange(1.0, 257.0).view(4, 2, 32)  # what the small kernels are given: [blocks, warps, lanes]
 ONES = torch.ones(256)
@@ -38,6 +40,8 @@ RIGHT = {
     "misaligned_load": NUMBERS * (torch.arange(64) == 0).view(2, 32),
     "misaligned_store": NUMBERS[:1, :1].expand(4, 2, 32) * (torch.arange(64) < 4).view(2, 32),
     "uninitialised_memory": NUMBERS.flatten(1).flip(1),
+    "early_read": NUMBERS + 1,
+    "missing_wait": ONES,
     "not_the_last_block": torch.tensor([10.0] + [0.0] * 255),
     "beyond_shared_memory": ONES,
     "read_beyond_the_end": NUMBERS,
@@ -52,8 +56,16 @@ MESSAGES = {
     "missing_lane": "threads wait for each other",
     "misaligned_load": "no multiple of 16",
     "misaligned_store": "no multiple of 16",
+    "missing_wait": "a thread ended that has not waited for the kernel before",
 }
-WRONG = ["missing_barrier", "missing_second_barrier", "missing_warp_barrier", "uninitialised_memory", "not_the_last_block"]
+WRONG = [
+    "early_read",
+    "missing_barrier",
+    "missing_second_barrier",
+    "missing_warp_barrier",
+    "uninitialised_memory",
+    "not_the_last_block",
+]
 SANITIZER = ["beyond_shared_memory", "read_beyond_the_end", "write_beyond_the_end"]
 
 
@@ -84,6 +96,34 @@ def test_a_result_is_wrong_in_some_order(kernel):
     assert any(wrong)
 
 
+# Which element of an operand the lanes of a warp hold, as CuTe's MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN> has it: the place of
+# lane (t, g) and value (v0, v1, ...) in a matrix that is stored column by column, from the strides of each.
+LANES = {"a": (32, 1), "b": (16, 1), "c": (32, 1)}
+VALUES = {"a": (16, 8, 128), "b": (8, 64), "c": (16, 8)}
+ROWS = {"a": 16, "b": 8, "c": 16}
+
+
+def fragments(name):
+    """[(row, column)] of each lane's values, in order: rows are those of the weights, for b of the input; columns are k, for c
+    the rows of the input."""
+    (of_t, of_g), strides, out = LANES[name], VALUES[name], []
+    for lane in range(32):
+        places = [lane % 4 * of_t + lane // 4 * of_g]
+        for stride in strides:
+            places = places + [place + stride for place in places]
+        out.append([(place % ROWS[name], place // ROWS[name]) for place in places])
+    return out
+
+
+def test_the_emulated_tensor_core_has_the_layout_of_the_real_one():
+    """Against CUTLASS's table, which is not made from this code."""
+    a, b = torch.randint(-9, 10, (16, 16)).float(), torch.randint(-9, 10, (8, 16)).float()
+    held = {name: [matrix[place].item() for lane in fragments(name) for place in lane] for name, matrix in (("a", a), ("b", b))}
+    sums = _simt.run_mma(held["a"], held["b"])
+    expected = a @ b.T
+    assert sums == [expected[place].item() for lane in fragments("c") for place in lane]
+
+
 def test_every_small_kernel_is_tested():
     assert sorted(RIGHT) == sorted([*MESSAGES, *WRONG, *SANITIZER])
 
@@ -91,6 +131,11 @@ def test_every_small_kernel_is_tested():
 def without_barrier(file, after, unit, indent=2, barrier="__syncthreads"):
     """The barrier behind `after` is gone."""
     return Mutation(file, f"{after}\n{' ' * indent}{barrier}();", after, unit)
+
+
+def a_pass(kind):
+    """All kernels of a pass, one after the other."""
+    test_decode_step.check_on_cuda(backends._simt, test_decode_step.Pass("llama", "a chain", BF16, kind, fused=True))
 
 
 BF16 = torch.bfloat16
@@ -116,9 +161,17 @@ MUTATIONS = {
         Mutation("down.cu", "c >= columns", "c > columns", "down.cu"),
         lambda: test_down.test_against_reference(ops, BF16, (2, 33, 100), "dense"),
     ),
-    "rms_norm takes a row too many": (
-        Mutation("norm.cu", "row >= p.num_rows", "row > p.num_rows", "norm.cu"),
-        lambda: test_rms_norm.test_against_reference(ops, BF16, (5, 63), 1.0),
+    "rms_norm adds up the warps' sums before they are there": (
+        without_barrier("norm.cu", "squares[0][threadIdx.x / kWarp] = sum;", "norm.cu"),
+        lambda: test_rms_norm.test_against_reference(ops, BF16, (5, 576), 1.0),
+    ),
+    "linear does not wait for the kernel before": (
+        Mutation("dot.cuh", "wait_for_kernel_before();\n  InputRows", "InputRows", "linear.cu"),
+        lambda: test_linear.test_against_reference(ops, BF16, (5, 100, 129), "plain"),
+    ),
+    "down reads which neurons while they are chosen": (
+        Mutation("down.cu", "if ((p.neurons || p.num_neurons_at) && !p.settled) wait_for_kernel_before();", "", "down.cu"),
+        lambda: a_pass(Kind.CASCADE),
     ),
     "attention uses slots before they are listed": (
         without_barrier("attention.cu", "slots[position - begin] = slot;\n  }", "attention.cu"),

@@ -80,6 +80,7 @@ __device__ void accept_tree(const AcceptParams& p, const LogitStats* parts, int 
 template <bool Aligned>
 __global__ void __launch_bounds__(kLogitWarps* kWarp) accept_kernel(const AcceptParams p, LogitStats* parts, int32_t* counter) {
   AcceptShared& shared = shared_memory<AcceptShared>();
+  wait_for_kernel_before();
   float x[kLogitsPerThread];
   load_logits<Aligned>(p.logits, p.vocab, p.fault != nullptr, x);
   part_stats<true>(x, 1.0f / p.score_temperature, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(kLogitWarps* kWarp) accept_kernel(const Accept
 template <bool Aligned>
 __global__ void __launch_bounds__(kLogitWarps* kWarp) argmax_kernel(const ArgmaxParams p, LogitStats* parts, int32_t* counter) {
   AcceptShared& shared = shared_memory<AcceptShared>();
+  wait_for_kernel_before();
   const int num_parts = int(gridDim.x);
   float x[kLogitsPerThread];
   load_logits<Aligned>(p.logits, p.vocab, true, x);
@@ -110,16 +112,17 @@ size_t accept_workspace(int num_rows, int vocab) {
 
 void accept(const AcceptParams& p, Workspace workspace, StreamHandle stream) {
   with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
-    launch("accept", accept_kernel<flag.value>, dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
-           sizeof(AcceptShared) + size_t(p.num_rows) * sizeof(AcceptNode), stream, p,
-           reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
+    launch<accept_kernel<flag.value>>("accept", dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
+                                      sizeof(AcceptShared) + size_t(p.num_rows) * sizeof(AcceptNode), stream, p,
+                                      reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
   });
 }
 
 void argmax(const ArgmaxParams& p, Workspace workspace, StreamHandle stream) {
   with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
-    launch("argmax", argmax_kernel<flag.value>, dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
-           sizeof(AcceptShared), stream, p, reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
+    launch<argmax_kernel<flag.value>>("argmax", dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
+                                      sizeof(AcceptShared), stream, p, reinterpret_cast<LogitStats*>(workspace.floats),
+                                      workspace.counters);
   });
 }
 

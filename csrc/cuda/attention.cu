@@ -131,7 +131,7 @@ __device__ __forceinline__ void combine(const AttentionParams& p, const Columns&
         const Vec<float> values = load(partials.values + at * partials.stride + d);
         sum = fmaf(weight, partials.sum[at], sum);
 #pragma unroll
-        for (int i = 0; i < Vec<float>::size; ++i) out[i] = fmaf(weight, values.v[i], out[i]);
+        for (int i = 0; i < Vec<float>::size; ++i) out[i] = fmaf(weight, values[i], out[i]);
       }
       T* const to = static_cast<T*>(p.out) + (size_t(row) * p.heads + head) * head_dim + d;
 #pragma unroll
@@ -147,6 +147,7 @@ template <class Reader>
 __global__ void __launch_bounds__(kAttentionThreads, Reader::resident)
     attention_kernel(const AttentionParams p, const Tiles tiles, const Partials partials, int32_t* counters) {
   auto& memory = shared_memory<AttentionMemory<Reader>>();
+  wait_for_kernel_before();
   const int prefix = p.prefix + (p.base ? *p.base : 0);
   const Chunks chunks(prefix, p.mask_words, starts_of(p, prefix));
   const int group = p.heads / p.cache.kv_heads, units_a_tile = chunks.shared + tiles.rows * chunks.lists();
@@ -194,6 +195,19 @@ int chunks_of(int slots) { return ceil_div(slots, kSlots); }
 
 int stride_of(int head_dim) { return ceil_div(head_dim, Vec<float>::size) * Vec<float>::size; }
 
+// Of the workspace: a row's results of all its chunks.
+size_t floats_of_row(int heads, int head_dim, int capacity) {
+  return size_t(chunks_of(capacity)) * heads * (stride_of(head_dim) + 2);
+}
+
+// The rows whose results are in the workspace at a time: those of a pass through our own layers, or more if 128 MB hold more.
+int rows_together(int num_rows, int heads, int head_dim, int capacity) {
+  constexpr size_t kFloats = (128 << 20) / sizeof(float);
+  constexpr int kLeast = 16;
+  return std::min(num_rows,
+                  std::max(kLeast, int(std::min<size_t>(kFloats / floats_of_row(heads, head_dim, capacity), num_rows))));
+}
+
 void launch_rows(const AttentionParams& p, Workspace workspace, StreamHandle stream) {
   const Tiles tiles(p.num_rows, p.heads / p.cache.kv_heads);
   const size_t results = size_t(chunks_of(p.cache.capacity)) * p.num_rows * p.heads;
@@ -209,8 +223,8 @@ void launch_rows(const AttentionParams& p, Workspace workspace, StreamHandle str
                          aligned16(p.k_cache) && aligned16(p.v_cache);
     with_reader<T>(p.cache.head_dim, aligned, [&](auto reader) {
       using Reader = decltype(reader);
-      launch("tree_attention", attention_kernel<Reader>, std::min(units, kBlocks), kAttentionThreads,
-             sizeof(AttentionMemory<Reader>), stream, p, tiles, partials, workspace.counters);
+      launch<attention_kernel<Reader>>("tree_attention", std::min(units, kBlocks), kAttentionThreads,
+                                       sizeof(AttentionMemory<Reader>), stream, p, tiles, partials, workspace.counters);
     });
   });
 }
@@ -219,7 +233,9 @@ void launch_rows(const AttentionParams& p, Workspace workspace, StreamHandle str
 
 void tree_attention(const AttentionParams& p, Workspace workspace, StreamHandle stream) {
   const Tiles all(p.num_rows, p.heads / p.cache.kv_heads);
-  const int slices = p.cache.kv_heads * all.slices, rows_at_once = std::min(p.num_rows, kCounters / slices * all.rows);
+  const int slices = p.cache.kv_heads * all.slices;
+  const int rows_at_once =
+      std::min(rows_together(p.num_rows, p.heads, p.cache.head_dim, p.cache.capacity), kCounters / slices * all.rows);
   for (int row = 0; row < p.num_rows; row += rows_at_once) {
     AttentionParams part = p;
     part.num_rows = std::min(rows_at_once, p.num_rows - row);
@@ -232,7 +248,7 @@ void tree_attention(const AttentionParams& p, Workspace workspace, StreamHandle 
 }
 
 size_t attention_workspace(int num_rows, int heads, int head_dim, int capacity) {
-  return size_t(chunks_of(capacity)) * num_rows * heads * (stride_of(head_dim) + 2);
+  return rows_together(num_rows, heads, head_dim, capacity) * floats_of_row(heads, head_dim, capacity);
 }
 
 }  // namespace sirius::cuda

@@ -123,27 +123,9 @@ __device__ __forceinline__ int folded() {
 template <class T>
 __device__ __forceinline__ void keep_packed([[maybe_unused]] Vec<T>& v) {
 #if defined(__CUDA_ARCH__)
-  uint32_t (&words)[4] = reinterpret_cast<uint32_t (&)[4]>(v);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) asm("" : "+r"(words[i]));
+  for (int i = 0; i < 4; ++i) asm("" : "+r"(v.words[i]));
 #endif
-}
-
-// From whole words: nvcc keeps 16-bit elements in registers of their own.
-template <class T>
-__device__ __forceinline__ void unpack(const Vec<T>& v, float (&out)[Vec<T>::size]) {
-  if constexpr (std::is_same_v<T, bf16_t>) {
-    uint32_t words[4];
-    std::memcpy(words, &v, sizeof(words));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = float_of(words[i] << 16);
-      out[2 * i + 1] = float_of(words[i] & 0xffff0000u);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) out[i] = to_float(v.v[i]);
-  }
 }
 
 template <class Reader, class Memory>
@@ -179,7 +161,9 @@ __device__ __forceinline__ void score(const AttentionParams& p, const Columns& c
             static_cast<const T*>(p.q) + size_t(columns.row_of(column)) * p.q_stride + size_t(columns.head_of(column)) * head_dim;
 #pragma unroll
         for (int r = 0; r < Reader::parts; ++r) {
-          unpack(load_part<Reader::aligned>(vector, Reader::begin(r), head_dim), q[c][r]);
+          const Vec<T> part = load_part<Reader::aligned>(vector, Reader::begin(r), head_dim);
+#pragma unroll
+          for (int i = 0; i < Reader::part; ++i) q[c][r][i] = part[i];
         }
       }
 #pragma unroll
@@ -195,13 +179,11 @@ __device__ __forceinline__ void score(const AttentionParams& p, const Columns& c
         for (int u = 0; u < 2; ++u)
 #pragma unroll
           for (int r = 0; r < Reader::parts; ++r) {
-            float elements[Reader::part];
-            unpack(k[t + u][r], elements);
 #pragma unroll
             for (int i = 0; i < Reader::part; ++i)
 #pragma unroll
               for (int c = 0; c < kTogether; ++c)
-                dots[u * kTogether + c][0] = fmaf(elements[i], q[c][r][i], dots[u * kTogether + c][0]);
+                dots[u * kTogether + c][0] = fmaf(k[t + u][r][i], q[c][r][i], dots[u * kTogether + c][0]);
           }
         fold<Reader::lanes / 2, 1, 2 * kTogether>(dots);
         const int at = folded<Reader::lanes / 2, 1, 2 * kTogether>();
@@ -268,12 +250,10 @@ __device__ __forceinline__ void add_values(const Columns& columns, int chunk, in
       if (t * Reader::slots_a_step >= n) continue;
       keep_packed(v[t]);
       const Vec<float> weights = load(memory.weights[first / kTogether][Reader::place(t)]);
-      float elements[Reader::part];
-      unpack(v[t], elements);
 #pragma unroll
       for (int i = 0; i < Reader::part; ++i)
 #pragma unroll
-        for (int c = 0; c < kTogether; ++c) sums[c][i] = fmaf(weights.v[c], elements[i], sums[c][i]);
+        for (int c = 0; c < kTogether; ++c) sums[c][i] = fmaf(weights[c], v[t][i], sums[c][i]);
     }
     fold<kTop, Reader::lanes, kTogether>(sums);
 #pragma unroll

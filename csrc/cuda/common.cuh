@@ -27,30 +27,61 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ------------------------------------------------------------------------------------------------------------ launching
 
+// On sm_90 and later a kernel is launched while the one before it still runs: it begins as soon as all blocks of that one have
+// come past their `wait_for_kernel_before`, and what it asks of memory until it comes to its own is on the way meanwhile. Until
+// then it may touch nothing but what no kernel writes: weights, and its own arguments. Every thread of every kernel must come
+// there, also one that has nothing to do: whoever waits for a kernel takes for granted that it has waited for the one before.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#elif !defined(__CUDACC__)
+  simt::wait_for_grid_before();
+#endif
+}
+
 #if defined(__CUDACC__)
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, StreamHandle stream,
-            Arguments&&... arguments) {
+// Kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked.
+template <auto Kernel, class... Arguments>
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle stream, Arguments&&... arguments) {
   if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+    check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
+  // What was compiled for an older card does not wait, whatever it runs on.
+  cudaFuncAttributes about{};
+  check(cudaFuncGetAttributes(&about, Kernel), name);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = about.ptxVersion >= 90 && about.binaryVersion >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, Kernel, std::forward<Arguments>(arguments)...), name);
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
 }
 #else
-template <class... Parameters, class... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, StreamHandle,
-            Arguments&&... arguments) {
-  simt::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
+template <auto Kernel, class... Arguments>
+void launch(const char*, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle, const Arguments&... arguments) {
+  simt::launch(__PRETTY_FUNCTION__, grid, block, shared_bytes, [=] { Kernel(arguments...); });
 }
+
+inline int multiprocessors() { return simt::multiprocessors(); }
 #endif
 
 // The block's dynamic shared memory, as one plain struct. All shared memory is dynamic, so that the tests can fill it with NaN.
@@ -66,12 +97,82 @@ __device__ __forceinline__ T& shared_memory() {
 
 // -------------------------------------------------------------------------------------------------------------- loading
 
+// One of two 16-bit numbers in a word: the first is in its lower half.
+template <class T>
+__device__ __forceinline__ float half_of(uint32_t word, int which) {
+  if constexpr (std::is_same_v<T, bf16_t>) return float_of(which ? word & 0xffff0000u : word << 16);
+#if defined(__CUDA_ARCH__)
+  float out;
+  if (which)
+    asm("{.reg .f16 first, second; mov.b32 {first, second}, %1; cvt.f32.f16 %0, second;}" : "=f"(out) : "r"(word));
+  else
+    asm("{.reg .f16 first, second; mov.b32 {first, second}, %1; cvt.f32.f16 %0, first;}" : "=f"(out) : "r"(word));
+  return out;
+#else
+  return to_float(T{uint16_t(which ? word >> 16 : word)});
+#endif
+}
+
+// Two numbers in a word, rounded to T.
+template <class T>
+__device__ __forceinline__ uint32_t word_of(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  if constexpr (std::is_same_v<T, bf16_t>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  return out;
+#else
+  return uint32_t(from_float<T>(first).bits) | uint32_t(from_float<T>(second).bits) << 16;
+#endif
+}
+
+// Some elements of T side by side, as the words in which they are loaded and multiplied. Whoever looks at one gets it as a float:
+// of an array of 16-bit elements nvcc keeps each in a register of its own, and takes the words apart for it.
+template <class T, int Size>
+struct alignas(Size * sizeof(T)) Packed {
+  static constexpr int size = Size;
+  static constexpr int kEach = 4 / sizeof(T);  // elements of a word
+  uint32_t words[Size / kEach];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (kEach == 1)
+      return float_of(words[i]);
+    else
+      return half_of<T>(words[i / 2], i % 2);
+  }
+
+  __device__ static __forceinline__ Packed rounded(const float (&values)[Size]) {
+    Packed out;
+#pragma unroll
+    for (int i = 0; i < Size / kEach; ++i) {
+      if constexpr (kEach == 1)
+        out.words[i] = bits_of(values[i]);
+      else
+        out.words[i] = word_of<T>(values[2 * i], values[2 * i + 1]);
+    }
+    return out;
+  }
+
+  // Elements one by one, for bodies that are not for speed. `put` wants a zero in its place.
+  __device__ __forceinline__ T element(int i) const {
+    if constexpr (kEach == 1)
+      return float_of(words[i]);
+    else
+      return {uint16_t(words[i / 2] >> i % 2 * 16)};
+  }
+  __device__ __forceinline__ void put(int i, T value) {
+    if constexpr (kEach == 1)
+      words[i] = bits_of(value);
+    else
+      words[i / 2] |= uint32_t(value.bits) << i % 2 * 16;
+  }
+};
+
 // 16 bytes of T.
 template <class T>
-struct alignas(16) Vec {
-  static constexpr int size = 16 / sizeof(T);
-  T v[size];
-};
+using Vec = Packed<T, 16 / sizeof(T)>;
 
 SIRIUS_ANYWHERE inline bool aligned16(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
 
@@ -82,19 +183,24 @@ __device__ __forceinline__ void expect_aligned([[maybe_unused]] const void* addr
 #endif
 }
 
-// Weights are read once a pass: past L1, and first to leave L2.
+// Weights are read once a pass: past L1, and first to leave L2. Zero, and nothing is read, unless they are `there`. Volatile, so
+// that loads stand where they are written: before the products of other weights, which are volatile too.
 template <class T>
-__device__ __forceinline__ Vec<T> load_streaming(const T* at) {
-  Vec<T> out;
+__device__ __forceinline__ Vec<T> load_streaming(const T* at, bool there) {
+  Vec<T> out{};
 #if defined(__CUDA_ARCH__)
-  uint32_t words[4];
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-      : "l"(at), "l"(policy));
-  std::memcpy(&out, words, sizeof(out));
+  // With a branch around it nvcc copies words as soon as they are loaded, and so waits for them.
+  asm volatile(
+      "{.reg .pred there;\n"
+      "setp.ne.u32 there, %6, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@there ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;}"
+      : "=&r"(out.words[0]), "=&r"(out.words[1]), "=&r"(out.words[2]), "=&r"(out.words[3])
+      : "l"(at), "l"(policy), "r"(uint32_t(there)));
 #else
+  if (!there) return out;
   expect_aligned(at);
   std::memcpy(&out, at, sizeof(out));
 #endif
@@ -117,9 +223,10 @@ __device__ __forceinline__ void store(T* at, const Vec<T>& value) {
 // For arrays that no 16-byte load may read. A function of its own: inlined everywhere, it takes most of nvcc's time.
 template <class T>
 SIRIUS_OUT_OF_LINE __device__ Vec<T> load_elements(const T* array, int begin, int n) {
-  Vec<T> out;
+  Vec<T> out{};
 #pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i) out.v[i] = begin + i < n ? array[begin + i] : from_float<T>(0.0f);
+  for (int i = 0; i < Vec<T>::size; ++i)
+    if (begin + i < n) out.put(i, array[begin + i]);
   return out;
 }
 
@@ -128,10 +235,8 @@ SIRIUS_OUT_OF_LINE __device__ Vec<T> load_elements(const T* array, int begin, in
 template <bool Aligned, class T>
 __device__ __forceinline__ Vec<T> load_part(const T* array, int begin, int n) {
   if constexpr (Aligned) {
-    if (begin < n) return load(array + begin);
-    Vec<T> out;
-#pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) out.v[i] = from_float<T>(0.0f);
+    Vec<T> out{};
+    if (begin < n) out = load(array + begin);
     return out;
   } else {
     return load_elements(array, begin, n);
@@ -140,7 +245,10 @@ __device__ __forceinline__ Vec<T> load_part(const T* array, int begin, int n) {
 
 template <bool Aligned, class T>
 __device__ __forceinline__ Vec<T> load_part_streaming(const T* array, int begin, int n) {
-  return Aligned && begin < n ? load_streaming(array + begin) : load_part<Aligned>(array, begin, n);
+  if constexpr (Aligned)
+    return load_streaming(array + begin, begin < n);
+  else
+    return load_elements(array, begin, n);
 }
 
 template <bool Aligned, class T>
@@ -150,7 +258,7 @@ __device__ __forceinline__ void store_part(T* array, int begin, int n, const Vec
   } else {
 #pragma unroll
     for (int i = 0; i < Vec<T>::size; ++i)
-      if (begin + i < n) array[begin + i] = value.v[i];
+      if (begin + i < n) array[begin + i] = value.element(i);
   }
 }
 

@@ -167,6 +167,7 @@ class Layers {
                .gate = w.gate,
                .up = w.up,
                .neurons = neurons,
+               .settled = true,
                .out = z,
                .activation = m_.activation,
                .num_rows = p_.num_rows,
@@ -181,6 +182,7 @@ class Layers {
             .x = x_,
             .gate = w.gate,
             .neurons = among,
+            .settled = true,
             .out = gates_,
             .activation = m_.activation,
             .num_rows = p_.num_rows,
@@ -239,6 +241,7 @@ class Layers {
           .down = w.down,
           .neurons = neurons,
           .num_neurons_at = count,
+          .settled = s.kind != Sparsity::cascade,  // whose last selection comes right before
           .residual = to.residual,
           .out = to.out,
           .scale = to.scale,

@@ -1,8 +1,9 @@
 // Rows of weights, wherever they are, times 1..16 rows of input: what gate, up and the projections of attention share.
 //
-// A block has sixteen rows of each of its matrices; its warps take turns at 128 bytes of every row, and their sums are added up
-// in order. How a row is cut depends on its length alone, so a column's bits depend neither on the other columns nor on the grid.
-// Bytes that must move: the weights', once for every 16 rows of input. Input comes from L1.
+// A block has up to sixteen rows of each of its matrices; its warps take turns at 128 bytes of every row, and their sums are
+// added up in order. How a row is cut depends on its length alone, so a column's bits depend neither on the other columns nor on
+// the grid. Bytes that must move: the weights', once for every 16 rows of input. Input comes from L1, or one row from shared
+// memory.
 #pragma once
 
 #include <initializer_list>
@@ -13,14 +14,14 @@
 
 namespace sirius::cuda {
 
-constexpr int kDotWarps = 8;
+constexpr int kDotWarps = kNormWarps;
 
 // Blocks that a multiprocessor shall hold at a time, so that enough loads are in flight: it limits the registers of a thread. The
 // bodies that are not for speed, float32 and unaligned rows, take as many as they want.
 template <class T, bool Aligned, int Columns, int Matrices>
-constexpr int kDotBlocks = sizeof(T) == 4 || !Aligned ? 1
-                           : Columns * Matrices == 8  ? 3
-                                                      : 2;
+constexpr int kDotBlocks = sizeof(T) == 4 || !Aligned      ? 1
+                           : Columns <= 8 && Matrices == 1 ? 3
+                                                           : 2;
 
 // Rows of input. x: T [num_rows, width]; those of this block start at `first`.
 struct Input {
@@ -29,14 +30,18 @@ struct Input {
   int num_rows, width;
 };
 
+// A row of input alone, as long as this, is kept in shared memory: normalised once, not by every warp for itself.
+constexpr int kLargestRow = 16384;
+
 template <class T, class W, int Columns, int Matrices>
-struct DotShared {
+struct alignas(16) DotShared {
   // Of a warp: first what it needs to read weights, then its sums.
   union Warp {
     typename WeightRow<T, W, true>::Scratch scratch[Matrices];
     float parts[Matrices][kTileRows][Columns];
   };
   Warp warps[kDotWarps];
+  Squares<Columns> squares;
   float scale[Columns];
 
   // The product of row `row` of the tile of a matrix with row `column` of the block's input.
@@ -46,42 +51,53 @@ struct DotShared {
     for (int i = 1; i < kDotWarps; ++i) total += warps[i].parts[matrix][row][column];
     return total;
   }
+
+  // After it, with one column: T [width].
+  __device__ __forceinline__ Vec<T>* row() { return reinterpret_cast<Vec<T>*>(this + 1); }
+  static size_t bytes(int width) { return sizeof(DotShared) + (Columns == 1 ? width * sizeof(T) : 0); }
 };
 
+// What a block multiplies with. `begin` comes before all else, and waits for the block.
 template <class T, bool Aligned, int Columns>
 class InputRows {
  public:
   using Sums = Tile<T, Columns>;
 
-  __device__ InputRows(const Input& in, float (&scale)[Columns])
-      : x_(static_cast<const T*>(in.x)), norm_(static_cast<const T*>(in.norm.weight)), offset_(in.norm.offset), width_(in.width) {
+  template <class Shared>
+  __device__ __forceinline__ void begin(const Input& in, Shared& shared) {
     const int first = int(blockIdx.y) * kTileRows;
-    x_ += size_t(first) * width_;
+    x_ = static_cast<const T*>(in.x) + size_t(first) * in.width;
+    norm_ = static_cast<const T*>(in.norm.weight);
+    offset_ = in.norm.offset;
+    width_ = in.width;
     rows_ = in.num_rows - first < Columns ? in.num_rows - first : Columns;
     if (!norm_) return;
-    for (int row = int(threadIdx.x) / kWarp; row < Columns; row += kDotWarps) {
-      const float value = row < rows_ ? inverse_rms<Aligned>(x_ + size_t(row) * width_, width_, in.norm.eps) : 0.0f;
-      if (threadIdx.x % kWarp == 0) scale[row] = value;
+#pragma unroll 2
+    for (int row = 0; row < rows_; ++row) {
+      const float sum = warp_squares<Aligned>(x_ + size_t(row) * width_, width_);
+      if (threadIdx.x % kWarp == 0) shared.squares[row][threadIdx.x / kWarp] = sum;
     }
     __syncthreads();
+    if (int(threadIdx.x) < Columns)
+      shared.scale[threadIdx.x] = int(threadIdx.x) < rows_ ? inverse_rms(shared.squares[threadIdx.x], width_, in.norm.eps) : 0.0f;
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Sums::kInputs; ++i) scale_[i] = scale[Sums::column(i)];
+    for (int i = 0; i < Sums::kInputs; ++i) scale_[i] = shared.scale[Sums::column(i)];
   }
-
-  __device__ int rows() const { return rows_; }
 
   // Elements [k, k + Vec::size) of the rows that this lane multiplies.
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[Sums::kInputs]) const {
-    Vec<T> weight;
+    Vec<T> weight{};
     if (norm_) weight = load_part<Aligned>(norm_, k, width_);
 #pragma unroll
     for (int i = 0; i < Sums::kInputs; ++i) {
       const int row = Sums::column(i);
       out[i] = load_part<Aligned>(x_ + size_t(row) * width_, k, row < rows_ ? width_ : 0);
       if (!norm_) continue;
+      float normed[Vec<T>::size];
 #pragma unroll
-      for (int j = 0; j < Vec<T>::size; ++j)
-        out[i].v[j] = from_float<T>(to_float(out[i].v[j]) * scale_[i] * (to_float(weight.v[j]) + offset_));
+      for (int j = 0; j < Vec<T>::size; ++j) normed[j] = out[i][j] * scale_[i] * (weight[j] + offset_);
+      out[i] = Vec<T>::rounded(normed);
     }
   }
 
@@ -89,72 +105,136 @@ class InputRows {
   const T *x_, *norm_;
   float offset_;
   int width_, rows_;
-  float scale_[Sums::kInputs];
+  float scale_[Sums::kInputs] = {};
 };
 
-// Adds what this warp has of the rows to its tiles. The lane's rows are lane_row() and lane_row() + 8 of each matrix.
+// One row, which stands in shared memory as it is multiplied. The lanes of the other columns multiply zeros.
+template <class T, bool Aligned>
+class InputRows<T, Aligned, 1> {
+ public:
+  template <class Shared>
+  __device__ __forceinline__ void begin(const Input& in, Shared& shared) {
+    const T *x = static_cast<const T*>(in.x) + size_t(blockIdx.y) * kTileRows * in.width,
+            *weights = static_cast<const T*>(in.norm.weight);
+    row_ = shared.row();
+    width_ = lane_row() == 0 ? in.width : 0;
+    constexpr int kStride = kDotWarps * kWarp;
+    const int vectors = in.width / Vec<T>::size;
+    if (!weights) {
+      for (int i = int(threadIdx.x); i < vectors; i += kStride) row_[i] = load(x + i * Vec<T>::size);
+      __syncthreads();
+      return;
+    }
+    const float sum = warp_squares<Aligned>(x, in.width);
+    if (threadIdx.x % kWarp == 0) shared.squares[0][threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    const float scale = inverse_rms(shared.squares[0], in.width, in.norm.eps);
+    for (int i = int(threadIdx.x); i < vectors; i += kStride) {
+      const Vec<T> from = load(x + i * Vec<T>::size), weight = load(weights + i * Vec<T>::size);
+      float normed[Vec<T>::size];
+#pragma unroll
+      for (int j = 0; j < Vec<T>::size; ++j) normed[j] = from[j] * scale * (weight[j] + in.norm.offset);
+      row_[i] = Vec<T>::rounded(normed);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void load(int k, Vec<T> (&out)[1]) const {
+    out[0] = {};
+    if (k < width_) out[0] = row_[k / Vec<T>::size];
+  }
+
+ private:
+  __device__ static __forceinline__ Vec<T> load(const T* at) { return cuda::load(at); }
+
+  Vec<T>* row_;
+  int width_;  // 0 in lanes of other columns
+};
+
+// How a warp multiplies 16 rows of each matrix: `load` puts what a step needs on its way, `take` and `multiply` as in_steps wants
+// them. The lane's rows are lane_row() and lane_row() + 8 of each matrix.
 template <class T, class W, bool Aligned, int Columns, int Matrices>
-__device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns>& input, int width,
-                                             const WeightRow<T, W, Aligned> (&rows)[Matrices][2], NoScratch (&)[Matrices],
-                                             Tile<T, Columns> (&tiles)[Matrices]) {
-  constexpr int kPart = 4 * Vec<T>::size;  // elements of a row that a warp loads at a time: 64 bytes
-  constexpr int kParts = 2;
-  const int warp = int(threadIdx.x) / kWarp;
-#pragma unroll(Matrices == 1 && sizeof(T) == 2 && Aligned ? 2 : 1)  // bodies that are not for speed stay small
-  for (int begin = warp * kParts * kPart; begin < width; begin += kDotWarps * kParts * kPart) {
-    Vec<T> weights[kParts][Matrices][2];
+struct Products {
+  static constexpr int kPart = 4 * Vec<T>::size;  // elements of a row that a warp loads at a time: 64 bytes
+  static constexpr int kParts = 2;
+  static constexpr int kStep = kParts * kPart;
+  static constexpr bool kAhead = sizeof(T) == 2 && Aligned;  // the other bodies stay small
+  using Scratch = NoScratch[Matrices];
+
+  WeightRow<T, W, Aligned> rows[Matrices][2];
+  Vec<T> loaded[kParts][Matrices][2], weights[kParts][Matrices][2];
+
+  __device__ __forceinline__ static int steps(int width) { return width; }
+
+  __device__ __forceinline__ void load(int step, int width) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i)
 #pragma unroll
       for (int m = 0; m < Matrices; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          weights[i][m][half] = rows[m][half].load(begin + i * kPart + lane_part() * Vec<T>::size, width);
+          loaded[i][m][half] = rows[m][half].load(step + i * kPart + lane_part() * Vec<T>::size, width);
+  }
+
+  __device__ __forceinline__ void take(Scratch&) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i)
+#pragma unroll
+      for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) weights[i][m][half] = loaded[i][m][half];
+  }
+
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, Aligned, Columns>& input, Scratch&,
+                                           Tile<T, Columns> (&tiles)[Matrices]) const {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       Vec<T> x[Tile<T, Columns>::kInputs];
-      input.load(begin + i * kPart + lane_part() * Vec<T>::size, x);
+      input.load(step + i * kPart + lane_part() * Vec<T>::size, x);
 #pragma unroll
       for (int m = 0; m < Matrices; ++m) tiles[m].add(weights[i][m][0], weights[i][m][1], x);
     }
   }
-}
+};
 
-// The same of rows in eight bits. A warp loads four groups of a row at a time, 64 bytes of a plane.
+// The same of rows in eight bits, whose steps are groups. A warp loads four groups of a row at a time, 64 bytes of a plane.
 template <class T, bool kUpper, bool Aligned, int Columns, int Matrices>
-__device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns>& input, int width,
-                                             const WeightRow<T, Q8<kUpper>, Aligned> (&rows)[Matrices][2],
-                                             Q8Codes (&codes)[Matrices], Tile<T, Columns> (&tiles)[Matrices]) {
-  const int groups = q8::groups(width);
+struct Products<T, Q8<kUpper>, Aligned, Columns, Matrices> {
+  static constexpr int kStep = kStepGroups;
+  static constexpr bool kAhead = kUpper || Columns * Matrices < 32;
+  using Scratch = Q8Codes[Matrices];
+
+  WeightRow<T, Q8<kUpper>, Aligned> rows[Matrices][2];
   Q8Group<kUpper> loaded[Matrices][2];
-  const auto load_from = [&](int first) {
+
+  __device__ __forceinline__ static int steps(int width) { return q8::groups(width); }
+
+  __device__ __forceinline__ void load(int step, int width) {
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], first + lane_part(), width);
-  };
-  // Loads are on the way while what came before is multiplied, unless registers do not suffice.
-  constexpr bool kAhead = kUpper || Columns * Matrices < 32;
-  int first = int(threadIdx.x) / kWarp * kStepGroups;
-  if (kAhead) load_from(first);
-#pragma unroll 1
-  for (; first < groups; first += kDotWarps * kStepGroups) {
-    if (!kAhead) load_from(first);
+      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], step + lane_part(), width);
+  }
+
+  __device__ __forceinline__ void take(Scratch& codes) {
     __syncwarp();  // all lanes have used the codes before
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) codes[m].put(lane_row() + half * 8, lane_part(), loaded[m][half]);
     __syncwarp();
-    if (kAhead) load_from(first + kDotWarps * kStepGroups);
-#pragma unroll(Aligned ? 2 : 1)
+  }
+
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, Aligned, Columns>& input, Scratch& codes,
+                                           Tile<T, Columns> (&tiles)[Matrices]) const {
+    // Beyond the last group scales and input are zero.
+#pragma unroll(!Aligned ? 1 : Columns == 1 ? kStepGroups : 2)
     for (int i = 0; i < kStepGroups; ++i) {
-      if (first + i >= groups) break;
       Vec<T> x[Tile<T, Columns>::kInputs];
-      input.load((first + i) * q8::kGroup + lane_part() * Vec<T>::size, x);
+      input.load((step + i) * q8::kGroup + lane_part() * Vec<T>::size, x);
 #pragma unroll
       for (int m = 0; m < Matrices; ++m) {
-        Words<T> numbers[2];
+        Vec<T> numbers[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           numbers[half] = codes[m].template eight<T, kUpper>(lane_row() + half * 8, i, lane_part());
@@ -162,26 +242,35 @@ __device__ __forceinline__ void add_products(const InputRows<T, Aligned, Columns
       }
     }
   }
-  __syncwarp();  // the sums are put where the codes were
-}
+};
 
 // Leaves every sum of the block's tiles in `shared`. row_at(matrix, row): the WeightRow of one of the 16 rows of a matrix, of
-// which each must be readable.
+// which each must be readable. The first weights are on their way before the kernel before has ended. Returns the rows of input.
 template <class T, class W, bool Aligned, int Columns, int Matrices, class RowAt>
-__device__ __forceinline__ void dot_rows(const InputRows<T, Aligned, Columns>& input, int width,
-                                         DotShared<T, W, Columns, Matrices>& shared, RowAt&& row_at) {
-  const int warp = int(threadIdx.x) / kWarp;
-  WeightRow<T, W, Aligned> rows[Matrices][2];
+__device__ __forceinline__ int dot_rows(const Input& in, DotShared<T, W, Columns, Matrices>& shared, RowAt&& row_at) {
+  using Part = Products<T, W, Aligned, Columns, Matrices>;
+  const int warp = int(threadIdx.x) / kWarp, begin = warp * Part::kStep, end = Part::steps(in.width);
+  auto& scratch = shared.warps[warp].scratch;
+  Part part;
 #pragma unroll
   for (int m = 0; m < Matrices; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows[m][half] = row_at(m, lane_row() + half * 8);
+    for (int half = 0; half < 2; ++half) part.rows[m][half] = row_at(m, lane_row() + half * 8);
+  if (Part::kAhead) part.load(begin, in.width);
 
+  wait_for_kernel_before();
+  InputRows<T, Aligned, Columns> input;
+  input.begin(in, shared);
   Tile<T, Columns> tiles[Matrices];
-  add_products<T>(input, width, rows, shared.warps[warp].scratch, tiles);
+  in_steps<Part::kAhead>(
+      begin, end, kDotWarps * Part::kStep, [&](int step) { part.load(step, in.width); }, [&] { part.take(scratch); },
+      [&](int step) { part.multiply(step, input, scratch, tiles); });
+  __syncwarp();  // the sums are put where the scratch was
 #pragma unroll
   for (int m = 0; m < Matrices; ++m) tiles[m].put(shared.warps[warp].parts[m]);
   __syncthreads();
+  const int rows = in.num_rows - int(blockIdx.y) * kTileRows;
+  return rows < Columns ? rows : Columns;
 }
 
 // body(row of the tile, row of the input) for every sum, one thread each.
@@ -191,7 +280,25 @@ __device__ __forceinline__ void for_each_sum(int rows, int input_rows, Body&& bo
     if (i % kTileRows < rows && i / kTileRows < input_rows) body(i % kTileRows, i / kTileRows);
 }
 
-inline dim3 dot_grid(int rows, int num_rows) { return dim3(ceil_div(rows, kTileRows), ceil_div(num_rows, kTileRows)); }
+// What a block takes of a matrix's rows: up to sixteen, and fewer where all multiprocessors then have more equally much to read.
+struct Tiling {
+  int rows, of_tile;
+
+  explicit Tiling(int rows_) : rows(rows_), of_tile(kTileRows) {
+    const int processors = multiprocessors();
+    const auto busiest = [&](int each) { return ceil_div(ceil_div(rows, each), processors) * each; };  // rows that it reads
+    // Tiles that are not full cost instructions.
+    for (int each = kTileRows - 1; each >= kTileRows * 3 / 4; --each)
+      if (busiest(each) * 32 <= busiest(of_tile) * 31) of_tile = each;
+  }
+
+  dim3 grid(int num_rows) const { return dim3(ceil_div(rows, of_tile), ceil_div(num_rows, kTileRows)); }
+
+  __device__ __forceinline__ int first() const { return int(blockIdx.x) * of_tile; }
+  __device__ __forceinline__ int count() const { return rows - first() < of_tile ? rows - first() : of_tile; }
+  // One of the tile's sixteen rows. What is no row of this block is its last one: the same bytes, which are loaded once.
+  __device__ __forceinline__ int at(int row) const { return first() + (row < count() ? row : count() - 1); }
+};
 
 // Whether every row of a [*, width] array of T can be read by 16-byte loads.
 template <class T>
@@ -205,11 +312,15 @@ void with_body(Dtype dtype, const void* x, std::initializer_list<const Matrix*> 
                Body&& body) {
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    constexpr bool kHalves = sizeof(T) == 2;
     const Matrix& weight = **weights.begin();
     bool aligned = rows_aligned<T>(x, weight.cols) && aligned16(norm.weight);
     for (const Matrix* each : weights) aligned = aligned && weights_aligned<T>(*each);
     with_format<T>(weight, [&](auto format) {
       const auto for_speed = [&](auto is_aligned) {
+        if constexpr (kHalves && is_aligned.value)
+          if (num_rows == 1 && weight.cols <= kLargestRow)
+            return body(type, format, is_aligned, std::integral_constant<int, 1>());
         with_columns(num_rows, [&](auto columns) { body(type, format, is_aligned, columns); });
       };
       if constexpr (std::is_same_v<typename decltype(format)::type, Plain>) return with_flag(aligned, for_speed);

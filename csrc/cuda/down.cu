@@ -2,13 +2,15 @@
 // cores' pairs of k are put together from two rows.
 //
 // A block has a stretch of columns of `out` and a part of the neurons; its warps take turns at 16 neurons, reading 128 bytes of
-// each, or of a plane 64. Parts and warps are added up in order. Where the neurons are cut depends on their number, on `hidden`
-// and on the format alone. Bytes that must move: hidden * neurons elements, once for every 16 rows of input; the parts' sums stay
-// in L2.
+// each, or of a plane 64. Parts and warps are added up in order. Where the neurons are cut depends on their number, on `hidden`,
+// on the format and on the card alone. Bytes that must move: hidden * neurons elements, once for every 16 rows of input; the
+// parts' sums stay in L2.
 //
 // In eight bits a neuron's scale differs from group to group of its columns, and a sum is over neurons. So it is multiplied with
 // the coefficient, in float32, and what tensor cores get is the product's first 16 bits, as two numbers of bf16. bf16 holds every
 // code, and has float32's range, so this is done for any 16-bit T.
+#include <algorithm>
+
 #include "mma.cuh"
 #include "weights.cuh"
 
@@ -18,7 +20,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kStep = 16;  // neurons that a warp adds up at a time: four a lane
 constexpr int kLaneNeurons = 4;
-constexpr int kBlocks = 512;       // that shall run at a time: nearly four for each multiprocessor of an H100
 constexpr int kPartNeurons = 128;  // least of a part: one step for each warp
 
 // Columns of `out` that a warp has: 16 bytes for each of eight lanes, or of a plane for each of four.
@@ -28,16 +29,27 @@ template <class T, bool kUpper>
 constexpr int kStretch<T, Q8<kUpper>> = kStepGroups * q8::kGroup;
 constexpr int kLargestStretch = kStretch<bf16_t, Q8<false>>;
 
-int parts_of(int stretch, int hidden, int num_neurons) {
-  const int parts = kBlocks / ceil_div(hidden, stretch), most = ceil_div(num_neurons, kPartNeurons);
-  return parts < 1 ? 1 : parts < most ? parts : most;
+// Blocks of one row of input that a multiprocessor holds at a time, and of 16-bit types at least two thirds as many of sixteen.
+template <class T, class W>
+constexpr int kResident = sizeof(T) == 2 && std::is_same_v<W, Plain> ? 3 : 2;
+constexpr int kMostProcessors = 192;  // that a card may have, as far as the workspace is concerned
+
+// As many as run at a time, or fewer if all multiprocessors then have more equally much to read.
+int parts_of(int stretches, int resident, int num_neurons) {
+  const int processors = std::min(multiprocessors(), kMostProcessors), longest = ceil_div(num_neurons, kPartNeurons);
+  const int most = std::max(1, std::min(resident * processors / stretches, longest));
+  const auto share = [&](int parts) {  // of the multiprocessors' time that is used
+    return double(parts * stretches) / (ceil_div(parts * stretches, processors) * processors);
+  };
+  int best = most;
+  for (int parts = most - 1; parts > 0; --parts)
+    if (share(parts) > share(best)) best = parts;
+  return best;
 }
 
 // Neurons 4 t .. 4 t + 3 of a row of x.
 template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-  T v[kLaneNeurons];
-};
+using Quad = Packed<T, kLaneNeurons>;
 
 // The sums of a warp: kStretch columns of out by Columns rows of input.
 template <class T, class W, int Columns>
@@ -48,17 +60,14 @@ class Sums {
 
   // weights[i]: 16 bytes of neuron 4 t + i, from column 8 g of the stretch on.
   __device__ __forceinline__ void add(const Vec<T> (&weights)[kLaneNeurons], const Quad<T> (&x)[kInputs]) {
-    const Words<T> w[kLaneNeurons] = {Words<T>(weights[0]), Words<T>(weights[1]), Words<T>(weights[2]), Words<T>(weights[3])};
+    // The tile's row g is the even one of the lane's columns 2 j and 2 j + 1, and row g + 8 the odd one.
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) {
-      const uint32_t b[2] = {uint32_t(x[i].v[0].bits) | uint32_t(x[i].v[1].bits) << 16,
-                             uint32_t(x[i].v[2].bits) | uint32_t(x[i].v[3].bits) << 16};
-      // The tile's row g is the even one of the lane's columns 2 j and 2 j + 1, and row g + 8 the odd one.
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t w[kLaneNeurons] = {weights[0].words[j], weights[1].words[j], weights[2].words[j], weights[3].words[j]};
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        mma<T>(sums_[j][i], {{lower(w[0].w[j], w[1].w[j]), upper(w[0].w[j], w[1].w[j]), lower(w[2].w[j], w[3].w[j]),
-                              upper(w[2].w[j], w[3].w[j])},
-                             {b[0], b[1]}});
+      for (int i = 0; i < kInputs; ++i)
+        mma<T>(sums_[j][i],
+               {{lower(w[0], w[1]), upper(w[0], w[1]), lower(w[2], w[3]), upper(w[2], w[3])}, {x[i].words[0], x[i].words[1]}});
     }
   }
 
@@ -72,8 +81,8 @@ class Sums {
   }
 
  private:
-  __device__ static __forceinline__ uint32_t lower(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
-  __device__ static __forceinline__ uint32_t upper(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+  __device__ static __forceinline__ uint32_t lower(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+  __device__ static __forceinline__ uint32_t upper(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
   float sums_[4][kInputs][4] = {};
 };
@@ -90,7 +99,7 @@ class Sums<float, W, Columns> {
 #pragma unroll
       for (int n = 0; n < kLaneNeurons; ++n)
 #pragma unroll
-        for (int c = 0; c < Vec<float>::size; ++c) sums_[i][c] += weights[n].v[c] * x[i].v[n];
+        for (int c = 0; c < Vec<float>::size; ++c) sums_[i][c] += weights[n][c] * x[i][n];
   }
 
   __device__ __forceinline__ void put(float (&out)[Columns][kStretch<float, W>]) const {
@@ -130,17 +139,17 @@ class Sums<T, Q8<kUpper>, Columns> {
       const Vec<float> scales = load(codes.scales[group] + lane_part() * kLaneNeurons);
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) {
-        bf16_t first[kLaneNeurons], rest[kLaneNeurons];
+        float product[kLaneNeurons], beyond[kLaneNeurons];
 #pragma unroll
-        for (int k = 0; k < kLaneNeurons; ++k) {
-          const float product = to_float(x[i].v[k]) * scales.v[k];
-          first[k] = from_float<bf16_t>(product);
-          rest[k] = from_float<bf16_t>(product - to_float(first[k]));
-        }
+        for (int k = 0; k < kLaneNeurons; ++k) product[k] = x[i][k] * scales[k];
+        const auto first = Quad<bf16_t>::rounded(product);
+#pragma unroll
+        for (int k = 0; k < kLaneNeurons; ++k) beyond[k] = product[k] - first[k];
+        const auto rest = Quad<bf16_t>::rounded(beyond);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {pair(first), pair(first + 2)}});
-          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {pair(rest), pair(rest + 2)}});
+          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {first.words[0], first.words[1]}});
+          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {rest.words[0], rest.words[1]}});
         }
       }
     }
@@ -159,9 +168,6 @@ class Sums<T, Q8<kUpper>, Columns> {
   }
 
  private:
-  __device__ static __forceinline__ uint32_t pair(const bf16_t* two) {
-    return uint32_t(two[0].bits) | uint32_t(two[1].bits) << 16;
-  }
   // The numbers of byte `which` of two neurons' codes.
   __device__ static __forceinline__ uint32_t both(uint32_t a, uint32_t b, int which) {
     return q8_numbers<bf16_t, kUpper>(__byte_perm(a, b, which | (which + 4) << 8));
@@ -186,86 +192,96 @@ struct Part {
 
   __device__ __forceinline__ int neuron(const DownParams& p, int i) const { return i < end ? (p.neurons ? p.neurons[i] : i) : 0; }
 
-  // Neurons first .. first + 3 of the input rows that a lane multiplies, zero from `end` on.
+  // Neurons first .. first + 3 of the input rows that a lane multiplies, zero from `end` on. One row may have any number of them.
   template <class Sums>
   __device__ __forceinline__ void load(const DownParams& p, int first, Quad<T> (&out)[Sums::kInputs]) const {
-    const bool by_quads = reinterpret_cast<std::uintptr_t>(p.x) % sizeof(Quad<T>) == 0 && p.num_neurons % kLaneNeurons == 0;
+    const bool by_quads =
+        reinterpret_cast<std::uintptr_t>(p.x) % sizeof(Quad<T>) == 0 && (p.num_neurons % kLaneNeurons == 0 || p.num_rows == 1);
 #pragma unroll
     for (int i = 0; i < Sums::kInputs; ++i) {
       const int m = Sums::column(i);
       const T* from = x + size_t(m) * p.num_neurons + first;
-      if (by_quads && m < rows && first + kLaneNeurons <= end) {
+      out[i] = {};
+      if (m >= rows) continue;
+      if (by_quads && first + kLaneNeurons <= end) {
         out[i] = *reinterpret_cast<const Quad<T>*>(from);
       } else {
 #pragma unroll
-        for (int j = 0; j < kLaneNeurons; ++j) out[i].v[j] = m < rows && first + j < end ? from[j] : from_float<T>(0.0f);
+        for (int j = 0; j < kLaneNeurons; ++j)
+          if (first + j < end) out[i].put(j, from[j]);
       }
     }
   }
 };
 
-// Adds what this warp has of the part.
+// Adds what this warp has of the part. Neurons are looked up a step before their weights are loaded.
 template <class T, class W, bool Aligned, int Columns>
 __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, NoScratch*, Sums<T, W, Columns>& sums) {
-  int first = part.begin + (int(threadIdx.x) / kWarp * 4 + lane_part()) * kLaneNeurons, next[kLaneNeurons];
+  constexpr bool kAhead = sizeof(T) == 2 && Aligned;
+  constexpr int kStride = kWarps * kStep;
+  const int begin = part.begin + int(threadIdx.x) / kWarp * kStep, own = lane_part() * kLaneNeurons,
+            column = part.column + lane_row() * Vec<T>::size;
+  int next[kLaneNeurons];
+  const auto look_up = [&](int first) {
 #pragma unroll
-  for (int i = 0; i < kLaneNeurons; ++i) next[i] = part.neuron(p, first + i);
-#pragma unroll 2
-  for (; first - lane_part() * kLaneNeurons < part.end; first += kWarps * kStep) {
-    Vec<T> weights[kLaneNeurons];
+    for (int i = 0; i < kLaneNeurons; ++i) next[i] = part.neuron(p, first + own + i);
+  };
+  Vec<T> loaded[kLaneNeurons], weights[kLaneNeurons];
+  const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kLaneNeurons; ++i)
-      weights[i] = WeightRow<T, W, Aligned>(p.down, next[i])
-                       .load(part.column + lane_row() * Vec<T>::size, first + i < part.end ? p.down.cols : 0);
+      loaded[i] = WeightRow<T, W, Aligned>(p.down, next[i]).load(column, first + own + i < part.end ? p.down.cols : 0);
+    look_up(first + kStride);
+  };
+  const auto take = [&] {
 #pragma unroll
-    for (int i = 0; i < kLaneNeurons; ++i) next[i] = part.neuron(p, first + kWarps * kStep + i);  // in time for the next round
+    for (int i = 0; i < kLaneNeurons; ++i) weights[i] = loaded[i];
+  };
+  look_up(begin);
+  if (kAhead) load(begin);
+  wait_for_kernel_before();
+  in_steps<kAhead>(begin, part.end, kStride, load, take, [&](int first) {
     Quad<T> inputs[Sums<T, W, Columns>::kInputs];
-    part.template load<Sums<T, W, Columns>>(p, first, inputs);
+    part.template load<Sums<T, W, Columns>>(p, first + own, inputs);
     sums.add(weights, inputs);
-  }
+  });
 }
 
 // The same in eight bits. A lane loads a group of each of two neurons, and multiplies four columns of four neurons in each group.
 template <class T, class W, bool Aligned, int Columns, bool kUpper>
 __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, Q8Codes* codes,
                                             Sums<T, Q8<kUpper>, Columns>& sums) {
-  Q8Group<kUpper> loaded[2];
-  int first = part.begin + int(threadIdx.x) / kWarp * kStep, next[2];
-  const auto list_from = [&](int begin) {
+  constexpr bool kAhead = kUpper || Columns == 8;
+  constexpr int kStride = kWarps * kStep;
+  const int begin = part.begin + int(threadIdx.x) / kWarp * kStep;
+  int next[2];
+  const auto look_up = [&](int first) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) next[half] = part.neuron(p, begin + lane_row() + half * 8);
+    for (int half = 0; half < 2; ++half) next[half] = part.neuron(p, first + lane_row() + half * 8);
   };
-  const auto load_from = [&](int begin) {
+  Q8Group<kUpper> loaded[2];
+  const auto load = [&](int first) {
+    const int neurons[2] = {next[0], next[1]};
+    look_up(first + kStride);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      WeightRow<T, W, Aligned>(p.down, next[half])
-          .load(loaded[half], part.column / q8::kGroup + lane_part(), p.down.cols, begin + lane_row() + half * 8 < part.end);
+      WeightRow<T, W, Aligned>(p.down, neurons[half])
+          .load(loaded[half], part.column / q8::kGroup + lane_part(), p.down.cols, first + lane_row() + half * 8 < part.end);
   };
-  // Loads are on the way while what came before is multiplied, unless registers do not suffice.
-  constexpr bool kAhead = kUpper || Columns == 8;
-  list_from(first);
-  if (kAhead) {
-    load_from(first);
-    list_from(first + kWarps * kStep);
-  }
-#pragma unroll 1
-  for (; first < part.end; first += kWarps * kStep) {
-    if (!kAhead) {
-      load_from(first);
-      list_from(first + kWarps * kStep);
-    }
+  const auto take = [&] {
     __syncwarp();  // all lanes have used the codes before
 #pragma unroll
     for (int half = 0; half < 2; ++half) codes->put(lane_row() + half * 8, lane_part(), loaded[half]);
     __syncwarp();
-    if (kAhead) {
-      load_from(first + kWarps * kStep);
-      list_from(first + 2 * kWarps * kStep);
-    }
+  };
+  look_up(begin);
+  if (kAhead) load(begin);
+  wait_for_kernel_before();
+  in_steps<kAhead>(begin, part.end, kStride, load, take, [&](int first) {
     Quad<T> inputs[Sums<T, W, Columns>::kInputs];
     part.template load<Sums<T, W, Columns>>(p, first + lane_part() * kLaneNeurons, inputs);
     sums.add(*codes, inputs);
-  }
+  });
   __syncwarp();  // the sums are put where the codes were
 }
 
@@ -277,6 +293,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
   constexpr int stretch = kStretch<T, W>;
   using Scratch = typename WeightRow<T, W, Aligned>::Scratch;
   static_assert(sizeof(Scratch) <= sizeof(shared.sums[0]), "a warp's scratch lies where its sums are put");
+  if ((p.neurons || p.num_neurons_at) && !p.settled) wait_for_kernel_before();
   const int neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons, hidden = p.down.cols;
   const int row = first_row + int(blockIdx.y) * kTileRows, rows = p.num_rows - row < Columns ? p.num_rows - row : Columns;
   const int column = int(blockIdx.x) * stretch, parts = int(gridDim.z);
@@ -326,15 +343,15 @@ void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
     with_format<T>(p.down, [&](auto format) {
       using W = typename decltype(format)::type;
       const int hidden = p.down.cols, stretch = kStretch<T, W>;
-      const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretch, hidden, p.num_neurons);
+      const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretches, kResident<T, W>, p.num_neurons);
       // Every group of 16 rows and every stretch has a counter of its own.
       const int groups = ceil_div(p.num_rows, kTileRows),
                 together = kCounters / stretches < groups ? kCounters / stretches : groups;
       const auto start = [&](auto aligned, auto columns) {
         for (int first = 0; first < groups; first += together) {
           const dim3 grid(stretches, groups - first < together ? groups - first : together, parts);
-          launch("down", down_kernel<T, W, aligned.value, columns.value>, grid, kWarps * kWarp,
-                 sizeof(Shared<T, W, columns.value>), stream, p, workspace, first * kTileRows);
+          launch<down_kernel<T, W, aligned.value, columns.value>>(
+              "down", grid, kWarps * kWarp, sizeof(Shared<T, W, columns.value>), stream, p, workspace, first * kTileRows);
         }
       };
       const auto for_speed = [&](auto aligned) { with_columns(p.num_rows, [&](auto columns) { start(aligned, columns); }); };
@@ -349,7 +366,8 @@ void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
 }
 
 size_t down_workspace(int num_rows, int hidden, int num_neurons) {
-  return size_t(parts_of(kLargestStretch, hidden, num_neurons)) * num_rows * hidden;
+  const int most = std::max(1, kResident<bf16_t, Plain> * kMostProcessors / ceil_div(hidden, kLargestStretch));
+  return size_t(std::min(most, ceil_div(num_neurons, kPartNeurons))) * num_rows * hidden;
 }
 
 }  // namespace sirius::cuda

@@ -23,6 +23,7 @@ __device__ __forceinline__ const T* followed_row(const FollowParams& p, int laye
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const FollowParams p, float* sums) {
   SumShared& shared = shared_memory<SumShared>();
+  wait_for_kernel_before();
   const T* z = followed_row<T>(p, int(blockIdx.x), int(blockIdx.y));
   if (!z) return;
   float squares = 0.0f;
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const Fol
   for (int c = int(threadIdx.x) * Vec<T>::size; c < p.intermediate; c += int(blockDim.x) * Vec<T>::size) {
     const Vec<T> part = load_part<Aligned>(z, c, p.intermediate);
 #pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) squares += to_float(part.v[i]) * to_float(part.v[i]);
+    for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
   }
   squares = warp_sum(squares);
   if (threadIdx.x % kWarp == 0) shared.warps[threadIdx.x / kWarp] = squares;
@@ -44,11 +45,12 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) follow_sums_kernel(const Fol
 // grid: [layers, intermediate / (threads * Vec)]; a thread has 16 bytes of each row, and their neurons' statistic
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kBlendThreads) follow_blend_kernel(const FollowParams p, const float* sums, float* scores) {
+  wait_for_kernel_before();
   constexpr int size = Vec<T>::size;
   const int layer = int(blockIdx.x), first = int(blockIdx.y * blockDim.x + threadIdx.x) * size;
   const size_t at = size_t(layer) * p.intermediate + first;
-  const int n = min(size, p.intermediate - first);
-  if (n <= 0) return;
+  const int n = Aligned ? size : min(size, p.intermediate - first);
+  if (first >= p.intermediate) return;
   float statistic[size];
 #pragma unroll
   for (int j = 0; j < size; ++j) statistic[j] = j < n ? p.statistic[at + j] : 0.0f;
@@ -61,13 +63,14 @@ __global__ void __launch_bounds__(kBlendThreads) follow_blend_kernel(const Follo
     const Vec<T> part = load_part<Aligned>(z, first, p.intermediate);
 #pragma unroll
     for (int j = 0; j < size; ++j) {
-      const float value = to_float(part.v[j]);
+      const float value = part[j];
       statistic[j] = fmaf(value * add, value, p.decay * statistic[j]);
     }
   }
 #pragma unroll
   for (int j = 0; j < size; ++j) {
-    if (j >= n) break;
+    // Not as above: eight predicates would live through the loop, and there are seven.
+    if (!Aligned && at + j >= size_t(layer + 1) * p.intermediate) continue;
     p.statistic[at + j] = statistic[j];
     scores[at + j] = statistic[j] * p.down_squares[at + j];
   }
@@ -82,10 +85,11 @@ void follow(const FollowParams& p, Workspace workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_flag(p.intermediate % Vec<T>::size == 0 && aligned16(p.z), [&](auto flag) {
-      launch("follow_sums", follow_sums_kernel<T, flag.value>, dim3(p.layers, p.num_rows), kSumWarps * kWarp, sizeof(SumShared),
-             stream, p, sums);
-      launch("follow_blend", follow_blend_kernel<T, flag.value>,
-             dim3(p.layers, ceil_div(p.intermediate, kBlendThreads * Vec<T>::size)), kBlendThreads, 0, stream, p, sums, scores);
+      launch<follow_sums_kernel<T, flag.value>>("follow_sums", dim3(p.layers, p.num_rows), kSumWarps * kWarp, sizeof(SumShared),
+                                                stream, p, sums);
+      launch<follow_blend_kernel<T, flag.value>>("follow_blend",
+                                                 dim3(p.layers, ceil_div(p.intermediate, kBlendThreads * Vec<T>::size)),
+                                                 kBlendThreads, 0, stream, p, sums, scores);
     });
   });
   const SelectParams best{.values = scores,

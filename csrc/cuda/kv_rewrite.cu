@@ -11,6 +11,7 @@ constexpr int kEntries = 8;  // loads in flight
 // overwritten. Moves each entry that changes its slot once in and once out.
 template <class T, bool Aligned>
 __global__ void kv_rewrite_kernel(const KvRewriteParams p) {
+  wait_for_kernel_before();
   const int head_dim = p.cache.head_dim, parts = ceil_div(head_dim, Vec<T>::size), heads = p.layers * p.cache.kv_heads;
   const int index = int(blockIdx.x) * kRewriteThreads + int(threadIdx.x), begin = index % parts * Vec<T>::size,
             head = index / parts;
@@ -40,7 +41,7 @@ void kv_rewrite(const KvRewriteParams& p, Workspace, StreamHandle stream) {
     const bool aligned = p.cache.head_dim % Vec<T>::size == 0 && aligned16(p.k_cache) && aligned16(p.v_cache);
     const int threads = 2 * p.layers * p.cache.kv_heads * ceil_div(p.cache.head_dim, Vec<T>::size);
     with_flag(aligned, [&](auto flag) {
-      launch("kv_rewrite", kv_rewrite_kernel<T, flag.value>, ceil_div(threads, kRewriteThreads), kRewriteThreads, 0, stream, p);
+      launch<kv_rewrite_kernel<T, flag.value>>("kv_rewrite", ceil_div(threads, kRewriteThreads), kRewriteThreads, 0, stream, p);
     });
   });
 }

@@ -19,20 +19,19 @@ struct Place {
   }
 };
 
-// grid: [outputs / 16, rows of input / 16]
+// grid: [outputs / a tile's, rows of input / 16]
 template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
-    linear_kernel(const LinearParams p, const Norm norm) {
+    linear_kernel(const LinearParams p, const Norm norm, const Tiling tiling) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
-  const int first = int(blockIdx.x) * kTileRows, width = p.parts[0].weight.cols;
-  const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, width}, shared.scale);
-  dot_rows(input, width, shared, [&](int, int row) {
-    const Place at(p, first + row < p.out_features ? first + row : p.out_features - 1);
+  const Input in{p.x, norm, p.num_rows, p.parts[0].weight.cols};
+  const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int, int row) {
+    const Place at(p, tiling.at(row));
     return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight, at.row);
   });
-  for_each_sum<Columns>(p.out_features - first, input.rows(), [&](int row, int column) {
-    const size_t to = (size_t(blockIdx.y) * kTileRows + column) * p.out_features + first + row;
-    const Place at(p, first + row);
+  for_each_sum<Columns>(tiling.count(), input_rows, [&](int row, int column) {
+    const size_t to = (size_t(blockIdx.y) * kTileRows + column) * p.out_features + tiling.first() + row;
+    const Place at(p, tiling.first() + row);
     float sum = shared.sum(0, row, column);
     if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) sum += to_float(bias[at.row]);
     const float residual = p.residual ? to_float(static_cast<const T*>(p.residual)[to]) : 0.0f;
@@ -50,11 +49,13 @@ void linear(const LinearParams& p, const Norm& norm, Workspace, StreamHandle str
   // Parts that there are not are the first once more.
   const Matrix &first = p.parts[0].weight, &second = p.num_parts > 1 ? p.parts[1].weight : first,
                &third = p.num_parts > 2 ? p.parts[2].weight : first;
+  const Tiling tiling(p.out_features);
   with_body(p.dtype, p.x, {&first, &second, &third}, norm, p.num_rows, [&](auto type, auto format, auto aligned, auto columns) {
     using T = typename decltype(type)::type;
     using W = typename decltype(format)::type;
-    launch("linear", linear_kernel<T, W, aligned.value, columns.value>, dot_grid(p.out_features, p.num_rows), kDotWarps * kWarp,
-           sizeof(DotShared<T, W, columns.value, 1>), stream, p, norm);
+    launch<linear_kernel<T, W, aligned.value, columns.value>>("linear", tiling.grid(p.num_rows), kDotWarps * kWarp,
+                                                              DotShared<T, W, columns.value, 1>::bytes(first.cols), stream, p,
+                                                              norm, tiling);
   });
 }
 

@@ -104,12 +104,12 @@ __device__ __forceinline__ void load_logits(const float* logits, int vocab, bool
 #pragma unroll
   for (int i = 0; i < kLogitsPerThread; i += size) {
     // Behind the end the row's last ones, so that no branch stands between the loads.
-    Vec<float> part;
+    Vec<float> part{};
     if constexpr (Aligned) part = load(row + min(logit_index(i), vocab - size));
 #pragma unroll
     for (int j = 0; j < size; ++j) {
-      if constexpr (!Aligned) part.v[j] = row[min(logit_index(i + j), vocab - 1)];
-      x[i + j] = logit_index(i + j) < vocab ? logit_or_fault(part.v[j], raw) : kLowest;
+      if constexpr (!Aligned) part.put(j, row[min(logit_index(i + j), vocab - 1)]);
+      x[i + j] = logit_index(i + j) < vocab ? logit_or_fault(part[j], raw) : kLowest;
     }
   }
 }

@@ -22,11 +22,6 @@ struct Operands {
   uint32_t b[2];  // column g at k = 2 t, 2 t + 8
 };
 
-template <class T>
-__device__ __forceinline__ float half_of(uint32_t pair, int which) {
-  return to_float(T{uint16_t(which ? pair >> 16 : pair)});
-}
-
 // c += a b for a [16, 16] and b [16, 8]. c: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const Operands& o) {
@@ -67,45 +62,28 @@ __device__ __forceinline__ void mma(float (&c)[4], const Operands& o) {
 #endif
 }
 
-template <class T>
-struct Words {
-  uint32_t w[4];
-  Words() = default;
-  __device__ __forceinline__ explicit Words(const Vec<T>& v) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = uint32_t(v.v[2 * i].bits) | uint32_t(v.v[2 * i + 1].bits) << 16;
-  }
-};
-
-// The sums of a warp's tile: 16 rows of weights by Columns (8 or 16) rows of input.
+// The sums of a warp's tile: 16 rows of weights by Columns (1, 8 or 16) rows of input. One row is the first of eight.
 template <class T, int Columns>
 class Tile {
  public:
-  static constexpr int kInputs = Columns / 8;  // vectors of input that a lane needs at a time
+  static constexpr int kInputs = (Columns + 7) / 8;  // vectors of input that a lane needs at a time
   __device__ static __forceinline__ int column(int input) { return input * 8 + lane_row(); }
 
   // 16 bytes of weight rows g and g + 8, and the same elements of the input rows column(0), column(1).
   __device__ __forceinline__ void add(const Vec<T>& first, const Vec<T>& second, const Vec<T> (&x)[kInputs]) {
-    const Words<T> a(first), b(second);
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) {
-      const Words<T> c(x[i]);
-      mma<T>(sums_[i], {{a.w[0], b.w[0], a.w[1], b.w[1]}, {c.w[0], c.w[1]}});
-      mma<T>(sums_[i], {{a.w[2], b.w[2], a.w[3], b.w[3]}, {c.w[2], c.w[3]}});
-    }
+    for (int i = 0; i < kInputs; ++i) multiply(sums_[i], first, second, x[i]);
   }
 
   // The same of numbers whose sum is to be multiplied with a scale of its row.
-  __device__ __forceinline__ void add_scaled(const Words<T>& first, const Words<T>& second, float first_scale, float second_scale,
+  __device__ __forceinline__ void add_scaled(const Vec<T>& first, const Vec<T>& second, float first_scale, float second_scale,
                                              const Vec<T> (&x)[kInputs]) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
-      const Words<T> c(x[i]);
       float sums[4] = {};
-      mma<T>(sums, {{first.w[0], second.w[0], first.w[1], second.w[1]}, {c.w[0], c.w[1]}});
-      mma<T>(sums, {{first.w[2], second.w[2], first.w[3], second.w[3]}, {c.w[2], c.w[3]}});
+      multiply(sums, first, second, x[i]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums_[i][j] = fmaf(sums[j], j < 2 ? first_scale : second_scale, sums_[i][j]);
+      for (int j = 0; j < 4; j += kEvery) sums_[i][j] = fmaf(sums[j], j < 2 ? first_scale : second_scale, sums_[i][j]);
     }
   }
 
@@ -113,10 +91,18 @@ class Tile {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[lane_row() + j / 2 * 8][i * 8 + lane_part() * 2 + j % 2] = sums_[i][j];
+      for (int j = 0; j < 4; j += kEvery)
+        if (Columns > 1 || lane_part() == 0) out[lane_row() + j / 2 * 8][i * 8 + lane_part() * 2 + j % 2] = sums_[i][j];
   }
 
  private:
+  static constexpr int kEvery = Columns > 1 ? 1 : 2;  // sums of the second of a lane's two columns, if there is one
+
+  __device__ static __forceinline__ void multiply(float (&sums)[4], const Vec<T>& a, const Vec<T>& b, const Vec<T>& x) {
+    mma<T>(sums, {{a.words[0], b.words[0], a.words[1], b.words[1]}, {x.words[0], x.words[1]}});
+    mma<T>(sums, {{a.words[2], b.words[2], a.words[3], b.words[3]}, {x.words[2], x.words[3]}});
+  }
+
   float sums_[kInputs][4] = {};
 };
 
@@ -131,8 +117,8 @@ class Tile<float, Columns> {
     for (int i = 0; i < Columns; ++i)
 #pragma unroll
       for (int j = 0; j < Vec<float>::size; ++j) {
-        sums_[0][i] += first.v[j] * x[i].v[j];
-        sums_[1][i] += second.v[j] * x[i].v[j];
+        sums_[0][i] += first[j] * x[i][j];
+        sums_[1][i] += second[j] * x[i][j];
       }
   }
 

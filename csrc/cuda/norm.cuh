@@ -5,17 +5,31 @@
 
 namespace sirius::cuda {
 
-// 1 / sqrt(mean(row^2) + eps), computed by one warp: always in the same order, so with the same bits wherever it is needed.
+constexpr int kNormWarps = 8;  // of a block that normalises
+
+// Shared memory for the sums of the squares of some rows, of each warp.
+template <int Rows>
+using Squares = float[Rows][kNormWarps];
+
+// What this thread has of a row, summed up over its warp. A row is shared out to the threads of a block by its length alone.
 template <bool Aligned, class T>
-__device__ float inverse_rms(const T* row, int n, float eps) {
+__device__ __forceinline__ float warp_squares(const T* row, int n) {
   float squares = 0.0f;
-#pragma unroll 4
-  for (int c = int(threadIdx.x) % kWarp * Vec<T>::size; c < n; c += kWarp * Vec<T>::size) {
+#pragma unroll 2
+  for (int c = int(threadIdx.x) * Vec<T>::size; c < n; c += kNormWarps * kWarp * Vec<T>::size) {
     const Vec<T> part = load_part<Aligned>(row, c, n);
 #pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) squares += to_float(part.v[i]) * to_float(part.v[i]);
+    for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
   }
-  return 1.0f / sqrtf(warp_sum(squares) / float(n) + eps);
+  return warp_sum(squares);
+}
+
+// 1 / sqrt(mean(row^2) + eps), from the sums of the warps: with the same bits wherever it is needed.
+__device__ __forceinline__ float inverse_rms(const float (&warps)[kNormWarps], int n, float eps) {
+  float sum = warps[0];
+#pragma unroll
+  for (int w = 1; w < kNormWarps; ++w) sum += warps[w];
+  return 1.0f / sqrtf(sum / float(n) + eps);
 }
 
 }  // namespace sirius::cuda

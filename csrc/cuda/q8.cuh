@@ -30,13 +30,12 @@ struct Q8Group {
 
   // What is not there is not read: its scale is 0.
   __device__ __forceinline__ void load(const void* row, int64_t lower_at, int group, int cols, bool there) {
-    upper = lower = {};
-    scale = {};
-    if (!there) return;
     const char* const at = static_cast<const char*>(row);
-    scale = reinterpret_cast<const f16_t*>(at)[group];
-    upper = load_streaming(reinterpret_cast<const uint32_t*>(at + q8::scale_bytes(cols) + group * q8::kGroupBytes));
-    if constexpr (!kUpper) lower = load_streaming(reinterpret_cast<const uint32_t*>(at + lower_at + group * q8::kGroupBytes));
+    upper = load_streaming(reinterpret_cast<const uint32_t*>(at + q8::scale_bytes(cols) + group * q8::kGroupBytes), there);
+    if constexpr (!kUpper)
+      lower = load_streaming(reinterpret_cast<const uint32_t*>(at + lower_at + group * q8::kGroupBytes), there);
+    scale = {};
+    if (there) scale = reinterpret_cast<const f16_t*>(at)[group];
   }
 };
 
@@ -104,9 +103,9 @@ struct alignas(16) Q8Codes {
     Vec<uint32_t> halves[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t upper = from.upper.v[i], lower = from.lower.v[i];
-      halves[0].v[i] = kUpper ? upper & low : (upper << 4 & high) | (lower & low);
-      halves[1].v[i] = kUpper ? upper >> 4 & low : (upper & high) | (lower >> 4 & low);
+      const uint32_t upper = from.upper.words[i], lower = from.lower.words[i];
+      halves[0].words[i] = kUpper ? upper & low : (upper << 4 & high) | (lower & low);
+      halves[1].words[i] = kUpper ? upper >> 4 & low : (upper & high) | (lower >> 4 & low);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) store(words[place(row, group, half)], halves[half]);
@@ -115,11 +114,11 @@ struct alignas(16) Q8Codes {
 
   // Weights 8 part .. 8 part + 7 of a group, without their scale.
   template <class T, bool kUpper>
-  __device__ __forceinline__ Words<T> eight(int row, int group, int part) const {
+  __device__ __forceinline__ Vec<T> eight(int row, int group, int part) const {
     const auto two = *reinterpret_cast<const Pair*>(words[place(row, group, part / 2)] + part % 2 * 2);
-    Words<T> out;
+    Vec<T> out;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out.w[i] = q8_numbers<T, kUpper>(__byte_perm(two.w[i / 2], 0, i % 2 ? 0x0302 : 0x0100));
+    for (int i = 0; i < 4; ++i) out.words[i] = q8_numbers<T, kUpper>(__byte_perm(two.w[i / 2], 0, i % 2 ? 0x0302 : 0x0100));
     return out;
   }
 

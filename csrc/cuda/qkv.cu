@@ -34,14 +34,14 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const int head_dim = rope.cache.head_dim, width = p.parts[0].weight.cols;
   const int first = int(blockIdx.x) * kPairs, pairs = (rope.heads + 2 * rope.cache.kv_heads) * (head_dim / 2);
-  const InputRows<T, Aligned, Columns> input({p.x, norm, p.num_rows, width}, shared.scale);
-  dot_rows(input, width, shared, [&](int, int row) {
+  const Input in{p.x, norm, p.num_rows, width};
+  const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int, int row) {
     const int pair = first + row % kPairs;
     const Place at(rope, pair < pairs ? pair : pairs - 1);
     return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight,
                                     at.line(rope) + (row < kPairs ? at.first : at.second));
   });
-  for_each_sum<Columns>(pairs - first < kPairs ? pairs - first : kPairs, input.rows(), [&](int row, int column) {
+  for_each_sum<Columns>(pairs - first < kPairs ? pairs - first : kPairs, input_rows, [&](int row, int column) {
     const Place at(rope, first + row);
     const int m = int(blockIdx.y) * kTileRows + column;
     Pair sum{shared.sum(0, row, column), shared.sum(0, row + kPairs, column)};
@@ -68,9 +68,9 @@ void qkv_rope_kv_write(const LinearParams& p, const RopeParams& rope, const Norm
             [&](auto type, auto format, auto aligned, auto columns) {
               using T = typename decltype(type)::type;
               using W = typename decltype(format)::type;
-              launch("qkv_rope_kv_write", qkv_kernel<T, W, aligned.value, columns.value>,
-                     dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
-                     sizeof(DotShared<T, W, columns.value, 1>), stream, p, rope, norm);
+              launch<qkv_kernel<T, W, aligned.value, columns.value>>(
+                  "qkv_rope_kv_write", dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
+                  DotShared<T, W, columns.value, 1>::bytes(p.parts[0].weight.cols), stream, p, rope, norm);
             });
 }
 

@@ -1,4 +1,3 @@
-#include "norm.cuh"
 #include "rope.cuh"
 
 namespace sirius::cuda {
@@ -13,7 +12,7 @@ __device__ __forceinline__ void load_floats(const float* array, int begin, int n
   for (int i = 0; i < N; i += Vec<float>::size) {
     const Vec<float> part = load_part<Aligned>(array, begin + i, n);
 #pragma unroll
-    for (int j = 0; j < Vec<float>::size; ++j) out[i + j] = part.v[j];
+    for (int j = 0; j < Vec<float>::size; ++j) out[i + j] = part[j];
   }
 }
 
@@ -23,7 +22,14 @@ class Head {
  public:
   __device__ __forceinline__ Head(const T* vector, int head_dim, const Norm& norm)
       : vector_(vector), weight_(static_cast<const T*>(norm.weight)), offset_(norm.offset) {
-    if (weight_) scale_ = inverse_rms<Aligned>(vector, head_dim, norm.eps);
+    if (!weight_) return;
+    float squares = 0.0f;
+    for (int c = int(threadIdx.x) % kWarp * Vec<T>::size; c < head_dim; c += kWarp * Vec<T>::size) {
+      const Vec<T> part = load_part<Aligned>(vector, c, head_dim);
+#pragma unroll
+      for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
+    }
+    scale_ = 1.0f / sqrtf(warp_sum(squares) / float(head_dim) + norm.eps);
   }
 
   // Elements [begin + c, begin + c + N), of which those from begin + n on are not looked at.
@@ -31,11 +37,11 @@ class Head {
   __device__ __forceinline__ void load(int begin, int c, int n, float (&out)[N]) const {
     const Vec<T> x = load_part<Aligned>(vector_ + begin, c, n);
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+    for (int i = 0; i < N; ++i) out[i] = x[i];
     if (!weight_) return;
     const Vec<T> weight = load_part<Aligned>(weight_ + begin, c, n);
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = out[i] * scale_ * (to_float(weight.v[i]) + offset_);
+    for (int i = 0; i < N; ++i) out[i] = out[i] * scale_ * (weight[i] + offset_);
   }
 
  private:
@@ -43,19 +49,12 @@ class Head {
   float offset_, scale_ = 1.0f;
 };
 
-template <bool Aligned, class T>
-__device__ __forceinline__ void store_rounded(T* array, int begin, int n, const float (&values)[Vec<T>::size]) {
-  Vec<T> rounded;
-#pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i) rounded.v[i] = from_float<T>(values[i]);
-  store_part<Aligned>(array, begin, n, rounded);
-}
-
 // grid: [num_rows * (heads + 2 * kv_heads) / kWarps]; one warp a head. A lane takes 16 bytes of the rotated part's first half and
 // the 16 bytes that they are paired with, then 16 bytes of the rest. Moves each row twice: qkv is read, q and the caches are
 // written.
 template <class T, bool Aligned>
 __global__ void rope_kv_write_kernel(const RopeParams p) {
+  wait_for_kernel_before();
   constexpr int kPart = Vec<T>::size;
   const int all_heads = p.heads + 2 * p.cache.kv_heads, head_dim = p.cache.head_dim;
   const int index = int(blockIdx.x) * kWarps + int(threadIdx.x) / kWarp, row = index / all_heads, head = index % all_heads;
@@ -79,13 +78,13 @@ __global__ void rope_kv_write_kernel(const RopeParams p) {
       a[i] = rotated.first;
       b[i] = rotated.second;
     }
-    store_rounded<Aligned>(out, c, half, a);
-    store_rounded<Aligned>(out + half, c, half, b);
+    store_part<Aligned>(out, c, half, Vec<T>::rounded(a));
+    store_part<Aligned>(out + half, c, half, Vec<T>::rounded(b));
   }
   for (int c = first; c < head_dim - rotary_dim; c += kWarp * kPart) {
     float rest[kPart];
     from.load(rotary_dim, c, head_dim - rotary_dim, rest);
-    store_rounded<Aligned>(out + rotary_dim, c, head_dim - rotary_dim, rest);
+    store_part<Aligned>(out + rotary_dim, c, head_dim - rotary_dim, Vec<T>::rounded(rest));
   }
 }
 
@@ -99,7 +98,7 @@ void rope_kv_write(const RopeParams& p, Workspace, StreamHandle stream) {
                          aligned16(p.q_norm.weight) && aligned16(p.k_norm.weight);
     const int heads = p.num_rows * (p.heads + 2 * p.cache.kv_heads);
     with_flag(aligned, [&](auto flag) {
-      launch("rope_kv_write", rope_kv_write_kernel<T, flag.value>, ceil_div(heads, kWarps), kWarps * kWarp, 0, stream, p);
+      launch<rope_kv_write_kernel<T, flag.value>>("rope_kv_write", ceil_div(heads, kWarps), kWarps * kWarp, 0, stream, p);
     });
   });
 }

@@ -141,6 +141,7 @@ __device__ __forceinline__ void put(Dtype dtype, void* array, size_t place, floa
 template <int PerThread>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams p, float* all_scores, int32_t* counter) {
   SelectShared& shared = shared_memory<SelectShared>();
+  wait_for_kernel_before();
   p.values += size_t(blockIdx.y) * p.num_rows * p.intermediate;
   p.neurons += size_t(blockIdx.y) * p.kept;
   const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
@@ -211,8 +212,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams 
 template <int PerThread>
 void launch_select(const SelectParams& p, int sets, float* scores, int32_t* counter, StreamHandle stream) {
   const int threads = PerThread ? kWarp * ceil_div(p.candidates, kWarp * PerThread) : kSelectThreads;
-  launch("select", select_kernel<PerThread>, dim3(scores ? ceil_div(p.candidates, threads) : 1, sets), threads,
-         sizeof(SelectShared), stream, p, scores, counter);
+  launch<select_kernel<PerThread>>("select", dim3(scores ? ceil_div(p.candidates, threads) : 1, sets), threads,
+                                   sizeof(SelectShared), stream, p, scores, counter);
 }
 
 // The kernel for so many candidates.

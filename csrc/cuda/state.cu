@@ -10,20 +10,23 @@ constexpr int kEmbedThreads = 128;
 // is embedded, and does not look at what comes of it.
 template <class T, bool Aligned>
 __global__ void embed_kernel(const EmbedParams p) {
+  wait_for_kernel_before();
   const int hidden = p.table.cols;
   const WeightRow<T, Plain, Aligned> from(p.table, max(p.tokens[blockIdx.x], 0));
   T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
   for (int c = int(threadIdx.x) * Vec<T>::size; c < hidden; c += kEmbedThreads * Vec<T>::size) {
-    Vec<T> part = from.load(c, hidden);
+    const Vec<T> part = from.load(c, hidden);
+    float scaled[Vec<T>::size];
 #pragma unroll
-    for (int i = 0; i < Vec<T>::size; ++i) part.v[i] = from_float<T>(p.scale * to_float(part.v[i]));
-    store_part<Aligned>(to, c, hidden, part);
+    for (int i = 0; i < Vec<T>::size; ++i) scaled[i] = p.scale * part[i];
+    store_part<Aligned>(to, c, hidden, Vec<T>::rounded(scaled));
   }
 }
 
 // grid: [num_rows]; one block a row, one thread a weight at a time. The same of a table in eight bits.
 template <class T>
 __global__ void embed_q8_kernel(const EmbedParams p) {
+  wait_for_kernel_before();
   const int hidden = p.table.cols;
   const void* from = p.table.row(max(p.tokens[blockIdx.x], 0));
   T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
@@ -33,6 +36,7 @@ __global__ void embed_q8_kernel(const EmbedParams p) {
 
 // One warp; one lane a new node. A node sees its parent's ancestors, its parent and itself.
 __global__ void grow_kernel(const GrowParams p) {
+  wait_for_kernel_before();
   const int i = int(threadIdx.x);
   if (i >= p.width) return;
   const int node = p.first + i, parent = p.leaves + p.rows[i];
@@ -44,6 +48,7 @@ __global__ void grow_kernel(const GrowParams p) {
 
 // One thread.
 __global__ void advance_kernel(const AdvanceParams p) {
+  wait_for_kernel_before();
   const int accepted = *p.accepted, own = p.argmax[accepted > 0 ? p.path[accepted] : 0];
   p.path[0] = 0;
   *p.used_limit = *p.limit;
@@ -61,14 +66,14 @@ __global__ void advance_kernel(const AdvanceParams p) {
 void embed(const EmbedParams& p, Workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (is_q8(p.table)) return launch("embed", embed_q8_kernel<T>, p.num_rows, kEmbedThreads, 0, stream, p);
+    if (is_q8(p.table)) return launch<embed_q8_kernel<T>>("embed", p.num_rows, kEmbedThreads, 0, stream, p);
     with_flag(weights_aligned<T>(p.table) && aligned16(p.out),
-              [&](auto flag) { launch("embed", embed_kernel<T, flag.value>, p.num_rows, kEmbedThreads, 0, stream, p); });
+              [&](auto flag) { launch<embed_kernel<T, flag.value>>("embed", p.num_rows, kEmbedThreads, 0, stream, p); });
   });
 }
 
-void grow(const GrowParams& p, Workspace, StreamHandle stream) { launch("grow", grow_kernel, 1, kWarp, 0, stream, p); }
+void grow(const GrowParams& p, Workspace, StreamHandle stream) { launch<grow_kernel>("grow", 1, kWarp, 0, stream, p); }
 
-void advance(const AdvanceParams& p, Workspace, StreamHandle stream) { launch("advance", advance_kernel, 1, 1, 0, stream, p); }
+void advance(const AdvanceParams& p, Workspace, StreamHandle stream) { launch<advance_kernel>("advance", 1, 1, 0, stream, p); }
 
 }  // namespace sirius::cuda

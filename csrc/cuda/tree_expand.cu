@@ -42,6 +42,7 @@ template <bool Aligned>
 __global__ void __launch_bounds__(kLogitWarps* kWarp, 1)
     tree_expand_kernel(const TreeExpandParams p, ExpandParts parts, int32_t* counter) {
   ExpandShared& shared = shared_memory<ExpandShared>();
+  wait_for_kernel_before();
   const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int num_parts = int(gridDim.x), part = int(blockIdx.y * gridDim.x + blockIdx.x);
   float x[kLogitsPerThread];
@@ -86,8 +87,9 @@ void tree_expand(const TreeExpandParams& p, Workspace workspace, StreamHandle st
   parts.largest = reinterpret_cast<uint64_t*>(workspace.floats);
   parts.stats = reinterpret_cast<LogitStats*>(parts.largest + proposals * logit_parts(p.vocab));
   with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
-    launch("tree_expand", tree_expand_kernel<flag.value>, dim3(logit_parts(p.vocab), p.num_leaves), logit_threads(p.vocab),
-           sizeof(ExpandShared) + proposals * (sizeof(uint64_t) + sizeof(int32_t)), stream, p, parts, workspace.counters);
+    launch<tree_expand_kernel<flag.value>>("tree_expand", dim3(logit_parts(p.vocab), p.num_leaves), logit_threads(p.vocab),
+                                           sizeof(ExpandShared) + proposals * (sizeof(uint64_t) + sizeof(int32_t)), stream, p,
+                                           parts, workspace.counters);
   });
 }
 

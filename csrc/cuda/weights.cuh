@@ -64,10 +64,10 @@ class WeightRow<float, Q8Numbers, Aligned> {
       : row_(matrix.row(row)), lower_(matrix.lower), upper_(matrix.format == Format::q8_upper) {}
 
   __device__ __forceinline__ Vec<float> load(int begin, int n) const {
-    Vec<float> out;
+    float out[Vec<float>::size];
 #pragma unroll
-    for (int i = 0; i < Vec<float>::size; ++i) out.v[i] = begin + i < n ? q8_weight(row_, lower_, begin + i, n, upper_) : 0.0f;
-    return out;
+    for (int i = 0; i < Vec<float>::size; ++i) out[i] = begin + i < n ? q8_weight(row_, lower_, begin + i, n, upper_) : 0.0f;
+    return Vec<float>::rounded(out);
   }
 
  private:
@@ -92,6 +92,20 @@ void with_format(const Matrix& matrix, Body&& body) {
     body(Type<Q8Numbers>());
   else
     with_flag(matrix.format == Format::q8_upper, [&](auto upper) { body(Type<Q8<upper.value>>()); });
+}
+
+// The steps of a warp over what it multiplies: every `stride`, from `begin` to `end`. load(step) has what a step needs put on its
+// way, take() brings what was loaded last to where multiply(step) finds it. With `Ahead` a step is loaded before the products of
+// the one before, and load(begin) before this is called; without, for bodies whose registers do not suffice, just before its own.
+template <bool Ahead, class Load, class Take, class Multiply>
+__device__ __forceinline__ void in_steps(int begin, int end, int stride, Load&& load, Take&& take, Multiply&& multiply) {
+#pragma unroll 1
+  for (int step = begin; step < end; step += stride) {
+    if (!Ahead) load(step);
+    take();
+    if (Ahead) load(step + stride);
+    multiply(step);
+  }
 }
 
 // One of the projections whose outputs stand side by side. By comparison: an index would copy a kernel's parameters to local

@@ -1,15 +1,17 @@
 // Small kernels, each of which has a right and a broken form: tests/test_simt.py makes sure that simt tells them apart.
 #include "faults.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 
-#include "../cuda/common.cuh"
+#include "../cuda/mma.cuh"
 
 namespace simt {
 namespace {
 
 using namespace sirius::cuda;
+using simt::launch;
 
 constexpr int kThreads = 64, kBlocks = 4;
 
@@ -103,7 +105,7 @@ __global__ void missing_lane(const Data d) {
 
 __global__ void misaligned_load(const Data d) {
   const int t = int(threadIdx.x), at = int(blockIdx.x) * kThreads;
-  if (t == 0) d.out[at] = load(d.in + at + (d.broken ? 1 : 0)).v[0];
+  if (t == 0) d.out[at] = load(d.in + at + (d.broken ? 1 : 0))[0];
 }
 
 __global__ void misaligned_store(const Data d) {
@@ -130,6 +132,20 @@ __global__ void not_the_last_block(const Data d) {
     for (int i = 0; i < blocks; ++i) d.out[0] += d.partials[i];
 }
 
+// Adds one to what the kernel before has written, which is the input.
+__global__ void early_read(const Data d) {
+  const int at = int(blockIdx.x) * kThreads + int(threadIdx.x);
+  float value = d.out[at];
+  wait_for_kernel_before();
+  if (!d.broken) value = d.out[at];
+  d.out[at] = value + 1.0f;
+}
+
+__global__ void missing_wait(const Data d) {
+  if (!d.broken || threadIdx.x > 0) wait_for_kernel_before();
+  d.out[int(blockIdx.x) * kThreads + int(threadIdx.x)] = 1.0f;
+}
+
 // What follows is left to AddressSanitizer.
 
 __global__ void beyond_shared_memory(const Data d) {
@@ -148,6 +164,15 @@ __global__ void write_beyond_the_end(const Data d) {
   const int i = int(blockIdx.x) * kThreads + int(threadIdx.x);
   d.out[i + (d.broken ? 1 : 0)] = d.in[i];
 }
+
+__global__ void copy(const Data d) {
+  wait_for_kernel_before();
+  const int at = int(blockIdx.x) * kThreads + int(threadIdx.x);
+  d.out[at] = d.in[at];
+}
+
+// These wait where they want to, and come after `copy`; the others have waited before all else.
+const std::map<std::string, void (*)(Data)> second_kernels = {{"early_read", early_read}, {"missing_wait", missing_wait}};
 
 const std::map<std::string, void (*)(Data)> kernels = {
     {"missing_barrier", missing_barrier},
@@ -177,9 +202,34 @@ std::vector<float> run_fault(const std::string& name, bool broken) {
   const auto in = array(kCount), out = array(kCount), partials = array(kBlocks);
   for (int i = 0; i < kCount; ++i) in[i] = float(i + 1);
   int32_t counter = 0;
-  sirius::cuda::launch(name.c_str(), kernels.at(name), kBlocks, kThreads, sizeof(Shared), nullptr,
-                       Data{in.get(), out.get(), partials.get(), &counter, broken});
+  const Data data{in.get(), out.get(), partials.get(), &counter, broken};
+  if (const auto found = second_kernels.find(name); found != second_kernels.end()) {
+    launch("Kernel = copy;", kBlocks, kThreads, 0, [=] { copy(data); });
+    launch("Kernel = fault;", kBlocks, kThreads, 0, [=] { found->second(data); });
+  } else {
+    launch("Kernel = fault;", kBlocks, kThreads, sizeof(Shared), [=, kernel = kernels.at(name)] {
+      wait_for_kernel_before();
+      kernel(data);
+    });
+  }
+  finish();
   return {out.get(), out.get() + kCount};
+}
+
+std::vector<float> run_mma(const std::vector<float>& a, const std::vector<float>& b) {
+  std::vector<float> out(kWarp * 4);
+  launch("Kernel = mma;", 1, kWarp, 0, [&] {
+    wait_for_kernel_before();
+    const int lane = int(threadIdx.x);
+    Operands operands;
+    for (int i = 0; i < 4; ++i) operands.a[i] = word_of<sirius::bf16_t>(a[lane * 8 + 2 * i], a[lane * 8 + 2 * i + 1]);
+    for (int i = 0; i < 2; ++i) operands.b[i] = word_of<sirius::bf16_t>(b[lane * 4 + 2 * i], b[lane * 4 + 2 * i + 1]);
+    float sums[4] = {};
+    mma<sirius::bf16_t>(sums, operands);
+    std::copy(sums, sums + 4, out.begin() + lane * 4);
+  });
+  finish();
+  return out;
 }
 
 }  // namespace simt

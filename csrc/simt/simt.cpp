@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -57,7 +58,7 @@ constexpr size_t kStack = 256 << 10, kGuard = 4096;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 227 << 10;  // an H100's
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { ready, at_barrier, in_warp, at_grid, done };
 
 struct Fiber {
   void* stack_pointer;
@@ -68,16 +69,32 @@ struct Fiber {
   Place place;
   unsigned mask;
   void* brought;
+  bool waited;  // for the kernel before
+};
+
+// A kernel that was launched, and the block of it that runs or is held back.
+struct Grid {
+  std::function<void()> body;
+  Context context;
+  size_t shared_bytes;
+  std::vector<size_t> order;  // of the blocks
+  std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
+  bool may_go_on;             // the kernel before has run
+  std::vector<Fiber> fibers;  // of the block
+  std::vector<char*> stacks;  // kept for the next block, and the next kernel
+  std::vector<int> turns;
+  unsigned arrived[kMaxThreads / 32];  // of each warp: the lanes that wait at a warp operation
 };
 
 Order order_ = Order::forward;
 std::mt19937 random_;
-std::vector<Fiber> fibers_;  // of the block; their stacks are kept for the next one
-std::vector<char*> stacks_;
-std::vector<int> turns_;
-unsigned arrived_[kMaxThreads / 32];  // of each warp: the lanes that wait at a warp operation
-const std::function<void()>* body_;
-Fiber* current_;
+Grid grids_[2];  // the one that is held back, and the next one
+Grid* held_back_ = nullptr;
+Grid* running_ = nullptr;
+Fiber* current_ = nullptr;
+int planning_ = 0;
+bool held_ = false;
+std::vector<Launch> planned_;
 void* main_stack_pointer_;
 #if SIMT_ASAN
 void* main_sanitizer_stack_;
@@ -109,16 +126,23 @@ void to_main() {
 #endif
 }
 
+// A function of its own: AddressSanitizer marks the ends of a frame's variables, and those of `entry`, which never returns, would
+// stay marked where the next thread's stack begins.
+[[gnu::noinline]] void expect_waited() {
+  if (!current_->waited) fail("a thread ended that has not waited for the kernel before");
+}
+
 void entry() {
 #if SIMT_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &main_stack_, &main_stack_size_);
 #endif
-  (*body_)();
+  running_->body();
+  expect_waited();
   current_->state = State::done;
   for (;;) to_main();
 }
 
-int index_of(const Fiber& fiber) { return int(&fiber - fibers_.data()); }
+int index_of(const Fiber& fiber) { return int(&fiber - running_->fibers.data()); }
 
 bool same(const Place& a, const Place& b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
 
@@ -127,16 +151,17 @@ std::string name_of(const Place& place) {
 }
 
 void prepare(int index, dim3 block) {
-  Fiber& fiber = fibers_[index];
-  if (index == int(stacks_.size())) {
+  Fiber& fiber = running_->fibers[index];
+  if (index == int(running_->stacks.size())) {
     void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, kGuard, PROT_NONE);  // a stack that overflows faults at once
-    stacks_.push_back(static_cast<char*>(memory));
+    running_->stacks.push_back(static_cast<char*>(memory));
   }
-  fiber.stack = stacks_[index];
+  fiber.stack = running_->stacks[index];
   fiber.index = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
   fiber.state = State::ready;
+  fiber.waited = false;
   void** top = reinterpret_cast<void**>(fiber.stack + kStack);
   *--top = nullptr;  // where `entry` would return to; also aligns the stack as a call does
   *--top = reinterpret_cast<void*>(&entry);
@@ -147,7 +172,7 @@ void prepare(int index, dim3 block) {
 // What the threads wait for, when none can go on.
 std::string report(const std::string& kind) {
   std::map<std::string, int> places;
-  for (const Fiber& fiber : fibers_) {
+  for (const Fiber& fiber : running_->fibers) {
     if (fiber.state == State::done) ++places["the end"];
     if (fiber.state == State::at_barrier || fiber.state == State::in_warp) ++places[name_of(fiber.place)];
   }
@@ -157,36 +182,56 @@ std::string report(const std::string& kind) {
   return text;
 }
 
-void run_block(dim3 block) {
-  const int threads = int(block.x * block.y * block.z);
-  for (int i = 0; i < threads; ++i) prepare(i, block);
-  std::fill(std::begin(arrived_), std::end(arrived_), 0u);
+// Runs the threads of the block as far as they can. Whether all are done: if not, some wait for the kernel before.
+bool run_threads() {
+  Grid& grid = *running_;
+  const int threads = int(grid.fibers.size());
+  context = grid.context;
   // In forward and reverse order a warp runs as far as it can before the next one does; in random order all stay close together.
   const int group = order_ == Order::random ? threads : 32;
-  for (bool all_done = false; !all_done;) {
+  for (;;) {
     bool moved = false;
     for (int begin = 0; begin < threads; begin += group) {
       for (bool again = true; again;) {
         again = false;
         for (int i = begin; i < std::min(begin + group, threads); ++i) {
-          Fiber& fiber = fibers_[turns_[i]];
+          Fiber& fiber = grid.fibers[grid.turns[i]];
           if (fiber.state != State::ready) continue;
           moved = again = true;
           to_fiber(fiber);
-          if (!error_.empty()) return;
+          if (!error_.empty()) return true;
         }
       }
     }
-    all_done = std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.state == State::done; });
-    if (moved || all_done) continue;
-    const Fiber& first = fibers_[0];
-    for (const Fiber& fiber : fibers_)
-      if (fiber.state != State::at_barrier || !same(fiber.place, first.place)) {
-        error_ = report("threads wait for each other");
-        return;
-      }
-    for (Fiber& fiber : fibers_) fiber.state = State::ready;
+    const auto all = [&](auto is) { return std::all_of(grid.fibers.begin(), grid.fibers.end(), is); };
+    if (all([](const Fiber& fiber) { return fiber.state == State::done; })) return true;
+    if (moved) continue;
+    if (!all([](const Fiber& fiber) { return fiber.state != State::at_grid; })) return false;
+    const Fiber& first = grid.fibers[0];
+    if (!all([&](const Fiber& fiber) { return fiber.state == State::at_barrier && same(fiber.place, first.place); })) {
+      error_ = report("threads wait for each other");
+      return true;
+    }
+    for (Fiber& fiber : grid.fibers) fiber.state = State::ready;
   }
+}
+
+// Whether its threads are done.
+bool begin_block(size_t number) {
+  Grid& grid = *running_;
+  const dim3 size = grid.context.grid_size;
+  grid.context.block = {unsigned(number % size.x), unsigned(number / size.x % size.y),
+                        unsigned(number / (size_t(size.x) * size.y))};
+  if (order_ == Order::random) std::shuffle(grid.turns.begin(), grid.turns.end(), random_);
+  std::memset(grid.shared.get(), 0xff, grid.shared_bytes);  // NaN in every element type
+  for (int i = 0; i < int(grid.fibers.size()); ++i) prepare(i, grid.context.block_size);
+  std::fill(std::begin(grid.arrived), std::end(grid.arrived), 0u);
+  return run_threads();
+}
+
+void throw_error() {
+  held_back_ = nullptr;
+  throw std::runtime_error(std::exchange(error_, ""));
 }
 
 }  // namespace
@@ -219,51 +264,92 @@ void warp_collective(unsigned mask, void* mine, void (*complete)(void* const* la
   const unsigned own = 1u << lane();
   if (!(mask & own)) fail("a lane outside the mask of " + name_of(place));
   const int first = index_of(fiber) / 32 * 32;
-  if (fibers_.size() - first < 32 && mask >> (fibers_.size() - first)) fail("a mask beyond the block at " + name_of(place));
-  unsigned& arrived = arrived_[first / 32];
+  if (running_->fibers.size() - first < 32 && mask >> (running_->fibers.size() - first))
+    fail("a mask beyond the block at " + name_of(place));
+  unsigned& arrived = running_->arrived[first / 32];
   if (const unsigned before = arrived & mask) {
-    const Fiber& other = fibers_[first + __builtin_ctz(before)];
+    const Fiber& other = running_->fibers[first + __builtin_ctz(before)];
     if (other.mask != mask || !same(other.place, place))
       fail("lanes of a warp meet at " + name_of(place) + " and " + name_of(other.place));
   }
   arrived |= own;
   if ((arrived & mask) != mask) return to_main();
   void* lanes[32];
-  for (unsigned rest = mask; rest; rest &= rest - 1) lanes[__builtin_ctz(rest)] = fibers_[first + __builtin_ctz(rest)].brought;
+  for (unsigned rest = mask; rest; rest &= rest - 1)
+    lanes[__builtin_ctz(rest)] = running_->fibers[first + __builtin_ctz(rest)].brought;
   complete(lanes, mask);
   arrived &= ~mask;
-  for (unsigned rest = mask; rest; rest &= rest - 1) fibers_[first + __builtin_ctz(rest)].state = State::ready;
+  for (unsigned rest = mask; rest; rest &= rest - 1) running_->fibers[first + __builtin_ctz(rest)].state = State::ready;
 }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+void wait_for_grid_before() {
+  current_->waited = true;
+  if (running_->may_go_on) return;
+  current_->state = State::at_grid;
+  to_main();
+}
+
+void finish() {
+  if (!held_back_) return;
+  running_ = std::exchange(held_back_, nullptr);
+  running_->may_go_on = true;
+  for (Fiber& fiber : running_->fibers)
+    if (fiber.state == State::at_grid) fiber.state = State::ready;
+  run_threads();
+  for (size_t i = 1; error_.empty() && i < running_->order.size(); ++i) begin_block(running_->order[i]);
+  if (!error_.empty()) throw_error();
+}
+
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
   const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
   if (threads < 1 || threads > kMaxThreads || blocks < 1 || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMaxShared)
     throw std::runtime_error("launch: no GPU takes a grid of " + std::to_string(blocks) + " blocks, " + std::to_string(threads) +
                              " threads and " + std::to_string(shared_bytes) + " bytes of shared memory");
-  fibers_.resize(threads);
-  turns_.resize(threads);
-  std::iota(turns_.begin(), turns_.end(), 0);
-  if (order_ == Order::reverse) std::reverse(turns_.begin(), turns_.end());
-  std::vector<size_t> order(blocks);
-  std::iota(order.begin(), order.end(), 0);
-  if (order_ == Order::reverse) std::reverse(order.begin(), order.end());
-  if (order_ == Order::random) std::shuffle(order.begin(), order.end(), random_);
-
-  // A buffer of exactly the launched size, so that AddressSanitizer sees what is beyond it.
-  const std::unique_ptr<unsigned char, void (*)(void*)> shared(
-      static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)), std::free);
-  body_ = &body;
-  context.block_size = block;
-  context.grid_size = grid;
-  context.shared = shared.get();
-  error_.clear();
-  for (const size_t i : order) {
-    context.block = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / (size_t(grid.x) * grid.y))};
-    if (order_ == Order::random) std::shuffle(turns_.begin(), turns_.end(), random_);
-    std::memset(shared.get(), 0xff, shared_bytes);  // NaN in every element type
-    run_block(block);
-    if (!error_.empty()) throw std::runtime_error(error_);
+  if (planning_ > 0) {
+    const std::string text = kernel, before = "Kernel = ";
+    const size_t begin = text.find(before) + before.size();
+    planned_.push_back({text.substr(begin, text.find(';', begin) - begin), grid, block, shared_bytes});
+    return;
   }
+  Grid& next = grids_[held_back_ == &grids_[0]];
+  next.body = std::move(body);
+  next.context = {{}, {}, block, grid, nullptr};
+  next.shared_bytes = shared_bytes;
+  // A buffer of exactly the launched size, so that AddressSanitizer sees what is beyond it.
+  next.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)));
+  next.context.shared = next.shared.get();
+  next.may_go_on = false;
+  next.fibers.resize(threads);
+  next.turns.resize(threads);
+  std::iota(next.turns.begin(), next.turns.end(), 0);
+  if (order_ == Order::reverse) std::reverse(next.turns.begin(), next.turns.end());
+  next.order.resize(blocks);
+  std::iota(next.order.begin(), next.order.end(), 0);
+  if (order_ == Order::reverse) std::reverse(next.order.begin(), next.order.end());
+  if (order_ == Order::random) std::shuffle(next.order.begin(), next.order.end(), random_);
+
+  error_.clear();
+  running_ = &next;
+  begin_block(next.order[0]);
+  if (!error_.empty()) throw_error();
+  finish();  // the kernel before
+  held_back_ = &next;
 }
+
+void set_held(bool held) {
+  held_ = held;
+  if (!held) finish();
+}
+
+bool held() { return held_; }
+
+void set_planning(int multiprocessors) {
+  planning_ = multiprocessors;
+  planned_.clear();
+}
+
+int multiprocessors() { return planning_ > 0 ? planning_ : 3; }
+
+std::vector<Launch> planned() { return planned_; }
 
 }  // namespace simt

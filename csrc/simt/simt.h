@@ -5,6 +5,10 @@
 // warp by warp, each as far as it can go; or random, all side by side. A kernel that lacks a barrier gives a wrong result in one
 // of them. Shared memory is filled with NaN before every block. A barrier that only some threads reach, lanes that meet at
 // different warp operations, and a shuffle from a lane outside its mask are errors, thrown from `launch`.
+//
+// As on sm_90, a kernel begins before the one before it has run: its first block goes on until all its threads wait for that one.
+// Only then does the kernel before run, all of it. So what is launched last is held back, until the next launch or `finish`, from
+// which its errors are thrown. A thread that ends without having waited is an error too.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +17,7 @@
 #include <functional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -42,7 +47,25 @@ struct Context {
 };
 extern Context context;
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// kernel: a text in which its name stands after "Kernel = ".
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body);
+void wait_for_grid_before();
+// Runs what is held back.
+void finish();
+// Whether the end of a call from Python is no reason to.
+void set_held(bool held);
+bool held();
+
+// What a launch asks of a GPU.
+struct Launch {
+  std::string kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+};
+// With so many multiprocessors launches are noted, and not run; with 0 they run again.
+void set_planning(int multiprocessors);
+int multiprocessors();  // when not planning few, so that small matrices are cut as large ones are
+std::vector<Launch> planned();
 
 // Where a thread waits, for messages and to tell one operation from another.
 struct Place {

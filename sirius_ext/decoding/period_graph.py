@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..config import SiriusConfig
+from ..kernels import dispatch
 from ..runtime.cache import Cache
 from ..runtime.cuda import Chosen, CudaCache, CudaModel
 from ..runtime.graphs import Nodes, Replay, profiled
@@ -73,7 +74,12 @@ class PeriodGraph:
         if follows:
             self._state += cache.followed(draft[0].kept)
         self._replay = Replay(
-            self._launch, device, model.graph_mode == "period", f"a period of {depth + 1} and width {self.width}", self._state
+            self._launch,
+            device,
+            model.graph_mode == "period",
+            f"a period of {depth + 1} and width {self.width}",
+            self._state,
+            model.capture_stream,
         )
         # Two, since the next period runs while the host reads the last one's record.
         pinned = device.type == "cuda"
@@ -117,8 +123,9 @@ class PeriodGraph:
         copy.copy_(self.record.memory, non_blocking=True)
         if self._model.device.type != "cuda":
             return None
-        event = torch.cuda.Event()
-        event.record()
+        with dispatch.guard(self._model.device):  # an event belongs to the current device
+            event = torch.cuda.Event()
+            event.record()
         return event
 
     def _launch(self) -> None:

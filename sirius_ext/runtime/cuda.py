@@ -127,6 +127,7 @@ class CudaModel(Model):
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights)
         self.graph_mode = graph_mode()
+        self.capture_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._outgrown: list[torch.Tensor] = []  # graphs that were captured with them go on with them
         # Its own: what is made while a graph is captured belongs to that graph.
@@ -181,6 +182,7 @@ class CudaModel(Model):
                     self.device,
                     self.graph_mode != "off",
                     f"a pass of {m} tokens",
+                    stream=self.capture_stream,
                 )
             cache.steps[key]()
         best = cache.argmax[:m]

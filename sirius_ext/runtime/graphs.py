@@ -39,6 +39,8 @@ class Replay:
     """Something that only launches kernels: at the first call captured as a graph, then replayed.
 
     captured: whether to; otherwise, and where there is no CUDA device, it is called every time.
+    stream: what it is captured on, one of its device; None where there is no CUDA device. torch's own is of the device that
+        captured first, for all devices alike.
     state: what it changes and reads again. The run before the capture, which loads the kernels and a library's plans, must leave
         no trace there.
     what: for the error if the capture fails.
@@ -51,8 +53,9 @@ class Replay:
         captured: bool,
         what: str,
         state: tuple[torch.Tensor, ...] = (),
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self._body, self._device, self._what, self._state = body, device, what, state
+        self._body, self._device, self._what, self._state, self._stream = body, device, what, state, stream
         self._captured = captured and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -62,19 +65,22 @@ class Replay:
             return
         if self._graph is None:
             self._graph = self._capture()
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self._state]
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(self._device):
-                self._body()
-                for tensor, value in zip(self._state, before):
-                    tensor.copy_(value)
+                torch.cuda.synchronize(self._device)
+                with torch.cuda.stream(self._stream):  # libraries keep memory by stream
+                    self._body()
+                    for tensor, value in zip(self._state, before):
+                        tensor.copy_(value)
                 torch.cuda.synchronize(self._device)
                 # Other threads may go on meanwhile: what they ask of the device does not concern this graph.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                     self._body()
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise RuntimeError(

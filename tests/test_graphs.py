@@ -1,0 +1,129 @@
+"""What is asked of CUDA around a capture, noted by a stand-in. That graphs compute the same is tested in test_cuda_model.py."""
+
+import pytest
+import torch
+from backends import emulated
+from capture_lint import CaptureLint
+from fake_cuda import FakeCuda
+from tiny import prompt, tiny
+
+from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.engine import GREEDY
+from sirius_ext.runtime.graphs import Replay
+
+SECOND = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def test_a_graph_is_its_models_device_s(cuda):
+    """While another device is the current one: as a model of a second GPU that is called from anywhere."""
+    stream, where = torch.cuda.Stream(SECOND), []
+    replay = Replay(lambda: where.append((cuda.device, cuda.streams.get(1))), SECOND, True, "a pass", stream=stream)
+    for _ in range(3):
+        replay()
+    # Run once before, then captured: both on the model's own stream, with its device as the current one.
+    assert where == [(1, stream), (1, stream)]
+    assert [each for each in cuda.log if each[0] == "capture"] == [("capture", 1, stream, "thread_local")]
+    assert [each for each in cuda.log if each[0] == "replay"] == [("replay", 1)] * 3
+    assert cuda.device == 0
+
+
+def test_the_run_before_a_capture_comes_after_all_else(cuda):
+    """Its stream is not the one on which its input was written."""
+    order = []
+    replay = Replay(lambda: order.append(len(cuda.log)), SECOND, True, "a pass", stream=torch.cuda.Stream(SECOND))
+    replay()
+    assert ("synchronize", 1) in cuda.log[: order[0]]
+    assert ("synchronize", 1) in cuda.log[order[0] : order[1]]
+
+
+def test_the_state_is_what_it_was(cuda):
+    state = torch.zeros(1)
+    replay = Replay(lambda: state.add_(1), SECOND, True, "a pass", (state,), torch.cuda.Stream(SECOND))
+    replay()
+    assert state.item() == 1  # by the capture alone, which on a device does not run
+
+
+def test_a_failing_capture_names_what_it_was(cuda):
+    def body():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="^cuda: a period of 4 could not be captured as a graph .operation not permitted"):
+        Replay(body, SECOND, True, "a period of 4", stream=torch.cuda.Stream(SECOND))()
+
+
+# ---------------------------------------------------------------------------------------------------- what is captured
+
+
+def lint(body):
+    with CaptureLint() as mode:
+        held = body()
+    del held
+    return mode.faults
+
+
+DEVICE = torch.arange(4.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (lambda: DEVICE[0].item() and None, "_local_scalar_dense waits"),
+        (lambda: bool(DEVICE[1]) and None, "waits"),
+        (lambda: DEVICE[DEVICE > 1] is None, "waits"),
+        (lambda: torch.tensor([1.0]) is None, "lift_fresh waits"),
+        (lambda: DEVICE.to("meta") is None, "_to_copy copies between devices"),
+        (lambda: DEVICE * 2, "mul made memory that is still held"),
+    ],
+    ids=["item", "bool", "mask", "tensor", "copy", "escape"],
+)
+def test_the_lint_finds(body, fault):
+    assert any(fault in each for each in lint(body))
+
+
+def test_the_lint_lets_pass():
+    out = torch.zeros(4)
+
+    def body():
+        out.copy_(DEVICE * 2)
+        out.index_copy_(0, DEVICE.long()[:1], DEVICE[1:2])
+        return DEVICE[1:]
+
+    assert not lint(body)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mode": "full"},
+        {"period": 4},
+        {"period": 4, "tree_width": 3, "sparsity": "fsparse"},
+        {"period": 20, "sparsity": "cascade"},
+        {"period": 7, "tree_width": 4},
+        {"period": "auto"},
+    ],
+    ids=str,
+)
+def test_what_is_captured_neither_waits_nor_keeps_memory(one_thread, monkeypatch, values):
+    """Periods and passes, of up to sixteen rows and of more."""
+    faults, bodies = [], set()
+
+    def linted(replay):
+        before = [tensor.clone() for tensor in replay._state]
+        replay._body()  # as before a capture: what is made once is there then
+        for tensor, value in zip(replay._state, before):
+            tensor.copy_(value)
+        with CaptureLint() as mode:
+            replay._body()
+        bodies.add(replay._what)
+        faults.extend(f"{replay._what}: {fault}" for fault in mode.faults)
+
+    monkeypatch.setattr(Replay, "__call__", linted)
+    with emulated(_simt):
+        engine = Engine(tiny("mistral", torch.bfloat16))
+        engine.generate(prompt(9), config=SiriusConfig(**values), max_new_tokens=12, **GREEDY)
+    assert bodies and not faults
