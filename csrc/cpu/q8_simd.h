@@ -244,45 +244,60 @@ struct Block {
   int group, groups;
 };
 
+// Scales of eight groups in as many rows as there are lanes.
+template <class Form>
+struct Header;
+
+template <bool kUpper>
+struct Header<Planes<kUpper>> {
+  Vec scales[8];
+
+  // rows: where each has them.
+  template <class At>
+  void read(const At& at) {
+    Ints turned[4];
+    turn(at, turned);
+    for (int i = 0; i < 4; ++i) halves(turned[i], scales + 2 * i, scales + 2 * i + 1);
+  }
+};
+
 // A block of kLanes rows of weights by M of input, added to sums. Meanwhile the block that comes after it is fetched.
-template <bool kUpper, int M>
+template <class Form, int M>
 void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums, bool fetch) {
-  const int upper_at = scale_bytes(form.cols);
+  const int upper_at = Form::header_bytes(form.cols);
   const int64_t lower_at = form.lower;
   Vec acc[M];
   for (int j = 0; j < M; ++j) acc[j] = sums[j];
-  Vec scales[8];
+  Header<Form> header;
   for (int step = 0; step < now.groups; ++step) {
     const int g = now.group + step;
-    if (step % 8 == 0) {
-      Ints turned[4];
-      turn([&](int r) { return now.rows[r] + 2 * g; }, turned);
-      for (int i = 0; i < 4; ++i) halves(turned[i], scales + 2 * i, scales + 2 * i + 1);
-    }
+    if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     if (fetch && step < next.groups) {  // a line holds four groups: a quarter of the rows at each
       const int at = next.group * kGroupBytes + step / 4 * 64;
       for (int r = step % 4; r < kLanes; r += 4) {
         if (step < 4)  // their scales
-          for (int line = 2 * next.group / 64 * 64; line < std::min(2 * (next.group + next.groups), upper_at); line += 64)
+          for (int line = Form::header_at(next.group) / 64 * 64;
+               line < std::min(Form::header_at(next.group + next.groups), upper_at); line += 64)
             prefetch_now(next.rows[r] + line);
         prefetch_now(next.rows[r] + upper_at + at);
-        if (!kUpper) prefetch_now(next.rows[r] + lower_at + at);
+        if (Form::has_lower) prefetch_now(next.rows[r] + lower_at + at);
       }
     }
     Ints uppers[4], lowers[4] = {};
     turn([&](int r) { return now.rows[r] + upper_at + g * kGroupBytes; }, uppers);
-    if constexpr (!kUpper) turn([&](int r) { return now.rows[r] + lower_at + g * kGroupBytes; }, lowers);
+    if constexpr (Form::has_lower) turn([&](int r) { return now.rows[r] + lower_at + g * kGroupBytes; }, lowers);
     Codes codes[8];
-    for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], codes + i, codes + 4 + i);
-    const Vec scale = scales[step % 8];
+    for (int i = 0; i < 4; ++i) split<!Form::has_lower>(uppers[i], lowers[i], codes + i, codes + 4 + i);
+    const Vec scale = header.scales[step % 8];
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const int at = g * M + j;
-      Sum<kUpper> sum(set(x.starts[at]));
+      Sum<!Form::has_lower> sum(set(Form::has_minimum ? 0 : x.starts[at]));
       const int8_t* values = x.values + at * kGroup;
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) sum.add_four(codes[i], values + 4 * i);
       acc[j] = fma(floats(sum.total()) * Vec::set(x.scales[at]), scale, acc[j]);
+      if constexpr (Form::has_minimum) acc[j] = fma(header.minima[step % 8], Vec::set(float_of(x.starts[at])), acc[j]);
     }
   }
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
@@ -291,7 +306,7 @@ void dot_block(const Block& now, const Block& next, const Packed& x, const RowFo
 // Up to kTiles * kLanes rows by M of input; what is read next stands after them.
 constexpr int kTiles = 64 / kLanes;
 
-template <bool kUpper, int M>
+template <class Form, int M>
 void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm& form, bool fetch, float* out, ptrdiff_t ldo,
               int wanted) {
   const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
@@ -303,13 +318,13 @@ void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm&
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
-      dot_block<kUpper, M>(block(t, group), next, x, form, sums[t], fetch);
+      dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
     }
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < wanted; ++j) store_upto(sums[t][j], out + j * ldo + t * kLanes, n - t * kLanes);
 }
 
-template <bool kUpper>
+template <class Form>
 void dot(const void* const* pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols;
   for (int i = 0; i < n; i += kTiles * kLanes) {
@@ -325,14 +340,26 @@ void dot(const void* const* pointers, int n, const void* packed, int m, const Ro
       const int wanted = std::min(m - j, kColumns);
       float* to = out + j * ldo + i;
       switch (x.columns) {
-        case 1: dot_rows<kUpper, 1>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 2: dot_rows<kUpper, 2>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 4: dot_rows<kUpper, 4>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 8: dot_rows<kUpper, 8>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        default: dot_rows<kUpper, 16>(rows, count, x, form, j == 0, to, ldo, wanted);
+        case 1: dot_rows<Form, 1>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 2: dot_rows<Form, 2>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 4: dot_rows<Form, 4>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 8: dot_rows<Form, 8>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        default: dot_rows<Form, 16>(rows, count, x, form, j == 0, to, ldo, wanted);
       }
     }
   }
+}
+
+// 16 bytes of each of four rows in n groups, side by side: four rows to a lane.
+inline void interleave(const uint8_t* const* rows, int64_t at, int n, Ints* out) {
+  Ints x[4];
+  for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
+  const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
+  const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
+  out[0] = unpack_low16(a, c);
+  out[1] = unpack_high16(a, c);
+  out[2] = unpack_low16(b, d);
+  out[3] = unpack_high16(b, d);
 }
 
 // Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
@@ -425,17 +452,6 @@ class SumBlock {
       if constexpr (!kUpper) interleave(rows, lower_ + group * kGroupBytes, n, lowers);
       for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], &codes_[quad][i], &codes_[quad][4 + i]);
     }
-  }
-
-  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints* out) {
-    Ints x[4];
-    for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
-    const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
-    const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
-    out[0] = unpack_low16(a, c);
-    out[1] = unpack_high16(a, c);
-    out[2] = unpack_low16(b, d);
-    out[3] = unpack_high16(b, d);
   }
 
   // For J rows of input from j on, in n groups: J share the codes once they are loaded.
