@@ -16,13 +16,16 @@ from sirius_ext.kernels import dispatch, ops, reference
 from sirius_ext.kernels.matrix import Matrix
 
 # A backend is a name and the module whose functions it stands for; conftest.py turns the names into fixtures.
-CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas()]
+CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas() if isa != "avxvnni"]
+# AVX2 with products of bytes: beside packed matrices (test_q8.py) it runs AVX2's very bodies.
+PACKED_CPU_BACKENDS = [f"cpu-{isa}" for isa in ops.available_isas()]
 # The CUDA kernels' own source on the CPU, by the order in which a block's threads run.
 SIMT_ORDERS = ["forward", "reverse", "random"]
 SIMT_BACKENDS = [f"simt-{order}" for order in SIMT_ORDERS]
 # The same kernels on a GPU, if there is one.
 CUDA_BACKENDS = ["cuda", "cuda-aligned"] if torch.cuda.is_available() and dispatch.has_cuda_kernels() else []
 KERNELS = [*CPU_BACKENDS, *SIMT_BACKENDS, *CUDA_BACKENDS]
+PACKED_KERNELS = [*PACKED_CPU_BACKENDS, *SIMT_BACKENDS, *CUDA_BACKENDS]
 BACKENDS = ["reference", *KERNELS]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

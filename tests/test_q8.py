@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from backends import (
+    PACKED_CPU_BACKENDS,
+    PACKED_KERNELS,
     OnDevice,
     U,
     activation_error,
@@ -17,6 +19,7 @@ from backends import (
     poisoned,
     randn,
     sum_error,
+    using,
     walled,
 )
 
@@ -33,6 +36,19 @@ SHAPES = [
 ]  # fmt: skip
 MLP_SHAPES = [(1, 1, 1), (2, 31, 100), (7, 151, 63), (9, 1096, 40), (16, 40, 33), (17, 64, 31)]
 LISTS = list(neuron_lists(8))
+
+
+@pytest.fixture(params=PACKED_KERNELS)
+def kernels(request):
+    """As everywhere, and instruction sets that differ in these formats alone."""
+    with using(request.param) as module:
+        yield module
+
+
+@pytest.fixture(params=PACKED_CPU_BACKENDS)
+def cpu_kernels(request):
+    with using(request.param) as module:
+        yield module
 
 
 @pytest.fixture(params=FORMATS, ids=lambda form: form.name.lower())

@@ -23,6 +23,19 @@ struct Isa {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 #endif
 
+// Of a subleaf of CPUID's leaf 7.
+struct Leaf7 {
+  unsigned eax, ebx, ecx, edx;
+
+  explicit Leaf7(unsigned subleaf) : eax(7), ecx(subleaf) {
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  }
+};
+
+#ifdef SIRIUS_HAVE_AVXVNNI
+bool has_avxvnni() { return has_avx2() && (Leaf7(1).eax >> 4 & 1); }
+#endif
+
 #ifdef SIRIUS_HAVE_AVX512
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,8 +47,7 @@ bool has_avx512() {
 #ifdef SIRIUS_HAVE_AMX
 bool has_amx() {
   // CPUID leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE. Linux hands out the 8 KiB of tile state on request only.
-  unsigned eax = 7, ebx, ecx = 0, edx;
-  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  const unsigned edx = Leaf7(0).edx;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return has_avx512() && (edx >> 22 & 1) && (edx >> 24 & 1) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -47,6 +59,9 @@ constexpr Isa kIsas[] = {
 #endif
 #ifdef SIRIUS_HAVE_AVX512
     {"avx512", has_avx512, kernels_avx512, matrix_kernels_avx512},
+#endif
+#ifdef SIRIUS_HAVE_AVXVNNI
+    {"avxvnni", has_avxvnni, kernels_avx2, matrix_kernels_avxvnni},
 #endif
 #ifdef SIRIUS_HAVE_AVX2
     {"avx2", has_avx2, kernels_avx2, matrix_kernels_avx2},

@@ -80,6 +80,7 @@ const Kernels& kernels_avx512(Dtype dtype);
 
 const MatrixKernels& matrix_kernels_scalar(Format format, Dtype dtype);
 const MatrixKernels& matrix_kernels_avx2(Format format, Dtype dtype);
+const MatrixKernels& matrix_kernels_avxvnni(Format format, Dtype dtype);
 const MatrixKernels& matrix_kernels_avx512(Format format, Dtype dtype);
 const MatrixKernels& matrix_kernels_amx(Format format, Dtype dtype);
 

@@ -69,12 +69,18 @@ using namespace q8;
 
 // Rows of one group, at most kRows of them, with coefficients of up to kColumns rows of input.
 template <class T, bool kSupers>
-class GroupSum {
+class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
+  using Base = ColumnSums<GroupSum, true>;
+  friend Base;
+  using Base::m_;
+
  public:
   // rows: count + kAhead. Of what is read next the last row may stand there more than once.
-  GroupSum(const void* const* rows, int count, const RowForm& form) : quads_((count + 3) / 4), next_count_(1) {
-    for (int r = 0; r < 4 * quads_; ++r) rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
-    for (int r = 0; r < kRows; ++r) next_[r] = static_cast<const uint8_t*>(rows[count + r]);
+  GroupSum(const void* const* rows, int count, const RowForm& form) : Base((count + 3) / 4), next_count_(1) {
+    for (int r = 0; r < kRows; ++r) {
+      rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
+      next_[r] = static_cast<const uint8_t*>(rows[count + r]);
+    }
     while (next_count_ < kRows && next_[next_count_] != next_[next_count_ - 1]) ++next_count_;
     const auto* shared = static_cast<const uint8_t*>(form.shared);
     shared_ = shared + shared_at(form.group, form.cols, kSupers);
@@ -92,91 +98,67 @@ class GroupSum {
 
   void add(int begin, int end, bool first, float* acc, ptrdiff_t lda) {
     const int last = groups(end);
-    for (int g = begin / kGroup; g < last; g += kSpan) {
-      if (first) prefetch(g);
-      const int n = std::min(kSpan, last - g);
-      read(g, n);
-      int j = 0;
-      for (; j + 2 <= m_; j += 2) add_part<2>(j, g, n, end, acc, lda);
-      if (j < m_) add_part<1>(j, g, n, end, acc, lda);
+    for (int group = begin / kGroup; group < last; group += kSpan) {
+      if (first) prefetch(group);
+      const int n = std::min(kSpan, last - group);
+      Base::read(rows_, group * kGroupBytes, 0, n);
+      read_scales(group, n);
+      Base::add_groups(group, n, 0, end, acc, lda);
     }
   }
 
  private:
-  static constexpr int kVectors = kSpan * kGroup / kLanes;  // of a part's columns
+  static constexpr int kVectors = 2 * kHalf;  // of a group's columns
 
-  // What the rows that come next have in this place, and the scales of the group that comes next most often.
+  // The same for all columns.
+  int four(int j, int quad, int) const {
+    int value;
+    std::memcpy(&value, x_[j].values + 4 * quad, 4);
+    return value;
+  }
+  static int start(int, int) { return 0; }
+
+  struct Join {
+    const Vec scale, total;
+    const Vec *scales, *minima;
+
+    Join(const GroupSum& block, int j, int at, int)
+        : scale(Vec::set(block.x_[j].scale)),
+          total(Vec::set(block.x_[j].total)),
+          scales(block.scales_[at]),
+          minima(block.minima_[at]) {}
+    Vec operator()(Vec sum, int v, Vec before) const { return fma(minima[v], total, fma(sum * scale, scales[v], before)); }
+  };
+
+  // What the rows that come next have in this place, and the scales of the group that most often comes next.
   void prefetch(int group) const {
     for (int r = 0; r < next_count_; ++r) prefetch_now(next_[r] + group * kGroupBytes);
-    constexpr int bytes = kSpan * kGroup * (kSupers ? 2 : 4);
-    for (int at = 0; at < bytes; at += 64) prefetch_now(next_shared_ + group * (bytes / kSpan) + at);
+    constexpr int bytes = kGroup * (kSupers ? 2 : 4);
+    for (int at = 0; at < kSpan * bytes; at += 64) prefetch_now(next_shared_ + group * bytes + at);
   }
 
-  // The codes of all rows in n groups of columns, four rows to a lane, and the columns' scales and minima.
-  void read(int group, int n) {
-    for (int quad = 0; quad < quads_; ++quad) {
-      Ints nibbles[4];
-      interleave(rows_ + 4 * quad, group * kGroupBytes, n, nibbles);
-      for (int i = 0; i < 4; ++i) split<true>(nibbles[i], nibbles[i], &codes_[quad][i], &codes_[quad][4 + i]);
-    }
-    for (int v = 0; v < n * kGroup / kLanes; ++v) {
-      const int64_t column = group * kGroup + v * kLanes;
-      if constexpr (kSupers) {
-        Vec d, e;
-        halves(load_ints(super_ + 4 * column), &d, &e);
-        const Ints pairs = load_pairs(shared_ + 2 * column);
-        scales_[v] = d * floats(both(pairs, set(255)));
-        minima_[v] = Vec::set(0.0f) - e * floats(shifted(pairs, 8));
-      } else {
-        halves(load_ints(shared_ + 4 * column), scales_ + v, minima_ + v);
+  // Scales and minima of the columns of n groups.
+  void read_scales(int group, int n) {
+    for (int i = 0; i < n; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t column = (group + i) * kGroup + v * kLanes;
+        if constexpr (kSupers) {
+          Vec d, e;
+          halves(load_ints(super_ + 4 * column), &d, &e);
+          const Ints pairs = load_pairs(shared_ + 2 * column);
+          scales_[i][v] = d * floats(both(pairs, set(255)));
+          minima_[i][v] = Vec::set(0.0f) - e * floats(shifted(pairs, 8));
+        } else {
+          halves(load_ints(shared_ + 4 * column), &scales_[i][v], &minima_[i][v]);
+        }
       }
-    }
-  }
-
-  // For J rows of input from j on: J share the codes once they are loaded.
-  template <int J>
-  void add_part(int j, int group, int n, int end, float* acc, ptrdiff_t lda) const {
-    Sum<true> sums[J][8];
-    for (int each = 0; each < J; ++each)
-      for (int i = 0; i < 8; ++i) sums[each][i] = Sum<true>(set(0));
-    for (int quad = 0; quad < quads_; ++quad)
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-#pragma GCC unroll 2
-        for (int each = 0; each < J; ++each) sums[each][i].add_four(codes_[quad][i], x_[j + each].values + 4 * quad);
-    const bool whole = n == kSpan && (group + kSpan) * kGroup <= end;
-    for (int each = 0; each < J; ++each) {
-      const Vec scale = Vec::set(x_[j + each].scale), total = Vec::set(x_[j + each].total);
-      for (int half = 0; half < 2; ++half) {
-        Ints totals[4], ordered[kSpan][16 / kLanes];
-        for (int i = 0; i < 4; ++i) totals[i] = sums[each][4 * half + i].total();
-        order(totals, ordered);
-#pragma GCC unroll 4
-        for (int g = 0; g < kSpan; ++g)
-#pragma GCC unroll 2
-          for (int v = 0; v < 16 / kLanes; ++v) {
-            const int column = kGroup * g + 16 * half + kLanes * v, left = end - group * kGroup - column;
-            if (!whole && left <= 0) continue;
-            float* to = acc + (j + each) * lda + group * kGroup + column;
-            const Vec before = whole ? Vec::load(to) : load_upto(to, left);
-            Vec after = fma(floats(ordered[g][v]) * scale, scales_[column / kLanes], before);
-            after = fma(minima_[column / kLanes], total, after);
-            if (whole)
-              after.store(to);
-            else
-              store_upto(after, to, left);
-          }
-      }
-    }
   }
 
   const uint8_t *rows_[kRows], *next_[kRows];
   const uint8_t *shared_, *next_shared_, *super_;
-  const int quads_;
-  int next_count_, m_ = 0;
+  int next_count_;
   Coefficients x_[kColumns];
-  Codes codes_[kRows / 4][8];
-  Vec scales_[kVectors], minima_[kVectors];
+  Vec scales_[kSpan][kVectors], minima_[kSpan][kVectors];
 };
 
 template <class T, bool kSupers>

@@ -21,6 +21,7 @@ constexpr int kSpan = kLanes / 4;  // rows of 16 bytes in a vector
 using Ints = __m512i;
 
 inline Ints set(int x) { return _mm512_set1_epi32(x); }
+inline void store(Ints x, int32_t* to) { _mm512_store_si512(to, x); }
 inline Vec floats(Ints x) { return {_mm512_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints times(Ints a, int b) { return _mm512_mullo_epi32(a, set(b)); }
@@ -56,12 +57,6 @@ inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
   const Ints high = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
   const Ints order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   return _mm512_shuffle_epi8(_mm512_packs_epi16(low, high), order);
-}
-
-// Each of the dwords kSpan * part .. in all of the four lanes of its place.
-inline Ints spread(Ints x, int part) {
-  const Ints lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_epi32(add(lane, set(kSpan * part)), x);
 }
 
 // Codes of four weights a lane, and sums of their products with integers from -128 to 127.
@@ -102,15 +97,14 @@ struct Sum {
 // The sums of each lane's four signed bytes.
 inline Ints sum_bytes(Ints sum, Ints x) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), x); }
 
-// Sums of the columns 16 h + 4 i + b of kSpan groups, in lanes b of the groups' places, as the columns' own order: of group g,
-// out[g] [column / kLanes].
-inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
+// Of kSpan vectors of 16 bytes each: place q of out[g] is place g of in[q].
+inline void cross(const Ints* in, Ints* out) {
   const Ints a = _mm512_shuffle_i32x4(in[0], in[1], 0x88), b = _mm512_shuffle_i32x4(in[0], in[1], 0xdd);
   const Ints c = _mm512_shuffle_i32x4(in[2], in[3], 0x88), d = _mm512_shuffle_i32x4(in[2], in[3], 0xdd);
-  out[0][0] = _mm512_shuffle_i32x4(a, c, 0x88);
-  out[1][0] = _mm512_shuffle_i32x4(b, d, 0x88);
-  out[2][0] = _mm512_shuffle_i32x4(a, c, 0xdd);
-  out[3][0] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  out[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  out[1] = _mm512_shuffle_i32x4(b, d, 0x88);
+  out[2] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  out[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
 #else
@@ -118,6 +112,7 @@ inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
 using Ints = __m256i;
 
 inline Ints set(int x) { return _mm256_set1_epi32(x); }
+inline void store(Ints x, int32_t* to) { _mm256_store_si256((__m256i*)to, x); }
 inline Vec floats(Ints x) { return {_mm256_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints times(Ints a, int b) { return _mm256_mullo_epi32(a, set(b)); }
@@ -155,9 +150,41 @@ inline Ints bytes(Vec a, Vec b, Vec c, Vec d) {
   return _mm256_shuffle_epi8(_mm256_packs_epi16(low, high), order);
 }
 
-inline Ints spread(Ints x, int part) {
-  return _mm256_permutevar8x32_epi32(x, add(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), set(kSpan * part)));
+#if defined(__AVXVNNI__)
+
+struct Codes {
+  Ints value;
+};
+
+template <bool kUpper>
+void split(Ints upper, Ints lower, Codes* first, Codes* second) {
+  const Ints mask = _mm256_set1_epi8(15);
+  first->value = _mm256_slli_epi16(_mm256_and_si256(upper, mask), 4);
+  second->value = _mm256_andnot_si256(mask, upper);
+  if constexpr (!kUpper) {
+    first->value = _mm256_or_si256(first->value, _mm256_and_si256(lower, mask));
+    second->value = _mm256_or_si256(second->value, _mm256_and_si256(_mm256_srli_epi16(lower, 4), mask));
+  }
 }
+
+template <bool kUpper>
+struct Sum {
+  Ints value;
+
+  Sum() = default;
+  explicit Sum(Ints start) : value(start) {}
+  void add(const Codes& codes, Ints x) { value = _mm256_dpbusd_avx_epi32(value, codes.value, x); }
+  void add_four(const Codes& codes, const int8_t* x) {
+    int four;
+    std::memcpy(&four, x, 4);
+    add(codes, set(four));
+  }
+  Ints total() const { return value; }
+};
+
+inline Ints sum_bytes(Ints sum, Ints x) { return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), x); }
+
+#else
 
 // Without VNNI: products of unsigned and signed bytes are added up in 16 bits, so the nibbles stay apart. Eight products of two
 // nibbles, at most 8 * 2 * 15 * 127, just fit.
@@ -202,11 +229,11 @@ inline Ints sum_bytes(Ints sum, Ints x) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1)));
 }
 
-inline void order(const Ints* in, Ints out[kSpan][16 / kLanes]) {
-  for (int half = 0; half < 2; ++half) {
-    out[0][half] = _mm256_permute2x128_si256(in[2 * half], in[2 * half + 1], 0x20);
-    out[1][half] = _mm256_permute2x128_si256(in[2 * half], in[2 * half + 1], 0x31);
-  }
+#endif
+
+inline void cross(const Ints* in, Ints* out) {
+  out[0] = _mm256_permute2x128_si256(in[0], in[1], 0x20);
+  out[1] = _mm256_permute2x128_si256(in[0], in[1], 0x31);
 }
 
 #endif
@@ -252,7 +279,7 @@ template <bool kUpper>
 struct Header<Planes<kUpper>> {
   Vec scales[8];
 
-  // rows: where each has them.
+  // at(r): where row r has them.
   template <class At>
   void read(const At& at) {
     Ints turned[4];
@@ -350,25 +377,131 @@ void dot(const void* const* pointers, int n, const void* packed, int m, const Ro
   }
 }
 
-// 16 bytes of each of four rows in n groups, side by side: four rows to a lane.
-inline void interleave(const uint8_t* const* rows, int64_t at, int n, Ints* out) {
-  Ints x[4];
-  for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
-  const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
-  const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
-  out[0] = unpack_low16(a, c);
-  out[1] = unpack_high16(a, c);
-  out[2] = unpack_low16(b, d);
-  out[3] = unpack_high16(b, d);
-}
+constexpr int kHalf = 16 / kLanes;  // vectors of columns in half of a group
+// Rows of input whose sums fit the registers: a code and a coefficient are loaded once for all of them.
+#if defined(__AVX512F__)
+constexpr int kTogether = 8;
+#elif defined(__AVXVNNI__)
+constexpr int kTogether = 2;
+#else
+constexpr int kTogether = 1;
+#endif
+
+// Rows that are added up in integers, in groups of columns: what the formats have in common. A Block has the coefficients and
+// what the sums are to be multiplied with:
+//
+//   four(j, quad, lane)           for input row j, coefficients of rows 4 * quad and on, a byte each
+//   start(j, lane)                where the sum begins
+//   Join(block, j, at, lane)      and with it operator()(sum, v, before): what vector v of a group's columns becomes
+//
+// at: the group's number among those that `read` was called for; lane: as `add_groups` was told.
+template <class Block, bool kUpper>
+class ColumnSums {
+ protected:
+  explicit ColumnSums(int quads) : quads_(quads) {}
+
+  // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane. upper, lower: where the
+  // first one's nibbles are in a row.
+  void read(const uint8_t* const* rows, int64_t upper, int64_t lower, int n) {
+    for (int quad = 0; quad < quads_; ++quad, rows += 4) {
+      Ints uppers[kSpan][kHalf], lowers[kSpan][kHalf] = {};
+      interleave(rows, upper, n, uppers);
+      if constexpr (!kUpper) interleave(rows, lower, n, lowers);
+      for (int g = 0; g < kSpan; ++g)
+        for (int v = 0; v < kHalf; ++v)
+          split<kUpper>(uppers[g][v], lowers[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
+    }
+  }
+
+  // All rows of input by the n groups that were read, from `group` on; the lane of the first.
+  void add_groups(int group, int n, int lane, int end, float* acc, ptrdiff_t lda) const {
+    for (int i = 0; i < n; ++i) {
+      const int column = (group + i) * kGroup, columns = end - column;
+      if (columns >= kGroup)
+        add_group(i, lane + i, acc + column, lda);
+      else
+        add_part(i, lane + i, columns, acc + column, lda);
+    }
+  }
+
+  int m_ = 0;  // rows of input
+
+ private:
+  // Of n groups' 16 bytes of four rows: of each group vectors of its bytes in order, the four rows' in a lane.
+  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints out[kSpan][kHalf]) {
+    Ints x[4];
+    for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
+    const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
+    const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
+    const Ints fours[4] = {unpack_low16(a, c), unpack_high16(a, c), unpack_low16(b, d), unpack_high16(b, d)};
+    for (int v = 0; v < kHalf; ++v) {
+      Ints groups[kSpan];
+      cross(fours + v * kSpan, groups);
+      for (int g = 0; g < kSpan; ++g) out[g][v] = groups[g];
+    }
+  }
+
+  void add_group(int at, int lane, float* to, ptrdiff_t lda) const {
+    int j = 0;
+    for (; j + kTogether <= m_; j += kTogether) add_rows<kTogether>(j, at, lane, to + j * lda, lda);
+    if constexpr (kTogether > 4)
+      for (; j + 4 <= m_; j += 4) add_rows<4>(j, at, lane, to + j * lda, lda);
+    for (; j < m_; ++j) add_rows<1>(j, at, lane, to + j * lda, lda);
+  }
+
+  // The same for the last group, which has fewer columns.
+  void add_part(int at, int lane, int columns, float* to, ptrdiff_t lda) const {
+    alignas(64) float whole[kColumns][kGroup] = {};
+    for (int j = 0; j < m_; ++j) std::copy_n(to + j * lda, columns, whole[j]);
+    add_group(at, lane, whole[0], kGroup);
+    for (int j = 0; j < m_; ++j) std::copy_n(whole[j], columns, to + j * lda);
+  }
+
+  // J rows of input from j on.
+  template <int J>
+  void add_rows(int j, int at, int lane, float* to, ptrdiff_t lda) const {
+    constexpr int kVectors = 2 * kHalf;
+    const Block& block = static_cast<const Block&>(*this);
+    Sum<kUpper> sums[J][kVectors];
+#pragma GCC unroll 8
+    for (int each = 0; each < J; ++each)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[each][v] = Sum<kUpper>(set(block.start(j + each, lane)));
+    for (int quad = 0; quad < quads_; ++quad) {
+      const Codes* codes = codes_[at][quad];
+#pragma GCC unroll 8
+      for (int each = 0; each < J; ++each) {
+        const Ints x = set(block.four(j + each, quad, lane));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[each][v].add(codes[v], x);
+      }
+    }
+#pragma GCC unroll 8
+    for (int each = 0; each < J; ++each) {
+      const typename Block::Join join(block, j + each, at, lane);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* columns = to + each * lda + kLanes * v;
+        join(floats(sums[each][v].total()), v, Vec::load(columns)).store(columns);
+      }
+    }
+  }
+
+  const int quads_;
+  Codes codes_[kSpan][kRows / 4][2 * kHalf];
+};
 
 // Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
 template <class T, bool kUpper>
-class SumBlock {
+class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
+  using Base = ColumnSums<SumBlock, kUpper>;
+  friend Base;
+  using Base::m_;
+
  public:
   // rows: count + kAhead.
   SumBlock(const void* const* rows, int count, const RowForm& form)
-      : count_(count), upper_(scale_bytes(form.cols)), lower_(form.lower) {
+      : Base(kRows / 4), count_(count), upper_(scale_bytes(form.cols)), lower_(form.lower) {
     for (int r = 0; r < kRows; ++r) {
       rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
@@ -396,19 +529,26 @@ class SumBlock {
     const int last = groups(end);
     for (int g = begin / kGroup; g < last; g += kLanes) {
       round_coefficients(g);
-      for (int part = 0; part < 4 && g + part * kSpan < last; ++part) {
-        const int group = g + part * kSpan;
+      for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
+        const int group = g + part, n = std::min(kSpan, last - group);
         if (first) prefetch(group);
-        const int n = std::min(kSpan, last - group);
-        read(group, n);
-        int j = 0;
-        for (; j + 2 <= m_; j += 2) add_part<2>(j, group, part, n, end, acc, lda);
-        if (j < m_) add_part<1>(j, group, part, n, end, acc, lda);
+        Base::read(rows_, upper_ + group * kGroupBytes, lower_ + group * kGroupBytes, n);
+        Base::add_groups(group, n, part, end, acc, lda);
       }
     }
   }
 
  private:
+  int four(int j, int quad, int lane) const { return rounded_[j][quad][lane]; }
+  int start(int j, int lane) const { return starts_[j][lane]; }
+
+  struct Join {
+    const Vec scale;
+
+    Join(const SumBlock& block, int j, int, int lane) : scale(Vec::set(block.group_scales_[j][lane])) {}
+    Vec operator()(Vec sum, int, Vec before) const { return fma(sum, scale, before); }
+  };
+
   // The coefficients of kLanes groups from g on as integers, and what they are to be multiplied with.
   void round_coefficients(int g) {
     Vec scale[kRows], largest = Vec::set(0.0f);
@@ -424,10 +564,10 @@ class SumBlock {
         const float* c = coefficients_[j] + 4 * quad;
         const Vec* s = scale + 4 * quad;
         const Ints four = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
-        rounded_[j][quad] = four;
+        store(four, rounded_[j][quad]);
         total = sum_bytes(total, four);
       }
-      starts_[j] = start_of<kUpper>(total);
+      store(start_of<kUpper>(total), starts_[j]);
       (largest * Vec::set(scales_[j])).store(group_scales_[j]);
     }
   }
@@ -443,59 +583,14 @@ class SumBlock {
     if (!kUpper) fetch(lower_ + group * kGroupBytes);
   }
 
-  // The codes of all rows in n groups, four rows to a lane.
-  void read(int group, int n) {
-    for (int quad = 0; quad < kRows / 4; ++quad) {
-      const uint8_t* const* rows = rows_ + 4 * quad;
-      Ints uppers[4], lowers[4] = {};
-      interleave(rows, upper_ + group * kGroupBytes, n, uppers);
-      if constexpr (!kUpper) interleave(rows, lower_ + group * kGroupBytes, n, lowers);
-      for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], &codes_[quad][i], &codes_[quad][4 + i]);
-    }
-  }
-
-  // For J rows of input from j on, in n groups: J share the codes once they are loaded.
-  template <int J>
-  void add_part(int j, int group, int part, int n, int end, float* acc, ptrdiff_t lda) const {
-    Sum<kUpper> sums[J][8];
-    for (int each = 0; each < J; ++each)
-      for (int i = 0; i < 8; ++i) sums[each][i] = Sum<kUpper>(spread(starts_[j + each], part));
-    for (int quad = 0; quad < kRows / 4; ++quad) {
-      Ints x[J];
-      for (int each = 0; each < J; ++each) x[each] = spread(rounded_[j + each][quad], part);
-      for (int i = 0; i < 8; ++i)
-        for (int each = 0; each < J; ++each) sums[each][i].add(codes_[quad][i], x[each]);
-    }
-    const bool whole = n == kSpan && (group + kSpan) * kGroup <= end;
-    for (int each = 0; each < J; ++each)
-      for (int half = 0; half < 2; ++half) {
-        Ints totals[4], ordered[kSpan][16 / kLanes];
-        for (int i = 0; i < 4; ++i) totals[i] = sums[each][4 * half + i].total();
-        order(totals, ordered);
-#pragma GCC unroll 4
-        for (int g = 0; g < kSpan; ++g)
-#pragma GCC unroll 2
-          for (int v = 0; v < 16 / kLanes; ++v) {
-            const int column = (group + g) * kGroup + 16 * half + kLanes * v;
-            float* to = acc + (j + each) * lda + column;
-            const Vec scale = Vec::set(group_scales_[j + each][part * kSpan + g]);
-            if (whole)
-              fma(floats(ordered[g][v]), scale, Vec::load(to)).store(to);
-            else if (column < end)
-              store_upto(fma(floats(ordered[g][v]), scale, load_upto(to, end - column)), to, end - column);
-          }
-      }
-  }
-
   const uint8_t *rows_[kRows], *next_[kRows];
   const int count_, upper_;
   const int64_t lower_;
-  int m_ = 0;
   alignas(64) float coefficients_[kColumns][kRows];
   float scales_[kColumns];
-  Ints rounded_[kColumns][kRows / 4], starts_[kColumns];
+  // By groups: the coefficients as integers, four rows in one, and so on.
+  alignas(64) int32_t rounded_[kColumns][kRows / 4][kLanes], starts_[kColumns][kLanes];
   alignas(64) float group_scales_[kColumns][kLanes];
-  Codes codes_[kRows / 4][8];
 };
 
 template <class T, bool kUpper>
