@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from backends import (
+    PACKED_CPU_BACKENDS,
     U,
     activation_error,
     assert_close,
@@ -15,6 +16,7 @@ from backends import (
     poisoned,
     randn,
     sum_error,
+    using,
     walled,
 )
 from test_q8 import TINY, everything, rounded
@@ -29,6 +31,13 @@ SHAPES = [
 ]  # fmt: skip
 MLP_SHAPES = [(1, 1, 1), (2, 31, 100), (7, 151, 63), (9, 1096, 40), (16, 40, 33), (17, 64, 31)]
 LISTS = list(neuron_lists(8))
+
+
+@pytest.fixture(params=PACKED_CPU_BACKENDS)
+def cpu_kernels(request):
+    """As everywhere, and instruction sets that differ in these formats alone."""
+    with using(request.param) as module:
+        yield module
 
 
 @pytest.fixture(params=[False, True], ids=["pairs", "supers"])
