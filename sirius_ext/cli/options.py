@@ -53,8 +53,8 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         "--weights",
         type=_weights,
         default="plain",
-        help="plain, or packed: q8, into eight bits, of which the sparse model reads four, or q4, into four, as a GGUF file's are "
-        "(default: %(default)s)",
+        help="plain, or packed: q8, into eight bits, of which the sparse model reads four, or q4, into four, as a GGUF file's "
+        "are (default: %(default)s)",
     )
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
