@@ -53,7 +53,7 @@ class Tensors:
     def __init__(self, header: Header, config: PreTrainedConfig) -> None:
         self._architecture: str = header.values["general.architecture"]
         self._header, self._config = header, config
-        self._data = np.memmap(header.file, dtype=np.uint8, mode="r")
+        self._data: np.ndarray[Any, Any] = np.memmap(header.file, dtype=np.uint8, mode="r").view(np.ndarray)
         layer = _LAYER | _DIFFERENT.get(self._architecture, {})
         self.names: dict[str, str] = {}  # the file's, by transformers'
         for name in header.tensors:
