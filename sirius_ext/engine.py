@@ -133,9 +133,10 @@ class Engine:
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
         weights: "plain" as they come, or packed: "q8", eight bits, half of the memory and of the time that reading them takes,
             of which S reads the upper four (`SiriusConfig.draft_weights`); or on the CPU "q4", four bits. Of a GGUF file these
-            are its own 4-bit matrices with its very numbers, and eight bits of its others; of anything else all matrices but
-            embedding and LM head are rounded, which costs quality. Packed ones are kept in the cache folder. `dtype` is then
-            that of all else. The `transformers` model cannot be called itself.
+            are its own 4-bit matrices with its very numbers, and eight bits of its others; so it is with checkpoints by AWQ,
+            GPTQ and compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs
+            quality. Packed ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot
+            be called itself.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """

@@ -30,6 +30,7 @@ from . import gguf_files
 from .families import check_supported
 from .gguf_tensors import Tensors
 from .packed import load_gguf, load_packed, pack
+from .quantized import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +126,8 @@ def load_model(
         result is kept in the cache folder, since it takes a while.
     progress: report on stderr what takes time.
     weights: "plain", or packed (`models.packed`), and `dtype` is that of all else: "q8", eight bits, or "q4", four. The 4-bit
-        matrices of a GGUF file are then read as they are, not dequantized; those of others are rounded.
+        matrices of GGUF files, and of checkpoints by AWQ, GPTQ and compressed-tensors, are then read as they are; those of
+        others are rounded.
 
     Raises ModelLoadError when the model is missing, unreachable, corrupt or incomplete, or of an unsupported architecture;
     ValueError for an unknown dtype.
@@ -167,11 +169,13 @@ def _load(
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
         with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
-            config = _supported_config(name, source)
+            config, quantized = _supported_config(name, source, weights)
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
-            model = None if weights == "plain" else _packed(source, name, config, dtype, weights, gguf, report)
+            model = None if weights == "plain" else _packed(source, name, config, dtype, weights, gguf, quantized, report)
             if model is None:
+                if quantized is not None:
+                    raise ModelLoadError(f"model: cannot use {name!r}: of models for text and images quantized ones are not read")
                 if config.model_type in _WITH_IMAGES:
                     model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
                     report.remarks.append("the text model alone, without its part for images")
@@ -195,6 +199,7 @@ def _packed(
     dtype: torch.dtype | str,
     weights: str,
     gguf: Path | None,
+    quantized: Quantized | None,
     report: _Report,
 ) -> PreTrainedModel | None:
     """The model with its matrices packed, read tensor by tensor. None if that needs transformers' help. gguf: as in `_load`."""
@@ -218,7 +223,7 @@ def _packed(
     model: PreTrainedModel | None
     with _refusals(name), _cache_errors():
         if gguf is None:
-            model = load_packed(folder, config, dtype, cache_dir(), weights, progress)
+            model = load_packed(folder, config, dtype, cache_dir(), weights, progress, quantized)
         else:
             model = load_gguf(gguf_files.read_header(gguf), folder, config, dtype, cache_dir(), progress)
     if packed:
@@ -226,8 +231,9 @@ def _packed(
     return model
 
 
-def _supported_config(name: str, source: str) -> PreTrainedConfig:
-    """The model's config, once its architecture is known to be supported: weights may take minutes to arrive."""
+def _supported_config(name: str, source: str, weights: str) -> tuple[PreTrainedConfig, Quantized | None]:
+    """The model's config, once its architecture is known to be supported: weights may take minutes to arrive. And if they are in
+    four bits and asked for in four, how they are made."""
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
@@ -238,8 +244,12 @@ def _supported_config(name: str, source: str) -> PreTrainedConfig:
             check_supported(PreTrainedConfig.from_pretrained(source))
         raise
     with _refusals(name):
-        check_supported(_text_config(config))
-    return config
+        text = _text_config(config)
+        quantized = Quantized.of(text) if weights == "q4" else None
+        if quantized is not None:
+            del text.quantization_config  # the model that it is said of here is one of plain modules
+        check_supported(text)
+    return config, quantized
 
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:

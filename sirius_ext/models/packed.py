@@ -25,6 +25,7 @@ from ..kernels import q4
 from ..kernels.matrix import Format, Matrix
 from .gguf_files import Header
 from .gguf_tensors import Tensors
+from .quantized import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,36 +60,59 @@ def load_packed(
     cache: Path,
     weights: str = "q8",
     on_progress: Progress = None,
+    quantized: Quantized | None = None,
 ) -> PreTrainedModel | None:
     """The model in a folder of safetensors, packed. From the second time on it is read from the cache folder. At no time are
     there more than the result and one matrix in memory.
 
     dtype: of activations, norms and biases.
     weights: as in `pack`.
+    quantized: how the checkpoint's matrices are made in four bits, which are then taken over; those that are not are rounded.
     None if the checkpoint's tensors do not have the model's own names: then `transformers` must read it.
     """
     model = _empty(config, dtype)
     sources = sorted(folder.glob("*.safetensors"))
     files = {name: file for file in sources for name in _names(file)}
     wanted = {name for name, _ in model.named_parameters()}  # without tied ones
-    if not wanted or set(files) - wanted - {"lm_head.weight"} or wanted - set(files):
+    parts = {} if quantized is None else {name: quantized.parts(name, files) for name in wanted}
+    unknown = set(files) - wanted - {"lm_head.weight"} - {part for each in parts.values() for part in each}
+    missing = {name for name in wanted if name not in files and not parts.get(name)}
+    if not wanted or (quantized is None and (unknown or missing)):
         return None
-    kept = _kept(cache, sources, config, dtype, weights)
+    kept = _kept(cache, sources, config, dtype, repr((weights, quantized)))
     if not kept.is_file():
         matrices = {name for name, _ in _holders(model)}
         with contextlib.ExitStack() as stack:
             opened: dict[Path, Any] = {}
 
-            def read(name: str) -> torch.Tensor | Matrix:
+            def get(name: str) -> torch.Tensor:
                 file = files[name]
                 if file not in opened:
                     opened[file] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
                 tensor: torch.Tensor = opened[file].get_tensor(name)
+                return tensor
+
+            def read(name: str) -> torch.Tensor | Matrix:
+                if quantized is not None and parts[name]:
+                    shape = model.get_parameter(name).shape
+                    groups = quantized.groups(name, shape, lambda part: get(part) if part in files else None)
+                    return Matrix.of_groups(groups, transposed=_is_down(name))
+                tensor = get(name)
                 _check_shape(model, name, tensor.shape)
                 return _rounded(name, tensor, weights) if name in matrices else tensor.to(dtype).contiguous()
 
+            if quantized is not None:
+                _check_names(missing, unknown, get)
             _write(kept, wanted, read, on_progress)
     return _filled(model, kept, folder)
+
+
+def _check_names(missing: set[str], unknown: set[str], get: Callable[[str], torch.Tensor]) -> None:
+    """ValueError for tensors of a quantized checkpoint that are not the model's; makers of them add biases of zeros."""
+    unknown = {name for name in unknown if not (name.endswith(".bias") and not get(name).any())}
+    for problem, names in (("missing", missing), ("unexpected", unknown)):
+        if names:
+            raise ValueError(f"{len(names)} weights are {problem}, the first is {min(names)}")
 
 
 def load_gguf(
@@ -108,7 +132,7 @@ def load_gguf(
     wanted = {name for name, _ in model.named_parameters()}
     if missing := sorted(wanted - set(tensors.names)):
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
-    kept = _kept(cache, [header.file], config, dtype, "q4")
+    kept = _kept(cache, [header.file], config, dtype, "as it is")
     if not kept.is_file():
         matrices = {name for name, _ in _holders(model)}
 
@@ -215,11 +239,11 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _kept(cache: Path, sources: list[Path], config: PreTrainedConfig, dtype: torch.dtype, weights: str) -> Path:
+def _kept(cache: Path, sources: list[Path], config: PreTrainedConfig, dtype: torch.dtype, how: str) -> Path:
     """The packed file of a checkpoint. Its name tells what it depends on: not the weights themselves, which would take as long to
-    read as to pack, but where they are, how large and of when."""
+    read as to pack, but where they are, how large and of when, and how they were packed."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-    key = repr((VERSION, weights, str(dtype), config.to_json_string(), stats))
+    key = repr((VERSION, how, str(dtype), config.to_json_string(), stats))
     return cache / "packed" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
