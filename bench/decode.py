@@ -120,7 +120,7 @@ class Bench:
                 ours(f"{full_of(weights)}, copies", SiriusConfig(mode="full", lookup=True), weights)
         for (weights, draft), sparsity, density in itertools.product(drafts, options.sparsities, options.densities):
             kind, _, fixed = sparsity.partition("-")
-            base = SiriusConfig(sparsity=kind, follow=not fixed, density=density, draft_weights=draft)
+            base = SiriusConfig(sparsity=kind, follow=not fixed, density=density, draft_weights=draft, lookup=False)
             read = "" if weights == "plain" else f"{weights} "
             read += "" if draft == "auto" else f"S {draft} "
             ours(f"{read}{sparsity} {density} alone", replace(base, mode="sparse"), weights)

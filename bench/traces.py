@@ -1,7 +1,7 @@
 """What S proposes at every place of F's texts, how sure it is, and whether F accepts it: what `period="auto"` was made from, and
 what tests/test_period.py decodes again on paper.
 
-usage: python bench/traces.py --data FOLDER --out FILE [--model MODEL]
+usage: python bench/traces.py --data FOLDER --out FILE [--model MODEL] [--weights q8] [--densities 0.5,1]
 
 F decodes every prompt alone, greedily. Then S and F read the text in windows of 16 tokens, as after a draft that was accepted
 whole: S's set is chosen by the prompt and follows after every window.
@@ -25,14 +25,14 @@ from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import CSparse, sparsity_of
 from sirius_ext.engine import Engine, encode, prepare
 from sirius_ext.evaluation.tasks import load_task
-from sirius_ext.models.hub import DEFAULT_MODEL
+from sirius_ext.models.hub import DEFAULT_MODEL, WEIGHTS
 from sirius_ext.runtime.cache import Cache
 from sirius_ext.runtime.model import Model
 from sirius_ext.runtime.passes import Pass
 
 WINDOW = 16
-CONFIGS = (SiriusConfig(), SiriusConfig(density=0.4))
-THRESHOLD, TEMPERATURE = CONFIGS[0].threshold, CONFIGS[0].score_temperature
+DENSITIES = (0.5, 0.4)
+THRESHOLD, TEMPERATURE = SiriusConfig.threshold, SiriusConfig.score_temperature
 SHOTS = {"gsm8k": 2, "humaneval": 0}
 
 
@@ -48,11 +48,11 @@ def prompts(engine: Engine, data: Path, items: Sequence[int]) -> Iterator[tuple[
 
 
 @torch.no_grad()
-def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int]) -> list[dict]:
-    """For each config, of what S proposes after every token of F's text but the last: its confidence in thousandths, and whether
+def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int], densities: Sequence[float]) -> list[dict]:
+    """For each density, of what S proposes after every token of F's text but the last: its confidence in thousandths, and whether
     F accepts it by each rule, "1" or "0". cache: with room for the text."""
     cache.rewind(0)
-    sets = [sparsity_of(config, model.weights) for config in CONFIGS]
+    sets = [sparsity_of(SiriusConfig(density=density), model.weights) for density in densities]
     drive(model, cache, read(cache, prompt, sets[0]))
     for other in sets[1:]:
         other.usage.absorb(sets[0].usage)  # of the same tokens
@@ -72,7 +72,8 @@ def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int]) ->
             draft["threshold"] += _digits(likelihoods.gather(1, proposed[:, None])[:, 0] >= THRESHOLD)
         for sparsity in sets:
             assert isinstance(sparsity, CSparse) and full.z is not None
-            sparsity.follow(full.z, list(range(1, rows)))
+            if sparsity.follows:
+                sparsity.follow(full.z, list(range(1, rows)))
     return drafts
 
 
@@ -80,14 +81,14 @@ def _digits(flags: torch.Tensor) -> str:
     return "".join(str(int(flag)) for flag in flags.tolist())
 
 
-def shares(texts: list[dict]) -> None:
+def shares(texts: list[dict], densities: Sequence[float]) -> None:
     """Print which share of S's tokens F accepts, by kind of text, density and rule."""
     for kind in dict.fromkeys(text["task"] for text in texts):
-        for index, config in enumerate(CONFIGS):
+        for index, density in enumerate(densities):
             drafts = [text["drafts"][index] for text in texts if text["task"] == kind]
             found = {rule: "".join(draft[rule] for draft in drafts) for rule in ("match", "threshold")}
             accepted = ", ".join(f"{rule} {flags.count('1') / len(flags):.3f}" for rule, flags in found.items())
-            console.print(f"{kind:<10} density {config.density}  {len(found['match']):>5} tokens  {accepted}")
+            console.print(f"{kind:<10} density {density}  {len(found['match']):>5} tokens  {accepted}")
 
 
 def write(path: Path, about: dict, texts: list[dict]) -> None:
@@ -103,6 +104,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation's data, with gsm8k and humaneval")
     parser.add_argument("--new", type=int, default=96, help="tokens of a text, at most")
     parser.add_argument("--items", default="20,20,24", help=f"prompts of {', '.join(SHOTS)} and chat")
+    parser.add_argument("--weights", choices=WEIGHTS, default="plain", help="what they are read as; of q8 S reads four bits")
+    parser.add_argument("--densities", default=",".join(map(str, DENSITIES)), help="of S, with commas between them")
     parser.add_argument("--out", type=Path, required=True, help="file to write, anew after every text")
     options = parser.parse_args(arguments)
     try:
@@ -111,6 +114,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.items = []
     if len(options.items) != len(SHOTS) + 1 or min(options.items) < 0 or not sum(options.items):
         parser.error(f"items: expected three counts, of {', '.join(SHOTS)} and chat, with commas between them")
+    try:
+        options.densities = [SiriusConfig(density=float(density)).density for density in options.densities.split(",")]
+    except ValueError as error:
+        parser.error(f"densities: expected numbers from 0 to 1 with commas between them ({error})")
     if options.new < 2:
         parser.error(f"new: expected at least 2, got {options.new}")
     return options
@@ -119,7 +126,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     header()
-    engine = Engine.from_pretrained(options.model, device="cpu")
+    engine = Engine.from_pretrained(options.model, device="cpu", weights=options.weights)
     model, ends = prepare(engine.model), engine.model.generation_config.eos_token_id
     eos = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     about = {
@@ -127,11 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "benchmark": "traces",
         "model": options.model or DEFAULT_MODEL,
         "dtype": str(model.weights.dtype).removeprefix("torch."),
+        "weights": options.weights,
         "window": WINDOW,
         "score_temperature": TEMPERATURE,
         "threshold": THRESHOLD,
         "sparsity": "csparse, following",
-        "densities": [config.density for config in CONFIGS],
+        "densities": list(options.densities),
     }
     cache, texts = model.new_cache(), []
     for kind, name, prompt in track(list(prompts(engine, options.data, options.items)), "recording", console=console):
@@ -142,10 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(sequence.tokens) < 2:  # nothing for S to propose
             continue
         model.reserve(cache, len(prompt) + options.new, WINDOW)
-        drafts = record(model, cache, prompt, sequence.tokens)
+        drafts = record(model, cache, prompt, sequence.tokens, options.densities)
         texts.append({"task": kind, "id": name, "prompt": len(prompt), "drafts": drafts})
         write(options.out, about, texts)
-    shares(texts)
+    shares(texts, options.densities)
 
 
 if __name__ == "__main__":

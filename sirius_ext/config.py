@@ -44,7 +44,7 @@ class SiriusConfig:
         takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, "same" elsewhere.
     lookup: copy from the text: tokens that followed the last ones earlier in prompt, text or draft join the next pass, and stay
         where they are what the model chooses. The text is the same, in fewer passes. For chains of csparse and for the full model
-        alone, decoded greedily.
+        alone, decoded greedily; "auto" copies where S drafts such chains with period="auto".
 
     Raises TypeError or ValueError that names the field.
     """
@@ -60,7 +60,7 @@ class SiriusConfig:
     threshold: float = 0.1
     score_temperature: float = 0.6
     accept: str = "threshold"
-    lookup: bool = False
+    lookup: bool | str = "auto"
     draft_weights: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,9 +78,11 @@ class SiriusConfig:
         if self.period != "auto":
             object.__setattr__(self, "period", _count("period", self.period, MAX_PERIOD, ' or "auto"'))
         object.__setattr__(self, "tree_width", _count("tree_width", self.tree_width, MAX_WIDTH))
-        for name in ("prune", "follow", "lookup"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name, other in (("prune", ""), ("follow", ""), ("lookup", "auto")):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (other and value == other):
+                expected = "True or False" if not other else f'True, False or "{other}"'
+                raise TypeError(f"{name}: expected {expected}, got {value!r}")
         if self.prune and self.tree_width == 1:
             raise ValueError("prune: a chain has nothing to prune; it needs tree_width > 1")
         if self.prune and self.accept == "sample":
@@ -89,8 +91,8 @@ class SiriusConfig:
             raise TypeError(f"thresholds: expected a path, got {type(self.thresholds).__name__}")
         if self.thresholds is not None and self.sparsity != "fsparse":
             raise ValueError(f'thresholds: they need sparsity="fsparse", got {self.sparsity!r}')
-        if self.lookup:
-            self._check_lookup()
+        if self.lookup is True and (refused := self._not_copied):
+            raise ValueError(f"lookup: {refused}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density: expected more than 0 and at most 1, got {self.density}")
         if not 0 <= self.threshold <= 1:
@@ -98,13 +100,23 @@ class SiriusConfig:
         if not self.score_temperature > 0:
             raise ValueError(f"score_temperature: expected more than 0, got {self.score_temperature}")
 
-    def _check_lookup(self) -> None:
+    @property
+    def _not_copied(self) -> str:
+        """Why tokens cannot be copied with these settings; "" if they can."""
         if self.mode != "full" and self.sparsity != "csparse":
-            raise ValueError(f'lookup: not with sparsity="{self.sparsity}", whose neurons depend on all tokens of a pass')
+            return f'not with sparsity="{self.sparsity}", whose neurons depend on all tokens of a pass'
         if self.mode == "sirius" and self.tree_width > 1:
-            raise ValueError(f"lookup: it needs a chain, tree_width=1, got {self.tree_width}")
+            return f"it needs a chain, tree_width=1, got {self.tree_width}"
         if self.mode == "sirius" and self.accept == "sample":
-            raise ValueError('lookup: not with accept="sample", whose proposals are drawn')
+            return 'not with accept="sample", whose proposals are drawn'
+        return ""
+
+    @property
+    def copies(self) -> bool:
+        """Whether tokens are copied from the text: what `lookup` comes to."""
+        if self.lookup == "auto":
+            return self.mode == "sirius" and self.period == "auto" and not self._not_copied
+        return bool(self.lookup)
 
     @property
     def longest_period(self) -> int:

@@ -182,17 +182,20 @@ class Engine:
         attention_mask: torch.Tensor | None = None,
         *,
         config: SiriusConfig | None = None,
+        reuse_decoded: bool = False,
         **settings: Any,
     ) -> Sequence:
         """The text that `generate` would decode, to be decoded step by step; the first step reads the prompt. Any number of them
         may be alive at a time.
 
         input_ids: int64 [1, t]. The other arguments are those of `generate`.
+        reuse_decoded: of a kept cache all tokens that the prompt begins with are used, decoded ones too, whose bits differ from a
+            prefill's: a conversation then reads only what is new in it.
         """
         call = self._resolve(input_ids, attention_mask, config, settings)
         if len(call.requests) != 1:
             raise ValueError(f"input_ids: expected one prompt, got {len(call.requests)}; a sequence is one text")
-        return next(_sequences(self.model, call))
+        return next(_sequences(self.model, call, reuse_decoded))
 
     def requests(
         self,
@@ -244,10 +247,10 @@ def call(
     return _decode(model, resolve(model, arguments, config, _weights_of))
 
 
-def _sequences(model: PreTrainedModel, call: Call) -> Iterator[Sequence]:
+def _sequences(model: PreTrainedModel, call: Call, reuse_decoded: bool = False) -> Iterator[Sequence]:
     """The texts of a call, each started when it is asked for."""
     for request in call.requests:
-        sequence = start(prepare(model), request, call.cache)
+        sequence = start(prepare(model), request, call.cache, reuse_decoded)
         if request.streamer is not None:
             request.streamer.put(call.input_ids.cpu())
         yield sequence
@@ -281,18 +284,27 @@ def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> dict[str, torch.Ten
     """
     if tokenizer is None:
         raise ValueError("model: it has no tokenizer, so a text prompt cannot be read")
-    if chat and tokenizer.chat_template is None:
-        raise ValueError("chat: this model has no chat template")
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat: this model's chat template cannot be used: {type(error).__name__}: {error}") from error
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    inputs = encode_messages(tokenizer, messages) if chat else tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].numel() == 0 or not prompt:
         raise ValueError("prompt: it is empty")
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def encode_messages(tokenizer: Tokenizer, messages: Iterable[Mapping[str, str]]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of a conversation as the model's chat template has it, up to where the answer begins.
+
+    messages: each with `role` and `content`.
+    ValueError if there is no tokenizer, it has no template, or the template refuses the messages.
+    """
+    if tokenizer is None:
+        raise ValueError("model: it has no tokenizer, so a text prompt cannot be read")
+    if tokenizer.chat_template is None:
+        raise ValueError("chat: this model has no chat template")
+    try:
+        inputs = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat: this model's chat template cannot be used: {type(error).__name__}: {error}") from error
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 

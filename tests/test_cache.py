@@ -205,16 +205,16 @@ def test_the_last_few_are_kept(monkeypatch):
     assert len(kept) == caches.KEPT_CACHES
 
 
-def test_no_more_bytes_than_allowed(monkeypatch):
+def test_no_more_bytes_than_allowed():
     engine = fresh()
     kept = prepare(engine.model).caches
     first = decode(engine, prompt(20), CSPARSE).cache
-    monkeypatch.setattr(caches, "KEPT_BYTES", 2 * kept.nbytes)
+    kept.most_bytes = 2 * kept.nbytes
     second = decode(engine, prompt(21), CSPARSE).cache
     assert list(kept) == [first, second]
     third = decode(engine, prompt(22), CSPARSE).cache
     assert list(kept) == [second, third] and first.tokens == [] and first.nbytes == 0
-    monkeypatch.setattr(caches, "KEPT_BYTES", 1)
+    kept.most_bytes = 1
     last = decode(engine, prompt(23), CSPARSE).cache
     assert list(kept) == [last] and last.nbytes > 1, "the newest stays, as large as it may be"
 
@@ -329,3 +329,58 @@ def test_a_cache_on_loan():
 def test_no_cache_of_several_texts():
     out = decode(fresh(), prompt(9).repeat(2, 1), CSPARSE)
     assert out.cache is None and out.past_key_values is None
+
+
+# ----------------------------------------------------------------------------------------------------- decoded tokens, too
+
+
+@every_config
+def test_a_conversation_reads_only_what_is_new(place, config):
+    """Ten turns: each reads what was said since, never what it has decoded itself."""
+    engine, ids, held = fresh(max_position_embeddings=512), prompt(19), 0
+    for turn in range(10):
+        text = engine.start(ids, config=config, max_new_tokens=COUNT, reuse_decoded=True)
+        stats = text.run()
+        assert (stats.prompt_tokens, stats.reused_tokens) == (ids.shape[1], held)
+        held = ids.shape[1] + COUNT - 1
+        assert text.cache.tokens == ids[0].tolist() + text.tokens[:-1]
+        ids = torch.cat((ids, torch.tensor([text.tokens]), prompt(5 + turn % 3)), 1)
+    assert len(prepare(engine.model).caches) == 1
+
+
+@pytest.mark.parametrize(
+    ("common", "reused"), [(3, 0), (7, 0), (8, 8), (15, 8), (19, 16), (20, 20), (23, 23), (27, 27), (40, 27)]
+)
+def test_what_a_conversation_has_in_common(common, reused):
+    """Of 20 prefilled tokens whole stretches (8, 8 and 4), of the decoded ones each."""
+    engine = fresh()
+    first = engine.start(prompt(20), config=CSPARSE, max_new_tokens=COUNT)
+    first.run()
+    text = torch.cat((prompt(20), torch.tensor([first.tokens])), 1)
+    other = beginning_as(text, min(common, 28), 41)
+    second = engine.start(other, config=CSPARSE, max_new_tokens=COUNT, reuse_decoded=True)
+    assert second.run().reused_tokens == reused
+
+
+def test_what_nobody_observed_is_read_again():
+    engine = fresh()
+    engine.start(prompt(20), config=CONFIGS[0], max_new_tokens=COUNT).run()
+    assert engine.start(prompt(20), config=CSPARSE, max_new_tokens=COUNT, reuse_decoded=True).run().reused_tokens == 0
+    assert engine.start(prompt(20), config=CONFIGS[0], max_new_tokens=COUNT, reuse_decoded=True).run().reused_tokens == 16
+
+
+def test_as_many_as_the_memory_holds():
+    """The one that was used least recently goes."""
+    engine = fresh()
+    kept = prepare(engine.model).caches
+    kept.most = None
+    texts = [prompt(length) for length in range(20, 30)]
+    for ids in texts:
+        decode(engine, ids, CSPARSE)
+    assert len(kept) == len(texts)
+    assert decode(engine, texts[0], CSPARSE).stats.prompts[0].reused_tokens == 16
+    kept.most_bytes = kept.nbytes
+    decode(engine, prompt(31), CSPARSE)
+    assert len(kept) == len(texts)
+    assert decode(engine, texts[0], CSPARSE).stats.prompts[0].reused_tokens == 16
+    assert decode(engine, texts[1], CSPARSE).stats.prompts[0].reused_tokens == 0

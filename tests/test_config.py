@@ -22,7 +22,7 @@ def test_defaults_are_the_papers():
         "score_temperature": 0.6,
         "accept": "threshold",
         "draft_weights": "auto",
-        "lookup": False,
+        "lookup": "auto",
     }
 
 

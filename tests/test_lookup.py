@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 
 from sirius_ext import Engine, SiriusConfig, Stats, _simt
 from sirius_ext.decoding import reference, sequence
-from sirius_ext.decoding.lookup import LONGEST, MOST, WORTH, Lookup
+from sirius_ext.decoding.lookup import COST, LONGEST, MOST, Lookup
 from sirius_ext.decoding.period import AdaptivePeriod, Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.engine import prepare
@@ -108,7 +108,7 @@ def test_how_many_are_copied_is_learnt():
 def test_the_least_chance():
     lookup = Lookup([1, 2, 3, 1])
     share = lookup._right[0] / lookup._judged[0]
-    assert share == WORTH and lookup.find(MOST) == [2]
+    assert share == COST and lookup.find(MOST) == [2]
     lookup.learn([3])
     assert lookup.find(MOST) == []
 
@@ -119,7 +119,7 @@ def test_after_a_copied_token_the_match_is_longer():
     lookup.find(MOST)
     lookup.learn([2, 3, 9, 5])
     assert [after > judged for after, judged in zip(lookup._judged, before)] == [True, True, True, False]
-    assert lookup._right[0] > 0.98 * 10 * WORTH
+    assert lookup._right[0] > 0.98 * 10 * COST
 
 
 # ---------------------------------------------------------------------------------------------------------------- the same text
@@ -166,7 +166,7 @@ def spared(stats):
 
 def check(name, values, ids, count, dtype=torch.float32, **settings):
     """The same with copies as without, bit for bit. Returns both stats."""
-    plain, before = decode(name, SiriusConfig(**values), ids, count, dtype, **settings)
+    plain, before = decode(name, SiriusConfig(**values, lookup=False), ids, count, dtype, **settings)
     tokens, after = decode(name, SiriusConfig(**values, lookup=True), ids, count, dtype, **settings)
     assert tokens == plain and after.finish == before.finish
     if values.get("mode", "sirius") == "sirius":
@@ -481,7 +481,7 @@ def test_what_the_mode_does_not_use_is_no_reason():
 
 @pytest.mark.parametrize("value", [1, None, "yes", 8])
 def test_lookup_is_true_or_false(value):
-    with pytest.raises(TypeError, match="^lookup: expected True or False"):
+    with pytest.raises(TypeError, match="^lookup: expected True, False or .auto."):
         SiriusConfig(lookup=value)
 
 
@@ -504,3 +504,22 @@ def test_an_evaluation_is_about_texts():
     with pytest.raises(ValueError, match="^lookup: expected False"):
         Plan("none", "float32", "cpu", None, "csqa", None, ("full",), SiriusConfig(lookup=True))
     assert "lookup" not in Plan("none", "float32", "cpu", None, "csqa", None, ("full",), SiriusConfig()).record()
+
+
+def test_what_auto_comes_to():
+    """Copies where S drafts chains that may end anywhere."""
+    assert SiriusConfig().copies and SiriusConfig(accept="match", follow=False).copies
+    others = ({"lookup": False}, {"period": 8}, {"mode": "full"}, {"mode": "sparse"}, {"sparsity": "fsparse"})
+    others += ({"sparsity": "cascade"}, {"tree_width": 2}, {"accept": "sample"})
+    assert not any(SiriusConfig(**values).copies for values in others)
+    assert SiriusConfig(lookup=True, period=8).copies and SiriusConfig(lookup=True, mode="full").copies
+
+
+def test_a_row_that_costs_a_pass_is_not_copied(monkeypatch):
+    """And where rows cost nothing more are copied than by default."""
+    found = []
+    for cost in (0.0, COST, 1.0):
+        monkeypatch.setattr(sequence, "costs_of", lambda *_, cost=cost: Costs(0.1, ((4, 1.0), (16, 1.05)), copy=cost))
+        _, stats = check("llama3", {"period": "auto", "accept": "match", "density": 0.6}, repetitive(), 80)
+        found.append(spared(stats))
+    assert found[0] >= found[1] > found[2] == 0

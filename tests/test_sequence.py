@@ -1,6 +1,7 @@
 """Sequences: step by step, side by side, from several threads, cancelled and dropped; each is the text that it is alone."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import threading
@@ -11,6 +12,7 @@ from backends import emulated
 from tiny import Collector, engine, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.decoding.sequence import start
 from sirius_ext.engine import prepare
 
 COUNT = 12
@@ -275,3 +277,48 @@ def test_requests_are_what_generate_decodes():
     first, second = one.requests(prompt(9).repeat(2, 1), **request(4))
     assert torch.equal(first.prompt, prompt(9)[0]) and first.limit == second.limit == COUNT and first.eos == frozenset()
     assert first.config == request(4)["config"] and first.process is None and not first.sample
+
+
+# ------------------------------------------------------------------------------------------------------------------ scores
+
+SCORED = [
+    SiriusConfig(mode="full"),
+    SiriusConfig(mode="full", lookup=True),
+    SiriusConfig(period=6, accept="match", density=0.4),
+    SiriusConfig(period=6, accept="match", density=0.4, lookup=True),
+    SiriusConfig(period=5, density=0.4, threshold=0.05, tree_width=3),
+    SiriusConfig(density=0.4),
+]
+
+
+@pytest.mark.parametrize("config", SCORED, ids=lambda c: f"{c.mode}-{c.accept}-{c.tree_width}-{c.period}-{c.lookup}")
+def test_scores_are_the_full_models(place, config):
+    """Of every token, by the logits of transformers; and asking for them changes nothing."""
+    model, ids, steps = tiny("llama3"), prompt(23), []
+    (request,) = Engine(model).requests(ids, config=config, max_new_tokens=30)
+    plain = start(prepare(model), request)
+    plain.run()
+    text = start(prepare(model), dataclasses.replace(request, scored=3))
+    while not text.ended:
+        steps.append(text.step())
+    assert text.tokens == plain.tokens
+    whole = torch.cat((ids, torch.tensor([text.tokens])), 1)
+    with torch.no_grad():
+        expected = tiny("llama3")(whole).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1)
+    scores = [score for step in steps for score in step.scores]
+    assert [score.token for score in scores] == text.tokens
+    for score, logprobs in zip(scores, expected):
+        values, tokens = logprobs.topk(3)
+        assert score.logprob == pytest.approx(float(logprobs[score.token]), abs=1e-3)
+        assert [token for token, _ in score.top] == tokens.tolist()
+        assert [logprob for _, logprob in score.top] == pytest.approx(values.tolist(), abs=1e-3)
+    end, replaced = 0, 0
+    for step in steps:
+        end += len(step.tokens)
+        if step.replaced is not None:
+            replaced += 1
+            assert step.replaced.token != step.tokens[-1] and step.accepted < step.period.drafted
+            assert step.replaced.logprob == pytest.approx(float(expected[end - 1][step.replaced.token]), abs=1e-3)
+        elif step.period is not None and config.mode == "sirius" and not step.ended:
+            assert step.accepted == step.period.drafted
+    assert bool(replaced) == (config.mode == "sirius" and text.stats.corrected_fraction > 0)

@@ -12,13 +12,13 @@ from typing import Any
 from ..config import SPARSITIES, SiriusConfig
 from ..engine import THREADS_PER_CPU, most_threads
 from ..evaluation.analyze import Analysis, analyze, summary
-from ..evaluation.extras import need
 from ..evaluation.jobs import by_processes, by_ray, launched, processes
 from ..evaluation.plan import Plan
 from ..evaluation.runner import NAMED_MODES, Results, config_of, merge, modes_in, report, summarize
 from ..evaluation.study import SETTINGS, Runner, plot, study
 from ..evaluation.tasks import TASKS, Item
 from ..evaluation.transcript import page, show, show_summary
+from ..extras import need
 from .arguments import (
     Commands,
     check_distinct,

@@ -1,4 +1,5 @@
-"""The command line: `python -m sirius_ext generate | calibrate | eval | report | study | analyze | lm_eval | demo | info`."""
+"""The command line: `python -m sirius_ext generate | chat | serve | calibrate | eval | report | study | analyze | lm_eval | demo
+| info`."""
 
 from __future__ import annotations
 
@@ -9,44 +10,35 @@ import platform
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from rich.progress import Progress
 
 from .. import __version__
-from ..config import SPARSITIES, SiriusConfig
+from ..config import SiriusConfig
 from ..decoding.calibrate import calibrate, check_density
 from ..decoding.stats import CostlyDrafts, Stats
-from ..engine import GREEDY, encode, engine_of, prepare
+from ..engine import encode, engine_of, prepare
 from ..errors import reason
 from ..kernels import ops
 from ..kernels.dispatch import has_cuda_kernels
-from . import demo, evaluation, interrupts
+from . import chat, demo, evaluation, interrupts, serve
 from .arguments import (
     Parser,
     as_option,
     check_distinct,
     check_text,
     input_text,
-    integer_in,
     not_empty,
     number,
     output_file,
     output_text,
     period,
 )
-from .options import DEFAULTS, add_command, add_decoding_options, add_setting, check_used, decoding_config, used_by
+from .options import DEFAULTS, TOKENS, add_command, add_mode_options, add_sampling_options, mode_config, sampling_of
 from .streamer import KeepingStreamer
 from .terminal import BROKEN_PIPE, Console, drop_output, flushed
-
-# "csparse" and "fsparse" decode with that sparse model alone.
-MODE_CHOICES = ("full", *SPARSITIES, "sirius")
-# And what is drawn with where they are not given.
-SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
-COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
-TOKENS = integer_in(1, 2**31 - 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,19 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt-file", metavar="FILE", type=input_text, help="read the prompt from a UTF-8 file; - is standard input"
     )
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    generate.add_argument(
-        "--mode", choices=MODE_CHOICES, default="sirius", help="full and the sparse models decode alone (default: %(default)s)"
-    )
-    add_setting(generate, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
-    add_decoding_options(generate, f"{DEFAULTS.accept}, with --sample sample")
-    purpose = "copy what followed the last tokens earlier in the text: the same text in fewer passes"
-    add_setting(generate, "--lookup", purpose, action="store_true")
-    generate.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    add_setting(generate, "--temperature", "with --sample", SAMPLING["temperature"], type=number)
-    add_setting(generate, "--top-k", "with --sample; 0 is no limit", SAMPLING["top_k"], type=integer_in(0, 2**31 - 1))
-    add_setting(generate, "--top-p", "with --sample", SAMPLING["top_p"], type=number)
-    purpose = "with --sample; the same seed gives the same text"
-    add_setting(generate, "--seed", purpose, type=integer_in(0, 2**64 - 1))
+    add_mode_options(generate)
+    add_sampling_options(generate)
     generate.add_argument("--max-new-tokens", type=TOKENS, default=256, help="length of the text at most (default: %(default)s)")
     generate.add_argument(
         "--stop", metavar="STRING", type=not_empty, action="append", help="end the text after this; may be given again"
@@ -116,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         type=output_text,
         help="write config, text, token ids and stats; - is standard output, and the text goes to standard error",
     )
+
+    chat.add(commands)
+    serve.add(commands)
 
     calibration = add_command(commands, "calibrate", _calibrate, "thresholds for fsparse, from a text")
     calibration.description = (
@@ -149,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    config = _config(options)
-    sampling, generator = _sampling(options)
+    config = mode_config(options)
+    sampling, generator = sampling_of(options)
     check_distinct(json=options.json, prompt_file=options.prompt_file, thresholds=getattr(options, "thresholds", None))
     prompt = options.prompt or _read("prompt_file", options.prompt_file)
     engine = engine_of(options, config)
@@ -195,47 +179,6 @@ def _generate(options: argparse.Namespace) -> int:
         print(f"sirius_ext: {line}", file=sys.stderr)
     keep(stats)
     return 0
-
-
-def _config(options: argparse.Namespace) -> SiriusConfig:
-    """ValueError for settings that contradict each other."""
-    by, values = f"--mode {options.mode}", {"mode": options.mode}
-    if options.sample and hasattr(options, "lookup"):
-        raise ValueError("lookup: not with --sample, whose tokens are drawn")
-    if options.mode in SPARSITIES:
-        if getattr(options, "sparsity", options.mode) != options.mode:
-            raise ValueError(f"sparsity: --mode {options.mode} decodes with {options.mode} alone, got {options.sparsity}")
-        values = {"mode": "sparse", "sparsity": options.mode}
-    accept = getattr(options, "accept", "sample" if options.sample else DEFAULTS.accept)
-    if options.mode == "sirius":
-        if options.sample != (accept == "sample"):
-            raise ValueError(f"accept: {accept} and {'' if options.sample else 'no '}--sample do not go together")
-        by += f" --sparsity {getattr(options, 'sparsity', DEFAULTS.sparsity)} --accept {accept}"
-    # First what is used, so that no other setting is named for it.
-    used = SiriusConfig(**{"sparsity": getattr(options, "sparsity", DEFAULTS.sparsity), **values}, accept=accept)
-    check_used(options, used_by(used), by)
-    return decoding_config(options, **values, accept=accept)
-
-
-def _sampling(options: argparse.Namespace) -> tuple[dict[str, Any], torch.Generator | None]:
-    """What generate takes, and what draws."""
-    if not options.sample:
-        for name in SAMPLING:
-            if hasattr(options, name):
-                raise ValueError(f"{name}: it needs --sample; greedy decoding draws nothing")
-        return GREEDY, None
-    settings = {name: getattr(options, name, default) for name, default in SAMPLING.items()}
-    seed = settings.pop("seed")
-    if not COLDEST <= settings["temperature"] < float("inf"):
-        raise ValueError(f"temperature: expected a finite number of at least {COLDEST:f}, got {settings['temperature']}")
-    if not 0 < settings["top_p"] <= 1:
-        raise ValueError(f"top_p: expected more than 0 and at most 1, got {settings['top_p']}")
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return {"do_sample": True, **settings}, generator
 
 
 def summary(stats: Stats) -> str:

@@ -6,16 +6,24 @@ import argparse
 from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
-from ..config import ACCEPT_RULES, DRAFT_WEIGHTS, SiriusConfig
+import torch
+
+from ..config import ACCEPT_RULES, DRAFT_WEIGHTS, SPARSITIES, SiriusConfig
 from ..decoding.calibrate import read_thresholds
-from ..engine import check_threads
+from ..engine import GREEDY, check_threads
 from ..models.hub import DEFAULT_MODEL, parse_dtype, parse_weights
-from .arguments import Commands, input_file, integer, number, period, reads
+from .arguments import Commands, input_file, integer, integer_in, number, period, reads
 
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 
 DEFAULTS = SiriusConfig()
+# "csparse" and "fsparse" decode with that sparse model alone.
+MODE_CHOICES = ("full", *SPARSITIES, "sirius")
+# And what is drawn with where they are not given.
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
+COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
+TOKENS = integer_in(1, 2**31 - 1)
 FIELDS = (
     "sparsity",
     "follow",
@@ -86,6 +94,67 @@ def add_decoding_options(
     add_setting(parser, "--tree-width", "branches of a draft; 1 is a chain", DEFAULTS.tree_width, type=integer)
     add_setting(parser, "--prune", "a leaf that is sure of its next token proposes no other", action="store_true")
     add_setting(parser, "--accept", "the rule by which drafted tokens are kept", accept, choices=ACCEPT_RULES)
+
+
+def add_mode_options(parser: argparse.ArgumentParser) -> None:
+    """How a text is decoded. What was asked for is `mode_config`."""
+    purpose = "full and the sparse models decode alone (default: %(default)s)"
+    parser.add_argument("--mode", choices=MODE_CHOICES, default="sirius", help=purpose)
+    add_setting(parser, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
+    add_decoding_options(parser, f"{DEFAULTS.accept}, with --sample sample")
+    purpose = "copy what followed the last tokens earlier in the text: the same text in fewer passes (default: where it pays)"
+    add_setting(parser, "--lookup", purpose, action=argparse.BooleanOptionalAction)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn. What was asked for is `sampling_of`."""
+    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    add_setting(parser, "--temperature", "with --sample", SAMPLING["temperature"], type=number)
+    add_setting(parser, "--top-k", "with --sample; 0 is no limit", SAMPLING["top_k"], type=integer_in(0, 2**31 - 1))
+    add_setting(parser, "--top-p", "with --sample", SAMPLING["top_p"], type=number)
+    purpose = "with --sample; the same seed gives the same text"
+    add_setting(parser, "--seed", purpose, type=integer_in(0, 2**64 - 1))
+
+
+def mode_config(options: argparse.Namespace) -> SiriusConfig:
+    """Of the options of `add_mode_options`. ValueError for settings that contradict each other."""
+    by, values = f"--mode {options.mode}", {"mode": options.mode}
+    if options.sample and getattr(options, "lookup", False):
+        raise ValueError("lookup: not with --sample, whose tokens are drawn")
+    if options.mode in SPARSITIES:
+        if getattr(options, "sparsity", options.mode) != options.mode:
+            raise ValueError(f"sparsity: --mode {options.mode} decodes with {options.mode} alone, got {options.sparsity}")
+        values = {"mode": "sparse", "sparsity": options.mode}
+    accept = getattr(options, "accept", "sample" if options.sample else DEFAULTS.accept)
+    if options.mode == "sirius":
+        if options.sample != (accept == "sample"):
+            raise ValueError(f"accept: {accept} and {'' if options.sample else 'no '}--sample do not go together")
+        by += f" --sparsity {getattr(options, 'sparsity', DEFAULTS.sparsity)} --accept {accept}"
+    # First what is used, so that no other setting is named for it.
+    used = SiriusConfig(**{"sparsity": getattr(options, "sparsity", DEFAULTS.sparsity), **values}, accept=accept)
+    check_used(options, used_by(used), by)
+    return decoding_config(options, **values, accept=accept)
+
+
+def sampling_of(options: argparse.Namespace) -> tuple[dict[str, Any], torch.Generator | None]:
+    """What generate takes, and what draws."""
+    if not options.sample:
+        for name in SAMPLING:
+            if hasattr(options, name):
+                raise ValueError(f"{name}: it needs --sample; greedy decoding draws nothing")
+        return GREEDY, None
+    settings = {name: getattr(options, name, default) for name, default in SAMPLING.items()}
+    seed = settings.pop("seed")
+    if not COLDEST <= settings["temperature"] < float("inf"):
+        raise ValueError(f"temperature: expected a finite number of at least {COLDEST:f}, got {settings['temperature']}")
+    if not 0 < settings["top_p"] <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {settings['top_p']}")
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return {"do_sample": True, **settings}, generator
 
 
 def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:

@@ -23,6 +23,7 @@ from ..kernels import ops
 from ..models.hub import cache_dir
 from ..runtime.model import Model
 from ..runtime.passes import Pass
+from .lookup import COST, MOST
 from .period import Costs
 from .sparsity import CSparse, FSparse, four_bits, sparse_density, sparsity_of
 
@@ -42,7 +43,7 @@ def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     thresholds: FSparse's, float32 [layers].
     """
     less = four_bits(config, model.weights)
-    sparse = config.sparsity, config.follow, config.density, config.thresholds, config.tree_width, less
+    sparse = config.sparsity, config.follow, config.density, config.thresholds, config.tree_width, less, config.copies
     asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
         at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))
@@ -53,7 +54,7 @@ def _kept_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
     kept = _read().get(key)
     if kept is not None:
         full = tuple((int(rows), float(cost)) for rows, cost in kept["full"])
-        return Costs(float(kept["sparse"]), full, float(kept["follow"]))
+        return Costs(float(kept["sparse"]), full, float(kept["follow"]), float(kept["copy"]))
     measured = measure()
     _write({**_read(), key: dataclasses.asdict(measured)})
     return measured
@@ -102,7 +103,7 @@ def _write(known: dict[str, Any]) -> None:
 def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None) -> Costs:
     w, width = model.weights, config.tree_width
     cache, sparsity = model.new_cache(), sparsity_of(config, w, thresholds)
-    model.reserve(cache, _SLOTS, max(*ROWS, width))
+    model.reserve(cache, _SLOTS, max(*ROWS, width, 1 + MOST))
     cache.k.zero_()
     cache.v.zero_()
     if isinstance(sparsity, CSparse):  # any neurons, but not the first ones, which stand side by side
@@ -123,6 +124,8 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
         return body
 
     bodies = {"full": run(1, None), "sparse": run(width, sparsity), **{str(rows): run(rows, None) for rows in ROWS}}
+    if config.copies:
+        bodies["copies"] = run(1 + MOST, sparsity)
     if sparsity.follows:
         bodies["follow"] = run(ROWS[0], None, follow=True)
     ratios: dict[str, list[float]] = {name: [] for name in bodies}
@@ -142,5 +145,6 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     cost = {name: round(statistics.median(each), 2) for name, each in ratios.items()}
     full = list(itertools.accumulate((cost[str(rows)] for rows in ROWS), max, initial=1.0))[1:]
     follow = max(0.0, round(cost["follow"] - cost[str(ROWS[0])], 2)) if sparsity.follows else 0.0
+    copy = max(0.0, round((cost["copies"] / cost["sparse"] - 1) / MOST, 2)) if config.copies else COST
     # Something else may have had the processor. S reads what it reads: no machine does it faster than its share of the bytes.
-    return Costs(max(cost["sparse"], round(sparse_density(config, w), 2)), tuple(zip(ROWS, full)), follow)
+    return Costs(max(cost["sparse"], round(sparse_density(config, w), 2)), tuple(zip(ROWS, full)), follow, copy)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 MOST = 8  # tokens that are copied for one pass
 LONGEST = 4  # of the runs of last tokens that are looked for
-# A token is copied if it will be used with at least this probability. A pass over sixteen tokens costs four times one over a
-# single token at most (README, "Limits"), so that a row more costs up to a fifth of the pass which it spares if it is right.
-WORTH = 0.2
+# What a row more costs, in passes, where it was not measured: a pass over sixteen tokens costs four times one over a single token
+# at most (README, "Limits").
+COST = 0.2
 # How often a copied token is right after 1, 2, 3, and 4 or more tokens that are the same, before anything is known of a text.
 # Rounded from this repository's own pages, 0.17, 0.28, 0.43, 0.58, and modules, 0.22, 0.36, 0.47, 0.61, in Qwen2.5's tokens.
 PRIOR_RIGHT = (0.2, 0.33, 0.45, 0.6)
@@ -25,6 +25,9 @@ class Lookup:
 
     For every run of tokens it is known where the token stands that followed it last. A draft has an index of its own, which is
     asked first, since its places come after all others, and is forgotten as a whole.
+
+    cost: of a row more in a pass, in passes. A token is copied if it will be used with at least that probability, since it spares
+        a pass if it is right.
     """
 
     def __init__(self, prompt: Iterable[int]) -> None:
@@ -35,6 +38,7 @@ class Lookup:
         self._judged, self._right = [_PRIOR_TOKENS] * LONGEST, [_PRIOR_TOKENS * share for share in PRIOR_RIGHT]
         self._matched = 0  # how many tokens were found again, by the last `find`
         self._place = 0  # of the first token after them
+        self.cost = COST
         self.commit(prompt)
 
     def commit(self, tokens: Iterable[int]) -> None:
@@ -71,7 +75,7 @@ class Lookup:
         while self._matched and len(copies) < min(MOST, most):
             group = self._class(len(copies))
             chance *= self._right[group] / self._judged[group]
-            if chance < WORTH:
+            if chance < self.cost:
                 break
             copies.append(self._token(len(copies)))
         return copies

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..config import MAX_AUTO_PERIOD
+from .lookup import COST
 
 # Confidences are told apart by these upper edges. Of each class: the share of tokens that F accepts by each rule, and the share
 # of all tokens that fall into it, before anything is known of a text. Rounded from what bench/traces.py found for two models.
@@ -40,11 +41,13 @@ class Costs:
     sparse: a pass of S.
     full: of F's passes, (rows, cost), rising.
     follow: having the set follow the text after a verification.
+    copy: a row more in a pass of S, in such passes.
     """
 
     sparse: float
     full: tuple[tuple[int, float], ...]
     follow: float = 0.0
+    copy: float = COST
 
     def over(self, rows: int) -> float:
         """A pass of F over so many tokens; between two that were measured, and beyond the last, by a straight line."""

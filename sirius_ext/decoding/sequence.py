@@ -54,6 +54,8 @@ class Request:
     generator: draws them; torch's default one without it.
     thresholds: FSparse's, float32 [layers].
     streamer: gets the tokens of every step, and is told of the end.
+    scored: what F, or the model that decodes alone, made of each token is a part of every step, with so many of the likeliest
+        tokens.
     """
 
     prompt: torch.Tensor
@@ -67,6 +69,7 @@ class Request:
     generator: torch.Generator | None = None
     thresholds: torch.Tensor | None = None
     streamer: Streamer | None = None
+    scored: int | None = None
 
     def longest_period(self, model: Model) -> int:
         """The period, or the longest that "auto" may choose. ValueError if a layer of the model does not see so far back."""
@@ -81,11 +84,31 @@ class Request:
         """An empty one, for the drafts of this text."""
         if self.config.mode == "sirius":
             return Tree(self.longest_period(model) - 1, self.config.tree_width)
-        if not self.config.lookup:
+        if not self.config.copies:
             return Tree(0, 1)
         # Copies after x0, none of them so far on that it does not see x0, and what is chosen after them.
         window = model.weights.description.narrowest
         return Tree(min(1 + MOST, window) if window else 1 + MOST, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What the model that decides made of a token, by its own logits: no logits processor, no temperature.
+
+    logprob: the natural logarithm of its likelihood.
+    top: the likeliest tokens in its place and theirs, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token: int, count: int) -> Score:
+        """By logits, float32 [V], with `count` of the likeliest tokens."""
+        logprobs = logits.log_softmax(-1)
+        values, tokens = logprobs.topk(min(count, len(logprobs)))
+        return cls(token, float(logprobs[token]), list(zip(tokens.tolist(), values.tolist())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +118,15 @@ class Step:
     tokens: that joined the text.
     period: the verification, if there was one; it says what was drafted or copied, and how much of it was accepted.
     finish: why the text has ended, as `PromptStats` has it; "" if it has not.
+    scores: of each of the tokens, if the request wants them.
+    replaced: of what S had proposed in the place of F's own token, which is the last one; if the request wants scores.
     """
 
     tokens: list[int]
     period: Period | None = None
     finish: str = ""
+    scores: list[Score] = dataclasses.field(default_factory=list)
+    replaced: Score | None = None
 
     @property
     def ended(self) -> bool:
@@ -144,9 +171,9 @@ class Sequence:
         config, prompt = request.config, request.prompt
         self._rule = rule_of(config, request.sample, request.generator)
         self._sparsity: CSparse | FSparse | None = None
-        self._lookup = Lookup(prompt.tolist()) if config.lookup else None
+        self._lookup = Lookup(prompt.tolist()) if config.copies else None
         self._tree = request.tree(model)
-        verifies = config.mode == "full" and config.lookup  # F alone, what is copied
+        verifies = config.mode == "full" and config.copies  # F alone, what is copied
         density = 1.0
         if config.mode != "full":
             self._sparsity = sparsity_of(config, model.weights, request.thresholds)
@@ -165,6 +192,8 @@ class Sequence:
             costs, longest = costs_of(model, config, request.thresholds), request.longest_period(model)
             self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest)
             self.stats.sparse_cost = costs.sparse
+            if self._lookup is not None:
+                self._lookup.cost = costs.copy
         # The text so far, for who wants to see it: logits processors.
         self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
         self._graph: PeriodGraph | None = None  # replayed for every step, where there is one
@@ -225,15 +254,17 @@ class Sequence:
     def _begin(self, started: float) -> Passes[Step]:
         request, stats = self.request, self.stats
         with profiled(self.model.device, "prefill"):
-            logits = yield from read(self.cache, request.prompt, self._sparsity)
+            logits = raw = yield from read(self.cache, request.prompt, self._sparsity)
         if request.process and self._ids is not None:
             self._ids[: len(request.prompt)] = request.prompt
             logits = request.process(request.prompt, logits)
         stats.prefill_seconds = time.perf_counter() - started
         started = time.perf_counter()
         token = self._rule.choose(logits)
-        step = self._commit([token], started)
+        step = self._commit([token], started, logits=raw[None])
+        # A replayed period leaves no logits.
         needs_host = request.process is not None or self._adaptive is not None or self._lookup is not None
+        needs_host |= request.scored is not None
         if not self.ended and not needs_host and self._rule.takes_argmax:
             self._graph = period_graph(self.model, self.cache, request.config, self._tree.width, self._sparsity)
             if self._graph is not None:
@@ -241,8 +272,20 @@ class Sequence:
                 self._records = self._graph.periods()
         return step
 
-    def _commit(self, tokens: list[int], started: float, period: Period | None = None) -> Step:
-        """Have tokens join the text, up to its end; the last one is the root of what comes next. started: when the step was."""
+    def _commit(
+        self,
+        tokens: list[int],
+        started: float,
+        period: Period | None = None,
+        logits: torch.Tensor | None = None,
+        replaced: int | None = None,
+    ) -> Step:
+        """Have tokens join the text, up to its end; the last one is the root of what comes next.
+
+        started: when the step was.
+        logits: by which they were chosen, before any processor, float32 [tokens, V].
+        replaced: what S had proposed in place of the last one.
+        """
         request = self.request
         if self._ids is not None:
             end = len(request.prompt) + len(self.tokens) + len(tokens)
@@ -271,10 +314,15 @@ class Sequence:
             period.committed = len(committed)
             period.cut |= len(committed) < len(tokens)
             self.stats.periods.append(period)
+        scores, other = [], None
+        if request.scored is not None and logits is not None:
+            scores = [Score.of(row, token, request.scored) for row, token in zip(logits, committed)]
+            if replaced is not None and len(committed) == len(tokens):
+                other = Score.of(logits[-1], replaced, 0)
         self.stats.decode_seconds = (self.stats.decode_seconds or 0.0) + time.perf_counter() - started
         if finish:
             self._end(finish)
-        return Step(committed, period, finish)
+        return Step(committed, period, finish, scores, other)
 
     def _end(self, finish: str) -> None:
         self.finish = self.stats.finish = finish
@@ -292,24 +340,24 @@ class Sequence:
     def _plain_step(self, started: float) -> Passes[Step]:
         """One token by F alone, or by S alone; and those that were copied from the text, if it chooses them too."""
         if self._lookup is None:
-            token = yield from self._next_token(self._sparsity)
-            return self._commit([token], started)
+            token, logits = yield from self._next_token(self._sparsity)
+            return self._commit([token], started, logits=logits)
         room = self.request.limit - len(self.tokens)
         copies = self._copies(room, min(room, self._tree.capacity - 1))
-        tokens = yield from self._grow(copies, room, self._sparsity)
+        tokens, logits = yield from self._grow(copies, room, self._sparsity)
         if self.request.config.mode == "sparse":
-            return self._commit(tokens, started)
+            return self._commit(tokens, started, logits=logits)
         accepted, copied = len(tokens) - 1, len(copies)
         record = Period(copied, copied, accepted, 0 if accepted else None, len(tokens), copied + 1 == room, [], copied=copied)
         record.seconds = time.perf_counter() - started
-        return self._commit(tokens, started, record)
+        return self._commit(tokens, started, record, logits)
 
-    def _next_token(self, sparsity: CSparse | FSparse | None) -> Passes[int]:
-        """What F, or S, chooses after x0."""
+    def _next_token(self, sparsity: CSparse | FSparse | None) -> Passes[tuple[int, torch.Tensor]]:
+        """What F, or S, chooses after x0, and the model's own logits for it, float32 [1, V]."""
         logits, result = yield from self._pass(slice(0, 1), sparsity)
         if self._rule.takes_argmax and self.request.process is None:
-            return int(result.argmax)
-        return self._rule.choose(logits[0])
+            return int(result.argmax), result.logits
+        return self._rule.choose(logits[0]), result.logits
 
     def _period(self, started: float) -> Passes[Step]:
         """SPEC section 3, steps 2 to 5, and section 4."""
@@ -337,13 +385,17 @@ class Sequence:
         tokens = tree.tokens[path].tolist() + [own]
         record = Period(tree.depth, tree.size - 1, len(path), tree.branch(path), len(tokens), cut, likelihoods)
         record.seconds, record.copied = time.perf_counter() - started, copied
-        return self._commit(tokens, started, record)
+        if self.request.scored is None:
+            return self._commit(tokens, started, record)
+        other = tree.first_child(path[-1] if path else 0)
+        replaced = None if other is None else int(tree.tokens[other])
+        return self._commit(tokens, started, record, result.logits[[0, *path]], replaced)
 
     def _alone(self, adaptive: AdaptivePeriod, cut: bool, started: float) -> Passes[Step]:
         """A period without a draft: F's next token, at the cost of F alone. A set that follows the text stands still."""
-        token = yield from self._next_token(None)
+        token, logits = yield from self._next_token(None)
         adaptive.judged(0, 1)
-        return self._commit([token], started, Period(0, 0, 0, None, 1, cut, [], time.perf_counter() - started))
+        return self._commit([token], started, Period(0, 0, 0, None, 1, cut, [], time.perf_counter() - started), logits)
 
     def _draft(self, room: int, sparsity: CSparse | FSparse) -> Passes[int]:
         """Step 2: S consumes x0, then what it proposes, the leaves of a depth in one pass, until the period is full, the text has
@@ -352,7 +404,8 @@ class Sequence:
         depth = 0 if adaptive else min(int(self.request.config.period), room) - 1
         while adaptive.goes_on(room) if adaptive else tree.depth < depth:
             if tree.width == 1 and self._rule.takes_argmax:
-                copied += len((yield from self._grow(self._copies(room, depth), room, sparsity))) - 1
+                tokens, _ = yield from self._grow(self._copies(room, depth), room, sparsity)
+                copied += len(tokens) - 1
                 continue
             before, leaves = tree.size, tree.leaves
             logits, _ = yield from self._pass(leaves, sparsity)
@@ -374,10 +427,12 @@ class Sequence:
         going_on = (adaptive.goes_on(room, ahead) for ahead in range(1, 1 + len(copies)))
         return copies[: sum(1 for _ in itertools.takewhile(bool, going_on))]
 
-    def _grow(self, copies: list[int], room: int, sparsity: CSparse | FSparse | None = None) -> Passes[list[int]]:
+    def _grow(
+        self, copies: list[int], room: int, sparsity: CSparse | FSparse | None = None
+    ) -> Passes[tuple[list[int], torch.Tensor]]:
         """Let a chain grow by one pass of S, or F, over its last node and over tokens that may come after it: by the model's
-        choice, and by one more after each copy that it has chosen, if an adaptive period goes on. Returns the new tokens. Without
-        copies they would be the same."""
+        choice, and by one more after each copy that it has chosen, if an adaptive period goes on. Returns the new tokens, which
+        would be the same without copies, and the model's own logits for them and for what else was in the pass."""
         tree, adaptive, lookup, first = self._tree, self._adaptive, self._lookup, self._tree.size - 1
         rows = 1 + len(copies)
         # A row's choice takes the place of the token that was copied for the next one. By then that has been read.
@@ -400,7 +455,7 @@ class Sequence:
         if lookup is not None:
             lookup.learn(tokens)
             lookup.draft(tokens)
-        return tokens
+        return tokens, result.logits
 
     def _confidence(self, logits: Logits, first: int) -> float:
         """How likely S finds the best node of the last depth, by the logits of its leaves before, the first of which is node
@@ -476,17 +531,18 @@ class Sequence:
         return torch.cat((self._ids[: self._length + 1], self._tree.tokens[self._tree.path(node)].long()))
 
 
-def start(model: Model, request: Request, cache: Cache | None = None) -> Sequence:
+def start(model: Model, request: Request, cache: Cache | None = None, reuse_decoded: bool = False) -> Sequence:
     """A sequence over a cache of the model's own. What of the prompt a kept cache holds already is not read again, where the
     result is bit for bit the same.
 
     cache: goes on from all tokens that this one holds, decoded ones too.
+    reuse_decoded: goes on from all tokens that a kept cache has in common with the prompt, decoded ones too.
     ValueError if the prompt does not begin with them, or it cannot be used here.
     """
     prompt, observed = request.prompt.tolist(), request.config.mode != "full" and request.config.sparsity != "fsparse"
     tree = request.tree(model)
     if cache is None:
-        cache = model.caches.take(prompt, observed)
+        cache = model.caches.take(prompt, observed, reuse_decoded)
     else:
         _check_cache(model, cache, prompt, observed)
         model.caches.claim(cache)

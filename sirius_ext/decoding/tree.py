@@ -84,6 +84,13 @@ class Tree:
             node = int(self.parents[node])
         return path[::-1]
 
+    def first_child(self, node: int) -> int | None:
+        """The node that was proposed first after this one; None if there is none."""
+        if self.width == 1:
+            return node + 1 if node + 1 < self.size else None
+        children = (self.parents[: self.size] == node).nonzero()
+        return int(children[0]) if len(children) else None
+
     def branch(self, path: list[int]) -> int | None:
         """Which of its depth the last node of a path is, likeliest first; None for the empty path."""
         return path[-1] - self._starts[len(path)] if path else None

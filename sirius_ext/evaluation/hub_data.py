@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..extras import need
 from . import tasks
-from .extras import need
 from .tasks import Item, collect
 
 

@@ -19,7 +19,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]  # it has no
 from rich.console import Console
 
 from ..errors import reason
-from .extras import need
+from ..extras import need
 from .plan import Plan
 from .runner import Results, merge, progress_bar, running
 from .tasks import Item

@@ -53,8 +53,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.base.accept == "sample":
             raise ValueError("--accept: expected threshold or match, got sample; the tasks are decoded greedily")
-        if self.base.lookup:
-            raise ValueError("lookup: expected False; it changes how fast a text comes, not the text")
+        if self.base.lookup is True:
+            raise ValueError("lookup: expected False or auto; it changes how fast a text comes, not the text")
         configs = [config_of(mode, self.base) for mode in self.modes]
         if len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes: expected each once, got {', '.join(self.modes)}")

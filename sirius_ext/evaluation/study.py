@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .extras import need
+from ..extras import need
 from .plan import Plan
 from .runner import Results, config_of, summarize
 from .tasks import Item

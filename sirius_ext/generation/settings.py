@@ -233,7 +233,7 @@ def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: i
         f"do_sample=True with accept={config.accept!r} (perhaps from the model's own generation config; pass do_sample=False, or "
         'accept="sample")': corrects and sample and config.accept != "sample",
         'accept="sample" without do_sample=True': corrects and not sample and config.accept == "sample",
-        "lookup=True with do_sample=True (tokens that are drawn are not copied)": config.lookup and sample,
+        "lookup=True with do_sample=True (tokens that are drawn are not copied)": config.lookup is True and sample,
         "num_return_sequences > 1 without do_sample=True": not sample and (settings.num_return_sequences or 1) > 1,
         "a streamer with more than one prompt": taken.streamer is not None and prompts > 1,
         "past_key_values with more than one prompt": taken.cache is not None and prompts > 1,

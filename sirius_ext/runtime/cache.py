@@ -16,8 +16,9 @@ CACHE_GRAIN = 256  # slots; the capacity grows in these steps
 # Tokens in a pass of a prefill, which begins at multiples of it: the bits of what a prompt begins with then do not depend on what
 # follows. It bounds the activations, too.
 PREFILL_CHUNK = 256
-KEPT_CACHES = 4  # of finished sequences
-KEPT_BYTES = 1 << 30  # of all kept caches but the newest, together with it
+# What is kept of finished sequences, where nobody says otherwise.
+KEPT_CACHES = 4
+KEPT_BYTES = 1 << 30
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -129,12 +130,19 @@ class Cache:
 
         return [each for _, each in itertools.takewhile(whole, enumerate(self.stretches))]
 
-    def reusable(self, prompt: Sequence[int], observed: bool) -> int:
+    def reusable(self, prompt: Sequence[int], observed: bool, decoded: bool = False) -> int:
         """How many tokens of a prompt, but for its last one, need not be prefilled again: those of the whole chunks that it
         has in common with this cache. The result is then bit for bit what prefilling them gives.
 
         observed: a chunk counts only if what was observed in it is known.
+        decoded: all tokens in common count, decoded ones too, whose bits differ from a prefill's. Of prefilled ones a stretch
+            counts as a whole or not at all, because of what was observed in it.
         """
+        if decoded:
+            pairs = enumerate(zip(self.tokens, itertools.islice(prompt, len(prompt) - 1)))
+            length = next((i for i, (mine, its) in pairs if mine != its), min(len(self.tokens), len(prompt) - 1))
+            known = (each.start for each in self.stretches if each.stop > length or (observed and each.observed is None))
+            return min(length, next(known, length))
         length = 0
         for chunk in self.whole_chunks:
             same = self.tokens[chunk.start : chunk.stop] == list(prompt[chunk.start : chunk.stop])
@@ -145,8 +153,8 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values."""
-        return self.k.nbytes + self.v.nbytes
+        """Of keys, values and what passes leave."""
+        return self.k.nbytes + self.v.nbytes + self.logits.nbytes + self._z.nbytes
 
     def clear(self) -> None:
         """Hold nothing, and give the memory back."""
@@ -155,12 +163,16 @@ class Cache:
 
 
 class KeptCaches:
-    """The caches of the sequences that have ended last, for prompts that begin as theirs did.
+    """The caches of the sequences that have ended last, for prompts that begin as theirs did. The one that was used least
+    recently goes first.
 
     make: a new cache.
+    most: that are kept, if that is limited; most_bytes: of all of them, unless the newest alone is larger.
     """
 
     def __init__(self, make: Callable[[], Cache]) -> None:
+        self.most: int | None = KEPT_CACHES
+        self.most_bytes = KEPT_BYTES
         self._make, self._lock = make, threading.RLock()  # a dropped sequence may return its cache at any moment
         self._kept: list[Cache] = []  # the newest last
 
@@ -174,13 +186,13 @@ class KeptCaches:
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self)
 
-    def take(self, prompt: Sequence[int], observed: bool) -> Cache:
+    def take(self, prompt: Sequence[int], observed: bool, decoded: bool = False) -> Cache:
         """A cache for a prompt; it holds what of the prompt need not be prefilled again (`Cache.reusable`)."""
         with self._lock:
-            common = [cache.reusable(prompt, observed) for cache in self._kept]
+            common = [cache.reusable(prompt, observed, decoded) for cache in self._kept]
             # Without anything in common, one that would serve no prompt at all, or the oldest if there is no room for another.
-            idle = (cache for cache in self._kept if not cache.whole_chunks)
-            oldest = self._kept[:1] if len(self._kept) >= KEPT_CACHES else []
+            idle = (cache for cache in self._kept if not (cache.tokens if decoded else cache.whole_chunks))
+            oldest = self._kept[:1] if self._full(len(self._kept) + 1) else []
             if any(common):
                 cache = self._kept[common.index(max(common))]
             else:
@@ -205,8 +217,12 @@ class KeptCaches:
         with self._lock:
             cache.in_use = False
             self._kept.append(cache)
-            while len(self._kept) > 1 and (len(self._kept) > KEPT_CACHES or self.nbytes > KEPT_BYTES):
+            while len(self._kept) > 1 and self._full(len(self._kept)):
                 self._kept.pop(0).clear()
+
+    def _full(self, count: int) -> bool:
+        """Whether so many are too many, or those that are kept too large."""
+        return (self.most is not None and count > self.most) or self.nbytes > self.most_bytes
 
     def clear(self) -> None:
         """Keep none."""
