@@ -13,6 +13,7 @@ LOCKS = {
     "demo": ["demo.txt"],
     "dev": ["demo.txt", "dev.txt"],
     "bench": ["demo.txt", "bench.txt"],
+    "serve": ["demo.txt", "serve.txt"],
     "oldest": ["oldest.txt"],
 }
 FILES = sorted(path.name for path in (ROOT / "requirements").glob("*.txt"))
@@ -35,7 +36,8 @@ def wanted(part: str) -> list[Requirement]:
     made = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = made["project"]["optional-dependencies"]
     found = [*made["build-system"]["requires"], *made["project"]["dependencies"]]
-    found += {"demo": [], "bench": extras["bench"]}.get(part, [*extras["dev"], *extras["eval"], *extras["lm-eval"]])
+    dev = [*extras["dev"], *extras["eval"], *extras["lm-eval"], *extras["serve"]]
+    found += {"demo": [], "bench": extras["bench"], "serve": extras["serve"]}.get(part, dev)
     found = [Requirement(each) for each in found if not each.startswith("sirius_ext")]
     return [each for each in found if each.marker is None or each.marker.evaluate()]
 
@@ -47,7 +49,7 @@ def test_every_line_is_one_exact_version(file):
         assert "://" not in line and "@" not in line
 
 
-@pytest.mark.parametrize("file", ["demo.txt", "dev.txt", "bench.txt"])
+@pytest.mark.parametrize("file", ["demo.txt", "dev.txt", "bench.txt", "serve.txt"])
 def test_installed_files_are_known(file):
     assert all("--hash=sha256:" in line for line in lines(file))
 
@@ -62,7 +64,7 @@ def test_holds_what_is_asked_for(part):
 
 
 def test_no_package_has_two_versions():
-    held = {(each.name, str(each.specifier)) for each in packages("demo.txt", "dev.txt", "bench.txt", "torch.txt")}
+    held = {(each.name, str(each.specifier)) for each in packages("demo.txt", "dev.txt", "bench.txt", "serve.txt", "torch.txt")}
     assert len(held) == len({name for name, _ in held})
 
 

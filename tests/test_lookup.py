@@ -156,7 +156,10 @@ def decode(name, config, ids, count, dtype=torch.float32, **settings):
 
 
 def told(periods):
-    return [[getattr(period, column) for column in COLUMNS] for period in periods]
+    """What is the same with copies and without: of F alone it is the tokens only, which copies join in one step."""
+    return [
+        [getattr(period, column) for column in COLUMNS] for period in periods if period.drafted > getattr(period, "copied", 0)
+    ]
 
 
 def spared(stats):
@@ -284,7 +287,7 @@ def test_a_limit_cuts_a_pass_of_the_full_model():
         _, cut = check("llama3", {"mode": "full"}, repetitive(), count)
         assert sum(each.committed for each in cut.periods) == count - 1
         assert sum(each.committed for each in cut.periods if each.cut) <= 1 + MOST
-    assert stats.corrected_fraction > 0 and stats.rollback_length > 0
+    assert stats.corrected_fraction == 0 and stats.rollback_length > 0  # there is nothing of S to correct
 
 
 # ------------------------------------------------------------------------------------------------- everything else that decodes
@@ -422,18 +425,18 @@ def test_the_cuda_backend(monkeypatch):
 def keeps_one_too_many(original):
     """A fault: the first wrong copy stays."""
 
-    def grow(self, copies, room, sparsity=None):
-        tokens = yield from original(self, copies, room, sparsity)
+    def grow(self, copies, *others):
+        tokens, logits = yield from original(self, copies, *others)
         if len(tokens) <= len(copies):
             tokens[-1] = self._tree.tokens[self._tree.size - 1] = copies[len(tokens) - 1]
-        return tokens
+        return tokens, logits
 
     return grow
 
 
 def copies_nothing(original):
     """A fault without an effect on the text."""
-    return lambda self, copies, room, sparsity=None: original(self, [], room, sparsity)
+    return lambda self, copies, *others: original(self, [], *others)
 
 
 @pytest.mark.parametrize("values", [{"mode": "full"}, {"period": 8, "accept": "match", "density": 0.6}], ids=str)
@@ -523,3 +526,33 @@ def test_a_row_that_costs_a_pass_is_not_copied(monkeypatch):
         _, stats = check("llama3", {"period": "auto", "accept": "match", "density": 0.6}, repetitive(), 80)
         found.append(spared(stats))
     assert found[0] >= found[1] > found[2] == 0
+
+
+DEAR = Costs(0.95, ((4, 1.0), (16, 1.05)))  # of S; rows of F cost next to nothing
+SOMETIMES = Costs(0.6, ((4, 1.0), (16, 1.1)), copy=0.05)  # S drafts here and there
+
+
+@pytest.mark.parametrize("costs", [DEAR, SOMETIMES], ids=["never", "sometimes"])
+@pytest.mark.parametrize("accept", ["match", "threshold"])
+def test_where_s_does_not_draft_the_full_model_copies(monkeypatch, accept, costs):
+    """In fewer passes of its own, and S drafts where it would have drafted without."""
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: costs)
+    fewer = drafts = 0
+    for name in NAMES:
+        values = {"period": "auto", "accept": accept, "density": 0.4, "threshold": 0.05}
+        before, after = check(name, values, repetitive(), 80)
+        alone = [period for period in after.periods if period.passes == 0]
+        assert all(
+            period.copied == period.nodes >= period.accepted and period.committed == 1 + period.accepted for period in alone
+        )
+        assert after.corrected_fraction == pytest.approx(before.corrected_fraction)
+        fewer += len(before.periods) - len(after.periods)
+        drafts += len(after.periods) - len(alone)
+        assert after.alone == len(alone) / len(after.periods)
+    assert fewer >= 20 and (drafts > 0) == (costs is SOMETIMES)
+
+
+def test_rows_that_cost_a_pass_of_the_full_model_are_not_copied(monkeypatch):
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: Costs(0.95, ((4, 4.0), (16, 16.0))))
+    _, after = check("llama3", {"period": "auto"}, repetitive(), 80)
+    assert after.alone == 1 and all(period.copied == 0 for period in after.periods)

@@ -157,7 +157,8 @@ def test_match_is_the_full_text(cheap, name, sparsity, width):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_text_is_that_of_its_periods(cheap, name, accept):
     for sparsity, width in (("csparse", 1), ("fsparse", 3), ("cascade", 1)):
-        config = SiriusConfig(period="auto", accept=accept, sparsity=sparsity, tree_width=width, density=0.3, threshold=0.05)
+        values = {"accept": accept, "sparsity": sparsity, "tree_width": width, "lookup": False}
+        config = SiriusConfig(period="auto", density=0.3, threshold=0.05, **values)
         asked, sampling = {}, None
         if accept == "sample":
             asked = {"do_sample": True, "top_k": 0, "generator": seeded(1)}
@@ -192,7 +193,7 @@ def test_where_drafts_cannot_pay_the_full_model_decodes_alone(monkeypatch, one_t
         return run(self, nodes, sparsity, argmax, keep_z)
 
     monkeypatch.setattr(sequence.Sequence, "_ask", watched)
-    tokens, stats = decode("qwen2", SiriusConfig(period="auto"), 8, 20)
+    tokens, stats = decode("qwen2", SiriusConfig(period="auto", lookup=False), 8, 20)
     assert passes == [(None, False)] * 19 and all(period.drafted == 0 for period in stats.periods)
     assert tokens == decode("qwen2", SiriusConfig(mode="full"), 8, 20)[0]
     assert stats.sparse_cost == 0.95 and stats.average_advance_length == 1 and stats.alone == 1

@@ -8,6 +8,7 @@ import pytest
 import served
 import tiny
 import torch
+
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.engine import prepare
 from sirius_ext.runtime import cache as caches

@@ -4,10 +4,12 @@ import concurrent.futures
 import http.client
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 
@@ -20,6 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from openai.types.chat import ChatCompletion
 
 from sirius_ext import Engine, SiriusConfig
+from sirius_ext.cli.serve import listen
+from sirius_ext.engine import prepare
+from sirius_ext.serving import run
+from sirius_ext.serving.app import Options
 from sirius_ext.serving.guard import is_loopback
 from sirius_ext.serving.scheduler import Scheduler
 
@@ -135,9 +141,7 @@ def test_unicode_across_tokens(by_heart):
     begun, rest = served.TEXT[:6], served.TEXT[6:]
     answer = by_heart.completions.create(model=served.NAME, prompt=begun, logprobs=0)
     assert answer.choices[0].text == rest and answer.choices[0].finish_reason == "stop"
-    pieces = [
-        chunk.choices[0].text for chunk in by_heart.completions.create(model=served.NAME, prompt=begun, stream=True)
-    ]
+    pieces = [chunk.choices[0].text for chunk in by_heart.completions.create(model=served.NAME, prompt=begun, stream=True)]
     assert "".join(pieces) == rest and not any("\ufffd" in piece for piece in pieces)
     for stop in ("🎉", "👩‍🔬", "é", "﷽"):
         for stream in (False, True):
@@ -306,6 +310,37 @@ def test_without_a_key_only_this_machine(address):
     ]  # fmt: skip
 
 
+def slow(address):
+    """Long answers of which the first has begun: their stream."""
+    body = chat_body(stream=True, max_tokens=400, n=16, sirius={"period": 1})
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200 and response.readline().startswith(b"data: ")
+    return response
+
+
+def test_the_second_signal_ends_texts(monkeypatch):
+    """The first one lets them go on; a stream says that it was cut."""
+    made = Scheduler(Engine(served.model(), served.CONFIG, TOKENIZER))
+    servers = []
+    listener = listen("127.0.0.1", 0)
+    init = run._Server.__init__
+    monkeypatch.setattr(run._Server, "__init__", lambda self, *all: (servers.append(self), init(self, *all))[1])
+    addresses = queue.Queue()
+    thread = threading.Thread(target=run.serve, args=(made, Options(served.NAME), listener, addresses.put))
+    thread.start()
+    address = addresses.get(timeout=60)
+    response = slow(address)
+    servers[0].handle_exit(signal.SIGINT, None)
+    _when(lambda: made.stopping, "the first signal was not heard")
+    assert made.alive
+    servers[0].handle_exit(signal.SIGINT, None)
+    assert "[DONE]" not in (rest := response.read().decode()) and "the server was stopped" in rest
+    thread.join(60)
+    assert not thread.is_alive() and not made.alive
+
+
 def test_a_full_queue():
     made = Scheduler(Engine(served.model(), served.CONFIG, TOKENIZER), running=1, waiting=0)
     with served.running(made) as address:
@@ -335,21 +370,26 @@ def _when(condition, what):
         time.sleep(0.01)
 
 
+@pytest.fixture
+def unhurried(scheduler, monkeypatch):
+    """A model that takes its time, so that texts last until something else has happened."""
+    model = prepare(scheduler.engine.model)
+    compute = model.compute
+    monkeypatch.setattr(model, "compute", lambda *asked: (time.sleep(0.005), compute(*asked))[1])
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves(address, scheduler, stream):
-    """Its text ends, whether it was streamed or not."""
+def test_a_client_that_leaves(address, scheduler, unhurried, stream):
+    """Its texts end, whether they were streamed or not, and whether they had begun or not."""
     before = scheduler.totals.ended["cancelled"]
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc)
-    body = chat_body(max_tokens=10**6, stream=stream, messages=[{"role": "user", "content": "a"}], logprobs=True)
-    # So that it lasts: the context is never full of one text's own tokens here.
-    body["sirius"] = {"period": 1}
+    body = chat_body(max_tokens=400, n=6, stream=stream)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    _when(lambda: scheduler.running, "it has not begun")
+    _when(lambda: scheduler.running == 4 and scheduler.waiting == 2, "they have not begun")
     connection.sock.close()
     connection.close()
-    _when(lambda: scheduler.idle, "it goes on without a client")
-    ended = scheduler.totals.ended["cancelled"] - before
-    assert ended == 1 or scheduler.totals.ended["length"], "it had ended before"
+    _when(lambda: scheduler.idle, "they go on without a client")
+    assert scheduler.totals.ended["cancelled"] - before == 6
     assert json.loads(send(address, "/health")[1]) == {"status": "ok"}
 
 
@@ -411,9 +451,9 @@ def folder(tmp_path_factory):
     return served.save(tmp_path_factory.mktemp("served") / "tiny")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def process(folder):
-    """`sirius serve` of that folder, and its address."""
+    """`sirius serve` of that folder, and its address. The last test ends it."""
     options = ["--port", "0", "--period", "4", "--accept", "match", "--threads", "1", "--max-tokens", "400"]
     command = [sys.executable, "-m", "sirius_ext", "serve", "--model", str(folder), *options]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
@@ -423,44 +463,6 @@ def process(folder):
     started.kill()
     started.wait()
     started.stderr.close()
-
-
-def slow(address):
-    """A long answer that has begun: its stream."""
-    body = chat_body(stream=True, max_tokens=480, sirius={"period": 1, "trace": True}, top_logprobs=20, logprobs=True)
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.status == 200 and response.readline().startswith(b"data: ")
-    return response
-
-
-def test_sigterm_lets_answers_end(process):
-    """Those that have begun; new ones are told 503. Then the process ends, with status 0."""
-    started, address = process
-    assert served.NAME in send(address, "/v1/models")[1]
-    response = slow(address)
-    started.send_signal(signal.SIGTERM)
-    refused = None
-    while refused != 503:
-        try:
-            refused = send(address, "/v1/chat/completions", chat_body(max_tokens=1))[0]
-        except ConnectionError:
-            break  # the answer was done before we asked
-    rest = response.read().decode()
-    assert '"finish_reason": "length"' in rest or '"finish_reason": "stop"' in rest
-    assert rest.rstrip().endswith("data: [DONE]")
-    assert started.wait(60) == 0 and refused == 503
-
-
-def test_the_second_signal_ends_them(process):
-    started, address = process
-    response = slow(address)
-    for _ in range(2):
-        started.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    assert "data: [DONE]" in (rest := response.read().decode()) or "the server was stopped" in rest
-    assert started.wait(60) == 0
 
 
 def test_a_thousand_requests_take_no_more_memory(process):
@@ -485,3 +487,17 @@ def test_a_thousand_requests_take_no_more_memory(process):
     for number in range(250, 1250):
         ask(number)
     assert memory() - before < 8 << 20
+
+
+def test_sigterm_lets_answers_end(process):  # the last one
+    """Those that have begun; new ones are told 503. Then the process ends, with status 0."""
+    started, address = process
+    assert served.NAME in send(address, "/v1/models")[1]
+    response = slow(address)
+    started.send_signal(signal.SIGTERM)
+    while (refused := send(address, "/v1/chat/completions", chat_body(max_tokens=1))[0]) == 200:
+        pass
+    rest = response.read().decode()
+    assert len(re.findall(r'"finish_reason": "(length|stop)"', rest)) == 16
+    assert rest.rstrip().endswith("data: [DONE]")
+    assert started.wait(60) == 0 and refused == 503

@@ -81,7 +81,9 @@ def run(text, stops, every):
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("stops", [["日本"], ["🎉"], ["語 — 🎉", "there"], [" the", "thing"], ["zzz"], ["\n\n"], ["ere"], ["Ahé"]])
+@pytest.mark.parametrize(
+    "stops", [["日本"], ["🎉"], ["語 — 🎉", "there"], [" the", "thing"], ["zzz"], ["\n\n"], ["ere"], ["Ahé"]]
+)
 def test_the_text_ends_before_the_first_stop_string(stops, every):
     cut = min((TEXT.find(stop) for stop in stops if stop in TEXT), default=len(TEXT))
     text, tokens = run(TEXT, stops, every)

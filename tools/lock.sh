@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes the locks, requirements/*.txt: the newest releases that pyproject.toml and requirements/torch.in allow.
 #   demo.txt                 what `make demo` installs, on every platform
-#   dev.txt bench.txt        what `make test` and `make bench` install beside it
+#   dev.txt bench.txt serve.txt    what `make test`, `make bench` and the server install beside it
 #   torch.txt                torch and what only its CUDA build needs: constraints, so that a CPU build may be chosen
 #   oldest.txt torch-oldest.txt    for `make test-oldest`: the lower bounds of pyproject.toml
 # usage: tools/lock.sh     uv's own variables (UV_DEFAULT_INDEX, ...) choose the index; no file names it
@@ -47,7 +47,7 @@ resolve --universal -c requirements/torch.txt "${inputs[@]}" --all-extras >"$wor
 lock() { resolve --universal -c "$work/all" "${inputs[@]}" $(except "$work/cuda") "$@"; }
 lock >"$work/demo"
 lock --generate-hashes | write demo.txt
-for part in dev bench; do
+for part in dev bench serve; do
   lock --extra $part >"$work/$part"
   # What demo.txt has under the same conditions is left out.
   comm -23 <(names "$work/demo") <(comm -13 <(sort "$work/demo") <(sort "$work/$part") | names) >"$work/had"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with torch and everything else that a part of this project needs. Safe to run again.
-# usage: tools/setup_venv.sh demo|dev|bench|oldest|newest     PYTHON=python3.12 chooses the interpreter of a new one
-# demo, dev and bench add up in .venv, as the locks say; oldest and newest have .venv-oldest and .venv-newest to themselves.
+# usage: tools/setup_venv.sh demo|dev|bench|serve|oldest|newest     PYTHON=python3.12 chooses the interpreter of a new one
+# demo, dev, bench and serve add up in .venv, as the locks say; oldest and newest have .venv-oldest and .venv-newest to themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,10 +13,10 @@ say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
 
 case $PART in
-  demo | dev | bench) VENV=.venv TORCH=requirements/torch.txt ;;
+  demo | dev | bench | serve) VENV=.venv TORCH=requirements/torch.txt ;;
   oldest) VENV=.venv-oldest TORCH=requirements/torch-oldest.txt ;;
   newest) VENV=.venv-newest TORCH=/dev/null ;;
-  *) fail "expected demo, dev, bench, oldest or newest, got '$PART'" ;;
+  *) fail "expected demo, dev, bench, serve, oldest or newest, got '$PART'" ;;
 esac
 
 command -v "$PYTHON" >/dev/null || fail "no '$PYTHON' on PATH; install Python 3.11 or newer, or name one: make PYTHON=python3.12"
@@ -46,7 +46,8 @@ with open("pyproject.toml", "rb") as stream:
     made = tomllib.load(stream)
 project = made["project"]
 extras = project["optional-dependencies"]
-named = [*made["build-system"]["requires"], *project["dependencies"], *extras["dev"], *extras["eval"], *extras["lm-eval"]]
+dev = [*extras["dev"], *extras["eval"], *extras["lm-eval"], *extras["serve"]]
+named = [*made["build-system"]["requires"], *project["dependencies"], *dev]
 for requirement in map(Requirement, named):
     if requirement.name != project["name"]:
         print(f"{requirement.name}; {requirement.marker}" if requirement.marker else requirement.name)

@@ -118,6 +118,8 @@ class Chat:
                     self.say(line)
             except (ValueError, OSError) as error:
                 self._note(f"error: {reason(error)}", "red")
+            except KeyboardInterrupt:  # before the answer began, or after its end
+                self._note("\ninterrupted")
 
     def say(self, text: str) -> None:
         """Say something and stream the answer. ValueError if the model cannot answer; then nothing was said."""
@@ -183,17 +185,7 @@ class Chat:
         if not self.answers:
             raise ValueError("/stats: there is no answer yet")
         table = Table(padding=(0, 1))
-        for column in (
-            "answer",
-            "mode",
-            "prompt",
-            "from the cache",
-            "first token, s",
-            "tokens",
-            "tokens/s",
-            "AAL",
-            "eff. density",
-        ):
+        for column in ("", "mode", "prompt", "cached", "wait, s", "tokens", "tokens/s", "AAL", "density"):
             table.add_column(column, justify="right")
         for number, stats in enumerate(self.answers, 1):
             table.add_row(

@@ -60,10 +60,13 @@ class Lookup:
                 followed[tuple(known[start:])] = place
             known.append(token)
 
-    def find(self, most: int) -> list[int]:
+    def find(self, most: int, cost: float | None = None) -> list[int]:
         """What may come next: `most` tokens at most, none if the last token is new or what followed it is not likely enough.
-        Where it reaches the end of the draft it goes on with its own beginning, as a text that repeats itself does."""
-        tokens, self._matched = self._tokens, 0
+        Where it reaches the end of the draft it goes on with its own beginning, as a text that repeats itself does.
+
+        cost: in place of the lookup's own.
+        """
+        tokens, self._matched, cost = self._tokens, 0, self.cost if cost is None else cost
         for length in range(min(LONGEST, len(tokens)), 0, -1):
             run = tuple(tokens[-length:])
             place = self._followed_in_draft.get(run, self._followed.get(run))
@@ -75,7 +78,7 @@ class Lookup:
         while self._matched and len(copies) < min(MOST, most):
             group = self._class(len(copies))
             chance *= self._right[group] / self._judged[group]
-            if chance < self.cost:
+            if chance < cost:
                 break
             copies.append(self._token(len(copies)))
         return copies

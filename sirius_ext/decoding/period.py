@@ -130,6 +130,10 @@ class AdaptivePeriod:
         rate = max(1.0, self._recent_tokens / self._recent_cost)
         return self._reach * self.acceptance.mean >= rate * (self._cost(depth) - self._cost(depth - 1))
 
+    def cost_of_rows(self, rows: int) -> float:
+        """So many more than one in a pass of F."""
+        return self._costs.over(1 + rows) - 1
+
     def drafted(self, confidence: float) -> None:
         """S has proposed a token, with this likelihood."""
         self._confidences.append(confidence)

@@ -344,11 +344,15 @@ class Sequence:
             return self._commit([token], started, logits=logits)
         room = self.request.limit - len(self.tokens)
         copies = self._copies(room, min(room, self._tree.capacity - 1))
-        tokens, logits = yield from self._grow(copies, room, self._sparsity)
+        tokens, logits = yield from self._grow(copies, _always, self._sparsity)
         if self.request.config.mode == "sparse":
             return self._commit(tokens, started, logits=logits)
+        return self._copied(copies, tokens, len(copies) + 1 == room, started, logits)
+
+    def _copied(self, copies: list[int], tokens: list[int], cut: bool, started: float, logits: torch.Tensor) -> Step:
+        """The end of a step of F alone, which has read copies and chosen tokens; without a copy it is one token."""
         accepted, copied = len(tokens) - 1, len(copies)
-        record = Period(copied, copied, accepted, 0 if accepted else None, len(tokens), copied + 1 == room, [], copied=copied)
+        record = Period(copied, copied, accepted, 0 if accepted else None, len(tokens), cut, [], copied=copied)
         record.seconds = time.perf_counter() - started
         return self._commit(tokens, started, record, logits)
 
@@ -369,7 +373,7 @@ class Sequence:
             copied = yield from self._draft(room, sparsity)
         cut = tree.depth + 1 == room and (adaptive is not None or room < int(self.request.config.period))
         if adaptive and tree.depth == 0:
-            return (yield from self._alone(adaptive, cut, started))
+            return (yield from self._alone(adaptive, room, started))
         with profiled(device, "verify"):
             logits, result = yield from self._pass(slice(0, tree.size), keep_z=sparsity.follows and tree.depth > 0)
         with profiled(device, "accept"):
@@ -391,11 +395,27 @@ class Sequence:
         replaced = None if other is None else int(tree.tokens[other])
         return self._commit(tokens, started, record, result.logits[[0, *path]], replaced)
 
-    def _alone(self, adaptive: AdaptivePeriod, cut: bool, started: float) -> Passes[Step]:
-        """A period without a draft: F's next token, at the cost of F alone. A set that follows the text stands still."""
-        token, logits = yield from self._next_token(None)
-        adaptive.judged(0, 1)
-        return self._commit([token], started, Period(0, 0, 0, None, 1, cut, [], time.perf_counter() - started), logits)
+    def _alone(self, adaptive: AdaptivePeriod, room: int, started: float) -> Passes[Step]:
+        """A period without a draft: F's next token, at the cost of F alone. A set that follows the text stands still.
+
+        What F copies from the text it would have chosen itself, token by token, and S drafts again where it would have: with
+        copies or without, the text is the same.
+        """
+        if self._lookup is None:
+            token, logits = yield from self._next_token(None)
+            adaptive.judged(0, 1)
+            return self._copied([], [token], room == 1, started, logits)
+        left = room
+
+        def goes_on(logits: Logits) -> bool:
+            nonlocal left
+            left -= 1
+            adaptive.judged(0, 1)
+            return not adaptive.goes_on(left)
+
+        copies = self._lookup.find(min(room, self._tree.capacity - 1) - 1, adaptive.cost_of_rows(MOST) / MOST)
+        tokens, logits = yield from self._grow(copies, goes_on)
+        return self._copied(copies, tokens, len(copies) + 1 == room, started, logits)
 
     def _draft(self, room: int, sparsity: CSparse | FSparse) -> Passes[int]:
         """Step 2: S consumes x0, then what it proposes, the leaves of a depth in one pass, until the period is full, the text has
@@ -404,7 +424,15 @@ class Sequence:
         depth = 0 if adaptive else min(int(self.request.config.period), room) - 1
         while adaptive.goes_on(room) if adaptive else tree.depth < depth:
             if tree.width == 1 and self._rule.takes_argmax:
-                tokens, _ = yield from self._grow(self._copies(room, depth), room, sparsity)
+                first = tree.size - 1
+
+                def goes_on(logits: Logits, first: int = first) -> bool:
+                    if adaptive is None:
+                        return True
+                    adaptive.drafted(self._confidence(logits, first))
+                    return adaptive.goes_on(room)
+
+                tokens, _ = yield from self._grow(self._copies(room, depth), goes_on, sparsity)
                 copied += len(tokens) - 1
                 continue
             before, leaves = tree.size, tree.leaves
@@ -428,12 +456,13 @@ class Sequence:
         return copies[: sum(1 for _ in itertools.takewhile(bool, going_on))]
 
     def _grow(
-        self, copies: list[int], room: int, sparsity: CSparse | FSparse | None = None
+        self, copies: list[int], goes_on: Callable[[Logits], bool], sparsity: CSparse | FSparse | None = None
     ) -> Passes[tuple[list[int], torch.Tensor]]:
         """Let a chain grow by one pass of S, or F, over its last node and over tokens that may come after it: by the model's
-        choice, and by one more after each copy that it has chosen, if an adaptive period goes on. Returns the new tokens, which
-        would be the same without copies, and the model's own logits for them and for what else was in the pass."""
-        tree, adaptive, lookup, first = self._tree, self._adaptive, self._lookup, self._tree.size - 1
+        choice, and by one more after each copy that it has chosen. `goes_on` is asked after each of them, by the logits of the
+        pass. Returns the new tokens, which would be the same without copies, and the model's own logits for them and for what
+        else was in the pass."""
+        tree, lookup, first = self._tree, self._lookup, self._tree.size - 1
         rows = 1 + len(copies)
         # A row's choice takes the place of the token that was copied for the next one. By then that has been read.
         chosen = tree.tokens[first + 1 : first + 1 + rows]
@@ -448,9 +477,7 @@ class Sequence:
                 chosen[row] = best[row] = int(logits[row].argmax())
             tokens.append(best[row])
             tree.grow_chain()
-            if adaptive:
-                adaptive.drafted(self._confidence(logits, first))
-            if best[row] != copy or (adaptive and not adaptive.goes_on(room)):
+            if not goes_on(logits) or best[row] != copy:
                 break
         if lookup is not None:
             lookup.learn(tokens)
@@ -529,6 +556,10 @@ class Sequence:
         """Prompt, committed tokens and the branch that ends with `node`, int64."""
         assert self._ids is not None
         return torch.cat((self._ids[: self._length + 1], self._tree.tokens[self._tree.path(node)].long()))
+
+
+def _always(logits: Logits) -> bool:
+    return True
 
 
 def start(model: Model, request: Request, cache: Cache | None = None, reuse_decoded: bool = False) -> Sequence:

@@ -83,9 +83,9 @@ class _Metrics:
 
     @property
     def corrected_fraction(self) -> float | None:
-        """Tokens rejected and replaced / tokens committed by verifications."""
+        """Tokens of S rejected and replaced / tokens committed by verifications."""
         committed = sum(period.committed for period in self.periods)
-        replaced = sum(period.accepted < min(period.drafted, period.committed) for period in self.periods)
+        replaced = sum(period.accepted < min(period.drafted, period.committed) and period.passes > 0 for period in self.periods)
         return replaced / committed if committed else None
 
     @property
@@ -101,8 +101,8 @@ class _Metrics:
 
     @property
     def alone(self) -> float | None:
-        """Share of the verifications that had no draft: there F decoded alone."""
-        return sum(period.drafted == 0 for period in self.periods) / len(self.periods) if self.periods else None
+        """Share of the verifications for which S drafted nothing: there F decoded alone."""
+        return sum(period.passes == 0 for period in self.periods) / len(self.periods) if self.periods else None
 
     @property
     def branches(self) -> dict[int, int]:

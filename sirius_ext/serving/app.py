@@ -225,7 +225,7 @@ class _Service:
         writer = (_ChatWriter if isinstance(body, ChatRequest) else _TextWriter)(self.options.name, body, asks, self._names)
         if body.stream:
             ended: set[int] = set()
-            return _Events(self._stream(jobs, channel, writer, ended), lambda: self._abandon(jobs, ended))
+            return _Events(self._stream(request, jobs, channel, writer, ended), lambda: self._abandon(jobs, ended))
         return await self._at_once(request, jobs, channel, writer)
 
     # ------------------------------------------------------------------------------------------------------------ what is asked
@@ -323,12 +323,10 @@ class _Service:
         ended: set[int] = set()
         try:
             while len(ended) < len(jobs):
-                coming = asyncio.ensure_future(channel.get())
-                await asyncio.wait({coming, left}, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
+                coming = await channel.get(left)
+                if coming is None:
                     return Response(status_code=GIVEN_UP)
-                index, event = coming.result()
+                index, event = coming
                 if event.finish == "error":
                     raise Refused(event.error, status=500, code="model_error")
                 if event.finish == "cancelled":
@@ -341,22 +339,31 @@ class _Service:
             left.cancel()
             self._abandon(jobs, ended)
 
-    async def _stream(self, jobs: list[Job], channel: _Channel, writer: _Writer, ended: set[int]) -> AsyncIterator[str]:
-        for chunk in writer.opening():
-            yield _sse(chunk)
-        while len(ended) < len(jobs):
-            index, event = await channel.get()
-            if event.finish in ("error", "cancelled"):
-                message = event.error or "the server was stopped before the text had ended"
-                yield _sse(error_body(message, "server_error", code="model_error" if event.error else None))
-                return
-            if event.finish:
-                ended.add(index)
-            for chunk in writer.chunks(index, event):
+    async def _stream(
+        self, request: Request, jobs: list[Job], channel: _Channel, writer: _Writer, ended: set[int]
+    ) -> AsyncIterator[str]:
+        left = asyncio.create_task(_left(request))
+        try:
+            for chunk in writer.opening():
                 yield _sse(chunk)
-        for chunk in writer.closing():
-            yield _sse(chunk)
-        yield "data: [DONE]\n\n"
+            while len(ended) < len(jobs):
+                coming = await channel.get(left)
+                if coming is None:
+                    return
+                index, event = coming
+                if event.finish in ("error", "cancelled"):
+                    message = event.error or "the server was stopped before the text had ended"
+                    yield _sse(error_body(message, "server_error", code="model_error" if event.error else None))
+                    return
+                if event.finish:
+                    ended.add(index)
+                for chunk in writer.chunks(index, event):
+                    yield _sse(chunk)
+            for chunk in writer.closing():
+                yield _sse(chunk)
+            yield "data: [DONE]\n\n"
+        finally:
+            left.cancel()
 
     def _abandon(self, jobs: list[Job], ended: set[int]) -> None:
         for index, job in enumerate(jobs):
@@ -404,8 +411,14 @@ class _Channel:
 
         return listen
 
-    async def get(self) -> tuple[int, Event]:
-        return await self._events.get()
+    async def get(self, left: asyncio.Task[None]) -> tuple[int, Event] | None:
+        """The next event; None once the client has left."""
+        coming = asyncio.ensure_future(self._events.get())
+        try:
+            await asyncio.wait({coming, left}, return_when=asyncio.FIRST_COMPLETED)
+            return None if left.done() else coming.result()
+        finally:
+            coming.cancel()
 
 
 class _Writer:
@@ -455,7 +468,8 @@ class _Writer:
         if event.finish:
             last = self._chunk(index, self.delta(None), event.finish, None)
             if self._body.sirius.trace:
-                last["sirius"] = self._trace([] if found else event.tokens, event)
+                told = dataclasses.replace(event, tokens=[], period=None) if found else event
+                last["sirius"] = self._trace(told.tokens, told)
             found.append(last)
         return found
 

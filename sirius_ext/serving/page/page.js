@@ -239,10 +239,10 @@ function theme(name) {
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   const text = $("prompt").value.trim();
-  if (running || !text || !$("settings").reportValidity()) return;
+  if (running || !text) return;
   try {
     if (!model) await begin();
-    await send(text);
+    if ($("settings").reportValidity()) await send(text);
   } catch (error) {
     fail(error);
   }

@@ -1,0 +1,152 @@
+"""The server against llama.cpp's, on the same model file: seconds to the first token, and tokens per second, by the number of
+clients that ask at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import console, header, machine, save
+from rich.table import Table
+
+from sirius_ext.models.hub import default_model_path
+
+CLIENTS = (1, 2, 4, 8)
+PROMPT = "Tell the story of a lighthouse keeper in {} paragraphs, in plain words. "
+
+
+def serve_ours(model: Path, threads: int, arguments: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
+    """A server of ours, and its address."""
+    command = [sys.executable, "-m", "sirius_ext", "serve", "--model", str(model), "--port", "0", "--threads", str(threads)]
+    process = subprocess.Popen([*command, "--parallel", str(max(CLIENTS)), *arguments], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    address = next(line for line in process.stderr if "http" in line).split()[-1]
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    return process, address
+
+
+def serve_llama_cpp(model: Path, threads: int) -> tuple[subprocess.Popen[str], str]:
+    """llama.cpp's server, through the PyPI package xllamacpp, in a process of its own."""
+    process = subprocess.Popen([sys.executable, __file__, "--peer", str(model), str(threads)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = next(line for line in process.stdout if line.startswith("http")).strip()
+    return process, address
+
+
+def _peer(model: str, threads: int) -> None:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_ctx, params.n_parallel, params.port = 2048 * max(CLIENTS), max(CLIENTS), 0
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+
+
+def ask(address: str, model: str, number: int, tokens: int) -> tuple[float, float, int]:
+    """One streamed answer: seconds to its first token and to its end, and its tokens."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": PROMPT.format(number + 2)}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    started, first, count = time.perf_counter(), None, 0
+    with urllib.request.urlopen(request, timeout=600) as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event.get("usage"):
+                count = event["usage"]["completion_tokens"]
+            if first is None and event["choices"] and event["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - started
+    return first or float("nan"), time.perf_counter() - started, count
+
+
+def measure(address: str, model: str, clients: int, tokens: int, first: int) -> dict[str, float]:
+    """So many clients at once, each with a prompt of its own, none of which was asked before. first: the first one's number."""
+    found: list[tuple[float, float, int]] = []
+    threads = [
+        threading.Thread(target=lambda n=number: found.append(ask(address, model, n, tokens)))
+        for number in range(first, first + clients)
+    ]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    if len(found) != clients:
+        raise RuntimeError(f"{clients - len(found)} of {clients} clients got no answer")
+    return {
+        "clients": clients,
+        "first_token_seconds": statistics.median(each[0] for each in found),
+        "tokens_per_second": sum(each[2] for each in found) / seconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a GGUF file (default: the default model's)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-peer", action="store_true", help="ours alone, without xllamacpp")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options, more = parser.parse_known_args(arguments)  # the others are for `sirius serve`
+    header()
+    model = options.model or default_model_path()
+    servers = {"sirius": serve_ours(model, options.threads, more)}
+    if not options.without_peer:
+        servers["llama.cpp"] = serve_llama_cpp(model, options.threads)
+    results = []
+    try:
+        number = 0
+        for _, address in servers.values():
+            ask(address, model.name, 1000, 8)  # warm
+        for _ in range(options.rounds):
+            for clients in options.clients:
+                for name, (_, address) in servers.items():
+                    results.append({"server": name, **measure(address, model.name, clients, options.tokens, number)})
+                number += clients
+    finally:
+        for process, _ in servers.values():
+            process.kill()
+            process.wait()
+    table = Table("clients", *(f"{name}: {what}" for name in servers for what in ("first token, s", "tokens/s")))
+    for clients in options.clients:
+        row = [str(clients)]
+        for name in servers:
+            mine = [each for each in results if each["server"] == name and each["clients"] == clients]
+            row += [
+                f"{statistics.median(each[what] for each in mine):.2f}" for what in ("first_token_seconds", "tokens_per_second")
+            ]
+        table.add_row(*row)
+    console.print(table)
+    if options.out:
+        save(options.out, {"machine": machine(), "model": model.name, "arguments": more, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peer"]:
+        _peer(sys.argv[2], int(sys.argv[3]))
+    else:
+        raise SystemExit(main())
