@@ -169,7 +169,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
     parser.add_argument("--llama-types", type=words, default="bf16", help=f"of {', '.join(KINDS)}; own is the file as it is")
-    parser.add_argument("--weights", type=words, default="plain", help="of plain, q8; not for latency")
+    parser.add_argument("--weights", type=words, default="plain", help="of plain, q8, q4; not for latency")
     parser.add_argument("--draft-weights", type=words, default="auto", help="of auto, same, q4; not for latency")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--densities", type=numbers(float), default="0.5")

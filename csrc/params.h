@@ -15,7 +15,9 @@ namespace sirius {
 // How long the rows of a matrix are, and where their parts lie.
 struct RowForm {
   int cols;
-  int64_t lower;  // see Matrix
+  int64_t lower;       // see Matrix
+  const void* shared;  // see Matrix
+  int group;           // where rows share scales, which group of 32 rows they are of
 };
 
 // A weight matrix, stored row by row: a row is what one neuron, or one output, reads. Who wants a row asks `row`, so that one day
@@ -24,11 +26,12 @@ struct Matrix {
   const void* data;
   Format format;
   int rows, cols;
-  int64_t stride;     // bytes from one row to the next
-  int64_t lower = 0;  // of q8, bytes from a row to its lower nibbles
+  int64_t stride;                // bytes from one row to the next
+  int64_t lower = 0;             // of q8, bytes from a row to its lower nibbles
+  const void* shared = nullptr;  // of q4_across and q4_k_across, the scales that 32 rows have together
 
   SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
-  RowForm form() const { return {cols, lower}; }
+  RowForm form(int group = 0) const { return {cols, lower, shared, group}; }
 };
 
 // A matrix with an optional bias.
@@ -37,7 +40,7 @@ struct Projection {
   const void* bias = nullptr;  // T [rows] or null
 };
 
-// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise. All parts have one format.
+// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise. Parts are of one format (CUDA).
 // out[m, :] = softcap(scale * concat_i(parts[i].weight x[m] + parts[i].bias)) + residual[m, :]
 struct LinearParams {
   Dtype dtype;
@@ -64,7 +67,7 @@ enum class Activation : int { silu = 0, gelu_tanh = 1 };
 struct GateUpParams {
   Dtype dtype;
   const void* x;                     // T [num_rows, hidden]
-  Matrix gate, up;                   // [intermediate, hidden], of one format
+  Matrix gate, up;                   // [intermediate, hidden]; of one format (CUDA)
   const int32_t* neurons = nullptr;  // [num_neurons], or null for 0..num_neurons-1
   bool settled = false;              // (CUDA) the kernel launched before this one does not write them
   void* out;                         // T [num_rows, num_neurons]

@@ -17,8 +17,8 @@ namespace sirius {
 // Of activations, caches and norms.
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-// Of weight matrices. Those with the names of a Dtype are plain arrays of it; the others are in q8.h.
-enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q8 = 3, q8_upper = 4 };
+// Of weight matrices. Those with the names of a Dtype are plain arrays of it; the others are in q8.h and q4.h.
+enum class Format : int { f32 = 0, f16 = 1, bf16 = 2, q8 = 3, q8_upper = 4, q4 = 5, q4_k = 6, q4_across = 7, q4_k_across = 8 };
 
 struct bf16_t {
   uint16_t bits;

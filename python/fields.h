@@ -36,6 +36,7 @@ struct Fields<Matrix> {
     v("cols", &P::cols);
     v("stride", &P::stride);
     v("lower", &P::lower, optional);
+    v("shared", &P::shared, optional);
   }
 };
 

@@ -19,7 +19,7 @@ from .decoding.sequence import Request, Sequence, start
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, parse_dtype
+from .models.hub import load_model, parse_dtype, parse_weights
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
@@ -131,13 +131,18 @@ class Engine:
             used, and the CPU elsewhere.
         dtype: of the weights: bfloat16, float16 or float32; "auto" is the checkpoint's own, and bfloat16 for a GGUF file.
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
-        weights: "plain" as they come, or "q8": matrices are packed into eight bits, half of the memory and of the time that
-            reading them takes, and S reads the upper four of them (`SiriusConfig.draft_weights`). Packed ones are kept in the
-            cache folder. `dtype` is then that of all else. The `transformers` model cannot be called itself.
+        weights: "plain" as they come, or packed: "q8", eight bits, half of the memory and of the time that reading them takes,
+            of which S reads the upper four (`SiriusConfig.draft_weights`); or on the CPU "q4", four bits. Of a GGUF file these
+            are its own 4-bit matrices with its very numbers, and eight bits of its others; so it is with checkpoints by AWQ,
+            GPTQ and compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs
+            quality. Packed ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot
+            be called itself.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
         device = device_of(device, backend)
+        if parse_weights(weights) == "q4" and device.type == "cuda":
+            raise ValueError(f"weights: expected plain or q8 on {device}, got 'q4', which is for the CPU (device='cpu') so far")
         config = _checked(config)
         model, tokenizer = load_model(name, dtype, progress, weights)
         try:

@@ -1,11 +1,14 @@
 """Files of a tiny random model, as they come from others: a folder of safetensors, a GGUF file."""
 
 import math
+from collections.abc import Callable
 
 import gguf
 import numpy as np
 import torch
 import transformers
+
+from sirius_ext.kernels import q4
 
 
 def tiny_llama() -> transformers.LlamaForCausalLM:
@@ -26,12 +29,18 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3"}
 
 
 def write_gguf(
-    path, model: transformers.PreTrainedModel, architecture: str | None = None, values: dict | None = None, tensors=None
+    path,
+    model: transformers.PreTrainedModel,
+    architecture: str | None = None,
+    values: dict | None = None,
+    tensors=None,
+    kinds: Callable[[str], str] = lambda name: "F32",
 ) -> None:
     """`model` as llama.cpp's converter would write it, with a tokenizer of single characters.
 
     values: added to the header, or in the place of what is there; None leaves a key out. `{arch}` in a key is the architecture.
     tensors: likewise, by name.
+    kinds: ggml's type of a matrix by its name.
     """
     config = model.config
     architecture = architecture or ARCHITECTURES.get(config.model_type, config.model_type)
@@ -46,12 +55,63 @@ def write_gguf(
             add.get(type(value), writer.add_array)(key, value)
     found = {**_layer_tensors(model, architecture), **_rope_tensors(config), **(tensors or {})}
     for name, weight in found.items():
-        if weight is not None:
+        if weight is None:
+            continue
+        kind = kinds(name) if weight.dim() == 2 else "F32"
+        if kind == "F32":
             writer.add_tensor(name, np.ascontiguousarray(weight.numpy()))
+        else:
+            writer.add_tensor(name, quantized(weight, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantized(weight: torch.Tensor, kind: str) -> np.ndarray:
+    """A matrix in one of ggml's types, uint8 [rows, bytes]. `gguf` has no way to make the K types but Q4_K: there the numbers are
+    any, of about the weight's size."""
+    if kind == "Q4_K":
+        return q4_k_blocks(supers_of(weight))
+    numbers = np.ascontiguousarray(weight.float().numpy())
+    if not kind.endswith("_K"):
+        return gguf.quantize(numbers, gguf.GGMLQuantizationType[kind]).view(np.uint8)
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    blocks = np.random.default_rng(len(kind)).integers(0, 256, (weight.shape[0], weight.shape[1] // 256, size), dtype=np.uint8)
+    scales = {"Q2_K": (80, 82), "Q3_K": (108,), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]  # where a block's float16 are
+    for at in scales:
+        blocks[..., at : at + 2] = np.array([weight.std() * 2**-10], dtype=np.float16).view(np.uint8)
+    return blocks.reshape(len(blocks), -1)
+
+
+def supers_of(weight: torch.Tensor) -> q4.Groups:
+    """Numbers, float [rows, cols], rounded as Q4_K has them."""
+    found = q4.round_to_groups(weight)
+    scales, minima = found.pairs.float().unbind(-1)
+    wanted = torch.stack((scales, (-minima).clamp(min=0)), -1)
+    padded = torch.nn.functional.pad(wanted, (0, 0, 0, -wanted.shape[1] % 8)).unflatten(1, (-1, 8))
+    pairs = (padded.amax(2) / 63).half()
+    fields = (padded / pairs.float().unsqueeze(2).clamp(min=1e-9)).round().clamp(0, 63).flatten(1, 2)[:, : wanted.shape[1]]
+    return q4.Groups(found.codes, pairs, fields.to(torch.uint8))
+
+
+def q4_k_blocks(weight: q4.Groups) -> np.ndarray:
+    """As a GGUF file has them: uint8 [rows, bytes]. Written from ggml's description, not from our reading of it."""
+    rows, count = weight.rows, weight.cols // 256
+    blocks = np.zeros((rows, count, 144), dtype=np.uint8)
+    blocks[..., :4] = weight.pairs.contiguous().numpy().view(np.uint8).reshape(rows, count, 4)
+    fields, codes = weight.fields.numpy().reshape(rows, count, 8, 2), weight.codes.numpy().reshape(rows, count, 8, 32)
+    for group in range(8):
+        for which in range(2):
+            value = fields[..., group, which]
+            if group < 4:
+                blocks[..., 4 + 4 * which + group] |= value
+            else:
+                blocks[..., 12 + group - 4] |= (value & 15) << 4 * which
+                blocks[..., 4 + 4 * which + group - 4] |= value >> 4 << 6
+        start = 16 + group // 2 * 32
+        blocks[..., start : start + 32] |= codes[..., group, :] << 4 * (group % 2)
+    return blocks.reshape(rows, -1)
 
 
 def _write_settings(writer: gguf.GGUFWriter, config: transformers.PreTrainedConfig, architecture: str) -> None:

@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 from backends import assert_same_bits, poisoned, randn
+from model_files import supers_of
 
 from sirius_ext import _C
 from sirius_ext.decoding.sparsity import Kind
-from sirius_ext.kernels import ops
+from sirius_ext.kernels import ops, q4
 from sirius_ext.kernels.matrix import Matrix
 
 HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 72, 100, 151, 6, 2, 24
@@ -58,14 +59,14 @@ EPS, SCALE = 1e-5, 0.2
 
 
 class Layers:
-    """Random weights of a family, and both ways through them. packed: makes the matrices of layers, and those of embedding and LM
-    head, from plain ones."""
+    """Random weights of a family, and both ways through them. packed: makes the matrices of layers, those of embedding and LM
+    head, and `down` if it is not as the layers' others, from plain ones."""
 
     def __init__(self, family, dtype, packed=(Matrix, Matrix)):
         self.family, self.dtype = family, dtype
 
-        def weight(rows, cols):
-            pack = packed[rows == VOCAB]
+        def weight(rows, cols, pack=None):
+            pack = pack or packed[rows == VOCAB]
             return pack((randn(rows, cols, dtype=torch.float32) * cols**-0.5).to(dtype))
 
         def norm(present, width=HIDDEN):
@@ -85,7 +86,7 @@ class Layers:
                 "output": weight(HIDDEN, HEADS * HEAD_DIM),
                 "gate": weight(INTERMEDIATE, HIDDEN),
                 "up": weight(INTERMEDIATE, HIDDEN),
-                "down": weight(INTERMEDIATE, HIDDEN),
+                "down": weight(INTERMEDIATE, HIDDEN, packed[-1] if len(packed) > 2 else None),
             }
             for _ in range(2)
         ]
@@ -307,6 +308,28 @@ PACKED = {
     "eight bits, and a plain head": (eight_bits, Matrix),
     "four bits, and a head of eight": (four_bits, eight_bits),
 }
+
+
+def pairs(numbers):
+    return Matrix.of_groups(q4.round_to_groups(numbers))
+
+
+def supers(numbers):
+    return Matrix.of_groups(supers_of(numbers))
+
+
+def in_turn(*forms):
+    """Each matrix in another format than the one before it: q, k and v, gate and up."""
+    turns = itertools.cycle(forms)
+    return lambda numbers: next(turns)(numbers)
+
+
+# Of four bits, which CUDA does not read; and the matrices of `down`.
+FOUR_BITS = {
+    "q4": lambda: (pairs, pairs, lambda numbers: Matrix.of_groups(q4.round_to_groups(numbers.t()), transposed=True)),
+    "q4_k": lambda: (supers, eight_bits, lambda numbers: Matrix.of_groups(supers_of(numbers.t()), transposed=True)),
+    "all that a file may have": lambda: (in_turn(supers, eight_bits, pairs), supers, eight_bits),
+}
 # (family, tokens, neurons): heads that are normalised or not, a scale of the embedding, biases.
 CASES = [
     ("qwen2", "a token", "full"),
@@ -321,6 +344,14 @@ CASES = [
 def test_a_pass_of_packed_weights_is_its_ops(isa, dtype, family, shape, kind, packed):
     each = Pass(family, shape, dtype, KINDS[kind], packed=PACKED[packed])
     each.check(each.layers.handle(_C), threads=2)
+
+
+@pytest.mark.parametrize("packed", FOUR_BITS)
+@pytest.mark.parametrize(("family", "shape", "kind"), CASES)
+def test_a_pass_of_four_bits_is_its_ops(isa, dtype, family, shape, kind, packed):
+    each = Pass(family, shape, dtype, KINDS[kind], packed=FOUR_BITS[packed]())
+    for threads in (1, 3):
+        each.check(each.layers.handle(_C), threads=threads)
 
 
 @pytest.mark.parametrize("packed", PACKED)

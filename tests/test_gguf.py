@@ -1,12 +1,17 @@
-"""GGUF files of every architecture, as llama.cpp's converter writes them: the model that comes out is the one that went in."""
+"""GGUF files of every architecture, as llama.cpp's converter writes them: the model that comes out is the one that went in; and
+files of four bits, read as they are."""
 
 import pytest
 import torch
 import transformers
 from model_files import llama3_divisors, tiny_llama, write_gguf
-from tiny import VOCAB, tiny
+from tiny import VOCAB, full_text, prompt, tiny
 
-from sirius_ext.models import gguf_files, hub
+from sirius_ext import Engine, SiriusConfig
+from sirius_ext.engine import prepare
+from sirius_ext.kernels import ops
+from sirius_ext.kernels.matrix import Format, Matrix
+from sirius_ext.models import gguf_files, gguf_tensors, hub
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -204,3 +209,154 @@ def test_divisors_that_are_nearly_llamas(load):
     divisors[3] *= 1 + 1e-4
     with pytest.raises(hub.ModelLoadError, match="and not as Llama 3.1 does; load its safetensors instead"):
         load(tiny("llama3"), tensors={"rope_freqs.weight": divisors})
+
+
+# ---------------------------------------------------------------------------------------------------- four bits, as they are
+
+# (model, changes of its config): rows of whole blocks, which are 256 weights of the K types.
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+K_WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+}
+FOUR_BITS = {
+    "llama, Q4_0": ("llama", WIDE | {"head_dim": 16}, lambda name: "Q4_0"),
+    "llama with biases, Q4_1": ("llama3", WIDE | {"head_dim": 16, "attention_bias": True}, lambda name: "Q4_1"),
+    "llama, Q4_K_M": ("llama", K_WIDE | {"head_dim": 32, "initializer_range": 0.12}, lambda name: q4_k_m(name)),
+    "qwen2, Q4_K_M": ("qwen2", K_WIDE | {"initializer_range": 0.12, "tie_word_embeddings": False}, lambda name: q4_k_m(name)),
+    "qwen3, of all": ("qwen3", K_WIDE | {"head_dim": 64, "initializer_range": 0.12}, lambda name: any_type(name)),
+    "phi3, Q4_0": ("phi3", WIDE | {"num_key_value_heads": 4}, lambda name: "Q8_0" if "attn_output" in name else "Q4_0"),
+    "gemma2, Q4_1": ("gemma2", WIDE | {"head_dim": 16}, lambda name: "Q5_0" if "ffn_up" in name else "Q4_1"),
+    "gemma3, Q4_0": ("gemma3", WIDE | {"head_dim": 32, "num_hidden_layers": 6}, lambda name: "F16" if "embd" in name else "Q4_0"),
+}
+FORMATS = {"Q4_0": "Q4", "Q4_1": "Q4", "Q4_K": "Q4_K"}
+
+
+def q4_k_m(name: str) -> str:
+    """As llama.cpp mixes them: some of v and down, and the head, have more bits."""
+    return "Q6_K" if name in ("blk.0.attn_v.weight", "blk.0.ffn_down.weight", "output.weight") else "Q4_K"
+
+
+def any_type(name: str) -> str:
+    """Another one for each of the first thirteen matrices."""
+    parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    if not name.startswith("blk."):
+        return "Q4_K"
+    _, layer, part, _ = name.split(".")
+    return gguf_tensors.TYPES[(int(layer) * len(parts) + parts.index(part)) % len(gguf_tensors.TYPES)]
+
+
+@pytest.fixture
+def write(cache, tmp_path):
+    def write(name):
+        base, changes, kinds = FOUR_BITS[name]
+        write_gguf(tmp_path / "tiny.gguf", tiny(base, **changes), kinds=kinds)
+        return tmp_path / "tiny.gguf"
+
+    return write
+
+
+def modules_of(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, "packed_format")}
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_four_bits_are_the_files_own(write, name):
+    """Each matrix of four bits has exactly the numbers that `gguf` makes of it, and each other one the nearest of eight bits."""
+    file = write(name)
+    model, tokenizer = hub.load_model(file, "fp32", progress=False, weights="q4")
+    plain, _ = hub.load_model(file, "fp32", progress=False)
+    assert tokenizer.eos_token_id == 1
+    assert model.config.to_dict().items() >= {key: getattr(plain.config, key) for key in ("hidden_size", "vocab_size")}.items()
+    kinds, header = FOUR_BITS[name][2], gguf_files.read_header(file)
+    names = gguf_tensors.Tensors(header, plain.config).names
+    modules, seen = modules_of(model), set()
+    for key, parameter in plain.named_parameters():
+        module, _, attribute = key.rpartition(".")
+        if module not in modules or attribute == "bias":
+            assert torch.equal(model.get_parameter(key), parameter), key
+            continue
+        kind, down = kinds(names[key]), key.endswith("down_proj.weight")
+        expected = parameter.data.t().contiguous() if down else parameter.data
+        form = modules[module].packed_format
+        assert form.name.removesuffix("_ACROSS") == FORMATS.get(kind, "Q8") and form.across == (down and form != Format.Q8)
+        matrix = Matrix.of_bytes(model.get_parameter(key).data, form, *expected.shape)
+        assert torch.equal(matrix.dense(), expected if kind in FORMATS else Matrix(expected).in_eight_bits().dense()), key
+        seen.add(kind)
+    assert seen == {kinds(own) for own in names.values() if "norm" not in own and own.endswith("weight")}
+    assert name != "qwen3, of all" or seen == set(gguf_tensors.TYPES)
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_four_bits_decode(write, name):
+    """F's logits are those of the file's numbers, but for the rounding of activations; and `match` is F's text."""
+    file, ids = write(name), prompt(40)
+    engine = Engine.from_pretrained(str(file), device="cpu", dtype=torch.float32, progress=False, weights="q4")
+    seen = []
+    settings = {"max_new_tokens": 1, "logits_processor": [lambda _, scores: seen.append(scores[0].clone()) or scores]}
+    engine.generate(ids, config=SiriusConfig(mode="full"), **settings)
+    plain, _ = hub.load_model(file, "fp32", progress=False)
+    expected = logits(plain, ids)[0, -1]
+    assert (seen[0] - expected).norm() < 0.2 * expected.norm()
+    text = full_text(engine, ids, 24)
+    for config in ({"period": 6, "density": 0.5}, {"period": 4, "tree_width": 3}, {"sparsity": "cascade", "period": 5}):
+        out = engine.generate(ids, config=SiriusConfig(accept="match", **config), max_new_tokens=24)
+        assert out.sequences[0, 40:].tolist() == text, config
+
+
+@pytest.mark.parametrize("isa", ops.available_isas())
+def test_four_bits_on_every_instruction_set(write, isa):
+    before = ops.isa()
+    ops.set_isa(isa)
+    try:
+        test_four_bits_decode(write, "qwen2, Q4_K_M")
+    finally:
+        ops.set_isa(before)
+
+
+def test_four_bits_are_packed_once(write, cache, monkeypatch):
+    file = write("llama, Q4_0")
+    first, _ = hub.load_model(file, "fp32", progress=False, weights="q4")
+    assert len(list((cache / "packed").iterdir())) == len(list((cache / "converted").iterdir())) == 1
+    monkeypatch.setattr(hub, "_convert", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("sirius_ext.models.packed._as_it_is", lambda *_: pytest.fail("packed again"))
+    again, _ = hub.load_model(file, "fp32", progress=False, weights="q4")
+    assert all(torch.equal(parameter, again.get_parameter(key)) for key, parameter in first.named_parameters())
+    view = prepare(again).weights.full
+    assert view.layers[0].down.format == Format.Q4_ACROSS and view.lm_head.format == Format.Q4
+
+
+@pytest.mark.parametrize("part", ["token_embd", "blk.1.ffn_down"])
+def test_a_type_that_is_not_supported(cache, tmp_path, part):
+    import gguf
+
+    model, file = tiny("llama", **WIDE, head_dim=16), tmp_path / "tiny.gguf"
+    write_gguf(file, model, kinds=lambda name: "Q4_0")
+    data, kinds = bytearray(file.read_bytes()), gguf.GGMLQuantizationType
+    at = data.index(f"{part}.weight".encode()) + len(f"{part}.weight") + 4 + 16  # after the number of dimensions, and both
+    assert int.from_bytes(data[at : at + 4], "little") == kinds.Q4_0
+    data[at : at + 4] = int(kinds.IQ4_NL).to_bytes(4, "little")
+    file.write_bytes(data)
+    supported = "supported are F32, F16, BF16, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q5_K, Q6_K"
+    with pytest.raises(hub.ModelLoadError, match=f"^model: cannot use '.*': {part}.weight is of ggml's type IQ4_NL; {supported}"):
+        hub.load_model(file, "fp32", progress=False, weights="q4")
+    assert not list((cache / "converted").iterdir()), "the tokenizer was read first"
+
+
+def test_four_bits_of_a_damaged_file(write, cache):
+    file = write("llama, Q4_0")
+    header = gguf_files.read_header(file)
+    data = bytearray(file.read_bytes())
+    at = header.tensors["blk.1.ffn_up.weight"].offset + 5 * 2 * 18  # a scale in row 5
+    data[at : at + 2] = b"\xff\xff"
+    file.write_bytes(data)
+    message = "^model: cannot use '.*': blk.1.ffn_up.weight: row 5 has scales that are not finite"
+    with pytest.raises(hub.ModelLoadError, match=message):
+        hub.load_model(file, "fp32", progress=False, weights="q4")
+    assert not list((cache / "packed").iterdir()), "half a file was left behind"
+    file.write_bytes(data[:-100])
+    with pytest.raises(hub.ModelLoadError, match="ends at byte .* of a file of"):
+        hub.load_model(file, "fp32", progress=False, weights="q4")

@@ -332,12 +332,12 @@ def test_gguf(cache, tmp_path, monkeypatch):
     assert torch.allclose(model(tokens).logits, expected(tokens).logits, atol=1e-5)
     (converted,) = (cache / "converted").iterdir()
 
-    read = hub._read_gguf
-    monkeypatch.setattr(hub, "_read_gguf", lambda *_: pytest.fail("converted again"))
+    read = hub._convert
+    monkeypatch.setattr(hub, "_convert", lambda *_: pytest.fail("converted again"))
     assert_same_weights(hub.load_model(file, dtype="fp32", progress=False)[0], expected)
 
     # A damaged conversion is made anew, another dtype gets its own.
-    monkeypatch.setattr(hub, "_read_gguf", read)
+    monkeypatch.setattr(hub, "_convert", read)
     (converted / "model.safetensors").write_bytes(b"cut short")
     assert_same_weights(hub.load_model(file, dtype="fp32", progress=False)[0], expected)
     assert_same_weights(hub.load_model(file, dtype="bf16", progress=False)[0], expected, torch.bfloat16)

@@ -16,7 +16,8 @@ namespace sirius::cpu {
 
 constexpr int kAhead = 32;  // as many rows as a kernel reads side by side at most
 
-// The rows of a matrix of one format, with input of element type T.
+// The rows of a matrix of one format, with input of element type T. What a format cannot do is null: rows that share scales are
+// only added up, other rows of four bits are only multiplied, and neither is written.
 struct MatrixKernels {
   // Rearranges x, T [m, k] with rows ldx apart, for `dot`. The packed form takes packed_size bytes and is 64-byte aligned.
   size_t (*packed_size)(int m, int k);
@@ -27,7 +28,7 @@ struct MatrixKernels {
 
   // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: [form.cols], n + kAhead
   // pointers. The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32). `begin`
-  // is one, too.
+  // is one, too. All rows of a call are of one group where `together` rows have their scales together (1: none do).
   void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
               float* acc, ptrdiff_t lda);
 
@@ -36,6 +37,8 @@ struct MatrixKernels {
 
   // row[c] = x[c], rounded; x: T [form.cols].
   void (*write)(const void* x, const RowForm& form, void* row);
+
+  int together = 1;
 };
 
 struct Kernels {

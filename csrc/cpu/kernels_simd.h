@@ -6,9 +6,9 @@
 #include "kernels.h"
 #include "simd.h"
 #if defined(__AVX2__)
-#include "q8_simd.h"
+#include "q4_simd.h"
 #else
-#include "q8.h"
+#include "q4.h"
 #endif
 
 namespace sirius::cpu {
@@ -365,23 +365,41 @@ inline const Kernels& table_of(Dtype dtype) {
 template <class T>
 constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_row<T>, write_row<T>};
 
-template <class T, bool kUpper>
-constexpr MatrixKernels q8_table = {
-    q8::packed_size,  q8::pack<T, kUpper>,
 #if defined(__AVX2__)
-    q8::dot<kUpper>,  q8::sum<T, kUpper>,
+template <class Form>
+constexpr auto packed_dot = q8::dot<Form>;
+template <class T, bool kUpper>
+constexpr auto q8_sum = q8::sum<T, kUpper>;
+template <class T, bool kSupers>
+constexpr auto q4_sum = q4::sum<T, kSupers>;
 #else
-    q8::dot_plain<kUpper>, q8::sum_plain<T, kUpper>,
+template <class Form>
+constexpr auto packed_dot = q8::dot_plain<Form>;
+template <class T, bool kUpper>
+constexpr auto q8_sum = q8::sum_plain<T, kUpper>;
+template <class T, bool kSupers>
+constexpr auto q4_sum = q4::sum_plain<T, kSupers>;
 #endif
-    q8::read<kUpper>, q8::write<T, kUpper>,
-};
 
-template <bool kUpper>
-const MatrixKernels& q8_table_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32: return q8_table<float, kUpper>;
-    case Dtype::f16: return q8_table<f16_t, kUpper>;
-    default: return q8_table<bf16_t, kUpper>;
+template <class T, bool kUpper, class Form = q8::Planes<kUpper>>
+constexpr MatrixKernels q8_table = {q8::packed_size,   q8::pack<T, Form>, packed_dot<Form>,
+                                    q8_sum<T, kUpper>, q8::read<kUpper>,  q8::write<T, kUpper>};
+
+template <class T, bool kSupers, class Form = q4::Groups<kSupers>>
+constexpr MatrixKernels q4_table = {q8::packed_size, q8::pack<T, Form>, packed_dot<Form>, nullptr, q4::read<kSupers>, nullptr};
+
+template <class T, bool kSupers>
+constexpr MatrixKernels across_table = {nullptr, nullptr, nullptr, q4_sum<T, kSupers>, nullptr, nullptr, q4::kGroup};
+
+template <class T>
+const MatrixKernels& packed_table_of(Format format) {
+  switch (format) {
+    case Format::q8: return q8_table<T, false>;
+    case Format::q8_upper: return q8_table<T, true>;
+    case Format::q4: return q4_table<T, false>;
+    case Format::q4_k: return q4_table<T, true>;
+    case Format::q4_across: return across_table<T, false>;
+    default: return across_table<T, true>;
   }
 }
 
@@ -390,8 +408,12 @@ inline const MatrixKernels& matrix_table_of(Format format, Dtype dtype) {
     case Format::f32: return plain_table<float>;
     case Format::f16: return plain_table<f16_t>;
     case Format::bf16: return plain_table<bf16_t>;
-    case Format::q8: return q8_table_of<false>(dtype);
-    default: return q8_table_of<true>(dtype);
+    default: break;
+  }
+  switch (dtype) {
+    case Dtype::f32: return packed_table_of<float>(format);
+    case Dtype::f16: return packed_table_of<f16_t>(format);
+    default: return packed_table_of<bf16_t>(format);
   }
 }
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 
 #include "isa.h"
 #include "ops.h"
@@ -11,7 +12,6 @@ void linear(const LinearParams& p) {
   const Kernels& k = kernels(p.dtype);
   const auto store = p.out_f32 ? k.store_f32 : k.store;
   const Dtype out_dtype = p.out_f32 ? Dtype::f32 : p.dtype;
-  const Products products(p.parts[0].weight, p.dtype, p.x, p.num_rows);
 
   // The parts' rows in one line; each thread takes an equal stretch of it, whatever part it falls in.
   const auto row_at = [&](int r) {
@@ -20,10 +20,15 @@ void linear(const LinearParams& p) {
     return part->weight.row(r);
   };
   const Range range = share(p.out_features, 16);
+  std::optional<Products> products;
+  Format format{};
   int start = 0;
   for (const Projection* part = p.parts; part < p.parts + p.num_parts; start += (part++)->weight.rows) {
     const int begin = std::max(range.begin, start), end = std::min(range.end, start + part->weight.rows);
-    products.each_chunk(part->weight, begin, end, range.end, row_at, [&](int j, int r, int n, const float* sums) {
+    if (begin >= end) continue;
+    if (!products || part->weight.format != format) products.emplace(part->weight, p.dtype, p.x, p.num_rows);
+    format = part->weight.format;
+    products->each_chunk(part->weight, begin, end, range.end, row_at, [&](int j, int r, int n, const float* sums) {
       const size_t at = size_t(j) * p.out_features + r;
       const void* bias = part->bias ? offset(part->bias, r - start, p.dtype) : nullptr;
       const void* residual = p.residual ? offset(p.residual, at, p.dtype) : nullptr;

@@ -12,6 +12,8 @@ namespace sirius::cpu {
 void gate_up(const GateUpParams& p) {
   const Kernels& k = kernels(p.dtype);
   const Products products(p.gate, p.dtype, p.x, p.num_rows);
+  const Products up_products =
+      p.up.format == p.gate.format ? products : Products(p.up, p.dtype, p.x, p.num_rows, Scratch::packed_again);
   float* gates = scratch<float>(Scratch::first, size_t(p.num_rows) * kChunk);
   float* ups = scratch<float>(Scratch::second, size_t(p.num_rows) * kChunk);
 
@@ -25,7 +27,7 @@ void gate_up(const GateUpParams& p) {
     rows.fill(i, n, gate_row, [&](int r) { return up_row(i + r); });
     products.dot(rows, p.gate.form(), n, gates);
     rows.fill(i, n, up_row, [&](int r) { return gate_row(i + n + r); });
-    products.dot(rows, p.up.form(), n, ups);
+    up_products.dot(rows, p.up.form(), n, ups);
     for (int j = 0; j < p.num_rows; ++j)
       k.activate(p.activation, gates + j * kChunk, ups + j * kChunk, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));
   }
@@ -166,13 +168,24 @@ void down(const DownParams& p) {
     const int begin = std::min(task % slices * slice_width, hidden), end = std::min(begin + slice_width, hidden);
     float* acc = p.workspace + task / slices * plane;
     for (int j = 0; j < p.num_rows; ++j) std::fill(acc + size_t(j) * hidden + begin, acc + size_t(j) * hidden + end, 0.0f);
-    const auto row_at = [&](int i) { return p.down.row(p.neurons ? p.neurons[i] : i); };
     static_assert(kChunk % 32 == 0, "sums may be cut at multiples of 32 rows only");
-    for (int i = first; i < last; i += kChunk) {
-      const int n = std::min(kChunk, last - i);
+    const auto neuron_at = [&](int i) { return p.neurons ? p.neurons[i] : i; };
+    const auto row_at = [&](int i) { return p.down.row(neuron_at(i)); };
+    const auto group_of = [&](int i) { return matrix.together == 1 ? 0 : neuron_at(i) / matrix.together; };
+    // Where the rows that are added up with row i end, of those before `limit`.
+    const auto end_of = [&](int i, int limit) {
+      if (matrix.together == 1) return std::min(i + kChunk, limit);
+      int next = i + 1;
+      while (next < std::min(i + matrix.together, limit) && group_of(next) == group_of(i)) ++next;
+      return next;
+    };
+    for (int i = first, next; i < last; i = next) {
+      next = end_of(i, last);
+      const int ahead = matrix.together == 1 || next == p.num_neurons ? p.num_neurons : end_of(next, p.num_neurons);
       Rows<> rows;
-      rows.fill(i, n, p.num_neurons, row_at);
-      matrix.sum(rows.pointers, n, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, p.down.form(), begin, end, acc, hidden);
+      rows.fill(i, next - i, ahead, row_at);
+      matrix.sum(rows.pointers, next - i, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, p.down.form(group_of(i)), begin,
+                 end, acc, hidden);
     }
   }
   sync();

@@ -10,10 +10,10 @@ namespace sirius::cpu {
 
 class Products {
  public:
-  // With rows of `matrix` and of others of its format; packs x, T [m, matrix.cols], for this thread.
-  Products(const Matrix& matrix, Dtype dtype, const void* x, int m)
+  // With rows of `matrix` and of others of its format; packs x, T [m, matrix.cols], for this thread, into memory of its own.
+  Products(const Matrix& matrix, Dtype dtype, const void* x, int m, Scratch memory = Scratch::packed)
       : kernels_(matrix_kernels(matrix.format, dtype)),
-        packed_(scratch<char>(Scratch::packed, kernels_.packed_size(m, matrix.cols))),
+        packed_(scratch<char>(memory, kernels_.packed_size(m, matrix.cols))),
         m_(m) {
     kernels_.pack(x, matrix.cols, m, matrix.cols, packed_);
   }

@@ -1,5 +1,6 @@
 // The products of matrices in eight bits, in two planes (csrc/q8.h): what all instruction sets have in common, and the bodies
-// for a CPU that has none of them, which are the explanation of q8_simd.h as well.
+// for a CPU that has none of them, which are the explanation of q8_simd.h as well. `dot` and what it needs are written for any
+// format with groups along its rows; q4.h adds those of four bits.
 //
 // Products are of integers. The input is rounded to 8 bits in groups of 32 with a scale each, as the weights were, and a
 // group's sum of integers is exact: only its conversion to float and the sum over the groups round. So the bits of a result
@@ -38,8 +39,8 @@ int start_of(int total) {
 // Up to kColumns rows of input. Rows that fill it up to a power of two are zero.
 struct Packed {
   int columns;
-  float* scales;    // [groups][columns]
-  int32_t* starts;  // [groups][columns]
+  float* scales;    // [groups][columns], times what the format's codes are too large by
+  int32_t* starts;  // [groups][columns]; of formats with minima, the bits of float sums of the rounded input
   int8_t* values;   // [groups][columns][32]
 
   static constexpr size_t bytes_of_group = sizeof(float) + sizeof(int32_t) + kGroup;
@@ -96,7 +97,7 @@ void load_group(const T* x, int n, float* values, float* largest, float* faults)
   *faults = reduce_add(odd);
 }
 
-template <class T, bool kUpper>
+template <class T, class Form>
 void pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
   for (int first = 0; first < m; first += kColumns) {
     const Packed to(packed, first, m, k);
@@ -113,8 +114,9 @@ void pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
           store_bytes(rounded, to.values + (g * to.columns + j) * kGroup + c);
           total = total + rounded;
         }
-        to.scales[g * to.columns + j] = scale_of(top, faults);
-        to.starts[g * to.columns + j] = start_of<kUpper>(int(reduce_add(total)));
+        const float scale = scale_of(top, faults);
+        to.scales[g * to.columns + j] = scale * Form::unit;
+        to.starts[g * to.columns + j] = Form::start(int(reduce_add(total)), scale);
       }
   }
 }
@@ -138,6 +140,21 @@ struct Row {
     const int at = c / kGroup * kGroupBytes + c % kGroupBytes, shift = c % kGroup / kGroupBytes * 4;
     return (upper[at] >> shift & 15) << 4 | (kUpper ? 0 : lower[at] >> shift & 15);
   }
+};
+
+// A format whose groups lie along its rows: what the bodies of `dot` know of it.
+template <bool kUpper>
+struct Planes {
+  using Row = q8::Row<kUpper>;
+  static constexpr bool has_lower = !kUpper;
+  static constexpr bool has_minimum = false;  // or a code that stands for zero
+  static constexpr float unit = 1.0f;         // a weight is scale * (unit * code), and so on
+
+  static int32_t start(int total, float) { return start_of<kUpper>(total); }
+
+  // Where a row's nibbles begin, and where the scales of its groups from the given one on, a multiple of 8.
+  static int header_bytes(int cols) { return scale_bytes(cols); }
+  static int header_at(int group) { return 2 * group; }
 };
 
 template <bool kUpper>
@@ -171,19 +188,20 @@ void write(const void* x, const RowForm& form, void* pointer) {
   }
 }
 
-template <bool kUpper>
+template <class Form>
 void dot_plain(const void* const* rows, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols;
   for (int i = 0; i < n; ++i) {
-    const Row<kUpper> row(rows[i], form);
+    const typename Form::Row row(rows[i], form);
     for (int j = 0; j < m; ++j) {
       const Packed x(packed, j / kColumns * kColumns, m, k);
       float sum = 0.0f;
       for (int g = 0; g < groups(k); ++g) {
         const int at = g * x.columns + j % kColumns;
-        int total = x.starts[at];
+        int total = Form::has_minimum ? 0 : x.starts[at];
         for (int c = 0; c < kGroup; ++c) total += row.code(g * kGroup + c) * x.values[at * kGroup + c];
         sum = std::fma(float(total) * x.scales[at], row.scale(g), sum);
+        if constexpr (Form::has_minimum) sum = std::fma(row.minimum(g), float_of(x.starts[at]), sum);
       }
       out[j * ldo + i] = sum;
     }

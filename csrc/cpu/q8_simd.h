@@ -271,45 +271,60 @@ struct Block {
   int group, groups;
 };
 
+// Scales of eight groups in as many rows as there are lanes.
+template <class Form>
+struct Header;
+
+template <bool kUpper>
+struct Header<Planes<kUpper>> {
+  Vec scales[8];
+
+  // at(r): where row r has them.
+  template <class At>
+  void read(const At& at) {
+    Ints turned[4];
+    turn(at, turned);
+    for (int i = 0; i < 4; ++i) halves(turned[i], scales + 2 * i, scales + 2 * i + 1);
+  }
+};
+
 // A block of kLanes rows of weights by M of input, added to sums. Meanwhile the block that comes after it is fetched.
-template <bool kUpper, int M>
+template <class Form, int M>
 void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums, bool fetch) {
-  const int upper_at = scale_bytes(form.cols);
+  const int upper_at = Form::header_bytes(form.cols);
   const int64_t lower_at = form.lower;
   Vec acc[M];
   for (int j = 0; j < M; ++j) acc[j] = sums[j];
-  Vec scales[8];
+  Header<Form> header;
   for (int step = 0; step < now.groups; ++step) {
     const int g = now.group + step;
-    if (step % 8 == 0) {
-      Ints turned[4];
-      turn([&](int r) { return now.rows[r] + 2 * g; }, turned);
-      for (int i = 0; i < 4; ++i) halves(turned[i], scales + 2 * i, scales + 2 * i + 1);
-    }
+    if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     if (fetch && step < next.groups) {  // a line holds four groups: a quarter of the rows at each
       const int at = next.group * kGroupBytes + step / 4 * 64;
       for (int r = step % 4; r < kLanes; r += 4) {
         if (step < 4)  // their scales
-          for (int line = 2 * next.group / 64 * 64; line < std::min(2 * (next.group + next.groups), upper_at); line += 64)
+          for (int line = Form::header_at(next.group) / 64 * 64;
+               line < std::min(Form::header_at(next.group + next.groups), upper_at); line += 64)
             prefetch_now(next.rows[r] + line);
         prefetch_now(next.rows[r] + upper_at + at);
-        if (!kUpper) prefetch_now(next.rows[r] + lower_at + at);
+        if (Form::has_lower) prefetch_now(next.rows[r] + lower_at + at);
       }
     }
     Ints uppers[4], lowers[4] = {};
     turn([&](int r) { return now.rows[r] + upper_at + g * kGroupBytes; }, uppers);
-    if constexpr (!kUpper) turn([&](int r) { return now.rows[r] + lower_at + g * kGroupBytes; }, lowers);
+    if constexpr (Form::has_lower) turn([&](int r) { return now.rows[r] + lower_at + g * kGroupBytes; }, lowers);
     Codes codes[8];
-    for (int i = 0; i < 4; ++i) split<kUpper>(uppers[i], lowers[i], codes + i, codes + 4 + i);
-    const Vec scale = scales[step % 8];
+    for (int i = 0; i < 4; ++i) split<!Form::has_lower>(uppers[i], lowers[i], codes + i, codes + 4 + i);
+    const Vec scale = header.scales[step % 8];
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const int at = g * M + j;
-      Sum<kUpper> sum(set(x.starts[at]));
+      Sum<!Form::has_lower> sum(set(Form::has_minimum ? 0 : x.starts[at]));
       const int8_t* values = x.values + at * kGroup;
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) sum.add_four(codes[i], values + 4 * i);
       acc[j] = fma(floats(sum.total()) * Vec::set(x.scales[at]), scale, acc[j]);
+      if constexpr (Form::has_minimum) acc[j] = fma(header.minima[step % 8], Vec::set(float_of(x.starts[at])), acc[j]);
     }
   }
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
@@ -318,7 +333,7 @@ void dot_block(const Block& now, const Block& next, const Packed& x, const RowFo
 // Up to kTiles * kLanes rows by M of input; what is read next stands after them.
 constexpr int kTiles = 64 / kLanes;
 
-template <bool kUpper, int M>
+template <class Form, int M>
 void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm& form, bool fetch, float* out, ptrdiff_t ldo,
               int wanted) {
   const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
@@ -330,13 +345,13 @@ void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm&
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
-      dot_block<kUpper, M>(block(t, group), next, x, form, sums[t], fetch);
+      dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
     }
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < wanted; ++j) store_upto(sums[t][j], out + j * ldo + t * kLanes, n - t * kLanes);
 }
 
-template <bool kUpper>
+template <class Form>
 void dot(const void* const* pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols;
   for (int i = 0; i < n; i += kTiles * kLanes) {
@@ -352,11 +367,11 @@ void dot(const void* const* pointers, int n, const void* packed, int m, const Ro
       const int wanted = std::min(m - j, kColumns);
       float* to = out + j * ldo + i;
       switch (x.columns) {
-        case 1: dot_rows<kUpper, 1>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 2: dot_rows<kUpper, 2>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 4: dot_rows<kUpper, 4>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 8: dot_rows<kUpper, 8>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        default: dot_rows<kUpper, 16>(rows, count, x, form, j == 0, to, ldo, wanted);
+        case 1: dot_rows<Form, 1>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 2: dot_rows<Form, 2>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 4: dot_rows<Form, 4>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        case 8: dot_rows<Form, 8>(rows, count, x, form, j == 0, to, ldo, wanted); break;
+        default: dot_rows<Form, 16>(rows, count, x, form, j == 0, to, ldo, wanted);
       }
     }
   }
@@ -372,13 +387,121 @@ constexpr int kTogether = 2;
 constexpr int kTogether = 1;
 #endif
 
+// Rows that are added up in integers, in groups of columns: what the formats have in common. A Block has the coefficients and
+// what the sums are to be multiplied with:
+//
+//   four(j, quad, lane)           for input row j, coefficients of rows 4 * quad and on, a byte each
+//   start(j, lane)                where the sum begins
+//   Join(block, j, at, lane)      and with it operator()(sum, v, before): what vector v of a group's columns becomes
+//
+// at: the group's number among those that `read` was called for; lane: as `add_groups` was told.
+template <class Block, bool kUpper>
+class ColumnSums {
+ protected:
+  explicit ColumnSums(int quads) : quads_(quads) {}
+
+  // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane. upper, lower: where the
+  // first one's nibbles are in a row.
+  void read(const uint8_t* const* rows, int64_t upper, int64_t lower, int n) {
+    for (int quad = 0; quad < quads_; ++quad, rows += 4) {
+      Ints uppers[kSpan][kHalf], lowers[kSpan][kHalf] = {};
+      interleave(rows, upper, n, uppers);
+      if constexpr (!kUpper) interleave(rows, lower, n, lowers);
+      for (int g = 0; g < kSpan; ++g)
+        for (int v = 0; v < kHalf; ++v)
+          split<kUpper>(uppers[g][v], lowers[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
+    }
+  }
+
+  // All rows of input by the n groups that were read, from `group` on; the lane of the first.
+  void add_groups(int group, int n, int lane, int end, float* acc, ptrdiff_t lda) const {
+    for (int i = 0; i < n; ++i) {
+      const int column = (group + i) * kGroup, columns = end - column;
+      if (columns >= kGroup)
+        add_group(i, lane + i, acc + column, lda);
+      else
+        add_part(i, lane + i, columns, acc + column, lda);
+    }
+  }
+
+  int m_ = 0;  // rows of input
+
+ private:
+  // Of n groups' 16 bytes of four rows: of each group vectors of its bytes in order, the four rows' in a lane.
+  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints out[kSpan][kHalf]) {
+    Ints x[4];
+    for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
+    const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
+    const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
+    const Ints fours[4] = {unpack_low16(a, c), unpack_high16(a, c), unpack_low16(b, d), unpack_high16(b, d)};
+    for (int v = 0; v < kHalf; ++v) {
+      Ints groups[kSpan];
+      cross(fours + v * kSpan, groups);
+      for (int g = 0; g < kSpan; ++g) out[g][v] = groups[g];
+    }
+  }
+
+  void add_group(int at, int lane, float* to, ptrdiff_t lda) const {
+    int j = 0;
+    for (; j + kTogether <= m_; j += kTogether) add_rows<kTogether>(j, at, lane, to + j * lda, lda);
+    if constexpr (kTogether > 4)
+      for (; j + 4 <= m_; j += 4) add_rows<4>(j, at, lane, to + j * lda, lda);
+    for (; j < m_; ++j) add_rows<1>(j, at, lane, to + j * lda, lda);
+  }
+
+  // The same for the last group, which has fewer columns.
+  void add_part(int at, int lane, int columns, float* to, ptrdiff_t lda) const {
+    alignas(64) float whole[kColumns][kGroup] = {};
+    for (int j = 0; j < m_; ++j) std::copy_n(to + j * lda, columns, whole[j]);
+    add_group(at, lane, whole[0], kGroup);
+    for (int j = 0; j < m_; ++j) std::copy_n(whole[j], columns, to + j * lda);
+  }
+
+  // J rows of input from j on.
+  template <int J>
+  void add_rows(int j, int at, int lane, float* to, ptrdiff_t lda) const {
+    constexpr int kVectors = 2 * kHalf;
+    const Block& block = static_cast<const Block&>(*this);
+    Sum<kUpper> sums[J][kVectors];
+#pragma GCC unroll 8
+    for (int each = 0; each < J; ++each)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[each][v] = Sum<kUpper>(set(block.start(j + each, lane)));
+    for (int quad = 0; quad < quads_; ++quad) {
+      const Codes* codes = codes_[at][quad];
+#pragma GCC unroll 8
+      for (int each = 0; each < J; ++each) {
+        const Ints x = set(block.four(j + each, quad, lane));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[each][v].add(codes[v], x);
+      }
+    }
+#pragma GCC unroll 8
+    for (int each = 0; each < J; ++each) {
+      const typename Block::Join join(block, j + each, at, lane);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* columns = to + each * lda + kLanes * v;
+        join(floats(sums[each][v].total()), v, Vec::load(columns)).store(columns);
+      }
+    }
+  }
+
+  const int quads_;
+  Codes codes_[kSpan][kRows / 4][2 * kHalf];
+};
+
 // Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
 template <class T, bool kUpper>
-class SumBlock {
+class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
+  using Base = ColumnSums<SumBlock, kUpper>;
+  friend Base;
+  using Base::m_;
+
  public:
   // rows: count + kAhead.
   SumBlock(const void* const* rows, int count, const RowForm& form)
-      : count_(count), upper_(scale_bytes(form.cols)), lower_(form.lower) {
+      : Base(kRows / 4), count_(count), upper_(scale_bytes(form.cols)), lower_(form.lower) {
     for (int r = 0; r < kRows; ++r) {
       rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
@@ -409,19 +532,23 @@ class SumBlock {
       for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
         const int group = g + part, n = std::min(kSpan, last - group);
         if (first) prefetch(group);
-        read(group, n);
-        for (int i = 0; i < n; ++i) {
-          const int column = (group + i) * kGroup, columns = end - column;
-          if (columns >= kGroup)
-            add_group(i, part + i, acc + column, lda);
-          else
-            add_part(i, part + i, columns, acc + column, lda);
-        }
+        Base::read(rows_, upper_ + group * kGroupBytes, lower_ + group * kGroupBytes, n);
+        Base::add_groups(group, n, part, end, acc, lda);
       }
     }
   }
 
  private:
+  int four(int j, int quad, int lane) const { return rounded_[j][quad][lane]; }
+  int start(int j, int lane) const { return starts_[j][lane]; }
+
+  struct Join {
+    const Vec scale;
+
+    Join(const SumBlock& block, int j, int, int lane) : scale(Vec::set(block.group_scales_[j][lane])) {}
+    Vec operator()(Vec sum, int, Vec before) const { return fma(sum, scale, before); }
+  };
+
   // The coefficients of kLanes groups from g on as integers, and what they are to be multiplied with.
   void round_coefficients(int g) {
     Vec scale[kRows], largest = Vec::set(0.0f);
@@ -456,89 +583,14 @@ class SumBlock {
     if (!kUpper) fetch(lower_ + group * kGroupBytes);
   }
 
-  // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane.
-  void read(int group, int n) {
-    for (int quad = 0; quad < kRows / 4; ++quad) {
-      const uint8_t* const* rows = rows_ + 4 * quad;
-      Ints uppers[kSpan][kHalf], lowers[kSpan][kHalf] = {};
-      interleave(rows, upper_ + group * kGroupBytes, n, uppers);
-      if constexpr (!kUpper) interleave(rows, lower_ + group * kGroupBytes, n, lowers);
-      for (int g = 0; g < kSpan; ++g)
-        for (int v = 0; v < kHalf; ++v)
-          split<kUpper>(uppers[g][v], lowers[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
-    }
-  }
-
-  // Of n groups' 16 bytes of four rows: of each group vectors of its bytes in order, the four rows' in a lane.
-  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints out[kSpan][kHalf]) {
-    Ints x[4];
-    for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
-    const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
-    const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
-    const Ints fours[4] = {unpack_low16(a, c), unpack_high16(a, c), unpack_low16(b, d), unpack_high16(b, d)};
-    for (int v = 0; v < kHalf; ++v) {
-      Ints groups[kSpan];
-      cross(fours + v * kSpan, groups);
-      for (int g = 0; g < kSpan; ++g) out[g][v] = groups[g];
-    }
-  }
-
-  // All rows of input by the group that was read as number `at`, and whose coefficients stand in lane `lane`.
-  void add_group(int at, int lane, float* to, ptrdiff_t lda) const {
-    int j = 0;
-    for (; j + kTogether <= m_; j += kTogether) add_rows<kTogether>(j, at, lane, to + j * lda, lda);
-    if constexpr (kTogether > 4)
-      for (; j + 4 <= m_; j += 4) add_rows<4>(j, at, lane, to + j * lda, lda);
-    for (; j < m_; ++j) add_rows<1>(j, at, lane, to + j * lda, lda);
-  }
-
-  // The same for the last group, which has fewer columns.
-  void add_part(int at, int lane, int columns, float* to, ptrdiff_t lda) const {
-    alignas(64) float whole[kColumns][kGroup] = {};
-    for (int j = 0; j < m_; ++j) std::copy_n(to + j * lda, columns, whole[j]);
-    add_group(at, lane, whole[0], kGroup);
-    for (int j = 0; j < m_; ++j) std::copy_n(whole[j], columns, to + j * lda);
-  }
-
-  // J rows of input from j on.
-  template <int J>
-  void add_rows(int j, int at, int lane, float* to, ptrdiff_t lda) const {
-    constexpr int kVectors = 2 * kHalf;
-    Sum<kUpper> sums[J][kVectors];
-#pragma GCC unroll 8
-    for (int each = 0; each < J; ++each)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[each][v] = Sum<kUpper>(set(starts_[j + each][lane]));
-    for (int quad = 0; quad < kRows / 4; ++quad) {
-      const Codes* codes = codes_[at][quad];
-#pragma GCC unroll 8
-      for (int each = 0; each < J; ++each) {
-        const Ints x = set(rounded_[j + each][quad][lane]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[each][v].add(codes[v], x);
-      }
-    }
-#pragma GCC unroll 8
-    for (int each = 0; each < J; ++each) {
-      const Vec scale = Vec::set(group_scales_[j + each][lane]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* columns = to + each * lda + kLanes * v;
-        fma(floats(sums[each][v].total()), scale, Vec::load(columns)).store(columns);
-      }
-    }
-  }
-
   const uint8_t *rows_[kRows], *next_[kRows];
   const int count_, upper_;
   const int64_t lower_;
-  int m_ = 0;
   alignas(64) float coefficients_[kColumns][kRows];
   float scales_[kColumns];
   // By groups: the coefficients as integers, four rows in one, and so on.
   alignas(64) int32_t rounded_[kColumns][kRows / 4][kLanes], starts_[kColumns][kLanes];
   alignas(64) float group_scales_[kColumns][kLanes];
-  Codes codes_[kSpan][kRows / 4][2 * kHalf];
 };
 
 template <class T, bool kUpper>

@@ -88,7 +88,20 @@ inline Range share(int n, int grain = 1) {
 }
 
 // Per-thread buffers that only grow, so that a decode step allocates nothing once it has run.
-enum class Scratch { normed, packed, first, second, probabilities, accumulator, pointers, neurons, taken_neurons, taken, count };
+enum class Scratch {
+  normed,
+  packed,
+  packed_again,
+  first,
+  second,
+  probabilities,
+  accumulator,
+  pointers,
+  neurons,
+  taken_neurons,
+  taken,
+  count
+};
 
 template <class T>
 T* scratch(Scratch which, size_t n) {

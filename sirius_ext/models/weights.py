@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..kernels import products
-from ..kernels.dispatch import check_device
+from ..kernels.dispatch import check_device, is_cuda
 from ..kernels.matrix import Format, Matrix
 from ..kernels.ops import DTYPES
 from .families import Family, check_supported, describe
@@ -56,7 +56,7 @@ class View:
     lm_head: Matrix
 
     def in_four_bits(self) -> View:
-        """Of matrices in eight bits their upper halves, which takes no memory; of others copies."""
+        """Of matrices in eight bits their upper halves and in four themselves, which takes no memory; of plain ones copies."""
 
         def less(part: object) -> object:
             if isinstance(part, Matrix):
@@ -111,14 +111,14 @@ class Weights:
         self.dtype, self.device = body.norm.weight.dtype, body.norm.weight.device
         self._check_placement(model)
 
-        self.embedding = _matrix(body.embed_tokens.weight, self.description.hidden)
+        self.embedding = _matrix(body.embed_tokens, self.vocab, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
         self.full = View(
             [self._layer(layer, index) for index, layer in enumerate(body.layers)],
             self.embedding
             if model.lm_head.weight is body.embed_tokens.weight
-            else _matrix(model.lm_head.weight, self.description.hidden),
+            else _matrix(model.lm_head, self.vocab, self.description.hidden),
         )
         self._addresses = _addresses(model)
 
@@ -134,7 +134,7 @@ class Weights:
 
     @property
     def packed(self) -> bool:
-        """Whether the matrices are in eight bits."""
+        """Whether the matrices are bytes, of which S reads four bits a weight."""
         return not self.lm_head.plain
 
     @functools.cached_property
@@ -154,7 +154,7 @@ class Weights:
 
         def projection(name: str) -> Projection:
             linear = layer.get_submodule(name)
-            matrix = _matrix(linear.weight, linear.in_features)
+            matrix = _matrix(linear, linear.out_features, linear.in_features)
             return Projection(matrix, None if linear.bias is None else _plain(linear.bias))
 
         if family.fused:
@@ -177,7 +177,7 @@ class Weights:
             output=projection("self_attn.o_proj"),
             gate=gate,
             up=up,
-            down=_transposed(layer.mlp.down_proj.weight, d.hidden),
+            down=_transposed(layer.mlp.down_proj, d.intermediate, d.hidden),
             window=d.windows[index],
             rope=d.ropes[index],
         )
@@ -329,16 +329,22 @@ def restore(model: Any) -> None:
             weight.data = weight.data.contiguous()
 
 
-def _matrix(parameter: nn.Parameter, cols: int) -> Matrix:
-    """A weight [rows, cols], whose rows may be packed into bytes (`models.packed`)."""
-    data = _plain(parameter)
-    return Matrix(data, (Format.Q8, cols)) if data.dtype == torch.uint8 else Matrix(data)
+def _matrix(module: Any, rows: int, cols: int) -> Matrix:
+    """A module's weight [rows, cols], which may be packed (`models.packed`)."""
+    data = _plain(module.weight)
+    form: Format | None = getattr(module, "packed_format", None)
+    if form is None:
+        return Matrix(data)
+    if form.four_bits and is_cuda(data.device):
+        raise ValueError("model: weights in four bits (q4) are for the CPU; on a CUDA device load them with weights='q8'")
+    return Matrix.of_bytes(data, form, rows, cols)
 
 
-def _transposed(parameter: nn.Parameter, hidden: int) -> Matrix:
+def _transposed(module: Any, intermediate: int, hidden: int) -> Matrix:
     """down_proj, neuron by neuron: [I, H]."""
+    parameter = module.weight
     if parameter.dtype == torch.uint8:  # it is packed that way
-        return _matrix(parameter, hidden)
+        return _matrix(module, intermediate, hidden)
     if not parameter.data.t().is_contiguous():
         parameter.data = parameter.data.t().contiguous().t()
     return Matrix(parameter.data.t())

@@ -1,0 +1,381 @@
+"""The formats of four bits (csrc/q4.h): the numbers that they hold, and the ops that multiply them. The CUDA kernels do not read
+them yet, and say so."""
+
+import math
+
+import pytest
+import torch
+from backends import (
+    PACKED_CPU_BACKENDS,
+    U,
+    activation_error,
+    assert_close,
+    assert_same_bits,
+    in_turns,
+    neuron_lists,
+    poisoned,
+    randn,
+    sum_error,
+    using,
+    walled,
+)
+from test_q8 import TINY, everything, rounded
+
+from sirius_ext.kernels import ops, q4, q8, reference
+from sirius_ext.kernels.matrix import Format, Matrix
+
+# (rows, in, out): groups and headers that are whole and broken, one tile of rows and more, blocks of 48 groups and more.
+SHAPES = [
+    (1, 1, 1), (1, 64, 31), (2, 31, 33), (3, 160, 17), (5, 72, 129), (7, 257, 64), (9, 1096, 20), (16, 40, 63), (17, 264, 33),
+    (33, 33, 15), (1, 1600, 16),
+]  # fmt: skip
+MLP_SHAPES = [(1, 1, 1), (2, 31, 100), (7, 151, 63), (9, 1096, 40), (16, 40, 33), (17, 64, 31)]
+LISTS = list(neuron_lists(8))
+
+
+@pytest.fixture(params=PACKED_CPU_BACKENDS)
+def cpu_kernels(request):
+    """As everywhere, and instruction sets that differ in these formats alone."""
+    with using(request.param) as module:
+        yield module
+
+
+@pytest.fixture(params=[False, True], ids=["pairs", "supers"])
+def supers(request):
+    return request.param
+
+
+def groups_of(rows: int, cols: int, supers: bool) -> q4.Groups:
+    """Random ones, with all codes and fields, and scales of both signs."""
+    count, codes = q8.groups(cols), torch.randint(16, (rows, cols), dtype=torch.uint8)
+    if not supers:
+        return q4.Groups(codes, (torch.randn(rows, count, 2) * torch.tensor([0.1, 1.0])).half())
+    pairs = (torch.randn(rows, math.ceil(count / 8), 2) * torch.tensor([0.003, 0.02])).half()
+    return q4.Groups(codes, pairs, torch.randint(64, (rows, count, 2), dtype=torch.uint8))
+
+
+def size_of(weight: q4.Groups) -> torch.Tensor:
+    """What a weight's two terms amount to before they cancel out: float32 [rows, cols]."""
+    return q4.Groups(torch.full_like(weight.codes, 15), weight.pairs.abs(), negated(weight.fields)).numbers().abs() + (
+        q4.Groups(torch.zeros_like(weight.codes), weight.pairs, weight.fields).numbers().abs()
+    )
+
+
+def negated(fields: torch.Tensor | None) -> torch.Tensor | None:
+    return fields if fields is None else torch.stack((fields[..., 0], torch.zeros_like(fields[..., 1])), -1)
+
+
+def among_faults(matrix: Matrix, neurons: torch.Tensor | None = None) -> Matrix:
+    """A copy with bytes of 255 before, between and after its rows, and in those not listed, and after the shared scales: as a
+    scale they are NaN."""
+    rows, width = matrix.data.shape
+    wide = torch.full((rows + 2, width + 48 - width % 16), 255, dtype=torch.uint8)
+    selected = slice(None) if neurons is None else neurons.long()
+    wide[1:-1][selected, 16 : 16 + width] = matrix.data[selected]
+    shared = None
+    if matrix.shared is not None:
+        size = matrix.shared.numel()
+        shared = torch.full((size + 128,), 255, dtype=torch.uint8)[64 : 64 + size].copy_(matrix.shared)
+    return Matrix(wide[1:-1, 16 : 16 + width], matrix.packed, shared)
+
+
+# --------------------------------------------------------------------------------------------------------------------- numbers
+
+
+def nibble(data: bytes, at: int, place: int) -> int:
+    return data[at + place % 16] >> place // 16 * 4 & 15
+
+
+def half(data: bytes, at: int) -> torch.Tensor:
+    return torch.tensor(list(data[at : at + 2]), dtype=torch.uint8).view(torch.float16)[0].float()
+
+
+def field(data: bytes, at: int, number: int) -> int:
+    """Number `number` of six bits of a header: of dwords 1 to 3 four each, and four of their tops together."""
+    place, shift = divmod(number * 6, 24)
+    dwords = [int.from_bytes(data[at + 4 * i : at + 4 * i + 4], "little") for i in (1, 2, 3)]
+    tops = sum((dword >> 24) << 8 * i for i, dword in enumerate(dwords))
+    return ([*dwords, tops][place] >> shift) & 63
+
+
+def weight_along(data: bytes, c: int, cols: int, supers: bool) -> torch.Tensor:
+    group, at = c // 32, 16 * math.ceil(q8.groups(cols) / (8 if supers else 4))
+    code = nibble(data, at + 16 * group, c % 32)
+    if not supers:
+        return half(data, 4 * group) * code + half(data, 4 * group + 2)
+    header, place = group // 8 * 16, group % 8
+    d, e = half(data, header), half(data, header + 2)
+    return d * field(data, header, 2 * place) * code - e * field(data, header, 2 * place + 1)
+
+
+def weight_across(row: bytes, shared: bytes, r: int, c: int, cols: int, supers: bool) -> torch.Tensor:
+    columns, group, code = 32 * q8.groups(cols), r // 32, nibble(row, c // 32 * 16, c % 32)
+    if not supers:
+        at = 4 * (group * columns + c)
+        return half(shared, at) * code + half(shared, at + 2)
+    start = group // 8 * 20 * columns
+    d, e = half(shared, start + 4 * c), half(shared, start + 4 * c + 2)
+    s, m = shared[start + (4 + group % 8 * 2) * columns + 2 * c :][:2]
+    return d * s * code - e * m
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 1), (3, 33), (2, 128), (2, 161), (3, 300), (2, 545)])
+def test_where_everything_lies(rows, cols, supers):
+    weight = groups_of(rows, cols, supers)
+    matrix, numbers = Matrix.of_groups(weight), weight.numbers()
+    assert matrix.shape == (rows, cols) and matrix.stride % 16 == 0 and matrix.nbytes == matrix.data.numel()
+    assert torch.equal(matrix.dense(), numbers)
+    for r in range(rows):
+        row = bytes(matrix.data[r].tolist())
+        assert torch.equal(torch.stack([weight_along(row, c, cols, supers) for c in range(cols)]), numbers[r])
+    down = Matrix.of_groups(weight, transposed=True)
+    assert down.shape == (cols, rows) and down.stride % 16 == 0
+    assert down.nbytes == down.bytes.numel() == down.data.numel() + q4.shared_bytes(cols, rows, supers)
+    assert torch.equal(down.dense(), numbers.t())
+    shared = bytes(down.shared.tolist())
+    for r in range(cols):
+        row = bytes(down.data[r].tolist())
+        found = torch.stack([weight_across(row, shared, r, c, rows, supers) for c in range(rows)])
+        assert torch.equal(found, numbers[:, r])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_tensor_holds_all_of_a_matrix(supers, transposed):
+    matrix = Matrix.of_groups(groups_of(40, 70, supers), transposed)
+    again = Matrix.of_bytes(matrix.bytes, matrix.format, *matrix.shape)
+    assert again.shape == matrix.shape and torch.equal(again.dense(), matrix.dense())
+
+
+@pytest.mark.parametrize("cols", [1, 31, 32, 33, 255, 257])
+def test_numbers_are_rounded_to_the_nearest_code(cols):
+    weight = torch.randn(7, cols) * torch.logspace(-3, 3, 7)[:, None]
+    weight[3], weight[4] = 0.0, 0.25
+    found = q4.round_to_groups(weight)
+    scales, minima = (each.float().repeat_interleave(32, 1)[:, :cols] for each in found.pairs.unbind(-1))
+    # Half a code, and what rounding the scale and the minimum has left.
+    allowed = 0.5 * scales + 15 * (scales.abs() * 2.0**-11 + 2.0**-25) + minima.abs() * 2.0**-11 + 2.0**-25
+    assert ((found.numbers() - weight).abs() <= allowed * (1 + 8 * U)).all()
+    assert torch.equal(found.numbers()[3:5], weight[3:5])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])
+def test_numbers_that_cannot_be_packed(value):
+    weight = torch.zeros(3, 40)
+    weight[1, 35] = value
+    with pytest.raises(ValueError, match="^expected finite weights of at most 65504, row 1 has others"):
+        q4.round_to_groups(weight)
+
+
+# ------------------------------------------------------------------------------------------------------------ products of rows
+
+
+def product_error(weight: q4.Groups, rows=slice(None)):
+    """Of products of rows, of which each is a sum of two: codes, and the minimum."""
+
+    def error(x, _):
+        terms = x.abs() @ size_of(weight)[rows].T
+        return sum_error(terms, 2 * x.shape[1])
+
+    return error
+
+
+@pytest.mark.parametrize(("shape", "extras"), in_turns(3, SHAPES, ["plain", "bias", "residual"]), ids=str)
+def test_linear_against_reference(cpu_kernels, dtype, supers, shape, extras):
+    m, width, rows = shape
+    x, groups = walled(randn(m, width, dtype=dtype)), groups_of(rows, width, supers)
+    matrix = Matrix.of_groups(groups)
+    bias = walled(randn(rows, dtype=dtype)) if extras == "bias" else None
+    residual = walled(randn(m, rows, dtype=dtype)) if extras == "residual" else None
+    seen, weight = rounded(x.float()), groups.numbers()
+    exact, error = seen @ weight.T, product_error(groups)(seen, weight)
+    for extra in (bias, residual):
+        if extra is not None:
+            exact = exact + extra.float()
+            error = error + 8 * U * (exact.abs() + extra.float().abs())
+    out = poisoned(m, rows, dtype=dtype)
+    cpu_kernels.linear(x, among_faults(matrix), bias, residual, out=out.tensor)
+    assert_close(out.check(), exact, error)
+    wide = poisoned(m, rows, dtype=torch.float32)
+    cpu_kernels.linear(x, matrix, bias, residual, out_dtype=torch.float32, out=wide.tensor)
+    assert_close(wide.check(), exact, error)
+
+
+@pytest.mark.parametrize(("shape", "kind"), in_turns(3, MLP_SHAPES, LISTS), ids=str)
+def test_gate_up_against_reference(cpu_kernels, dtype, supers, shape, kind):
+    m, hidden, intermediate = shape
+    neurons, x = neuron_lists(intermediate)[kind], walled(randn(m, hidden, dtype=dtype))
+    groups = [groups_of(intermediate, hidden, supers) for _ in "gu"]
+    rows = slice(None) if neurons is None else neurons.long()
+    seen, dense = rounded(x.float()), [each.numbers()[rows] for each in groups]
+    exact = reference.gate_up(seen, *dense)
+    gate_error, up_error = (product_error(each, rows) for each in groups)
+    error = activation_error(
+        seen, dense[0], "silu", dense[1], lambda x, weight: (gate_error if weight is dense[0] else up_error)(x, weight)
+    )
+    out = poisoned(*exact.shape, dtype=dtype)
+    listed = None if neurons is None else walled(neurons)
+    gate, up = (among_faults(Matrix.of_groups(each), neurons) for each in groups)
+    cpu_kernels.gate_up(x, gate, up, listed, out=out.tensor)
+    assert_close(out.check(), exact, error)
+
+
+@pytest.mark.parametrize("shape", MLP_SHAPES, ids=str)
+def test_gate_and_up_against_reference(cpu_kernels, dtype, supers, shape):
+    m, hidden, intermediate = shape
+    neurons, x = neuron_lists(intermediate)["odd"], walled(randn(m, hidden, dtype=dtype))
+    groups = [groups_of(intermediate, hidden, supers) for _ in "gu"]
+    gate, up = map(Matrix.of_groups, groups)
+    seen, dense = rounded(x.float()), [each.numbers() for each in groups]
+    gates = poisoned(m, intermediate, dtype=torch.float32)
+    cpu_kernels.gate(x, among_faults(gate), out=gates.tensor)
+    error = activation_error(seen, dense[0], "silu", dot_error=product_error(groups[0]))
+    assert_close(gates.check(), reference.gate(seen, dense[0]), error)
+    exact = reference.up(seen, dense[1], gates.tensor, neurons)
+    error = gates.tensor[:, neurons.long()].abs() * product_error(groups[1], neurons.long())(seen, None)
+    out = poisoned(m, len(neurons), dtype=dtype)
+    cpu_kernels.up(x, among_faults(up, neurons), gates.tensor, neurons, out=out.tensor)
+    assert_close(out.check(), exact, error + 2 * U * exact.abs() + TINY)
+    assert_same_bits(out.tensor, cpu_kernels.gate_up(x, gate, up, neurons))
+
+
+@pytest.mark.parametrize("m", [1, 3, 17])
+def test_gate_and_up_of_two_formats(cpu_kernels, dtype, m):
+    """A file may have any format for each of its matrices."""
+    x, neurons = randn(m, 151, dtype=dtype), torch.arange(70, dtype=torch.int32)
+    eight = Matrix(torch.randn(70, 151)).in_eight_bits()
+    matrices = [Matrix.of_groups(groups_of(70, 151, supers)) for supers in (False, True)]
+    for gate, up in ((matrices[0], eight), (eight, matrices[1]), (matrices[1], eight.in_four_bits())):
+        assert_same_bits(cpu_kernels.gate_up(x, gate, up), cpu_kernels.up(x, up, cpu_kernels.gate(x, gate), neurons))
+
+
+# ------------------------------------------------------------------------------------------------------------- rows added up
+
+# (rows, intermediate, hidden)
+DOWN_SHAPES = [
+    (1, 1, 1), (1, 64, 31), (2, 33, 100), (3, 151, 129), (5, 1134, 33), (7, 63, 64), (16, 129, 151), (17, 300, 260), (33, 31, 96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "kind"), in_turns(2, DOWN_SHAPES, LISTS), ids=str)
+def test_down_against_reference(cpu_kernels, dtype, supers, shape, kind):
+    """Coefficients that are rounded to 127, 0 and -127: then nothing is lost."""
+    m, intermediate, hidden = shape
+    neurons = neuron_lists(intermediate)[kind]
+    kept = slice(None) if neurons is None else neurons.long()
+    groups = groups_of(hidden, intermediate, supers)
+    matrix, weight, size = Matrix.of_groups(groups, transposed=True), groups.numbers().T[kept], size_of(groups).T[kept]
+    x = torch.randint(-1, 2, (m, len(weight))).to(dtype)
+    residual = walled(randn(m, hidden, dtype=dtype)) if kind in ("one", "odd") else None
+    exact, terms = x.float() @ weight, x.float().abs() @ size
+    error = sum_error(terms, 2 * len(weight)) + 8 * U * terms  # of 127 times 1 / 127
+    if residual is not None:
+        exact = exact + residual.float()
+        error = error + 8 * U * (exact.abs() + residual.float().abs())
+    out = poisoned(m, hidden, dtype=dtype)
+    listed = None if neurons is None else walled(neurons)
+    cpu_kernels.down(walled(x), among_faults(matrix, neurons), listed, residual, out=out.tensor)
+    assert_close(out.check(), exact, error)
+
+
+@pytest.mark.parametrize("shape", [(1, 400, 96), (5, 33, 200), (17, 129, 64)], ids=str)
+def test_down_of_any_numbers(cpu_kernels, dtype, supers, shape):
+    """The coefficients are rounded to eight bits for each group of 32 neurons, as the input of other products is."""
+    m, intermediate, hidden = shape
+    x, groups = randn(m, intermediate, dtype=dtype), groups_of(hidden, intermediate, supers)
+    seen = rounded(x.float())
+    terms = seen.abs() @ size_of(groups).T
+    out = cpu_kernels.down(x, Matrix.of_groups(groups, transposed=True))
+    assert_close(out, seen @ groups.numbers().T, sum_error(terms, 2 * intermediate) + 8 * U * terms)
+
+
+# ----------------------------------------------------------------------------------------------------------------- all of them
+
+
+def three(supers, width=151):
+    along = [Matrix.of_groups(groups_of(65, width, supers)) for _ in "gu"]
+    return [*along, Matrix.of_groups(groups_of(width, 65, supers), transposed=True)]
+
+
+@pytest.mark.parametrize("width", [151, 200])
+def test_batch_invariance(cpu_kernels, dtype, supers, width):
+    x, z, matrices = randn(33, width, dtype=dtype), randn(33, 65, dtype=dtype), three(supers, width)
+    single = zip(*(everything(cpu_kernels, *rows, matrices) for rows in zip(x[:17].split(1), z[:17].split(1))))
+    alone = [torch.cat(outs) for outs in single]
+    for m in (2, 8, 9, 17, 33):
+        for out, expected in zip(everything(cpu_kernels, x[:m], z[:m], matrices), alone):
+            assert_same_bits(out[:17], expected[:m])
+
+
+def test_thread_invariance(cpu_kernels, dtype, supers):
+    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(supers)
+    torch.set_num_threads(1)
+    one = everything(cpu_kernels, x, z, matrices)
+    torch.set_num_threads(3)
+    for out, expected in zip(everything(cpu_kernels, x, z, matrices), one):
+        assert_same_bits(out, expected)
+
+
+def test_rows_that_stand_apart(cpu_kernels, dtype, supers):
+    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(supers)
+    apart = [among_faults(matrix) for matrix in matrices]
+    for out, expected in zip(everything(cpu_kernels, x, z, apart), everything(cpu_kernels, x, z, matrices)):
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_so(cpu_kernels, dtype, supers, value):
+    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(supers)
+    x[1, 150] = z[1, 2] = value
+    for out in everything(cpu_kernels, x, z, matrices):
+        assert not out[1].isfinite().any()
+        assert out[::2].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_errors():
+    x = torch.zeros(2, 40)
+    along, down = (Matrix.of_groups(groups_of(*shape, False), shape[0] == 4) for shape in ((3, 40), (4, 40)))
+    for data, message in (
+        (along.data[:, :-16], r"^weight: expected shape \[any, 48\], got \[3, 32\]"),
+        (along.data.flatten(), r"^weight: expected shape \[any, 48\], got \[144\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.linear(x, Matrix(data, (Format.Q4, 40)))
+    with pytest.raises(TypeError, match="^weight: expected torch.uint8"):
+        ops.linear(x, Matrix(along.data.float(), (Format.Q4, 40)))
+    with pytest.raises(ValueError, match="^weight: expected a matrix of the format Q4_ACROSS with its shared scales, got none"):
+        ops.down(x, Matrix(down.data, down.packed))
+    with pytest.raises(ValueError, match=r"^weight: shared: expected shape \[256\], got \[255\]"):
+        ops.down(x, Matrix(down.data, down.packed, down.shared[1:]))
+
+
+def test_groups_that_lie_the_other_way():
+    x = torch.zeros(2, 40)
+    along, across = (Matrix.of_groups(groups_of(40, 40, True), transposed) for transposed in (False, True))
+    for op in (ops.linear, ops.gate, lambda x, weight: ops.gate_up(x, weight, along)):
+        with pytest.raises(
+            ValueError, match="^(weight|gate): expected groups along the rows, which are multiplied, got Q4_K_ACR"
+        ):
+            op(x, across)
+    with pytest.raises(ValueError, match="^up: expected groups along the rows"):
+        ops.gate_up(x, along, across)
+    with pytest.raises(ValueError, match="^weight: expected groups across the rows, which are added up, got Q4_K"):
+        ops.down(x, along)
+
+
+def test_cuda_says_that_it_does_not_read_them(cuda_functions, supers):
+    x, (gate, up, down) = torch.zeros(2, 40), three(supers, 40)
+    neurons = torch.arange(3, dtype=torch.int32)
+    for op in (
+        lambda: ops.linear(x, gate),
+        lambda: ops.gate_up(x, gate, up),
+        lambda: ops.gate(x, gate),
+        lambda: ops.up(x, up, torch.zeros(2, 65), neurons),
+        lambda: ops.down(torch.zeros(2, 65), down),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^(weight|gate): expected a format that the CUDA kernels read .* got Q4.*for the CPU"
+        ):
+            op()
