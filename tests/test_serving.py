@@ -16,6 +16,7 @@ import urllib.parse
 import openai
 import pytest
 import schemathesis
+import serve as bench
 import served
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -441,6 +442,13 @@ def test_its_own_description(address, path, mode):
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
     run()
+
+
+def test_the_benchmark_counts_what_comes(address, scheduler):
+    before = scheduler.totals.tokens
+    found = bench.measure(address, served.NAME, clients=3, tokens=7, first=0)
+    assert found["clients"] == 3 and scheduler.totals.tokens - before == 21
+    assert found["first_token_seconds"] > 0 and found["tokens_per_second"] > 0
 
 
 # -------------------------------------------------------------------------------------------------- a process of its own
