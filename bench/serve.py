@@ -20,7 +20,7 @@ from rich.table import Table
 from sirius_ext.models.hub import default_model_path
 
 CLIENTS = (1, 2, 4, 8)
-PROMPT = "Tell the story of a lighthouse keeper in {} paragraphs, in plain words. "
+PROMPT = "{} lighthouse keepers meet. Tell their story in plain words."  # no two begin alike
 
 
 def serve_ours(model: Path, threads: int, arguments: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
@@ -35,7 +35,9 @@ def serve_ours(model: Path, threads: int, arguments: Sequence[str]) -> tuple[sub
 
 def serve_llama_cpp(model: Path, threads: int) -> tuple[subprocess.Popen[str], str]:
     """llama.cpp's server, through the PyPI package xllamacpp, in a process of its own."""
-    process = subprocess.Popen([sys.executable, __file__, "--peer", str(model), str(threads)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--peer", str(model), str(threads)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     address = next(line for line in process.stdout if line.startswith("http")).strip()
     return process, address
@@ -47,7 +49,7 @@ def _peer(model: str, threads: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.n_ctx, params.n_parallel, params.port = 2048 * max(CLIENTS), max(CLIENTS), 0
+    params.n_ctx, params.n_parallel, params.cache_prompt, params.port = 2048 * max(CLIENTS), max(CLIENTS), False, 0
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()

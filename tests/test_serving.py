@@ -16,6 +16,7 @@ import urllib.parse
 import openai
 import pytest
 import schemathesis
+import serve as bench
 import served
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -443,6 +444,13 @@ def test_its_own_description(address, path, mode):
     run()
 
 
+def test_the_benchmark_counts_what_comes(address, scheduler):
+    before = scheduler.totals.tokens
+    found = bench.measure(address, served.NAME, clients=3, tokens=7, first=0)
+    assert found["clients"] == 3 and scheduler.totals.tokens - before == 21
+    assert found["first_token_seconds"] > 0 and found["tokens_per_second"] > 0
+
+
 # -------------------------------------------------------------------------------------------------- a process of its own
 
 
@@ -490,14 +498,14 @@ def test_a_thousand_requests_take_no_more_memory(process):
 
 
 def test_sigterm_lets_answers_end(process):  # the last one
-    """Those that have begun; new ones are told 503. Then the process ends, with status 0."""
+    """Those that have begun or wait; new ones are told 503. Then the process ends, with status 0."""
     started, address = process
     assert served.NAME in send(address, "/v1/models")[1]
-    response = slow(address)
+    responses = [slow(address) for _ in range(4)]
     started.send_signal(signal.SIGTERM)
-    while (refused := send(address, "/v1/chat/completions", chat_body(max_tokens=1))[0]) == 200:
-        pass
-    rest = response.read().decode()
-    assert len(re.findall(r'"finish_reason": "(length|stop)"', rest)) == 16
-    assert rest.rstrip().endswith("data: [DONE]")
-    assert started.wait(60) == 0 and refused == 503
+    _when(lambda: send(address, "/health")[0] == 503, "the signal was not heard")
+    assert send(address, "/v1/chat/completions", chat_body(max_tokens=1))[0] == 503
+    for response in responses:
+        rest = response.read().decode()
+        assert len(re.findall('"finish_reason": "(length|stop)"', rest)) == 16 and rest.rstrip().endswith("data: [DONE]")
+    assert started.wait(60) == 0
