@@ -8,8 +8,7 @@
 //
 //   q4    as they are, f16 both: Q4_1, and Q4_0 with minimum = -8 * scale. 5 bits a weight
 //   q4_k  for eight groups together f16 d and e, and for each group numbers s and m of 6 bits: scale = d * s, minimum = -e * m.
-//   As
-//         Q4_K, 4.5 bits a weight
+//         As Q4_K, 4.5 bits a weight
 //
 // Rows whose groups lie along them, for `dot`. What comes first is 16 bytes for every four groups (q4) or eight (q4_k), so that a
 // reader of many rows side by side gets it as it gets nibbles, and the rest of the row is read straight on:

@@ -1,5 +1,6 @@
 """The page in a real browser, over the default model: it sends, streams, stops, switches, and says what is wrong."""
 
+import os
 import shutil
 
 import pytest
@@ -29,7 +30,9 @@ def address(scheduler):
 @pytest.fixture(scope="module")
 def browser():
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert found, "the page's tests need a browser; on Debian: apt install chromium"
+    if not found:
+        missing = "the page was not tested, since there is no browser; on Debian: apt install chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     with sync_playwright() as playwright:
         made = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield made

@@ -12,7 +12,8 @@ from transformers import GenerationMixin
 
 from ..config import SiriusConfig
 from ..decoding.stats import PromptStats, Stats
-from ..engine import GREEDY, Engine, encode, release
+from ..engine import GREEDY, Engine, encode, prepare, release
+from ..kernels.matrix import Format
 from .streamer import KeepingStreamer
 from .terminal import Console
 
@@ -56,13 +57,14 @@ class Row:
 def run(engine: Engine, packed: Engine | None, model_name: str, max_new_tokens: int) -> int:
     """Decode the prompts every way, streaming, and end with a table. Returns 1 if `match` and Full differ, else 0.
 
-    packed: the same model in eight bits; if there is one, Sirius decodes with it, and `engine` is there to compare with.
+    packed: the same model in eight or four bits; if there is one, Sirius decodes with it, and `engine` is there to compare with.
     """
     console = Console(soft_wrap=True, highlight=False)
     base, fast = engine.config, packed or engine
     full = [Row("Full", fast, replace(base, mode="full"))]
     if packed is not None:
-        full = [Row("Full, 16 bits", engine, replace(base, mode="full")), Row("Full, 8 bits", packed, full[0].config)]
+        bits = 8 if prepare(packed.model).weights.layers[0].gate.format == Format.Q8 else 4
+        full = [Row("Full, 16 bits", engine, replace(base, mode="full")), Row(f"Full, {bits} bits", packed, full[0].config)]
     corrected = [Row(f"Sirius, {rule}", fast, replace(base, accept=rule)) for rule in ("threshold", "match")]
     rows = [Row("transformers", engine, None), *full, Row("CSparse", fast, replace(base, mode="sparse")), *corrected]
     chat = engine.tokenizer is not None and engine.tokenizer.chat_template is not None

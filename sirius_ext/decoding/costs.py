@@ -64,7 +64,7 @@ def _key(model: Model, sparse: tuple[object, ...]) -> str:
     """What the costs depend on. sparse: the settings of S."""
     w = model.weights
     backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
-    parts = (w.fingerprint()[:16], "q8" if w.packed else "plain", w.dtype, backend, _processor(), torch.get_num_threads())
+    parts = (w.fingerprint()[:16], w.layers[0].gate.format.name, w.dtype, backend, _processor(), torch.get_num_threads())
     return " ".join(map(str, (*parts, *sparse)))
 
 
