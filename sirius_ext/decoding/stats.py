@@ -53,6 +53,11 @@ class Period:
         """Of S."""
         return self.drafted - self.copied
 
+    @property
+    def replaced(self) -> bool:
+        """Whether F rejected a token of S and put its own in the place."""
+        return self.passes > 0 and self.accepted < min(self.drafted, self.committed)
+
 
 class _Metrics:
     """The metrics of SPEC section 7 over `periods`; None where there is nothing to count."""
@@ -85,7 +90,7 @@ class _Metrics:
     def corrected_fraction(self) -> float | None:
         """Tokens of S rejected and replaced / tokens committed by verifications."""
         committed = sum(period.committed for period in self.periods)
-        replaced = sum(period.accepted < min(period.drafted, period.committed) and period.passes > 0 for period in self.periods)
+        replaced = sum(period.replaced for period in self.periods)
         return replaced / committed if committed else None
 
     @property

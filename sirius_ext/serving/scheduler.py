@@ -125,7 +125,8 @@ class Job:
         pieces += [""] * (len(step.tokens) - len(pieces))  # a token that ends the text adds nothing
         scores: list[Score] | list[None] = step.scores or [None] * len(step.tokens)
         own = "sparse" if self.ask.request.config.mode == "sparse" else "full"
-        drafts = "draft" if self.ask.request.config.mode == "sirius" else "copy"
+        # What S has not proposed, F has copied.
+        drafts = "draft" if step.period is not None and step.period.passes else "copy"
         tokens = [
             Token(token, piece, drafts if place < step.accepted else own, score)
             for place, (token, piece, score) in enumerate(zip(step.tokens, pieces, scores))
@@ -193,7 +194,7 @@ class Totals:
         if (period := step.period) is None:
             return
         self.committed += period.committed
-        self.corrected += period.accepted < min(period.drafted, period.committed)
+        self.corrected += period.replaced
         if not period.cut:
             self.advances += 1
             self.advanced += period.committed
