@@ -1,5 +1,5 @@
 """The server against llama.cpp's, on the same model file: seconds to the first token, and tokens per second, by the number of
-clients that ask at once."""
+clients that ask at once; and of a conversation, seconds to the first token turn by turn."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from sirius_ext.models.hub import default_model_path
 
 CLIENTS = (1, 2, 4, 8)
 PROMPT = "{} lighthouse keepers meet. Tell their story in plain words."  # no two begin alike
+TURN = "And what does keeper number {} say to that?"
+
+Messages = list[dict[str, str]]
 
 
 def serve_ours(model: Path, threads: int, arguments: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
@@ -55,11 +58,15 @@ def _peer(model: str, threads: int) -> None:
     sys.stdin.read()
 
 
-def ask(address: str, model: str, number: int, tokens: int) -> tuple[float, float, int]:
-    """One streamed answer: seconds to its first token and to its end, and its tokens."""
+def question(number: int) -> Messages:
+    return [{"role": "user", "content": PROMPT.format(number + 2)}]
+
+
+def ask(address: str, model: str, messages: Messages, tokens: int) -> tuple[float, float, int, str]:
+    """One streamed answer: seconds to its first token and to its end, its tokens, and its text."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": PROMPT.format(number + 2)}],
+        "messages": messages,
         "max_tokens": tokens,
         "temperature": 0,
         "stream": True,
@@ -68,7 +75,7 @@ def ask(address: str, model: str, number: int, tokens: int) -> tuple[float, floa
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    started, first, count = time.perf_counter(), None, 0
+    started, first, count, text = time.perf_counter(), None, 0, ""
     with urllib.request.urlopen(request, timeout=600) as response:
         for line in response:
             if not line.startswith(b"data: {"):
@@ -76,16 +83,28 @@ def ask(address: str, model: str, number: int, tokens: int) -> tuple[float, floa
             event = json.loads(line[6:])
             if event.get("usage"):
                 count = event["usage"]["completion_tokens"]
-            if first is None and event["choices"] and event["choices"][0]["delta"].get("content"):
+            piece = event["choices"] and event["choices"][0]["delta"].get("content")
+            if piece and first is None:
                 first = time.perf_counter() - started
-    return first or float("nan"), time.perf_counter() - started, count
+            text += piece or ""
+    return first or float("nan"), time.perf_counter() - started, count, text
+
+
+def converse(address: str, model: str, turns: int, tokens: int, first: int) -> list[float]:
+    """A conversation: seconds to the first token of every turn. first: the number of its first question."""
+    messages, waits = question(first), []
+    for turn in range(turns):
+        wait, _, _, text = ask(address, model, messages, tokens)
+        waits.append(wait)
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": TURN.format(turn + 1)}]
+    return waits
 
 
 def measure(address: str, model: str, clients: int, tokens: int, first: int) -> dict[str, float]:
     """So many clients at once, each with a prompt of its own, none of which was asked before. first: the first one's number."""
-    found: list[tuple[float, float, int]] = []
+    found: list[tuple[float, float, int, str]] = []
     threads = [
-        threading.Thread(target=lambda n=number: found.append(ask(address, model, n, tokens)))
+        threading.Thread(target=lambda n=number: found.append(ask(address, model, question(n), tokens)))
         for number in range(first, first + clients)
     ]
     started = time.perf_counter()
@@ -110,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=10, help="of the conversation")
     parser.add_argument("--without-peer", action="store_true", help="ours alone, without xllamacpp")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options, more = parser.parse_known_args(arguments)  # the others are for `sirius serve`
@@ -118,16 +138,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     servers = {"sirius": serve_ours(model, options.threads, more)}
     if not options.without_peer:
         servers["llama.cpp"] = serve_llama_cpp(model, options.threads)
-    results = []
+    results, conversations = [], []
     try:
         number = 0
         for _, address in servers.values():
-            ask(address, model.name, 1000, 8)  # warm
+            ask(address, model.name, question(1000), 8)  # warm
         for _ in range(options.rounds):
             for clients in options.clients:
                 for name, (_, address) in servers.items():
                     results.append({"server": name, **measure(address, model.name, clients, options.tokens, number)})
                 number += clients
+        for name, (_, address) in servers.items():
+            waits = converse(address, model.name, options.turns, 48, number)
+            conversations.append({"server": name, "first_token_seconds": waits})
     finally:
         for process, _ in servers.values():
             process.kill()
@@ -142,8 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
         table.add_row(*row)
     console.print(table)
+    for each in conversations:
+        waits = ", ".join(f"{seconds:.2f}" for seconds in each["first_token_seconds"])
+        console.print(f"{each['server']}: seconds to the first token of each turn of a conversation: {waits}")
     if options.out:
-        save(options.out, {"machine": machine(), "model": model.name, "arguments": more, "results": results})
+        found = {"results": results, "conversations": conversations}
+        save(options.out, {"machine": machine(), "benchmark": "serve", "model": model.name, "arguments": more, **found})
     return 0
 
 

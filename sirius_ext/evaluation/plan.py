@@ -96,7 +96,7 @@ class Plan:
             del settings[name]
         if settings["draft_weights"] == "auto":  # results from before there was a choice may be gone on with
             del settings["draft_weights"]
-        four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights != "plain")
+        four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights == "q8")
         if settings["density"] == "auto" and not four_bits:  # where it is the same in all modes
             settings["density"] = self.base.density_with(False)
         weights = {"weights": self.weights} if self.weights != "plain" else {}
