@@ -47,7 +47,7 @@ class SiriusConfig:
         takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, "same" elsewhere.
     lookup: copy from the text: tokens that followed the last ones earlier in prompt, text or draft join the next pass, and stay
         where they are what the model chooses. The text is the same, in fewer passes. For chains of csparse and for the full model
-        alone, decoded greedily; "auto" copies where S drafts such chains with period="auto".
+        alone, decoded greedily; "auto" copies on the CPU where S drafts such chains with period="auto".
 
     Raises TypeError or ValueError that names the field.
     """

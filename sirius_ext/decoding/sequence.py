@@ -80,11 +80,16 @@ class Request:
             raise ValueError(f"period: expected at most {window}, this model's sliding window, got {longest}")
         return longest
 
+    def copies(self, model: Model) -> bool:
+        """Whether tokens are copied from the text. On a GPU they are only if that is asked for: every number of copies at every
+        place of a draft is a graph of its own, which is captured when it is first needed."""
+        return self.config.copies and (self.config.lookup is True or model.device.type == "cpu")
+
     def tree(self, model: Model) -> Tree:
         """An empty one, for the drafts of this text."""
         if self.config.mode == "sirius":
             return Tree(self.longest_period(model) - 1, self.config.tree_width)
-        if not self.config.copies:
+        if not self.copies(model):
             return Tree(0, 1)
         # Copies after x0, none of them so far on that it does not see x0, and what is chosen after them.
         window = model.weights.description.narrowest
@@ -171,9 +176,9 @@ class Sequence:
         config, prompt = request.config, request.prompt
         self._rule = rule_of(config, request.sample, request.generator)
         self._sparsity: CSparse | FSparse | None = None
-        self._lookup = Lookup(prompt.tolist()) if config.copies else None
+        self._lookup = Lookup(prompt.tolist()) if request.copies(model) else None
         self._tree = request.tree(model)
-        verifies = config.mode == "full" and config.copies  # F alone, what is copied
+        verifies = config.mode == "full" and self._lookup is not None  # F alone, what is copied
         density = 1.0
         if config.mode != "full":
             self._sparsity = sparsity_of(config, model.weights, request.thresholds)
