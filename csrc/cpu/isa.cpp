@@ -21,9 +21,8 @@ struct Isa {
 
 #ifdef SIRIUS_HAVE_AVX2
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-#endif
 
-// Of a subleaf of CPUID's leaf 7.
+// Of a subleaf of CPUID's leaf 7, which says what the compiler's own test does not know.
 struct Leaf7 {
   unsigned eax, ebx, ecx, edx;
 
@@ -31,6 +30,7 @@ struct Leaf7 {
     __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   }
 };
+#endif
 
 #ifdef SIRIUS_HAVE_AVXVNNI
 bool has_avxvnni() { return has_avx2() && (Leaf7(1).eax >> 4 & 1); }

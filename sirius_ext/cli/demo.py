@@ -13,7 +13,6 @@ from transformers import GenerationMixin
 from ..config import SiriusConfig
 from ..decoding.stats import PromptStats, Stats
 from ..engine import GREEDY, Engine, encode, prepare, release
-from ..kernels.matrix import Format
 from .streamer import KeepingStreamer
 from .terminal import Console
 
@@ -63,7 +62,7 @@ def run(engine: Engine, packed: Engine | None, model_name: str, max_new_tokens: 
     base, fast = engine.config, packed or engine
     full = [Row("Full", fast, replace(base, mode="full"))]
     if packed is not None:
-        bits = 8 if prepare(packed.model).weights.layers[0].gate.format == Format.Q8 else 4
+        bits = 4 if prepare(packed.model).weights.layers[0].gate.format.four_bits else 8
         full = [Row("Full, 16 bits", engine, replace(base, mode="full")), Row(f"Full, {bits} bits", packed, full[0].config)]
     corrected = [Row(f"Sirius, {rule}", fast, replace(base, accept=rule)) for rule in ("threshold", "match")]
     rows = [Row("transformers", engine, None), *full, Row("CSparse", fast, replace(base, mode="sparse")), *corrected]

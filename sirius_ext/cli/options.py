@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config import ACCEPT_RULES, DRAFT_WEIGHTS, SPARSITIES, SiriusConfig
+from ..config import ACCEPT_RULES, COLDEST, DRAFT_WEIGHTS, SPARSITIES, SiriusConfig
 from ..decoding.calibrate import read_thresholds
 from ..engine import GREEDY, check_threads
 from ..models.hub import DEFAULT_MODEL, parse_dtype, parse_weights
@@ -22,7 +22,6 @@ DEFAULTS = SiriusConfig()
 MODE_CHOICES = ("full", *SPARSITIES, "sirius")
 # And what is drawn with where they are not given.
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
-COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
 TOKENS = integer_in(1, 2**31 - 1)
 FIELDS = (
     "sparsity",

@@ -8,7 +8,6 @@ import torch
 
 from ..config import SiriusConfig
 from ..kernels import ops
-from ..kernels.matrix import Format
 from ..models.weights import Weights
 from ..runtime.passes import Kind
 
@@ -31,7 +30,7 @@ def four_bits(config: SiriusConfig, weights: Weights) -> bool:
 
 def density_of(config: SiriusConfig, weights: Weights) -> float:
     """The share of the neurons that S keeps. Of weights in four bits S has no cheaper view."""
-    return config.density_with(four_bits(config, weights) and weights.layers[0].gate.format not in (Format.Q4, Format.Q4_K))
+    return config.density_with(four_bits(config, weights) and not weights.layers[0].gate.format.four_bits)
 
 
 def cascade_neurons(density: float, intermediate: int) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from ..config import SiriusConfig
+from ..config import COLDEST, SiriusConfig
 from ..engine import GREEDY, encode_messages, prepare
 from .guard import Guard, error_body
 from .metrics import SchedulerCollector
@@ -33,7 +33,6 @@ from .scheduler import Ask, Event, Job, Listener, QueueFull, Scheduler, Stopping
 from .text import TokenNames
 
 PAGE = Path(__file__).parent / "page"
-COLDEST = 1e-6  # a temperature below this draws nothing but the likeliest token
 GIVEN_UP = 499  # what nginx logs for a client that has left; nobody reads it
 
 
@@ -270,7 +269,7 @@ class _Service:
         """How to decode, and the temperature, 0 if the likeliest tokens are taken."""
         given, base = body.sirius.given(), self.scheduler.engine.config
         temperature = self.options.temperature if body.temperature is None else body.temperature
-        temperature = temperature if temperature >= COLDEST else 0.0
+        temperature = temperature if temperature >= COLDEST else 0.0  # a colder one draws nothing but the likeliest
         if temperature:
             if given.get("accept", "sample") != "sample" and given.get("mode", base.mode) == "sirius":
                 message = f"sirius.accept: {given['accept']!r} is for temperature 0; with one above it is 'sample'"
