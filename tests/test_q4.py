@@ -19,7 +19,14 @@ from backends import (
     using,
     walled,
 )
-from test_q8 import TINY, everything, rounded
+from test_q8 import (
+    TINY,
+    check_batch_invariance,
+    check_faults_stay,
+    check_thread_invariance,
+    check_views,
+    rounded,
+)
 
 from sirius_ext.kernels import ops, q4, q8, reference
 from sirius_ext.kernels.matrix import Format, Matrix
@@ -298,37 +305,21 @@ def three(supers, width=151):
 
 @pytest.mark.parametrize("width", [151, 200])
 def test_batch_invariance(cpu_kernels, dtype, supers, width):
-    x, z, matrices = randn(33, width, dtype=dtype), randn(33, 65, dtype=dtype), three(supers, width)
-    single = zip(*(everything(cpu_kernels, *rows, matrices) for rows in zip(x[:17].split(1), z[:17].split(1))))
-    alone = [torch.cat(outs) for outs in single]
-    for m in (2, 8, 9, 17, 33):
-        for out, expected in zip(everything(cpu_kernels, x[:m], z[:m], matrices), alone):
-            assert_same_bits(out[:17], expected[:m])
+    check_batch_invariance(cpu_kernels, dtype, three(supers, width), width)
 
 
 def test_thread_invariance(cpu_kernels, dtype, supers):
-    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(supers)
-    torch.set_num_threads(1)
-    one = everything(cpu_kernels, x, z, matrices)
-    torch.set_num_threads(3)
-    for out, expected in zip(everything(cpu_kernels, x, z, matrices), one):
-        assert_same_bits(out, expected)
+    check_thread_invariance(cpu_kernels, dtype, three(supers))
 
 
 def test_rows_that_stand_apart(cpu_kernels, dtype, supers):
-    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(supers)
-    apart = [among_faults(matrix) for matrix in matrices]
-    for out, expected in zip(everything(cpu_kernels, x, z, apart), everything(cpu_kernels, x, z, matrices)):
-        assert_same_bits(out, expected)
+    matrices = three(supers)
+    check_views(cpu_kernels, dtype, matrices, list(map(among_faults, matrices)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so(cpu_kernels, dtype, supers, value):
-    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(supers)
-    x[1, 150] = z[1, 2] = value
-    for out in everything(cpu_kernels, x, z, matrices):
-        assert not out[1].isfinite().any()
-        assert out[::2].isfinite().all()
+    check_faults_stay(cpu_kernels, dtype, three(supers), value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- errors

@@ -304,9 +304,9 @@ def three(form, width=151):
     return [packed(torch.randn(65, width), form) for _ in range(3)]
 
 
-@pytest.mark.parametrize("width", [151, 200])
-def test_batch_invariance(kernels, dtype, form, width):
-    x, z, matrices = randn(33, width, dtype=dtype), randn(33, 65, dtype=dtype), three(form, width)
+def check_batch_invariance(kernels, dtype, matrices, width):
+    """A row's bits are the same among others and alone."""
+    x, z = randn(33, width, dtype=dtype), randn(33, 65, dtype=dtype)
     single = zip(*(everything(kernels, *rows, matrices) for rows in zip(x[:17].split(1), z[:17].split(1))))
     alone = [torch.cat(outs) for outs in single]
     for m in (2, 8, 9, 17, 33):
@@ -314,21 +314,45 @@ def test_batch_invariance(kernels, dtype, form, width):
             assert_same_bits(out[:17], expected[:m])
 
 
-def test_thread_invariance(cpu_kernels, dtype, form):
-    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(form)
+def check_thread_invariance(kernels, dtype, matrices):
+    x, z = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype)
     torch.set_num_threads(1)
-    one = everything(cpu_kernels, x, z, matrices)
+    one = everything(kernels, x, z, matrices)
     torch.set_num_threads(3)
-    for out, expected in zip(everything(cpu_kernels, x, z, matrices), one):
+    for out, expected in zip(everything(kernels, x, z, matrices), one):
         assert_same_bits(out, expected)
+
+
+def check_views(kernels, dtype, matrices, views):
+    """Views of the matrices give what they give."""
+    x, z = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype)
+    for out, expected in zip(everything(kernels, x, z, views), everything(kernels, x, z, matrices)):
+        assert_same_bits(out, expected)
+
+
+def check_faults_stay(kernels, dtype, matrices, value):
+    """A row of input that is not finite, and no other, gives what is not."""
+    x, z = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype)
+    x[1, 150] = z[1, 2] = value
+    for out in everything(kernels, x, z, matrices):
+        assert not out[1].isfinite().any()
+        assert out[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [151, 200])
+def test_batch_invariance(kernels, dtype, form, width):
+    check_batch_invariance(kernels, dtype, three(form, width), width)
+
+
+def test_thread_invariance(cpu_kernels, dtype, form):
+    check_thread_invariance(cpu_kernels, dtype, three(form))
 
 
 def test_rows_that_stand_apart(kernels, dtype, form):
     """Among them the upper half of a matrix in eight bits."""
-    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(form)
-    for views in ([among_faults(matrix) for matrix in matrices], [in_itself(matrix) for matrix in matrices]):
-        for out, expected in zip(everything(kernels, x, z, views), everything(kernels, x, z, matrices)):
-            assert_same_bits(out, expected)
+    matrices = three(form)
+    for view in (among_faults, in_itself):
+        check_views(kernels, dtype, matrices, list(map(view, matrices)))
 
 
 def in_itself(matrix: Matrix) -> Matrix:
@@ -341,11 +365,7 @@ def in_itself(matrix: Matrix) -> Matrix:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so(kernels, dtype, form, value):
-    x, z, matrices = randn(3, 151, dtype=dtype), randn(3, 65, dtype=dtype), three(form)
-    x[1, 150] = z[1, 2] = value
-    for out in everything(kernels, x, z, matrices):
-        assert not out[1].isfinite().any()
-        assert out[::2].isfinite().all()
+    check_faults_stay(kernels, dtype, three(form), value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- errors
