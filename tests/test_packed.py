@@ -16,7 +16,7 @@ from sirius_ext import Engine, SiriusConfig, _simt, attach, generate
 from sirius_ext.decoding.sparsity import sparse_density
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import ops, q4, q8
-from sirius_ext.kernels.matrix import Format
+from sirius_ext.kernels.matrix import Format, Matrix
 from sirius_ext.models.packed import load_packed, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,9 +37,9 @@ def same_numbers(name, dtype=torch.float32, weights="q8"):
             if weights == "q4" and not key.endswith(("embed_tokens", "lm_head")):
                 numbers = q4.round_to_groups(weight).numbers()
             elif key.endswith("down_proj"):
-                numbers = q8.decode(q8.encode(weight.t()), weight.shape[0]).t()
+                numbers = Matrix(weight.t().contiguous()).in_eight_bits().dense().t()
             else:
-                numbers = q8.decode(q8.encode(weight), weight.shape[1])
+                numbers = Matrix(weight).in_eight_bits().dense()
             module.weight.data = numbers.to(dtype).contiguous()
     if model.config.tie_word_embeddings:
         model.tie_weights()
