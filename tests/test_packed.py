@@ -17,7 +17,7 @@ from sirius_ext.decoding.sparsity import sparse_density
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import ops, q4, q8
 from sirius_ext.kernels.matrix import Format, Matrix
-from sirius_ext.models.packed import load_packed, pack
+from sirius_ext.models.packed import Checkpoint, load_packed, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,7 +257,8 @@ def test_progress(folder, tmp_path):
 
     seen = []
     config = AutoConfig.from_pretrained(folder)
-    load_packed(folder, config, torch.float32, tmp_path, on_progress=lambda total, done: seen.append((total, done)))
+    source = Checkpoint(folder, config, torch.float32)
+    load_packed(source, tmp_path, lambda total, done: seen.append((total, done)))
     assert [done for _, done in seen] == list(range(1, len(seen) + 1)) and seen[-1][0] == len(seen)
 
 

@@ -25,6 +25,16 @@ class Format(enum.IntEnum):
     Q4_ACROSS = 7
     Q4_K_ACROSS = 8
 
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Format:
+        """The plain one of float32, float16 or bfloat16."""
+        return _PLAIN[dtype]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of a plain one."""
+        return next((dtype for dtype, form in _PLAIN.items() if form == self), None)
+
     @property
     def across(self) -> bool:
         """Of four bits, whether 32 rows have their scales together. Such rows are only added up, others only multiplied."""
@@ -41,7 +51,9 @@ class Format(enum.IntEnum):
         return self >= Format.Q4
 
     def row_bytes(self, cols: int) -> int:
-        """Of a row, or of a row of one of Q8's planes, in a format that is not plain."""
+        """Of a row, or of a row of one of Q8's planes."""
+        if self.dtype is not None:
+            return self.dtype.itemsize * cols
         if not self.four_bits:
             return q8.row_bytes(cols)
         return q8.GROUP_BYTES * q8.groups(cols) if self.across else q4.row_bytes(cols, self.supers)
@@ -98,7 +110,7 @@ class Matrix:
 
     @property
     def format(self) -> Format:
-        return _PLAIN[self.data.dtype] if self.packed is None else self.packed[0]
+        return Format.of(self.data.dtype) if self.packed is None else self.packed[0]
 
     @property
     def rows(self) -> int:

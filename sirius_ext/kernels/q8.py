@@ -14,7 +14,7 @@ GROUP_BYTES = 16  # of a plane
 ZERO = 128  # the code of a weight of zero
 LOWER_MEAN = 7.5  # what a reader of the upper plane takes for the lower nibble
 _LARGEST = 127
-_CHUNK = 1 << 22  # weights at a time: temporaries then stay small
+CHUNK = 1 << 22  # weights at a time: temporaries then stay small
 
 
 def groups(cols: int) -> int:
@@ -35,7 +35,7 @@ def encode(weight: torch.Tensor, upper: bool = False) -> torch.Tensor:
     values that are not finite, or too large for a float16 scale."""
     rows, cols = weight.shape
     planes = torch.zeros(1 if upper else 2, rows, row_bytes(cols), dtype=torch.uint8, device=weight.device)
-    step = max(1, _CHUNK // cols)
+    step = max(1, CHUNK // cols)
     for first in range(0, rows, step):
         _encode(weight[first : first + step], planes[:, first : first + step])
     check_scales(planes[0], cols)
