@@ -21,7 +21,7 @@ from .decoding.sparsity import draft_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, load_within, parse_dtype, parse_weights
+from .models.hub import load_model, parse_dtype, parse_weights
 from .models.tier_files import TierFiles
 from .models.tiers import Draft, free_memory, parse_memory
 from .models.weights import Weights, restore

@@ -190,7 +190,7 @@ class TierFiles:
     def matrix(self, layer: int, name: str) -> Matrix:
         """A layer's "gate", "up" or "down", [I, H]. ValueError if the files are not what was written."""
         part: Part = getattr(self.layers[layer], name)
-        return _matrix(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
+        return matrix_in(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
 
     def verify(self) -> None:
         """Reads all neurons. ValueError if they are not what was written."""
@@ -210,7 +210,7 @@ class TierFiles:
     def _fingerprint(self, vocab: int) -> str:
         digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, vocab)).encode())
         for layer, files in enumerate(self.layers):
-            rows = _matrix(files.gate, self._images(layer, min(4, self.intermediate)), self.hidden).dense()
+            rows = matrix_in(files.gate, self._images(layer, min(4, self.intermediate)), self.hidden).dense()
             digest.update(rows.bfloat16().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
@@ -319,7 +319,7 @@ class _Preparation:
         for name, parts in zip(first, [files.parts[:2]] if len(first) == 1 else [(files.gate,), (files.up,)]):
             self._put(name, parts, images)
         shared = self._put(last, (files.down,), images)
-        squares = _squares(_matrix(files.down, images, self._hidden, shared))
+        squares = _squares(matrix_in(files.down, images, self._hidden, shared))
 
         ends = self._ends(layer)
         for image, data in zip(files.images, images):
@@ -345,7 +345,7 @@ class _Preparation:
                 tensor if len(parts) == 1 else tensor.take(slice(number * self._intermediate, (number + 1) * self._intermediate))
             )
             assert rows.format == part.format and rows.rows == self._intermediate
-            place = _matrix(part, images, self._hidden)
+            place = matrix_in(part, images, self._hidden)
             if part.format == Format.Q8:
                 place.upper.copy_(rows.upper)
                 place.lower.copy_(rows.lower)
@@ -464,7 +464,7 @@ def _next(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _matrix(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
+def matrix_in(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
     """A matrix in a layer's images, uint8 [n, bundle] each: a view."""
     data = images[0][:, part.at : part.at + part.format.row_bytes(hidden)]
     if part.format.dtype is not None:

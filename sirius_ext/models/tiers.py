@@ -70,6 +70,8 @@ class Sizes:
     def __init__(self, files: TierFiles, token_bytes: int, context: int) -> None:
         self.files, self.rows = files, files.intermediate
         self.caches = token_bytes * min(context, CACHE_TOKENS)
+        # A prefill has plain matrices of a layer once more, row by row.
+        self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else 0)
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
@@ -102,7 +104,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft, own: int | None = None) -> Pla
     """
     rows, two = sizes.rows, any(len(layer.images) > 1 for layer in sizes.files.layers)
     copy = sizes.copy() if draft.copy else 0
-    caches = sizes.caches + _WORK
+    caches = sizes.caches + sizes.work
     fixed = sizes.files.fast_bytes + copy + caches + max(0, (_resident_set() if own is None else own) - _OWN)
 
     def used(first: int, second: int, slots: int) -> int:

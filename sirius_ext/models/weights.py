@@ -143,8 +143,18 @@ class Weights:
         layers = self.view(four_bits).layers
         if self.tiers is None:
             yield from layers
-        else:
-            yield from (layers[index] for index in self.tiers.each(len(layers)))
+            return
+        whole: dict[str, torch.Tensor] = {}
+        for index in self.tiers.each(len(layers)):
+            layer = layers[index]
+            # torch's products of matrices whose rows stand apart can have other bits.
+            for name in ("gate", "up", "down"):
+                matrix: Matrix = getattr(layer, name)
+                if matrix.plain and not matrix.data.is_contiguous():
+                    if name not in whole:
+                        whole[name] = torch.empty_like(matrix.data, memory_format=torch.contiguous_format)
+                    layer = dataclasses.replace(layer, **{name: Matrix(whole[name].copy_(matrix.data))})
+            yield layer
 
     def drafting(self, four_bits: bool) -> View:
         """What compiled passes of S read, of which all that they need is in memory once `Tiers.hold` was asked for it."""
