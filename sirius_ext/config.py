@@ -74,7 +74,7 @@ class SiriusConfig:
     offload: str = "auto"
 
     def __post_init__(self) -> None:
-        choices_of = {"mode": MODES, "sparsity": SPARSITIES, "accept": ACCEPT_RULES}
+        choices_of: dict[str, tuple[str, ...]] = {"mode": MODES, "sparsity": SPARSITIES, "accept": ACCEPT_RULES}
         choices_of |= {"draft_weights": DRAFT_WEIGHTS, "offload": OFFLOAD}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:

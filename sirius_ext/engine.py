@@ -21,9 +21,9 @@ from .decoding.sparsity import draft_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, parse_dtype, parse_weights
+from .models.hub import load_model, load_within, parse_dtype, parse_weights
 from .models.tier_files import TierFiles
-from .models.tiers import Draft, free_memory, parse_memory
+from .models.tiers import Draft, parse_memory
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
@@ -156,11 +156,13 @@ class Engine:
         if memory is not None and config.offload == "never":
             raise ValueError('memory: with offload="never" all weights are loaded, whatever they need')
         if device.type == "cpu" and config.offload == "auto":
-            room = free_memory() if memory is None else parse_memory(memory)
-            model, tokenizer = load_within(room, name, dtype, progress, weights, functools.partial(_draft_of, config))
+            room = None if memory is None else parse_memory(memory)
+            model, tokenizer = load_within(room, functools.partial(_drafts_of, config), name, dtype, progress, weights)
             return cls(model, config, tokenizer)
         if memory is not None:
-            raise ValueError(f"memory: on {device} all weights are loaded so far, got {memory!r}; device='cpu' reads them in parts")
+            raise ValueError(
+                f"memory: on {device} all weights are loaded so far, got {memory!r}; device='cpu' reads them in parts"
+            )
         model, tokenizer = load_model(name, dtype, progress, weights)
         try:
             model = model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument
@@ -249,7 +251,7 @@ class Engine:
         return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)
 
 
-def _draft_of(config: SiriusConfig, files: TierFiles) -> Iterator[Draft]:
+def _drafts_of(config: SiriusConfig, files: TierFiles) -> Iterator[Draft]:
     """What the sparse model needs of a memory that does not hold all, the better choice first."""
     packed = files.weights != "plain"
     if config.draft_weights != "auto":

@@ -74,7 +74,9 @@ def passes(written, stream, times=3):
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3, LAYERS, LAYERS + 2])
-@pytest.mark.parametrize("resident", [(0, 0), (GRAIN, 0), (ROWS, 0), (ROWS, 2 * GRAIN), (ROWS, ROWS), (0, ROWS), (3 * GRAIN, ROWS)], ids=str)
+@pytest.mark.parametrize(
+    "resident", [(0, 0), (GRAIN, 0), (ROWS, 0), (ROWS, 2 * GRAIN), (ROWS, ROWS), (0, ROWS), (3 * GRAIN, ROWS)], ids=str
+)
 def test_every_layer_is_there_when_it_is_needed(written, resident, buffers):
     passes(written, written.stream(resident, buffers=buffers))
 

@@ -74,7 +74,7 @@ class Stream:
         self._raw = _C.Stream(
             path=str(path),
             rows=rows,
-            layers=[[tuple(image) for image in images] for images in layers],
+            layers=[[(image.at, image.bundle, image.nbytes, image.resident) for image in images] for images in layers],
             checks=checks.contiguous().data_ptr(),
             buffers=buffers,
             slots=slots,

@@ -14,13 +14,16 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..kernels import q8
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
+from .families import describe
 from .tier_files import LayerFiles, TierFiles, matrix_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
@@ -63,13 +66,24 @@ class Plan:
     used: int
     streamed: int
 
+    def summary(self, files: TierFiles) -> str:
+        """For people."""
+        if not self.streamed:
+            return f"all of it, {self.used / 1e9:.2f} GB"
+        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {files.neurons} besides"
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Of keys and values of as many tokens as room is left for."""
+    d, _ = describe(model)
+    return 2 * len(d.windows) * d.kv_heads * d.head_dim * model.dtype.itemsize * min(d.context, CACHE_TOKENS)
+
 
 class Sizes:
-    """Bytes of a model's parts."""
+    """Bytes of a model's parts. caches: of keys and values."""
 
-    def __init__(self, files: TierFiles, token_bytes: int, context: int) -> None:
-        self.files, self.rows = files, files.intermediate
-        self.caches = token_bytes * min(context, CACHE_TOKENS)
+    def __init__(self, files: TierFiles, caches: int) -> None:
+        self.files, self.rows, self.caches = files, files.intermediate, caches
         # A prefill has plain matrices of a layer once more, row by row.
         self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else 0)
 
@@ -221,7 +235,9 @@ class Tiers:
     def check(self, draft: Draft) -> None:
         """ValueError unless there is room for what a sparse model needs."""
         if draft.copy and not self.plan.copy:
-            raise ValueError('draft_weights: expected what the memory was divided for, got "q4", which needs a copy; load it with it')
+            raise ValueError(
+                'draft_weights: expected what the memory was divided for, got "q4", which needs a copy; load it with it'
+            )
         if min(draft.neurons, self.files.intermediate - self.plan.resident[0]) > self.plan.slots:
             raise ValueError(
                 f"density: expected a sparse model of at most {self.plan.slots} of {self.files.intermediate} neurons, for which the "

@@ -144,17 +144,17 @@ class Weights:
         if self.tiers is None:
             yield from layers
             return
-        whole: dict[str, torch.Tensor] = {}
+        room: torch.Tensor | None = None
         for index in self.tiers.each(len(layers)):
             layer = layers[index]
-            # torch's products of matrices whose rows stand apart can have other bits.
-            for name in ("gate", "up", "down"):
-                matrix: Matrix = getattr(layer, name)
-                if matrix.plain and not matrix.data.is_contiguous():
-                    if name not in whole:
-                        whole[name] = torch.empty_like(matrix.data, memory_format=torch.contiguous_format)
-                    layer = dataclasses.replace(layer, **{name: Matrix(whole[name].copy_(matrix.data))})
-            yield layer
+            if not layer.gate.plain or layer.gate.data.is_contiguous():
+                yield layer
+                continue
+            # torch is slower with rows that stand apart, and may add them up in another order.
+            parts = torch.stack([layer.gate.data, layer.up.data, layer.down.data], out=room)
+            room = parts
+            gate, up, down = map(Matrix, parts)
+            yield dataclasses.replace(layer, gate=gate, up=up, down=down)
 
     def drafting(self, four_bits: bool) -> View:
         """What compiled passes of S read, of which all that they need is in memory once `Tiers.hold` was asked for it."""

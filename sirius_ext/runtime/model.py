@@ -93,9 +93,7 @@ class Model:
                 return self._hidden
             return self._head(self._last_norm(x[-1])) + self._hidden
 
-    def _layers(
-        self, cache: Cache, chunks: Sequence[Prefill], sparsity: Sparsity | None = None
-    ) -> Iterator[list[torch.Tensor]]:
+    def _layers(self, cache: Cache, chunks: Sequence[Prefill], sparsity: Sparsity | None = None) -> Iterator[list[torch.Tensor]]:
         """Chunks one after another, side by side, through F, or with a sparsity through S, in torch: their embeddings, then what
         each layer makes of them, T [t, H] each."""
         w = self.weights
