@@ -22,7 +22,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -42,6 +42,7 @@ VERSION = 1  # another number where files come out differently: older ones are t
 MANIFEST, NEURONS, FAST, CHECKS = "tiers.json", "neurons.bin", "fast.safetensors", "checks.bin"
 JOURNAL = "preparing.json"  # how far the files of a folder without a manifest are
 _NOTES = "preparing.bin"  # and what of the layers that are done comes into FAST
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SQUARES = "down_squares"  # among the tensors of FAST, beside those of the model's own names
 
 # At whose multiples images begin in the file, of which bundles have a multiple, and at whose multiples rows begin in these.
@@ -140,12 +141,20 @@ class TierFiles:
 
     @functools.cached_property
     def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
-        return load(self.folder / FAST)
+        """What is for the memory is there, and not a page of the file that may be dropped when memory is short. Of an embedding
+        that is not the head as well, single rows are read: that stays on the disk."""
+        tensors, formats = load(self.folder / FAST)
+        return {name: tensor if name in self._on_disk(tensors) else tensor.clone() for name, tensor in tensors.items()}, formats
+
+    @staticmethod
+    def _on_disk(names: Collection[str]) -> set[str]:
+        return {_EMBEDDING} if _HEAD in names else set()
 
     @property
     def fast_bytes(self) -> int:
         """Of all that is for the memory."""
-        return sum(tensor.nbytes for tensor in self._fast[0].values())
+        tensors = self._fast[0]
+        return sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._on_disk(tensors))
 
     @property
     def down_squares(self) -> torch.Tensor:

@@ -144,11 +144,16 @@ def plan(sizes: Sizes, memory: int, draft: Draft, own: int | None = None) -> Pla
     second = most(lambda count: used(first, count, slots) <= memory) if two and first == rows else 0
     needed = used(first, second, slots)
     if needed > memory:
+        parts = {
+            "all but the MLPs": sizes.files.fast_bytes,
+            "caches and activations": caches,
+            "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in sizes.files.layers),
+            "layers that come and go": sizes.neurons((first, second), 0),
+        }
+        said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
         raise ValueError(
-            f"memory: expected at least {needed / 1e9:.2f} GB for this model and these settings (of which "
-            f"{sizes.files.fast_bytes / 1e9:.2f} GB are everything but the MLPs, {caches / 1e9:.2f} GB caches and activations, and "
-            f"{(needed - fixed + copy) / 1e9:.2f} GB what the sparse model reads of the MLPs, with two layers of what the full model "
-            f"reads besides), got {memory / 1e9:.2f} GB; a lower density, or weights of fewer bits, need less"
+            f"memory: expected at least {needed / 1e9:.2f} GB for this model and these settings ({said}), got "
+            f"{memory / 1e9:.2f} GB; a lower density, or weights of fewer bits, need less"
         )
     resident = first, second
     streamed = sum(sizes.tail(layer, resident) for layer in sizes.files.layers)
@@ -235,13 +240,12 @@ class Tiers:
     def check(self, draft: Draft) -> None:
         """ValueError unless there is room for what a sparse model needs."""
         if draft.copy and not self.plan.copy:
+            raise ValueError('draft_weights: "q4" needs a copy in memory, which was divided without it; load the model with it')
+        left = self.files.intermediate - self.plan.resident[0]
+        if min(draft.neurons, left) > self.plan.slots:
             raise ValueError(
-                'draft_weights: expected what the memory was divided for, got "q4", which needs a copy; load it with it'
-            )
-        if min(draft.neurons, self.files.intermediate - self.plan.resident[0]) > self.plan.slots:
-            raise ValueError(
-                f"density: expected a sparse model of at most {self.plan.slots} of {self.files.intermediate} neurons, for which the "
-                f"memory was divided, got one that needs {draft.neurons}; load the model with it, or with more memory"
+                f"density: expected a sparse model of at most {self.plan.slots} of {self.files.intermediate} neurons, for which "
+                f"memory was divided, got one of {draft.neurons}; load the model with it, or with more memory"
             )
 
     @property
