@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
 _OWN = 300_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
-_WORK = 96_000_000  # bytes of activations, logits and what else passes need
+_WORK = 64_000_000  # bytes of activations, logits and what else passes need
 _SLACK = 8  # one slot more for each so many, for neurons that are about to enter the set
 
 
@@ -116,7 +116,8 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory. ValueError that names the least if that is too little."""
     rows, two = sizes.rows, any(len(layer.images) > 1 for layer in sizes.files.layers)
     copy = sizes.copy() if draft.copy else 0
-    caches = sizes.caches + sizes.work
+    kept = min(sizes.caches, memory // 16)
+    caches = kept + sizes.work
     fixed = sizes.files.fast_bytes + copy + caches + sizes.own
 
     def used(first: int, second: int, slots: int) -> int:
@@ -156,7 +157,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
         )
     resident = first, second
     streamed = sum(sizes.tail(layer, resident) for layer in sizes.files.layers)
-    return Plan(memory, resident, slots, copy, sizes.caches, needed, streamed)
+    return Plan(memory, resident, slots, copy, kept, needed, streamed)
 
 
 def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
@@ -205,12 +206,12 @@ def free_memory() -> int:
 
 
 def memory_in_use() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are in memory, but for pages of files, which can be read again."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    except (OSError, ValueError):
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Tiers:
