@@ -163,7 +163,7 @@ def test_prepare(capsys, folder, tmp_path, monkeypatch):
         status, text, err = run(capsys, *arguments)
         assert status == 0 and err.startswith(f"preparing {folder} in {out} ... ") and err.count("\n") == 1
         files = TierFiles.open(out)
-        fast, size = f"{files.fast_bytes / 1e6:.1f} MB", f"{files.neurons.stat().st_size / 1e6:.1f} MB"
+        fast, size = f"{files.fast_bytes() / 1e6:.1f} MB", f"{files.neurons.stat().st_size / 1e6:.1f} MB"
         expected = f"{out}: {fast} for the memory, {size} of neurons that stay on the disk; use it as --model '{out}'\n"
         assert text == expected and files.weights == "q8"
         monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("prepared again"))

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         raise KeyboardInterrupt(f"what is done stays in {options.out}, and the same command goes on from there") from stop
     print(
-        f"{options.out}: {in_bytes(files.fast_bytes)} for the memory, {in_bytes(files.size)} of neurons that stay on the disk; "
+        f"{options.out}: {in_bytes(files.fast_bytes())} for the memory, {in_bytes(files.size)} of neurons that stay on the disk; "
         f"use it as --model {shlex.quote(str(options.out))}"
     )
     return 0

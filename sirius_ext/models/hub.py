@@ -160,9 +160,8 @@ def load_within(
     if not found.prepared and _fits(found, weights, room, memory is None, progress):
         return _load(found, weights, progress, None)
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
-    own = memory_in_use()
-    model, tokenizer = _load(found, weights, progress, files)
-    plan = best_plan(Sizes(files, cache_bytes(model), own), room, drafts(files))
+    plan = best_plan(Sizes(files, cache_bytes(files.skeleton), memory_in_use()), room, drafts(files))
+    model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
     with _reporting("reading what stays in memory", progress) as report:
         tiers = Tiers(files, plan, lambda layers, done: report.show(f"layer {done} of {layers}"))
         report.remarks.append(plan.summary(files))
@@ -288,16 +287,16 @@ def _find(name: str | os.PathLike[str] | None, dtype: torch.dtype | str, weights
 
 
 def _load(
-    found: _Found, weights: str, progress: bool, tiers: TierFiles | None
+    found: _Found, weights: str, progress: bool, tiers: TierFiles | None, rest: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """tiers: what the folder holds, if it holds such."""
+    """tiers: what the folder holds, if it holds such. rest: as `TierFiles.model`."""
     source, name = found.source, found.name
     bars = _has_bars(found, progress)
     with _reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
         from transformers import AutoTokenizer
 
         with _load_errors(name, _where(found)):
-            model = _model(found, weights, report) if tiers is None else tiers.model()
+            model = _model(found, weights, report) if tiers is None else tiers.model(rest)
         with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not found.local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..kernels import q8
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
 from .families import describe
-from .tier_files import LayerFiles, TierFiles, matrix_in
+from .tier_files import TierFiles, matrix_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +56,7 @@ class Plan:
     resident: of every layer's first and second image, neurons that stay.
     slots: of every layer, neurons more of the first image, for the sparse model's set.
     copy: bytes of the sparse model's copy.
+    streams_rest: attention and LM head of the full model come from the file, too.
     caches: bytes left for keys and values.
     used: bytes of all together.
     streamed: bytes that a pass of the full model reads from the file.
@@ -62,6 +66,7 @@ class Plan:
     resident: tuple[int, int]
     slots: int
     copy: int
+    streams_rest: bool
     caches: int
     used: int
     streamed: int
@@ -90,17 +95,23 @@ class Sizes:
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
-        files, rest = self.files, self.files.fast_bytes
-        mlp = 3 * len(files.layers) * files.intermediate * q8.row_bytes(files.hidden)
-        return mlp + int(rest / files.dtype.itemsize * q8.row_bytes(1024) / 1024)
+        mlp = 3 * len(self.files.layers) * self.files.intermediate * q8.row_bytes(self.files.hidden)
+        shapes = (shape for each in self.files.rest for _, shape in each.tensors.values())
+        return mlp + sum(rows * q8.row_bytes(cols) for rows, cols in shapes)
 
-    def tail(self, layer: LayerFiles, resident: tuple[int, int]) -> int:
-        """Of a layer that is not resident."""
-        return sum(
-            0 if count == self.rows else image.nbytes - count * image.bundle for image, count in zip(layer.images, resident)
-        )
+    def tails(self, resident: tuple[int, int], rest: bool) -> list[int]:
+        """Of each layer what is not resident, with what is beside the MLP or without; with it also of what comes after them."""
+        files = self.files
+        tails = [
+            sum(0 if count == self.rows else image.nbytes - count * image.bundle for image, count in zip(layer.images, resident))
+            for layer in files.layers
+        ]
+        if not rest:
+            return tails
+        besides = [each.image.nbytes for each in files.rest]
+        return [sum(each) for each in itertools.zip_longest(tails, besides, fillvalue=0)]
 
-    def neurons(self, resident: tuple[int, int], slots: int) -> int:
+    def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
         """Of all that stays of the MLPs, and the ring."""
         layers = self.files.layers
         stay = sum(
@@ -108,20 +119,20 @@ class Sizes:
             for layer in layers
             for image, count in zip(layer.images, resident)
         )
-        ring = BUFFERS * max(self.tail(layer, resident) for layer in layers)
-        return stay + ring + slots * sum(layer.images[0].bundle for layer in layers)
+        return stay + BUFFERS * max(self.tails(resident, rest)) + slots * sum(layer.images[0].bundle for layer in layers)
 
 
 def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory. ValueError that names the least if that is too little."""
-    rows, two = sizes.rows, any(len(layer.images) > 1 for layer in sizes.files.layers)
-    copy = sizes.copy() if draft.copy else 0
-    kept = min(sizes.caches, memory // 16)
-    caches = kept + sizes.work
-    fixed = sizes.files.fast_bytes + copy + caches + sizes.own
+    files, rows = sizes.files, sizes.rows
+    copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
+    besides = copy + kept + sizes.work + sizes.own
+    # A sparse model that has a copy needs nothing of what the full model reads.
+    streams_rest = draft.copy and besides + files.fast_bytes() + sizes.neurons((0, 0), 0, False) > memory
+    fixed = besides + files.fast_bytes(not streams_rest)
 
     def used(first: int, second: int, slots: int) -> int:
-        return fixed + sizes.neurons((first, second), slots)
+        return fixed + sizes.neurons((first, second), slots, streams_rest)
 
     def most(fits: Callable[[int], bool]) -> int:
         """The most neurons with which it fits: all, or a multiple of GRAIN."""
@@ -140,24 +151,24 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
         slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
         first = most(lambda count: used(count, 0, min(slots, rows - count)) <= memory)
         slots = min(slots, rows - first)
+    two = any(len(layer.images) > 1 for layer in files.layers)
     second = most(lambda count: used(first, count, slots) <= memory) if two and first == rows else 0
     needed = used(first, second, slots)
     if needed > memory:
         parts = {
-            "all but the MLPs": sizes.files.fast_bytes,
-            "caches and activations": caches,
+            "all but the MLPs": files.fast_bytes(not streams_rest),
+            "caches and activations": kept + sizes.work,
             "the process itself": sizes.own,
-            "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in sizes.files.layers),
-            "layers that come and go": sizes.neurons((first, second), 0),
+            "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in files.layers),
+            "layers that come and go": sizes.neurons((first, second), 0, streams_rest),
         }
         said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
         raise ValueError(
             f"memory: expected at least {needed / 1e9:.2f} GB for this model and these settings ({said}), got "
             f"{memory / 1e9:.2f} GB; a lower density, or weights of fewer bits, need less"
         )
-    resident = first, second
-    streamed = sum(sizes.tail(layer, resident) for layer in sizes.files.layers)
-    return Plan(memory, resident, slots, copy, kept, needed, streamed)
+    streamed = sum(sizes.tails((first, second), streams_rest))
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, needed, streamed)
 
 
 def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
@@ -223,15 +234,27 @@ class Tiers:
 
     def __init__(self, files: TierFiles, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> None:
         self.files, self.plan = files, plan
+        rows, checks = files.intermediate, files.checks.split([len(layer.images) for layer in files.layers])
         images = [
-            [Image(image.at, image.bundle, image.nbytes, count) for image, count in zip(layer.images, plan.resident)]
+            [Image(image.at, image.bundle, image.nbytes, rows, count) for image, count in zip(layer.images, plan.resident)]
             for layer in files.layers
         ]
-        self.stream = Stream(files.neurons, images, files.intermediate, files.checks, BUFFERS, plan.slots)
-        for layer in range(len(images)):
+        sums = [each.flatten() for each in checks]
+        if plan.streams_rest:
+            blocks = files.rest_checks.split([each.blocks for each in files.rest])
+            for index, (each, own) in enumerate(zip(files.rest, blocks)):
+                image = Image(each.image.at, each.image.bundle, each.image.nbytes, each.blocks, 0)
+                if index < len(images):
+                    images[index].append(image)
+                    sums[index] = torch.cat((sums[index], own))
+                else:
+                    images.append([image])
+                    sums.append(own)
+        self.stream = Stream(files.neurons, images, rows, torch.cat(sums), BUFFERS, plan.slots)
+        for layer in range(len(files.layers)):
             self.stream.fill(layer)
             if on_progress:
-                on_progress(len(images), layer + 1)
+                on_progress(len(files.layers), layer + 1)
 
     @property
     def statistics(self) -> Statistics:
@@ -261,6 +284,35 @@ class Tiers:
         gate, up, down = (matrix_in(part, images, self.files.hidden, shared) for part in files.parts)
         return gate, up, down
 
+    def projection(self, layer: int, name: str) -> Matrix | None:
+        """A matrix of a layer's attention, as the full model reads it between `need` and `done`; None if it is in memory."""
+        if not self.plan.streams_rest:
+            return None
+        at, shape = self.files.rest[layer].tensors[name]
+        bytes_ = self.stream.bundles(layer, len(self.files.layers[layer].images)).flatten()
+        return Matrix(self._numbers(bytes_[at:], shape))
+
+    @property
+    def head(self) -> Matrix | None:
+        """The LM head, of which `head_rows` are there at a time; None if it is in memory."""
+        if not self.plan.streams_rest:
+            return None
+        first, parts = len(self.files.layers), self.files.rest[len(self.files.layers) :]
+        shapes = [shape for part in parts for _, shape in part.tensors.values()]
+        rows, cols = sum(shape[0] for shape in shapes), shapes[0][1]
+        return Matrix(self._numbers(self.stream.memory(first, 0, rows * cols * self.files.dtype.itemsize), (rows, cols)))
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the LM head that come at a time, each lot like one layer more; 0 if it is in memory."""
+        if not self.plan.streams_rest:
+            return 0
+        ((_, (rows, _)),) = self.files.rest[len(self.files.layers)].tensors.values()
+        return rows
+
+    def _numbers(self, data: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        return data[: shape[0] * shape[1] * self.files.dtype.itemsize].view(self.files.dtype).view(shape)
+
     def are_placed(self, four_bits: bool) -> bool:
         """Whether a sparse model, one that reads four bits of every weight or not, finds its neurons by their places."""
         return not self.all_resident and not (four_bits and self.plan.copy)
@@ -275,9 +327,9 @@ class Tiers:
         )
         return gate, up, down
 
-    def each(self, layers: int) -> Iterator[int]:
-        """The layers in order, each while it is there."""
-        for layer in range(layers):
+    def each(self, first: int, last: int) -> Iterator[int]:
+        """Layers in order, each while it is there."""
+        for layer in range(first, last):
             self.stream.need(layer)
             try:
                 yield layer

@@ -107,11 +107,14 @@ class Weights:
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
         self.full = View(
             [self._layer(layer, index) for index, layer in enumerate(body.layers)],
-            self.embedding
-            if model.lm_head.weight is body.embed_tokens.weight
-            else _matrix(model.lm_head, self.vocab, self.description.hidden),
+            (self.tiers and self.tiers.head) or self._head_of(model),
         )
         self._addresses = _addresses(model)
+
+    def _head_of(self, model: Any) -> Matrix:
+        if model.lm_head.weight is model.model.embed_tokens.weight:
+            return self.embedding
+        return _matrix(model.lm_head, self.vocab, self.description.hidden)
 
     @property
     def layers(self) -> list[Layer]:
@@ -132,8 +135,10 @@ class Weights:
     def four_bits(self) -> View:
         """What S reads of its weights if it is to read four bits of each: of matrices in eight bits their upper halves and of
         four themselves, which takes no memory; of plain ones copies."""
-        layers = [layer.in_four_bits() for layer in (self.layers if self.packed else self.each_layer())]
-        return View(layers, self.lm_head.in_four_bits())
+        if self.packed or self.tiers is None:
+            return View([layer.in_four_bits() for layer in self.layers], self.lm_head.in_four_bits())
+        layers = [layer.in_four_bits() for layer in self.each_layer()]
+        return View(layers, Matrix.concatenated([part.in_four_bits() for part in self.each_part_of_head()]))
 
     def view(self, four_bits: bool) -> View:
         return self.four_bits if four_bits else self.full
@@ -145,7 +150,7 @@ class Weights:
             yield from layers
             return
         room: torch.Tensor | None = None
-        for index in self.tiers.each(len(layers)):
+        for index in self.tiers.each(0, len(layers)):
             layer = layers[index]
             if not layer.gate.plain or layer.gate.data.is_contiguous():
                 yield layer
@@ -155,6 +160,17 @@ class Weights:
             room = parts
             gate, up, down = map(Matrix, parts)
             yield dataclasses.replace(layer, gate=gate, up=up, down=down)
+
+    def each_part_of_head(self, four_bits: bool = False) -> Iterator[Matrix]:
+        """The LM head of a view, all at once or some rows after the other; each part is in memory until the next is asked for."""
+        head, layers = self.view(four_bits).lm_head, len(self.layers)
+        step = 0 if four_bits or self.tiers is None else self.tiers.head_rows
+        if not step or self.tiers is None:
+            yield head
+            return
+        for index in self.tiers.each(layers, layers + -(-head.rows // step)):
+            first = (index - layers) * step
+            yield head.take(slice(first, first + step))
 
     def drafting(self, four_bits: bool) -> View:
         """What compiled passes of S read, of which all that they need is in memory once `Tiers.hold` was asked for it."""
@@ -174,7 +190,8 @@ class Weights:
 
         def projection(name: str) -> Projection:
             linear = layer.get_submodule(name)
-            matrix = _matrix(linear, linear.out_features, linear.in_features)
+            streamed = self.tiers and self.tiers.projection(index, f"model.layers.{index}.{name}.weight")
+            matrix = streamed or _matrix(linear, linear.out_features, linear.in_features)
             return Projection(matrix, None if linear.bias is None else _plain(linear.bias))
 
         if family.fused:
@@ -321,6 +338,7 @@ class Weights:
             "vocab": self.vocab,
             "layers": layers,
             "stream": stream,
+            "head_rows": self.tiers.head_rows if stream and self.tiers is not None else 0,
         }
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
