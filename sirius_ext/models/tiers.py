@@ -90,8 +90,6 @@ class Sizes:
     def __init__(self, files: TierFiles, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
         self.own = max(0, own - _OWN)  # of what was asked for
-        # A prefill has plain matrices of a layer once more, row by row.
-        self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else 0)
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
@@ -126,7 +124,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory. ValueError that names the least if that is too little."""
     files, rows = sizes.files, sizes.rows
     copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
-    besides = copy + kept + sizes.work + sizes.own
+    besides = copy + kept + _WORK + sizes.own
     # A sparse model that has a copy needs nothing of what the full model reads.
     streams_rest = draft.copy and besides + files.fast_bytes() + sizes.neurons((0, 0), 0, False) > memory
     fixed = besides + files.fast_bytes(not streams_rest)
@@ -157,7 +155,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     if needed > memory:
         parts = {
             "all but the MLPs": files.fast_bytes(not streams_rest),
-            "caches and activations": kept + sizes.work,
+            "caches and activations": kept + _WORK,
             "the process itself": sizes.own,
             "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in files.layers),
             "layers that come and go": sizes.neurons((first, second), 0, streams_rest),

@@ -148,18 +148,8 @@ class Weights:
         layers = self.view(four_bits).layers
         if self.tiers is None:
             yield from layers
-            return
-        room: torch.Tensor | None = None
-        for index in self.tiers.each(0, len(layers)):
-            layer = layers[index]
-            if not layer.gate.plain or layer.gate.data.is_contiguous():
-                yield layer
-                continue
-            # torch is slower with rows that stand apart, and may add them up in another order.
-            parts = torch.stack([layer.gate.data, layer.up.data, layer.down.data], out=room)
-            room = parts
-            gate, up, down = map(Matrix, parts)
-            yield dataclasses.replace(layer, gate=gate, up=up, down=down)
+        else:
+            yield from (layers[index] for index in self.tiers.each(0, len(layers)))
 
     def each_part_of_head(self, four_bits: bool = False) -> Iterator[Matrix]:
         """The LM head of a view, all at once or some rows after the other; each part is in memory until the next is asked for."""
