@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -155,6 +156,14 @@ class CSparse:
         # A stable sort lets the lower index win a tie.
         order = scores.argsort(dim=-1, descending=True, stable=True)
         return order[:, : self.kept_neurons].sort(-1).values.to(torch.int32).contiguous()
+
+    def likely(self, later: Sequence[Usage], layer: int) -> torch.Tensor:
+        """What the neurons of one layer will be once some more of the prompt is observed, of which this layer is: int32 [K],
+        rising."""
+        squares = torch.stack([self.usage.squares[layer], *(each.squares[layer] for each in later)]).sum(0)
+        scores = squares if self.down_squares is None else squares * self.down_squares[layer]
+        order = scores.argsort(descending=True, stable=True)
+        return order[: self.kept_neurons].sort().values.to(torch.int32)
 
     def choose(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """The neurons of one layer, whatever the tokens of the pass: int32 [K], rising."""

@@ -107,6 +107,8 @@ class Model:
                 angles = cache.cos[:, chunk.start : chunk.stop], cache.sin[:, chunk.start : chunk.stop]
                 attend, neurons = self._attend(cache, index, chunk.start), _neurons(index, chunk.observer, sparsity)
                 x[i] = decoder_layer(w.description, layer, x[i], angles, attend, neurons)
+            if w.tiers is not None and w.tiers.plan.slots and chunks[0].keep is not None:
+                w.tiers.stream.keep(index, chunks[0].keep(index))
             yield x
 
     def _attend(self, cache: Cache, index: int, start: int) -> Attend:
