@@ -116,7 +116,7 @@ def launches(shape: Shape, rows: int, context: int, sparsity: str, density: floa
     from sirius_ext import _simt  # the tests' module: `make test` builds it, or SIRIUS_SIMT=ON
 
     def matrix(rows: int, cols: int) -> object:
-        return _C.Matrix(data=ADDRESS, format=int(Format.BF16), rows=rows, cols=cols, stride=2 * cols, lower=0)
+        return _C.Matrix(data=ADDRESS, format=int(Format.BF16), rows=rows, cols=cols, stride=2 * cols)
 
     norm = {"weight": ADDRESS, "eps": 1e-5, "offset": 0.0}
     hidden, intermediate, head_dim = shape.hidden, shape.intermediate, shape.head_dim

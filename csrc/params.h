@@ -12,26 +12,35 @@
 
 namespace sirius {
 
-// How long the rows of a matrix are, and where their parts lie.
+// Where a row of a matrix lies.
+struct Place {
+  const void *row, *lower;  // see Matrix
+};
+
+// How long the rows of a matrix are, and what they have beside themselves.
 struct RowForm {
   int cols;
-  int64_t lower;       // see Matrix
   const void* shared;  // see Matrix
   int group;           // where rows share scales, which group of 32 rows they are of
 };
 
-// A weight matrix, stored row by row: a row is what one neuron, or one output, reads. Who wants a row asks `row`, so that one day
-// it may lie elsewhere. How the bytes of a row are read is known to the format's kernels alone.
+// A weight matrix, stored row by row: a row is what one neuron, or one output, reads. Who wants a row asks for its place. How the
+// bytes of a row are read is known to the format's kernels alone.
 struct Matrix {
   const void* data;
   Format format;
   int rows, cols;
-  int64_t stride;                // bytes from one row to the next
-  int64_t lower = 0;             // of q8, bytes from a row to its lower nibbles
-  const void* shared = nullptr;  // of q4_across and q4_k_across, the scales that 32 rows have together
+  int64_t stride;                       // bytes from one row to the next
+  const void* lower = nullptr;          // of q8, the lower nibbles of the first row
+  int64_t lower_stride = 0;             // and bytes from those of one row to those of the next
+  const void* shared = nullptr;         // of q4_across and q4_k_across, the scales that 32 rows have together
+  const char* const* places = nullptr;  // (CPU) [rows] or null. Then row i is places[i] + place_at, and there is no `data`
+  int64_t place_at = 0;
 
   SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
-  RowForm form(int group = 0) const { return {cols, lower, shared, group}; }
+  SIRIUS_ANYWHERE const void* lower_row(int i) const { return static_cast<const char*>(lower) + i * lower_stride; }
+  Place place(int i) const { return {places ? places[i] + place_at : row(i), lower ? lower_row(i) : nullptr}; }
+  RowForm form(int group = 0) const { return {cols, shared, group}; }
 };
 
 // A matrix with an optional bias.

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../csrc/cpu/checks.h"
 #include "../csrc/cpu/isa.h"
 #include "../csrc/cpu/ops.h"
 #include "../csrc/cpu/team.h"
@@ -102,6 +103,11 @@ PYBIND11_MODULE(_C, m) {
   define(m, "accept", cpu::accept, [](AcceptParams& p) { return floats(2 * size_t(p.num_rows), p.workspace); });
   define(m, "argmax", cpu::argmax);
   define(m, "kv_rewrite", cpu::kv_rewrite);
+
+  m.def("checksums", [](size_t data, size_t size, int count, size_t sums) {
+    const py::gil_scoped_release unlocked;
+    cpu::checksums(reinterpret_cast<const void*>(data), size, count, reinterpret_cast<uint32_t*>(sums));
+  });
 
   py::class_<Model> model(m, "Model", py::module_local());
   model.def(py::init<const py::kwargs&>()).def("workspace", &Model::workspace);

@@ -36,7 +36,10 @@ struct Fields<Matrix> {
     v("cols", &P::cols);
     v("stride", &P::stride);
     v("lower", &P::lower, optional);
+    v("lower_stride", &P::lower_stride, optional);
     v("shared", &P::shared, optional);
+    v("places", &P::places, optional);
+    v("place_at", &P::place_at, optional);
   }
 };
 

@@ -16,8 +16,8 @@ from sirius_ext import Engine, SiriusConfig, _simt, attach, generate
 from sirius_ext.decoding.sparsity import sparse_density
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import ops, q4, q8
-from sirius_ext.kernels.matrix import Format
-from sirius_ext.models.packed import load_packed, pack
+from sirius_ext.kernels.matrix import Format, Matrix
+from sirius_ext.models.packed import Checkpoint, load_packed, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,9 +37,9 @@ def same_numbers(name, dtype=torch.float32, weights="q8"):
             if weights == "q4" and not key.endswith(("embed_tokens", "lm_head")):
                 numbers = q4.round_to_groups(weight).numbers()
             elif key.endswith("down_proj"):
-                numbers = q8.decode(q8.encode(weight.t()), weight.shape[0]).t()
+                numbers = Matrix(weight.t().contiguous()).in_eight_bits().dense().t()
             else:
-                numbers = q8.decode(q8.encode(weight), weight.shape[1])
+                numbers = Matrix(weight).in_eight_bits().dense()
             module.weight.data = numbers.to(dtype).contiguous()
     if model.config.tie_word_embeddings:
         model.tie_weights()
@@ -257,7 +257,8 @@ def test_progress(folder, tmp_path):
 
     seen = []
     config = AutoConfig.from_pretrained(folder)
-    load_packed(folder, config, torch.float32, tmp_path, on_progress=lambda total, done: seen.append((total, done)))
+    source = Checkpoint(folder, config, torch.float32)
+    load_packed(source, tmp_path, lambda total, done: seen.append((total, done)))
     assert [done for _, done in seen] == list(range(1, len(seen) + 1)) and seen[-1][0] == len(seen)
 
 

@@ -104,12 +104,12 @@ class Attention {
   void attend(int kv_head, int chunk, int first, int columns, const void* queries, int n, const SlotAt& slot_at) const {
     const int head_dim = p_.cache.head_dim;
     const Matrix keys = head_of(p_.k_cache, kv_head), values = head_of(p_.v_cache, kv_head);
-    const auto key = [&](int i) { return keys.row(slot_at(i)); };
-    const auto value = [&](int i) { return values.row(slot_at(i)); };
+    const auto key = [&](int i) { return keys.place(slot_at(i)); };
+    const auto value = [&](int i) { return values.place(slot_at(i)); };
     Rows<kSlots> rows;
     float* scores = scratch<float>(Scratch::second, size_t(columns) * kSlots);
     rows.fill(0, n, key, [&](int i) { return value(std::min(i, n - 1)); });
-    rows_.dot(rows.pointers, n, queries, columns, keys.form(), scores, kSlots);
+    rows_.dot(rows.all(), n, queries, columns, keys.form(), scores, kSlots);
 
     const size_t at = (size_t(kv_head) * chunks_ + chunk - first_) * p_.num_rows * group_ + first;
     char* weights = scratch<char>(Scratch::probabilities, size_t(columns) * kSlots * size_of(p_.dtype));
@@ -119,7 +119,7 @@ class Attention {
     float* out = partials_.values + at * head_dim;
     std::fill_n(out, size_t(columns) * head_dim, 0.0f);
     rows.fill(0, n, n, value);
-    rows_.sum(rows.pointers, n, weights, kSlots, columns, values.form(), 0, head_dim, out, head_dim);
+    rows_.sum(rows.all(), n, weights, kSlots, columns, values.form(), 0, head_dim, out, head_dim);
   }
 
   // One reading serves every row.

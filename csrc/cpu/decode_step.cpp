@@ -65,7 +65,7 @@ class Pass {
     float* numbers = scratch<float>(Scratch::first, m_.hidden);
     const Range rows = share(p_.num_rows);
     for (int j = rows.begin; j < rows.end; ++j) {
-      matrix.read(m_.embedding.row(p_.tokens[j]), m_.embedding.form(), numbers);
+      matrix.read(m_.embedding.place(p_.tokens[j]), m_.embedding.form(), numbers);
       k.store(numbers, nullptr, m_.embedding_scale, 0.0f, nullptr, m_.hidden, offset(w_.x, size_t(j) * m_.hidden, m_.dtype));
     }
   }

@@ -4,7 +4,7 @@
 //
 // Weights are handed over as an array of row pointers, so that dense, gathered and concatenated matrices are the same thing. Past
 // the rows to be computed the array goes on with `kAhead` pointers that are only prefetched: the rows which the caller reads
-// next.
+// next. Of q8 another array has the rows' lower nibbles.
 //
 // Batch invariance: every result depends on its own weight row and its own input row alone, summed in an order that depends on
 // the length of the sum alone.
@@ -16,6 +16,10 @@ namespace sirius::cpu {
 
 constexpr int kAhead = 32;  // as many rows as a kernel reads side by side at most
 
+struct RowPointers {
+  const void *const *rows, *const *lowers;  // see Place
+};
+
 // The rows of a matrix of one format, with input of element type T. What a format cannot do is null: rows that share scales are
 // only added up, other rows of four bits are only multiplied, and neither is written.
 struct MatrixKernels {
@@ -24,19 +28,19 @@ struct MatrixKernels {
   void (*pack)(const void* x, ptrdiff_t ldx, int m, int k, void* packed);
 
   // out[j * ldo + i] = rows[i] . x[j], float; rows: [form.cols] each, n + kAhead pointers.
-  void (*dot)(const void* const* rows, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo);
+  void (*dot)(const RowPointers& rows, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo);
 
   // acc[j * lda + c] += sum_i coef[j * ldc + i] * rows[i][c] for begin <= c < end; coef: T; rows: [form.cols], n + kAhead
   // pointers. The order of the sum restarts at each call: callers must cut a long list at fixed places (multiples of 32). `begin`
   // is one, too. All rows of a call are of one group where `together` rows have their scales together (1: none do).
-  void (*sum)(const void* const* rows, int n, const void* coef, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
+  void (*sum)(const RowPointers& rows, int n, const void* coef, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
               float* acc, ptrdiff_t lda);
 
   // out[c] = row[c] for all of a row.
-  void (*read)(const void* row, const RowForm& form, float* out);
+  void (*read)(const Place& row, const RowForm& form, float* out);
 
   // row[c] = x[c], rounded; x: T [form.cols].
-  void (*write)(const void* x, const RowForm& form, void* row);
+  void (*write)(const void* x, const RowForm& form, const Place& row);
 
   int together = 1;
 };

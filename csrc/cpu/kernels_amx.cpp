@@ -105,7 +105,7 @@ struct WeightBlock {
 
 // Tiles: 0, 1 results of the first 16 weight rows for two blocks of inputs, 2, 3 of the next 16; 4, 5 weights; 6 a full block of
 // inputs, 7 the last block. Two blocks of weights share each reading of the inputs.
-void amx_dot(const void* const* pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+void amx_dot(const RowPointers& all, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols, width = round_up(k, kDepth);
   for (int m0 = 0; m0 < m; m0 += 2 * kTileRows) {
     const int inputs = m - m0 < 2 * kTileRows ? m - m0 : 2 * kTileRows;
@@ -124,7 +124,7 @@ void amx_dot(const void* const* pointers, int n, const void* packed, int m, cons
 
     for (int i = 0; i < n; i += 2 * kTileRows) {
       const bool two_weights = i + kTileRows < n;
-      const WeightBlock upper(pointers, i, n), lower(pointers, two_weights ? i + kTileRows : i, n);
+      const WeightBlock upper(all.rows, i, n), lower(all.rows, two_weights ? i + kTileRows : i, n);
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -186,8 +186,8 @@ struct Interleave {
 // Tiles: 0, 1 accumulators [rows, 16 columns], 2 coefficients [rows, 32], 3, 4 weights [16 pairs, 16 columns]. Sixty-four weight
 // rows at a time would halve the traffic of accumulators, but in a matrix of 4096 columns their lines share one set of the L1
 // cache: three times slower (measured).
-void amx_sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm&, int begin,
-             int end, float* acc, ptrdiff_t lda) {
+void amx_sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm&, int begin, int end,
+             float* acc, ptrdiff_t lda) {
   constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
   const Interleave order;
   for (int m0 = 0; m0 < m; m0 += kTileRows) {
@@ -200,7 +200,7 @@ void amx_sum(const void* const* row_pointers, int n, const void* coefficients, p
 
     for (int i = 0; i < n; i += kDepth) {
       const int depth = n - i < kDepth ? n - i : kDepth;
-      const bf16_t* const* rows = reinterpret_cast<const bf16_t* const*>(row_pointers) + i;
+      const bf16_t* const* rows = reinterpret_cast<const bf16_t* const*>(all.rows) + i;
       alignas(64) bf16_t coef[kTileRows * kDepth];
       for (int j = 0; j < block; ++j) {
         const bf16_t* from = static_cast<const bf16_t*>(coefficients) + (m0 + j) * ldc + i;

@@ -121,10 +121,10 @@ void dot_group(const T* const* rows, int n, const typename Product<T>::Input* x,
 }
 
 template <class T>
-void dot(const void* const* row_pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+void dot(const RowPointers& all, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols;
   using Input = typename Product<T>::Input;
-  const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
+  const T* const* rows = reinterpret_cast<const T* const*>(all.rows);
   const int width = padded<T>(k);
   for (int r = 0; r < n; r += kGroup) {
     const int group = n - r < kGroup ? n - r : kGroup;
@@ -163,9 +163,9 @@ void sum_group(const T* const* rows, const T* coef, ptrdiff_t ldc, int m, int be
 }
 
 template <class T>
-void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm&, int begin,
-         int end, float* acc, ptrdiff_t lda) {
-  const T* const* rows = reinterpret_cast<const T* const*>(row_pointers);
+void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm&, int begin, int end,
+         float* acc, ptrdiff_t lda) {
+  const T* const* rows = reinterpret_cast<const T* const*>(all.rows);
   const T* coef = static_cast<const T*>(coefficients);
   int r = 0;
   for (; r + kGroup <= n; r += kGroup) sum_group<T, kGroup>(rows + r, coef + r, ldc, m, begin, end, acc, lda);
@@ -173,14 +173,15 @@ void sum(const void* const* row_pointers, int n, const void* coefficients, ptrdi
 }
 
 template <class T>
-void read_row(const void* row, const RowForm& form, float* out) {
+void read_row(const Place& from, const RowForm& form, float* out) {
   const int n = form.cols;
-  for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(static_cast<const T*>(row) + c, n - c), out + c, n - c);
+  const T* row = static_cast<const T*>(from.row);
+  for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(row + c, n - c), out + c, n - c);
 }
 
 template <class T>
-void write_row(const void* x, const RowForm& form, void* row) {
-  std::memcpy(row, x, form.cols * sizeof(T));
+void write_row(const void* x, const RowForm& form, const Place& to) {
+  std::memcpy(const_cast<void*>(to.row), x, form.cols * sizeof(T));
 }
 
 template <class T, class Out>

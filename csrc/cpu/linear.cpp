@@ -17,7 +17,7 @@ void linear(const LinearParams& p) {
   const auto row_at = [&](int r) {
     const Projection* part = p.parts;
     while (r >= part->weight.rows) r -= (part++)->weight.rows;
-    return part->weight.row(r);
+    return part->weight.place(r);
   };
   const Range range = share(p.out_features, 16);
   std::optional<Products> products;
@@ -41,7 +41,7 @@ void pack(const PackParams& p) {
   const MatrixKernels& matrix = matrix_kernels(p.out.format, p.dtype);
   const Range rows = share(p.out.rows);
   for (int r = rows.begin; r < rows.end; ++r)
-    matrix.write(offset(p.x, size_t(r) * p.out.cols, p.dtype), p.out.form(), const_cast<void*>(p.out.row(r)));
+    matrix.write(offset(p.x, size_t(r) * p.out.cols, p.dtype), p.out.form(), p.out.place(r));
 }
 
 }  // namespace sirius::cpu

@@ -17,7 +17,7 @@ void gate_up(const GateUpParams& p) {
   float* gates = scratch<float>(Scratch::first, size_t(p.num_rows) * kChunk);
   float* ups = scratch<float>(Scratch::second, size_t(p.num_rows) * kChunk);
 
-  const auto row = [&](const Matrix& matrix, int i) { return matrix.row(p.neurons ? p.neurons[i] : i); };
+  const auto row = [&](const Matrix& matrix, int i) { return matrix.place(p.neurons ? p.neurons[i] : i); };
   const Range range = share(p.num_neurons, 16);
   for (int i = range.begin; i < range.end; i += kChunk) {
     const int n = std::min(kChunk, range.end - i);
@@ -35,7 +35,7 @@ void gate_up(const GateUpParams& p) {
 
 void gate(const GateParams& p) {
   const Kernels& k32 = kernels(Dtype::f32);
-  const auto row_at = [&](int i) { return p.gate.row(p.neurons ? p.neurons[i] : i); };
+  const auto row_at = [&](int i) { return p.gate.place(p.neurons ? p.neurons[i] : i); };
   Products(p.gate, p.dtype, p.x, p.num_rows).each_chunk(p.gate, p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
     float* out = p.out + size_t(j) * p.gate.rows;
     k32.activate(p.activation, sums, nullptr, n, p.neurons ? sums : out + i);
@@ -124,7 +124,7 @@ void follow(const FollowParams& p) {
 
 void up(const UpParams& p) {
   const Kernels& k = kernels(p.dtype);
-  const auto row_at = [&](int i) { return p.up.row(p.neurons[i]); };
+  const auto row_at = [&](int i) { return p.up.place(p.neurons[i]); };
   Products(p.up, p.dtype, p.x, p.num_rows).each_chunk(p.up, p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
     const float* gates = p.gates + size_t(j) * p.up.rows;
     for (int r = 0; r < n; ++r) sums[r] *= gates[p.neurons[i + r]];
@@ -170,7 +170,7 @@ void down(const DownParams& p) {
     for (int j = 0; j < p.num_rows; ++j) std::fill(acc + size_t(j) * hidden + begin, acc + size_t(j) * hidden + end, 0.0f);
     static_assert(kChunk % 32 == 0, "sums may be cut at multiples of 32 rows only");
     const auto neuron_at = [&](int i) { return p.neurons ? p.neurons[i] : i; };
-    const auto row_at = [&](int i) { return p.down.row(neuron_at(i)); };
+    const auto row_at = [&](int i) { return p.down.place(neuron_at(i)); };
     const auto group_of = [&](int i) { return matrix.together == 1 ? 0 : neuron_at(i) / matrix.together; };
     // Where the rows that are added up with row i end, of those before `limit`.
     const auto end_of = [&](int i, int limit) {
@@ -184,8 +184,8 @@ void down(const DownParams& p) {
       const int ahead = matrix.together == 1 || next == p.num_neurons ? p.num_neurons : end_of(next, p.num_neurons);
       Rows<> rows;
       rows.fill(i, next - i, ahead, row_at);
-      matrix.sum(rows.pointers, next - i, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, p.down.form(group_of(i)), begin,
-                 end, acc, hidden);
+      matrix.sum(rows.all(), next - i, offset(p.x, i, p.dtype), p.num_neurons, p.num_rows, p.down.form(group_of(i)), begin, end,
+                 acc, hidden);
     }
   }
   sync();

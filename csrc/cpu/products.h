@@ -20,7 +20,7 @@ class Products {
 
   // sums[j * kChunk + i] = rows[i] . x[j] for n <= kChunk rows.
   void dot(const Rows<>& rows, const RowForm& form, int n, float* sums) const {
-    kernels_.dot(rows.pointers, n, packed_, m_, form, sums, kChunk);
+    kernels_.dot(rows.all(), n, packed_, m_, form, sums, kChunk);
   }
 
   // Rows begin .. end - 1 of a matrix by `row_at`, a chunk at a time: `use(j, i, n, sums)` gets the products of rows i .. i + n -

@@ -56,8 +56,8 @@ template <bool kSupers>
 struct Row {
   const uint8_t *row, *nibbles;
 
-  Row(const void* pointer, const RowForm& form)
-      : row(static_cast<const uint8_t*>(pointer)), nibbles(row + header_bytes(form.cols, kSupers)) {}
+  Row(const Place& place, const RowForm& form)
+      : row(static_cast<const uint8_t*>(place.row)), nibbles(row + header_bytes(form.cols, kSupers)) {}
   Pair pair(int group) const { return kSupers ? pair_of_q4_k(row, group) : pair_of_q4(row, group); }
   float scale(int group) const { return pair(group).scale; }
   float minimum(int group) const { return pair(group).minimum; }
@@ -82,8 +82,8 @@ struct Groups {
 };
 
 template <bool kSupers>
-void read(const void* pointer, const RowForm& form, float* out) {
-  const Row<kSupers> row(pointer, form);
+void read(const Place& place, const RowForm& form, float* out) {
+  const Row<kSupers> row(place, form);
   for (int c = 0; c < form.cols; ++c) {
     const Pair pair = row.pair(c / kGroup);
     out[c] = pair.scale * (kUnit * float(row.code(c))) + pair.minimum;  // the product is exact: fused or not, the same
@@ -121,7 +121,7 @@ Pair shared_pair(const RowForm& form, int c) {
 }
 
 template <class T, bool kSupers>
-void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin,
+void sum_plain(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin,
                int end, float* acc, ptrdiff_t lda) {
   for (int first = 0; first < n; first += kRows) {
     const int count = std::min(kRows, n - first);
@@ -132,7 +132,7 @@ void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff
         const Pair pair = shared_pair<kSupers>(form, c);
         const int at = c / kGroup * kGroupBytes + c % kGroupBytes, shift = c % kGroup / kGroupBytes * 4;
         int sum = 0;
-        for (int r = 0; r < count; ++r) sum += x.values[r] * (static_cast<const uint8_t*>(rows[first + r])[at] >> shift & 15);
+        for (int r = 0; r < count; ++r) sum += x.values[r] * (static_cast<const uint8_t*>(all.rows[first + r])[at] >> shift & 15);
         float& out = acc[j * lda + c];
         out = std::fma(float(16 * sum) * (kUnit * x.scale), pair.scale, out);
         out = std::fma(pair.minimum, x.total, out);

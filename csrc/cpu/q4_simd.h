@@ -76,7 +76,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
 
  public:
   // rows: count + kAhead. Of what is read next the last row may stand there more than once.
-  GroupSum(const void* const* rows, int count, const RowForm& form) : Base((count + 3) / 4), next_count_(1) {
+  GroupSum(const RowPointers& all, int first, int count, const RowForm& form) : Base((count + 3) / 4), next_count_(1) {
+    const void* const* rows = all.rows + first;
     for (int r = 0; r < kRows; ++r) {
       rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
@@ -101,7 +102,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
     for (int group = begin / kGroup; group < last; group += kSpan) {
       if (first) prefetch(group);
       const int n = std::min(kSpan, last - group);
-      Base::read(rows_, group * kGroupBytes, 0, n);
+      Base::read(rows_, group * kGroupBytes, nullptr, 0, n);
       read_scales(group, n);
       Base::add_groups(group, n, 0, end, acc, lda);
     }
@@ -162,11 +163,11 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
 };
 
 template <class T, bool kSupers>
-void sum(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
+void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
          float* acc, ptrdiff_t lda) {
   for (int r = 0; r < n; r += kRows) {
     const int count = std::min(kRows, n - r);
-    GroupSum<T, kSupers> block(rows + r, count, form);
+    GroupSum<T, kSupers> block(all, r, count, form);
     for (int j = 0; j < m; j += kColumns) {
       block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, std::min(kColumns, m - j), count);
       block.add(begin, end, j == 0, acc + j * lda, lda);

@@ -126,10 +126,10 @@ template <bool kUpper>
 struct Row {
   const uint8_t *scales, *upper, *lower;
 
-  Row(const void* row, const RowForm& form) : scales(static_cast<const uint8_t*>(row)) {
-    upper = scales + scale_bytes(form.cols);
-    lower = scales + form.lower;
-  }
+  Row(const Place& place, const RowForm& form)
+      : scales(static_cast<const uint8_t*>(place.row)),
+        upper(scales + scale_bytes(form.cols)),
+        lower(static_cast<const uint8_t*>(place.lower)) {}
   float scale(int group) const {
     f16_t value;
     std::memcpy(&value, scales + 2 * group, 2);
@@ -158,19 +158,19 @@ struct Planes {
 };
 
 template <bool kUpper>
-void read(const void* pointer, const RowForm& form, float* out) {
-  const Row<kUpper> row(pointer, form);
+void read(const Place& place, const RowForm& form, float* out) {
+  const Row<kUpper> row(place, form);
   for (int c = 0; c < form.cols; ++c)
     out[c] = row.scale(c / kGroup) * (float(row.code(c)) - (kUpper ? kUpperZero : float(kZero)));
 }
 
 template <class T, bool kUpper>
-void write(const void* x, const RowForm& form, void* pointer) {
+void write(const void* x, const RowForm& form, const Place& place) {
   const int n = form.cols;
-  uint8_t* const scales = static_cast<uint8_t*>(pointer);
-  uint8_t *upper = scales + scale_bytes(n), *lower = scales + form.lower;
+  uint8_t* const scales = static_cast<uint8_t*>(const_cast<void*>(place.row));
+  uint8_t *upper = scales + scale_bytes(n), *lower = static_cast<uint8_t*>(const_cast<void*>(place.lower));
   std::memset(scales, 0, scale_bytes(n));
-  for (int g = 0; g < groups(n); ++g, upper += kGroupBytes, lower += kGroupBytes) {
+  for (int g = 0; g < groups(n); ++g) {
     alignas(64) float values[kGroup] = {};
     float largest, faults;
     load_group(static_cast<const T*>(x) + g * kGroup, n - g * kGroup, values, &largest, &faults);
@@ -182,17 +182,18 @@ void write(const void* x, const RowForm& form, void* pointer) {
       store_bytes(integers(Vec::load(values + c) * Vec::set(scale > 0.0f ? 1.0f / scale : 0.0f)), codes + c);
     for (int c = 0; c < kGroupBytes; ++c) {
       const uint8_t first = uint8_t(codes[c] + kZero), second = uint8_t(codes[kGroupBytes + c] + kZero);
-      upper[c] = uint8_t(first >> 4 | (second & 0xf0));
-      if (!kUpper) lower[c] = uint8_t((first & 15) | second << 4);
+      const int at = g * kGroupBytes + c;
+      upper[at] = uint8_t(first >> 4 | (second & 0xf0));
+      if (!kUpper) lower[at] = uint8_t((first & 15) | second << 4);
     }
   }
 }
 
 template <class Form>
-void dot_plain(const void* const* rows, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+void dot_plain(const RowPointers& all, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols;
   for (int i = 0; i < n; ++i) {
-    const typename Form::Row row(rows[i], form);
+    const typename Form::Row row({all.rows[i], all.lowers[i]}, form);
     for (int j = 0; j < m; ++j) {
       const Packed x(packed, j / kColumns * kColumns, m, k);
       float sum = 0.0f;
@@ -209,8 +210,9 @@ void dot_plain(const void* const* rows, int n, const void* packed, int m, const 
 }
 
 template <class T, bool kUpper>
-void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin,
+void sum_plain(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin,
                int end, float* acc, ptrdiff_t lda) {
+  const auto row_at = [&](int r) { return Row<kUpper>({all.rows[r], all.lowers[r]}, form); };
   for (int first = 0; first < n; first += kRows) {
     const int count = std::min(kRows, n - first);
     for (int j = 0; j < m; ++j) {
@@ -223,11 +225,11 @@ void sum_plain(const void* const* rows, int n, const void* coefficients, ptrdiff
       for (int c = begin; c < end; ++c) {
         const int g = c / kGroup;
         float largest = 0.0f;
-        for (int r = 0; r < count; ++r) largest = std::max(largest, Row<kUpper>(rows[first + r], form).scale(g));
+        for (int r = 0; r < count; ++r) largest = std::max(largest, row_at(first + r).scale(g));
         const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
         int total = 0, sum = 0;
         for (int r = 0; r < count; ++r) {
-          const Row<kUpper> row(rows[first + r], form);
+          const Row<kUpper> row = row_at(first + r);
           const int value = int(integers(Vec::set(row.scale(g) * inverse * (to_float(coef[r]) * inverse_of(top)))).v);
           total += value;
           sum += value * row.code(c);

@@ -268,6 +268,7 @@ constexpr int kBlock = 48;
 // Where a tile's rows go on: `groups` of them from `group` on.
 struct Block {
   const uint8_t* const* rows;  // kLanes
+  const uint8_t* const* lowers;
   int group, groups;
 };
 
@@ -292,7 +293,6 @@ struct Header<Planes<kUpper>> {
 template <class Form, int M>
 void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums, bool fetch) {
   const int upper_at = Form::header_bytes(form.cols);
-  const int64_t lower_at = form.lower;
   Vec acc[M];
   for (int j = 0; j < M; ++j) acc[j] = sums[j];
   Header<Form> header;
@@ -307,12 +307,12 @@ void dot_block(const Block& now, const Block& next, const Packed& x, const RowFo
                line < std::min(Form::header_at(next.group + next.groups), upper_at); line += 64)
             prefetch_now(next.rows[r] + line);
         prefetch_now(next.rows[r] + upper_at + at);
-        if (Form::has_lower) prefetch_now(next.rows[r] + lower_at + at);
+        if (Form::has_lower) prefetch_now(next.lowers[r] + at);
       }
     }
     Ints uppers[4], lowers[4] = {};
     turn([&](int r) { return now.rows[r] + upper_at + g * kGroupBytes; }, uppers);
-    if constexpr (Form::has_lower) turn([&](int r) { return now.rows[r] + lower_at + g * kGroupBytes; }, lowers);
+    if constexpr (Form::has_lower) turn([&](int r) { return now.lowers[r] + g * kGroupBytes; }, lowers);
     Codes codes[8];
     for (int i = 0; i < 4; ++i) split<!Form::has_lower>(uppers[i], lowers[i], codes + i, codes + 4 + i);
     const Vec scale = header.scales[step % 8];
@@ -334,13 +334,15 @@ void dot_block(const Block& now, const Block& next, const Packed& x, const RowFo
 constexpr int kTiles = 64 / kLanes;
 
 template <class Form, int M>
-void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm& form, bool fetch, float* out, ptrdiff_t ldo,
-              int wanted) {
+void dot_rows(const uint8_t* const* rows, const uint8_t* const* lowers, int n, const Packed& x, const RowForm& form, bool fetch,
+              float* out, ptrdiff_t ldo, int wanted) {
   const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
   Vec sums[kTiles][M];
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < M; ++j) sums[t][j] = Vec::set(0.0f);
-  const auto block = [&](int t, int group) { return Block{rows + t * kLanes, group, std::min(kBlock, num_groups - group)}; };
+  const auto block = [&](int t, int group) {
+    return Block{rows + t * kLanes, lowers + t * kLanes, group, std::min(kBlock, num_groups - group)};
+  };
   for (int group = 0; group < num_groups; group += kBlock)
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
@@ -352,26 +354,27 @@ void dot_rows(const uint8_t* const* rows, int n, const Packed& x, const RowForm&
 }
 
 template <class Form>
-void dot(const void* const* pointers, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
+void dot(const RowPointers& all, int n, const void* packed, int m, const RowForm& form, float* out, ptrdiff_t ldo) {
   const int k = form.cols;
   for (int i = 0; i < n; i += kTiles * kLanes) {
     const int count = std::min(kTiles * kLanes, n - i), whole = (count + kLanes - 1) / kLanes * kLanes;
-    const uint8_t* rows[(kTiles + 1) * kLanes];
+    const uint8_t *rows[(kTiles + 1) * kLanes], *lowers[(kTiles + 1) * kLanes];
     for (int r = 0; r < whole + kLanes; ++r) {
       // Rows that fill up a tile are the last one again, and what follows is what the caller reads next.
       const int at = r < whole ? std::min(r, count - 1) : count + r - whole;
-      rows[r] = static_cast<const uint8_t*>(pointers[i + at]);
+      rows[r] = static_cast<const uint8_t*>(all.rows[i + at]);
+      if constexpr (Form::has_lower) lowers[r] = static_cast<const uint8_t*>(all.lowers[i + at]);
     }
     for (int j = 0; j < m; j += kColumns) {
       const Packed x(packed, j, m, k);
       const int wanted = std::min(m - j, kColumns);
       float* to = out + j * ldo + i;
       switch (x.columns) {
-        case 1: dot_rows<Form, 1>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 2: dot_rows<Form, 2>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 4: dot_rows<Form, 4>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        case 8: dot_rows<Form, 8>(rows, count, x, form, j == 0, to, ldo, wanted); break;
-        default: dot_rows<Form, 16>(rows, count, x, form, j == 0, to, ldo, wanted);
+        case 1: dot_rows<Form, 1>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
+        case 2: dot_rows<Form, 2>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
+        case 4: dot_rows<Form, 4>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
+        case 8: dot_rows<Form, 8>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
+        default: dot_rows<Form, 16>(rows, lowers, count, x, form, j == 0, to, ldo, wanted);
       }
     }
   }
@@ -401,15 +404,15 @@ class ColumnSums {
   explicit ColumnSums(int quads) : quads_(quads) {}
 
   // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane. upper, lower: where the
-  // first one's nibbles are in a row.
-  void read(const uint8_t* const* rows, int64_t upper, int64_t lower, int n) {
-    for (int quad = 0; quad < quads_; ++quad, rows += 4) {
-      Ints uppers[kSpan][kHalf], lowers[kSpan][kHalf] = {};
-      interleave(rows, upper, n, uppers);
-      if constexpr (!kUpper) interleave(rows, lower, n, lowers);
+  // first one's nibbles are in a row, and in its lower nibbles.
+  void read(const uint8_t* const* rows, int upper, const uint8_t* const* lowers, int lower, int n) {
+    for (int quad = 0; quad < quads_; ++quad) {
+      Ints uppers[kSpan][kHalf], lower_nibbles[kSpan][kHalf] = {};
+      interleave(rows + 4 * quad, upper, n, uppers);
+      if constexpr (!kUpper) interleave(lowers + 4 * quad, lower, n, lower_nibbles);
       for (int g = 0; g < kSpan; ++g)
         for (int v = 0; v < kHalf; ++v)
-          split<kUpper>(uppers[g][v], lowers[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
+          split<kUpper>(uppers[g][v], lower_nibbles[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
     }
   }
 
@@ -500,11 +503,15 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
 
  public:
   // rows: count + kAhead.
-  SumBlock(const void* const* rows, int count, const RowForm& form)
-      : Base(kRows / 4), count_(count), upper_(scale_bytes(form.cols)), lower_(form.lower) {
+  SumBlock(const RowPointers& all, int first, int count, const RowForm& form)
+      : Base(kRows / 4), count_(count), upper_(scale_bytes(form.cols)) {
     for (int r = 0; r < kRows; ++r) {
-      rows_[r] = static_cast<const uint8_t*>(rows[std::min(r, count - 1)]);
-      next_[r] = static_cast<const uint8_t*>(rows[count + r]);
+      const int now = first + std::min(r, count - 1), next = first + count + r;
+      rows_[r] = static_cast<const uint8_t*>(all.rows[now]);
+      next_[r] = static_cast<const uint8_t*>(all.rows[next]);
+      if (kUpper) continue;
+      lowers_[r] = static_cast<const uint8_t*>(all.lowers[now]);
+      next_lowers_[r] = static_cast<const uint8_t*>(all.lowers[next]);
     }
   }
 
@@ -532,7 +539,7 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
       for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
         const int group = g + part, n = std::min(kSpan, last - group);
         if (first) prefetch(group);
-        Base::read(rows_, upper_ + group * kGroupBytes, lower_ + group * kGroupBytes, n);
+        Base::read(rows_, upper_ + group * kGroupBytes, lowers_, group * kGroupBytes, n);
         Base::add_groups(group, n, part, end, acc, lda);
       }
     }
@@ -574,18 +581,18 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
 
   // What the rows that come next have in this place, and at the beginning their scales.
   void prefetch(int group) const {
-    const auto fetch = [&](int64_t at) {
-      for (int r = 0; r < kRows; ++r) prefetch_now(next_[r] + at);
+    const auto fetch = [&](const uint8_t* const* rows, int at) {
+      for (int r = 0; r < kRows; ++r) prefetch_now(rows[r] + at);
     };
     if (group == 0)
-      for (int at = 0; at < upper_; at += 64) fetch(at);
-    fetch(upper_ + group * kGroupBytes);
-    if (!kUpper) fetch(lower_ + group * kGroupBytes);
+      for (int at = 0; at < upper_; at += 64) fetch(next_, at);
+    fetch(next_, upper_ + group * kGroupBytes);
+    if (!kUpper) fetch(next_lowers_, group * kGroupBytes);
   }
 
   const uint8_t *rows_[kRows], *next_[kRows];
+  const uint8_t *lowers_[kUpper ? 1 : kRows], *next_lowers_[kUpper ? 1 : kRows];
   const int count_, upper_;
-  const int64_t lower_;
   alignas(64) float coefficients_[kColumns][kRows];
   float scales_[kColumns];
   // By groups: the coefficients as integers, four rows in one, and so on.
@@ -594,10 +601,10 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
 };
 
 template <class T, bool kUpper>
-void sum(const void* const* rows, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
+void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
          float* acc, ptrdiff_t lda) {
   for (int r = 0; r < n; r += kRows) {
-    SumBlock<T, kUpper> block(rows + r, std::min(kRows, n - r), form);
+    SumBlock<T, kUpper> block(all, r, std::min(kRows, n - r), form);
     for (int j = 0; j < m; j += kColumns) {
       block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, std::min(kColumns, m - j));
       block.add(begin, end, j == 0, acc + j * lda, lda);

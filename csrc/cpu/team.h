@@ -135,18 +135,27 @@ constexpr int kChunk = 64;
 template <int kCapacity = kChunk>
 struct Rows {
   const void* pointers[kCapacity + kAhead];
+  const void* lowers[kCapacity + kAhead];
 
-  // Rows begin .. begin + n - 1 by `row_at`; what follows is read next: `then(i)` for i = 0, 1, ...
+  // Rows begin .. begin + n - 1 by their places; what follows is read next: `then(i)` for i = 0, 1, ...
   template <class RowAt, class Then>
   void fill(int begin, int n, const RowAt& row_at, const Then& then) {
-    for (int i = 0; i < n; ++i) pointers[i] = row_at(begin + i);
-    for (int i = 0; i < kAhead; ++i) pointers[n + i] = then(i);
+    for (int i = 0; i < n; ++i) set(i, row_at(begin + i));
+    for (int i = 0; i < kAhead; ++i) set(n + i, then(i));
   }
 
   // What follows is the same run's continuation up to `end`, then its last row again.
   template <class RowAt>
   void fill(int begin, int n, int end, const RowAt& row_at) {
     fill(begin, n, row_at, [&](int i) { return row_at(begin + n + i < end ? begin + n + i : end - 1); });
+  }
+
+  RowPointers all() const { return {pointers, lowers}; }
+
+ private:
+  void set(int i, const Place& place) {
+    pointers[i] = place.row;
+    lowers[i] = place.lower;
   }
 };
 

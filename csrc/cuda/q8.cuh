@@ -12,6 +12,11 @@ namespace sirius::cuda {
 
 constexpr int kStepGroups = 4;  // groups of a row that a warp reads at a time, one a lane
 
+// Bytes from a row of q8 to its lower nibbles.
+__device__ __forceinline__ int64_t lower_distance(const Matrix& matrix, int row) {
+  return static_cast<const char*>(matrix.lower_row(row)) - static_cast<const char*>(matrix.row(row));
+}
+
 // One weight, for bodies that are not for speed.
 inline SIRIUS_OUT_OF_LINE __device__ float q8_weight(const void* row, int64_t lower, int column, int cols, bool upper) {
   const int group = column / q8::kGroup, place = column % q8::kGroup, shift = place / q8::kGroupBytes * 4;

@@ -28,10 +28,12 @@ template <class T>
 __global__ void embed_q8_kernel(const EmbedParams p) {
   wait_for_kernel_before();
   const int hidden = p.table.cols;
-  const void* from = p.table.row(max(p.tokens[blockIdx.x], 0));
+  const int token = max(p.tokens[blockIdx.x], 0);
+  const void* from = p.table.row(token);
+  const int64_t lower = lower_distance(p.table, token);
   T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
   for (int c = int(threadIdx.x); c < hidden; c += kEmbedThreads)
-    to[c] = from_float<T>(p.scale * q8_weight(from, p.table.lower, c, hidden, p.table.format == Format::q8_upper));
+    to[c] = from_float<T>(p.scale * q8_weight(from, lower, c, hidden, p.table.format == Format::q8_upper));
 }
 
 // One warp; one lane a new node. A node sees its parent's ancestors, its parent and itself.

@@ -41,7 +41,7 @@ class WeightRow<T, Q8<kUpper>, Aligned> {
 
   WeightRow() = default;
   __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(matrix.row(row)) {
-    if constexpr (!kUpper) lower_ = uint32_t(matrix.lower / 16);
+    if constexpr (!kUpper) lower_ = uint32_t(lower_distance(matrix, row) / 16);
   }
 
   // Nothing is read unless the row is there.
@@ -61,7 +61,7 @@ class WeightRow<float, Q8Numbers, Aligned> {
 
   WeightRow() = default;
   __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
-      : row_(matrix.row(row)), lower_(matrix.lower), upper_(matrix.format == Format::q8_upper) {}
+      : row_(matrix.row(row)), lower_(lower_distance(matrix, row)), upper_(matrix.format == Format::q8_upper) {}
 
   __device__ __forceinline__ Vec<float> load(int begin, int n) const {
     float out[Vec<float>::size];

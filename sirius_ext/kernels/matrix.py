@@ -25,6 +25,16 @@ class Format(enum.IntEnum):
     Q4_ACROSS = 7
     Q4_K_ACROSS = 8
 
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Format:
+        """The plain one of float32, float16 or bfloat16."""
+        return _PLAIN[dtype]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of a plain one."""
+        return next((dtype for dtype, form in _PLAIN.items() if form == self), None)
+
     @property
     def across(self) -> bool:
         """Of four bits, whether 32 rows have their scales together. Such rows are only added up, others only multiplied."""
@@ -41,7 +51,9 @@ class Format(enum.IntEnum):
         return self >= Format.Q4
 
     def row_bytes(self, cols: int) -> int:
-        """Of a row, or of a row of one of Q8's planes, in a format that is not plain."""
+        """Of a row, or of a row of one of Q8's planes."""
+        if self.dtype is not None:
+            return self.dtype.itemsize * cols
         if not self.four_bits:
             return q8.row_bytes(cols)
         return q8.GROUP_BYTES * q8.groups(cols) if self.across else q4.row_bytes(cols, self.supers)
@@ -58,11 +70,13 @@ class Matrix:
         [2, rows, bytes]. Rows are contiguous, and may stand apart.
     packed: of a format that is not plain, which one it is, and its columns.
     shared: of Q4_ACROSS and Q4_K_ACROSS, the scales, uint8 [bytes].
+    apart: of Q8 whose planes lie apart, the lower nibbles, uint8 [rows, bytes]; `data` is then the upper plane alone.
     """
 
     data: torch.Tensor
     packed: tuple[Format, int] | None = None
     shared: torch.Tensor | None = None
+    apart: torch.Tensor | None = None
 
     @classmethod
     def of_bytes(cls, data: torch.Tensor, form: Format, rows: int, cols: int) -> Matrix:
@@ -93,7 +107,7 @@ class Matrix:
 
     @property
     def format(self) -> Format:
-        return _PLAIN[self.data.dtype] if self.packed is None else self.packed[0]
+        return Format.of(self.data.dtype) if self.packed is None else self.packed[0]
 
     @property
     def rows(self) -> int:
@@ -112,17 +126,23 @@ class Matrix:
         """Bytes from one row to the next."""
         return self.data.stride(-2) * self.data.element_size()
 
-    @property
-    def lower(self) -> int:
-        """Of Q8, bytes from a row to its lower nibbles."""
-        return self.data.stride(0) + q8.scale_bytes(self.cols) if self.format == Format.Q8 else 0
+    @functools.cached_property
+    def upper(self) -> torch.Tensor:
+        """Of Q8, the plane with the scales and the upper nibbles: uint8 [rows, bytes]."""
+        return self.data[0] if self.apart is None else self.data
+
+    @functools.cached_property
+    def lower(self) -> torch.Tensor:
+        """Of Q8, the lower nibbles: uint8 [rows, bytes]."""
+        return self.data[1, :, q8.scale_bytes(self.cols) :] if self.apart is None else self.apart
 
     @property
     def nbytes(self) -> int:
         """What a reader of all rows reads."""
-        beside = self.rows * q8.scale_bytes(self.cols) if self.format == Format.Q8 else 0  # the lower plane has no scales
+        if self.format == Format.Q8:
+            return self.upper.numel() + self.lower.numel()
         shared = 0 if self.shared is None else self.shared.numel()
-        return self.data.numel() * self.data.element_size() - beside + shared
+        return self.data.numel() * self.data.element_size() + shared
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +157,8 @@ class Matrix:
             rows=self.rows,
             cols=self.cols,
             stride=self.stride,
-            lower=self.lower,
+            lower=self.lower.data_ptr() if self.format == Format.Q8 else 0,
+            lower_stride=self.lower.stride(0) if self.format == Format.Q8 else 0,
             shared=0 if self.shared is None else self.shared.data_ptr(),
         )
 
@@ -147,12 +168,14 @@ class Matrix:
             return self.data.float()
         if self.format.four_bits:
             return q4.decode(self.data, self.shared, self.cols, self.format.supers)
+        if self.format == Format.Q8:
+            return q8.decode(self.upper, self.cols, self.lower)
         return q8.decode(self.data, self.cols)
 
     def take(self, rows: slice | torch.Tensor) -> Matrix:
         """Some of the rows: of a slice those themselves, of an index copies. Not of rows that have their scales together."""
         assert self.shared is None
-        return Matrix(self.data[..., rows, :], self.packed)
+        return Matrix(self.data[..., rows, :], self.packed, apart=None if self.apart is None else self.apart[rows])
 
     def in_eight_bits(self) -> Matrix:
         """A copy of a plain one, as `Format.Q8`. ValueError if that is not possible."""
@@ -164,7 +187,7 @@ class Matrix:
             return self._packed_as(Format.Q8_UPPER)
         if self.format.four_bits:
             return self
-        return Matrix(self.data[0], (Format.Q8_UPPER, self.cols))
+        return Matrix(self.upper, (Format.Q8_UPPER, self.cols))
 
     def _packed_as(self, form: Format) -> Matrix:
         upper = form == Format.Q8_UPPER

@@ -149,16 +149,22 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
         data = data.as_strided(data.shape, (data.shape[1], 1))  # `_check` then finds nothing wrong with its strides
     if weight.packed is not None:  # for input of any dtype
         _check_is_tensor(name, weight.data)
-        planes = (2,) if weight.format == Format.Q8 else ()
+        planes = (2,) if weight.format == Format.Q8 and weight.apart is None else ()
         if weight.data.stride(-1) == 1:
             data = torch.empty(weight.data.shape, dtype=weight.data.dtype, device="meta")
         _check(name, data, torch.uint8, *planes, None, weight.format.row_bytes(weight.cols))
         _check_four_bits(name, weight)
-        if is_cuda(weight.device) and any(place % 16 for place in (weight.data.data_ptr(), weight.stride, weight.lower)):
+        if is_cuda(weight.device) and any(place % 16 for place in _alignments(weight)):
             raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
         data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)
     return weight
+
+
+def _alignments(weight: Matrix) -> tuple[int, ...]:
+    """Addresses and strides that decide where the parts of a packed matrix's rows are."""
+    parts = (weight.upper, weight.lower) if weight.format == Format.Q8 else (weight.data,)
+    return tuple(place for part in parts for place in (part.data_ptr(), part.stride(0)))
 
 
 def _check_four_bits(name: str, weight: Matrix) -> None:

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .q8 import GROUP, GROUP_BYTES, groups
+from .q8 import CHUNK, GROUP, GROUP_BYTES, groups
 
 SUPER = 8  # groups that share d and e
 _LARGEST = 15
@@ -59,6 +59,18 @@ def round_to_groups(weight: torch.Tensor) -> Groups:
     """Numbers, float [rows, cols], as the nearest codes between each group's smallest and largest. ValueError if some are not
     finite, or too large for float16."""
     rows, cols = weight.shape
+    step = max(1, CHUNK // cols)
+    parts = [_round(weight[first : first + step]) for first in range(0, rows, step)]
+    codes, pairs = (torch.cat(each) for each in zip(*parts))
+    if not bool(pairs.isfinite().all()):
+        row = int((~pairs.isfinite()).flatten(1).any(-1).nonzero()[0])
+        raise ValueError(f"expected finite weights of at most {torch.finfo(torch.float16).max:.0f}, row {row} has others")
+    return Groups(codes, pairs)
+
+
+def _round(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and pairs of some rows."""
+    rows, cols = weight.shape
     count = groups(cols)
     grouped = weight.float()
     if cols % GROUP:  # the last number again: it changes neither the smallest nor the largest
@@ -66,12 +78,9 @@ def round_to_groups(weight: torch.Tensor) -> Groups:
     grouped = grouped.reshape(rows, count, GROUP)
     minima = grouped.amin(-1).half()
     scales = ((grouped.amax(-1) - minima.float()) / _LARGEST).half()
-    if not bool((minima.isfinite() & scales.isfinite()).all()):
-        row = int((~(minima.isfinite() & scales.isfinite())).any(-1).nonzero()[0])
-        raise ValueError(f"expected finite weights of at most {torch.finfo(torch.float16).max:.0f}, row {row} has others")
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
     codes = ((grouped - minima.float()[..., None]) * inverse[..., None]).round_().clamp_(0, _LARGEST).to(torch.uint8)
-    return Groups(codes.view(rows, -1)[:, :cols], torch.stack((scales, minima), -1))
+    return codes.view(rows, -1)[:, :cols], torch.stack((scales, minima), -1)
 
 
 def check_finite(pairs: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ GROUP_BYTES = 16  # of a plane
 ZERO = 128  # the code of a weight of zero
 LOWER_MEAN = 7.5  # what a reader of the upper plane takes for the lower nibble
 _LARGEST = 127
-_CHUNK = 1 << 22  # weights at a time: temporaries then stay small
+CHUNK = 1 << 22  # weights at a time: temporaries then stay small
 
 
 def groups(cols: int) -> int:
@@ -35,7 +35,7 @@ def encode(weight: torch.Tensor, upper: bool = False) -> torch.Tensor:
     values that are not finite, or too large for a float16 scale."""
     rows, cols = weight.shape
     planes = torch.zeros(1 if upper else 2, rows, row_bytes(cols), dtype=torch.uint8, device=weight.device)
-    step = max(1, _CHUNK // cols)
+    step = max(1, CHUNK // cols)
     for first in range(0, rows, step):
         _encode(weight[first : first + step], planes[:, first : first + step])
     check_scales(planes[0], cols)
@@ -67,19 +67,16 @@ def _encode(weight: torch.Tensor, planes: torch.Tensor) -> None:
         planes[1, :, start:] = ((first & 0xF) | (second << 4)).view(rows, -1)
 
 
-def decode(data: torch.Tensor, cols: int) -> torch.Tensor:
-    """The numbers that a reader takes rows for. data: uint8 [2, rows, row_bytes], or [rows, row_bytes], the upper plane alone.
-    Returns float32 [rows, cols]."""
-    upper = data if data.dim() == 2 else data[0]
+def decode(upper: torch.Tensor, cols: int, lower: torch.Tensor | None = None) -> torch.Tensor:
+    """The numbers that a reader takes rows for. upper: the plane, uint8 [rows, row_bytes]. lower: the lower nibbles, uint8 [rows,
+    GROUP_BYTES * groups], if they are read too. Returns float32 [rows, cols]."""
     rows, count, start = len(upper), groups(cols), scale_bytes(cols)
     scales = upper[:, : 2 * count].contiguous().view(torch.float16).float()
-
-    def nibbles(plane: torch.Tensor) -> torch.Tensor:
-        return plane[:, start:].reshape(rows, count, GROUP_BYTES)
-
-    codes = torch.cat((nibbles(upper) << 4, nibbles(upper) & 0xF0), -1).float()
-    if data.dim() == 2:
+    nibbles = upper[:, start:].reshape(rows, count, GROUP_BYTES)
+    codes = torch.cat((nibbles << 4, nibbles & 0xF0), -1).float()
+    if lower is None:
         codes += LOWER_MEAN
     else:
-        codes += torch.cat((nibbles(data[1]) & 0xF, nibbles(data[1]) >> 4), -1)
+        nibbles = lower.reshape(rows, count, GROUP_BYTES)
+        codes += torch.cat((nibbles & 0xF, nibbles >> 4), -1)
     return ((codes - ZERO) * scales[..., None]).view(rows, count * GROUP)[:, :cols]

@@ -28,6 +28,8 @@ ARCHITECTURES = {
 # Supported families whose GGUF files transformers cannot read.
 _SAFETENSORS_ONLY = ("granite", "mistral3", "smollm3")
 
+CONVERTED = "sirius_conversion.json"  # in a folder that was made of such a file: which files belong to it
+
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 

@@ -72,6 +72,10 @@ class Tensors:
     def is_four_bits(self, name: str) -> bool:
         return self._kind(self.names[name]) in _FOUR_BITS
 
+    def has_supers(self, name: str) -> bool:
+        """Whether the groups of a matrix of four bits are `kernels.q4`'s with fields."""
+        return self._kind(self.names[name]) == "Q4_K"
+
     def numbers(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Of rows `first` to `last` - 1, or of all: float32, a copy."""
         from gguf import GGMLQuantizationType, dequantize

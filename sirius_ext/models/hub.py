@@ -7,6 +7,7 @@ file and converted GGUF files, and may be deleted at any time. Models named by a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -29,8 +30,9 @@ import torch
 from . import gguf_files
 from .families import check_supported
 from .gguf_tensors import Tensors
-from .packed import load_gguf, load_packed, pack
+from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
+from .tier_files import JOURNAL, TierFiles, is_prepared, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +54,6 @@ _DTYPES = {
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WITH_IMAGES = ("gemma3", "mistral3")  # models for text and images that have a text model of ours inside
-_MANIFEST = "sirius_conversion.json"
 _CONVERSION = 2  # another number where GGUF files come out differently: what older versions left in the cache is not used then
 
 
@@ -121,6 +122,7 @@ def load_model(
     """Load a model on the CPU, in eval mode, and its tokenizer (None for a local folder that has none).
 
     name: a Hugging Face id, a local folder, a .gguf file, or "smollm2-135m-instruct" (also meant by None), the default model.
+        Of a folder of tiers (`prepare_tiers`) the model comes without its MLPs' weights (`TierFiles.model`).
         Of a model for text and images (Gemma 3, Mistral Small 3) it is the text model alone.
     dtype: of the weights; "auto" is the checkpoint's own, and bfloat16 for a GGUF file. GGUF files are dequantized to it; the
         result is kept in the cache folder, since it takes a while.
@@ -133,6 +135,71 @@ def load_model(
     ValueError for an unknown dtype.
     """
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
+    found = _find(name, dtype, weights, progress)
+    return _load(found, weights, progress, _opened(found, weights) if found.prepared else None)
+
+
+def prepare_tiers(
+    name: str | os.PathLike[str],
+    out: Path,
+    dtype: torch.dtype | str = torch.bfloat16,
+    weights: str = "plain",
+    progress: bool = True,
+) -> TierFiles:
+    """Make a folder of tiers (`models.tier_files`) of a model that is larger than the memory. A call that is stopped leaves what
+    the next one goes on from; a folder that is whole is looked through.
+
+    name, dtype, progress: as `load_model`. weights: also, but these are what is written.
+    ModelLoadError as there; FileExistsError for a folder with something else in it; OSError if the disk is full.
+    """
+    found = _find(name, parse_dtype(dtype), parse_weights(weights), progress)
+    if found.prepared:
+        raise ModelLoadError(f"model: {found.name!r} is a folder that was prepared already: it is used as it is")
+    return _prepared(_readable(found, weights, progress), out, found.name, progress)
+
+
+def tiers_of(
+    name: str | os.PathLike[str] | None, dtype: torch.dtype | str = torch.bfloat16, weights: str = "plain", progress: bool = True
+) -> TierFiles:
+    """The tiers of a model: its own if it is a folder that was prepared, else those in the cache folder, where they are made if
+    they are not there or damaged. Arguments and errors are those of `load_model`."""
+    found = _find(name, parse_dtype(dtype), parse_weights(weights), progress)
+    if found.prepared:
+        return _opened(found, weights)
+    source = _readable(found, weights, progress)
+    kept = cache_dir() / "tiers" / source.key
+    with contextlib.suppress(ValueError):
+        if is_prepared(kept):
+            return TierFiles.open(kept)
+    with _cache_errors():
+        return _prepared(source, kept, found.name, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A model that can be loaded: a folder, or a Hugging Face id.
+
+    name: what the user called it. dtype: what it is to be loaded in.
+    gguf: the file that has the weights, where `source` has all else.
+    """
+
+    name: str
+    source: str
+    dtype: torch.dtype | str
+    gguf: Path | None = None
+
+    @property
+    def local(self) -> bool:
+        return Path(self.source).is_dir()
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it is a folder of tiers."""
+        return self.local and is_prepared(Path(self.source))
+
+
+def _find(name: str | os.PathLike[str] | None, dtype: torch.dtype | str, weights: str, progress: bool) -> _Found:
+    """ModelLoadError if there is nothing of that name. A GGUF file is converted."""
     name = DEFAULT_MODEL if name is None else os.fspath(name)
     path = Path(name).expanduser()
     is_default = name.lower() == DEFAULT_MODEL
@@ -145,74 +212,79 @@ def load_model(
         dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
         as_it_is = weights == "q4"
         folder = _converted(file, name, dtype, progress, not as_it_is)
-        return _load(str(folder), name, dtype, progress, weights, file if as_it_is else None)
+        return _Found(name, str(folder), dtype, file if as_it_is else None)
     if is_folder:
+        if (path / JOURNAL).is_file() and not is_prepared(path):
+            raise ModelLoadError(f"model: the folder {name!r} was prepared only in part; the same command again goes on with it")
         if not (path / "config.json").is_file():
             hint = next((f"; name the file itself: {file}" for file in sorted(path.glob("*.gguf"))), "")
             raise ModelLoadError(f"model: the folder {name!r} has no config.json{hint}")
-        return _load(str(path), name, dtype, progress, weights)
+        return _Found(name, str(path), dtype)
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ModelLoadError(
             f"model: {name!r} does not exist; expected a folder, a .gguf file, a Hugging Face id or {DEFAULT_MODEL!r}"
         )
-    return _load(name, name, dtype, progress, weights)
+    return _Found(name, name, dtype)
 
 
 def _load(
-    source: str, name: str, dtype: torch.dtype | str, progress: bool, weights: str, gguf: Path | None = None
+    found: _Found, weights: str, progress: bool, tiers: TierFiles | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load from a folder or a Hugging Face id. `name` is what the user called it. gguf: has the weights, `source` all else."""
-    local = Path(source).is_dir()
-    # Downloads have progress bars of their own, which a spinner would garble.
-    bars = not local and progress and sys.stderr.isatty()
+    """tiers: what the folder holds, if it holds such."""
+    source, name = found.source, found.name
+    bars = _has_bars(found, progress)
     with _reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        with _load_errors(name, "" if local else "not a local file or folder, and the Hugging Face Hub: "):
-            config, quantized = _supported_config(name, source, weights)
-            if local:  # what is amiss is told better by us, and before the weights are read
-                check_files(Path(source), name)
-            model = None if weights == "plain" else _packed(source, name, config, dtype, weights, gguf, quantized, report)
-            if model is None:
-                if quantized is not None:
-                    raise ModelLoadError(f"model: cannot use {name!r}: of models for text and images quantized ones are not read")
-                if config.model_type in _WITH_IMAGES:
-                    model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
-                    report.remarks.append("the text model alone, without its part for images")
-                else:
-                    model = _weights(AutoModelForCausalLM, source, name, config, dtype)
-                if not local:
-                    check_files(_snapshot(source), name)
-                if weights != "plain":
-                    with _refusals(name):
-                        pack(model, weights)
+        with _load_errors(name, _where(found)):
+            model = _model(found, weights, report) if tiers is None else tiers.model()
         with _load_errors(name, "its tokenizer cannot be read: "):
-            has_tokenizer = not local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
+            has_tokenizer = not found.local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None
     return model.eval(), tokenizer
 
 
+def _has_bars(found: _Found, progress: bool) -> bool:
+    """Whether there are progress bars, as downloads have of their own, which a spinner would garble."""
+    return not found.local and progress and sys.stderr.isatty()
+
+
+def _where(found: _Found) -> str:
+    """What an error's message says before the reason."""
+    return "" if found.local else "not a local file or folder, and the Hugging Face Hub: "
+
+
+def _model(found: _Found, weights: str, report: _Report) -> PreTrainedModel:
+    """With all of its weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    source, name, dtype = found.source, found.name, found.dtype
+    config, quantized = _supported_config(name, source, weights)
+    if found.local:  # what is amiss is told better by us, and before the weights are read
+        check_files(Path(source), name)
+    model = None if weights == "plain" else _packed(found, config, weights, quantized, report)
+    if model is None:
+        if quantized is not None:
+            raise ModelLoadError(f"model: cannot use {name!r}: of models for text and images quantized ones are not read")
+        if config.model_type in _WITH_IMAGES:
+            model = _text_model(_weights(AutoModelForImageTextToText, source, name, config, dtype))
+            report.remarks.append("the text model alone, without its part for images")
+        else:
+            model = _weights(AutoModelForCausalLM, source, name, config, dtype)
+        if not found.local:
+            check_files(_snapshot(source), name)
+        if weights != "plain":
+            with _refusals(name):
+                pack(model, weights)
+    return model
+
+
 def _packed(
-    source: str,
-    name: str,
-    config: PreTrainedConfig,
-    dtype: torch.dtype | str,
-    weights: str,
-    gguf: Path | None,
-    quantized: Quantized | None,
-    report: _Report,
+    found: _Found, config: PreTrainedConfig, weights: str, quantized: Quantized | None, report: _Report
 ) -> PreTrainedModel | None:
-    """The model with its matrices packed, read tensor by tensor. None if that needs transformers' help. gguf: as in `_load`."""
+    """The model with its matrices packed, read tensor by tensor. None if that needs transformers' help."""
     if config.model_type in _WITH_IMAGES:
         return None
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
-        check_files(folder, name)
-    if isinstance(dtype, str):
-        dtype = getattr(config, "dtype", None) or torch.bfloat16
     packed = False
 
     def progress(total: int, done: int) -> None:
@@ -220,15 +292,70 @@ def _packed(
         packed = True
         report.show(f"packing tensor {done} of {total}")
 
-    model: PreTrainedModel | None
-    with _refusals(name), _cache_errors():
-        if gguf is None:
-            model = load_packed(folder, config, dtype, cache_dir(), weights, progress, quantized)
-        else:
-            model = load_gguf(gguf_files.read_header(gguf), folder, config, dtype, cache_dir(), progress)
+    with _refusals(found.name), _cache_errors():
+        try:
+            source = _source(found, config, weights, quantized)
+        except OtherNames:
+            if quantized is not None:
+                raise
+            return None
+        model = load_packed(source, cache_dir(), progress)
     if packed:
         report.remarks.append(f"packed ({weights}), kept in {cache_dir() / 'packed'}")
     return model
+
+
+def _source(found: _Found, config: PreTrainedConfig, weights: str, quantized: Quantized | None) -> Source:
+    """The tensors of a model that is not one for text and images. OtherNames, ValueError."""
+    folder, dtype = Path(found.source), found.dtype
+    if not found.local:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(found.source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        check_files(folder, found.name)
+    if isinstance(dtype, str):
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    if found.gguf is not None:
+        return GgufFile(gguf_files.read_header(found.gguf), folder, config, dtype)
+    return Checkpoint(folder, config, dtype, weights, quantized)
+
+
+def _readable(found: _Found, weights: str, progress: bool) -> Source:
+    """A model's tensors one by one, or ModelLoadError that says how to get there."""
+    bars = _has_bars(found, progress)
+    with _quiet(bars), _load_errors(found.name, _where(found)):
+        config, quantized = _supported_config(found.name, found.source, weights)
+        if found.local:
+            check_files(Path(found.source), found.name)
+        how = (
+            "load the model by Engine.from_pretrained where there is memory enough, save its `model` and `tokenizer` by "
+            "save_pretrained, and prepare that folder"
+        )
+        with _refusals(found.name):
+            if config.model_type in _WITH_IMAGES:
+                raise ValueError(f"it is a model for text and images; {how}")
+            try:
+                return _source(found, config, weights, quantized)
+            except OtherNames as error:
+                raise ValueError(f"{error}: its files are not safetensors by the model's own names; {how}") from error
+
+
+def _prepared(source: Source, out: Path, name: str, progress: bool) -> TierFiles:
+    with _reporting(f"preparing {name} in {out}", progress) as report, _refusals(name):
+        return prepare(source, out, lambda total, done: report.show(f"tensor {done} of {total}"))
+
+
+def _opened(found: _Found, weights: str) -> TierFiles:
+    """The tiers in a folder. ValueError if it was prepared otherwise than is asked for; what nobody has asked for are plain
+    weights and bfloat16."""
+    with _refusals(found.name):
+        files = TierFiles.open(Path(found.source))
+    if weights not in ("plain", files.weights):
+        raise ValueError(f"weights: expected {files.weights}, as {found.name} was prepared, or plain, got {weights!r}")
+    if not isinstance(found.dtype, str) and found.dtype not in (torch.bfloat16, files.dtype):
+        said, got = (str(dtype).removeprefix("torch.") for dtype in (files.dtype, found.dtype))
+        raise ValueError(f"dtype: expected {said}, as {found.name} was prepared, or auto, got {got}")
+    return files
 
 
 def _supported_config(name: str, source: str, weights: str) -> tuple[PreTrainedConfig, Quantized | None]:
@@ -360,7 +487,7 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole:
             with _quiet(bars=False):
                 _convert(file.absolute(), name, dtype, whole, fresh)
             sizes = {item.name: item.stat().st_size for item in fresh.iterdir()}
-            (fresh / _MANIFEST).write_text(json.dumps(sizes, indent=1))
+            (fresh / gguf_files.CONVERTED).write_text(json.dumps(sizes, indent=1))
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, Path(temporary) / "damaged")
             try:
@@ -406,7 +533,7 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
 def _is_intact(folder: Path) -> bool:
     """Whether a conversion is whole. Sizes only: hashing 3 GB would take longer than loading it."""
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text())
+        sizes = json.loads((folder / gguf_files.CONVERTED).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False

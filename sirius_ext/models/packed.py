@@ -7,12 +7,12 @@ the kernels here can read, so that calling it is refused. Which format they are 
 
 from __future__ import annotations
 
-import contextlib
+import abc
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..kernels import q4
+from ..kernels import q4, q8
 from ..kernels.matrix import Format, Matrix
 from .gguf_files import Header
 from .gguf_tensors import Tensors
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 VERSION = 3  # another number where files come out differently: what older versions left in the cache is not used then
-_CHUNK = 1 << 22  # weights at a time: temporaries then stay small
 
 # Told how many tensors there are, and how many are done.
 Progress: TypeAlias = Callable[[int, int], None] | None
@@ -53,98 +52,154 @@ def pack(model: PreTrainedModel, weights: str = "q8") -> None:
     model.register_forward_pre_hook(refuse_call)
 
 
-def load_packed(
-    folder: Path,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    cache: Path,
-    weights: str = "q8",
-    on_progress: Progress = None,
-    quantized: Quantized | None = None,
-) -> PreTrainedModel | None:
-    """The model in a folder of safetensors, packed. From the second time on it is read from the cache folder. At no time are
-    there more than the result and one matrix in memory.
+class OtherNames(ValueError):
+    """The tensors of a checkpoint are not called as the model's own are: only `transformers` can read it."""
 
-    dtype: of activations, norms and biases.
-    weights: as in `pack`.
-    quantized: how the checkpoint's matrices are made in four bits, which are then taken over; those that are not are rounded.
-    None if the checkpoint's tensors do not have the model's own names: then `transformers` must read it.
+
+class Source(abc.ABC):
+    """A checkpoint whose tensors can be had one by one, by the model's own names, as they are to be kept.
+
+    model: of its config, without weights. config: a `transformers` one.
+    folder: has its settings and tokenizer.
+    dtype: of what is not packed. weights: "plain", "q8" or "q4".
+    key: tells what is made of it from what is made of others. It depends not on the weights themselves, which would take as long
+        to read as to pack, but on where they are, how large and of when, and how they are packed.
     """
-    model = _empty(config, dtype)
-    sources = sorted(folder.glob("*.safetensors"))
-    files = {name: file for file in sources for name in _names(file)}
-    wanted = {name for name, _ in model.named_parameters()}  # without tied ones
-    parts = {} if quantized is None else {name: quantized.parts(name, files) for name in wanted}
-    unknown = set(files) - wanted - {"lm_head.weight"} - {part for each in parts.values() for part in each}
-    missing = {name for name in wanted if name not in files and not parts.get(name)}
-    if not wanted or (quantized is None and (unknown or missing)):
-        return None
-    kept = _kept(cache, sources, config, dtype, repr((weights, quantized)))
-    if not kept.is_file():
-        matrices = {name for name, _ in _holders(model)}
-        with contextlib.ExitStack() as stack:
-            opened: dict[Path, Any] = {}
 
-            def get(name: str) -> torch.Tensor:
-                file = files[name]
-                if file not in opened:
-                    opened[file] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
-                tensor: torch.Tensor = opened[file].get_tensor(name)
-                return tensor
+    def __init__(
+        self, config: PreTrainedConfig, folder: Path, files: list[Path], dtype: torch.dtype, weights: str, how: str
+    ) -> None:
+        self.model = empty(config, dtype)
+        self.config, self.folder, self.dtype, self.weights = config, folder, dtype, weights
+        self.names = {name for name, _ in self.model.named_parameters()}  # without tied ones
+        self.matrices = {name for name, _ in _holders(self.model)}
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = repr((VERSION, how, str(dtype), config.to_json_string(), stats))
+        self.key = hashlib.sha256(key.encode()).hexdigest()[:32]
 
-            def read(name: str) -> torch.Tensor | Matrix:
-                if quantized is not None and parts[name]:
-                    shape = model.get_parameter(name).shape
-                    groups = quantized.groups(name, shape, lambda part: get(part) if part in files else None)
-                    return Matrix.of_groups(groups, transposed=_is_down(name))
-                tensor = get(name)
-                _check_shape(model, name, tensor.shape)
-                return _rounded(name, tensor, weights) if name in matrices else tensor.to(dtype).contiguous()
+    @abc.abstractmethod
+    def format(self, name: str) -> Format:
+        """Of one of the matrices."""
 
-            if quantized is not None:
-                _check_names(missing, unknown, get)
-            _write(kept, wanted, read, on_progress)
-    return _filled(model, kept, folder)
+    @abc.abstractmethod
+    def read(self, name: str) -> torch.Tensor | Matrix:
+        """Matrices that are packed come as such, all else in `dtype`. ValueError that names a weight which is not finite or has
+        another shape than the config says."""
 
+    def shape(self, name: str) -> torch.Size:
+        return self.model.get_parameter(name).shape
 
-def _check_names(missing: set[str], unknown: set[str], get: Callable[[str], torch.Tensor]) -> None:
-    """ValueError for tensors of a quantized checkpoint that are not the model's; makers of them add biases of zeros."""
-    unknown = {name for name in unknown if not (name.endswith(".bias") and not get(name).any())}
-    for problem, names in (("missing", missing), ("unexpected", unknown)):
-        if names:
-            raise ValueError(f"{len(names)} weights are {problem}, the first is {min(names)}")
+    def nbytes(self, name: str) -> int:
+        """Of what `read` returns."""
+        shape = self.shape(name)
+        if name not in self.matrices:
+            return shape.numel() * self.dtype.itemsize
+        form, (rows, cols) = self.format(name), reversed(shape) if is_down(name) else shape
+        shared = q4.shared_bytes(rows, cols, form.supers) if form.across else 0
+        return rows * form.row_bytes(cols) * (2 if form == Format.Q8 else 1) + shared
+
+    def _check_shape(self, name: str, shape: Sequence[int]) -> None:
+        wanted = self.shape(name)
+        if tuple(shape) != tuple(wanted):
+            raise ValueError(f"model: {name}: expected shape {list(wanted)} by config.json, got {list(shape)}")
 
 
-def load_gguf(
-    header: Header,
-    folder: Path,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    cache: Path,
-    on_progress: Progress = None,
-) -> PreTrainedModel:
-    """The model in a GGUF file, its four-bit matrices as they are and others in eight bits; all else as `load_packed`.
+class Checkpoint(Source):
+    """A folder of safetensors.
 
-    folder: has the generation config.
+    quantized: how the checkpoint's matrices are made in four bits, which are then taken over; those that are not are rounded.
+    OtherNames where tensors are missing, or there are others.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        weights: str = "q8",
+        quantized: Quantized | None = None,
+    ) -> None:
+        files = sorted(folder.glob("*.safetensors"))
+        super().__init__(config, folder, files, dtype, weights, repr((weights, quantized)))
+        self._files = {name: file for file in files for name in _names(file)}
+        self._quantized = quantized
+        self._parts = {name: quantized.parts(name, self._files) for name in self.names} if quantized else {}
+        known = self.names | {part for parts in self._parts.values() for part in parts} | {"lm_head.weight"}
+        self._check_names(set(self._files) - known)
+
+    def _check_names(self, unknown: set[str]) -> None:
+        unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # old ones: the config says the angles
+        if self._quantized is not None:  # its makers add biases of zeros
+            unknown = {name for name in unknown if not (name.endswith(".bias") and not self._get(name).any())}
+        missing = {name for name in self.names if name not in self._files and not self._parts.get(name)}
+        for problem, names in (("missing", missing), ("unexpected", unknown)):
+            if names:
+                raise OtherNames(f"{len(names)} weights are {problem}, the first is {min(names)}")
+
+    def format(self, name: str) -> Format:
+        if self.weights == "plain":
+            return Format.of(self.dtype)
+        if self.weights == "q4" and (self._parts.get(name) or not _is_outside(name)):
+            return Format.Q4_ACROSS if is_down(name) else Format.Q4
+        return Format.Q8
+
+    def read(self, name: str) -> torch.Tensor | Matrix:
+        if self._quantized is not None and self._parts[name]:
+            groups = self._quantized.groups(name, self.shape(name), lambda part: self._get(part) if part in self._files else None)
+            return Matrix.of_groups(groups, transposed=is_down(name))
+        tensor = self._get(name)
+        self._check_shape(name, tensor.shape)
+        if self.weights != "plain" and name in self.matrices:
+            return _rounded(name, tensor, self.weights)
+        return tensor.to(self.dtype).contiguous()
+
+    def _get(self, name: str) -> torch.Tensor:
+        # Opened anew for each: what was read of a file that stays mapped would stay in memory, too.
+        with safetensors.safe_open(self._files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+
+class GgufFile(Source):
+    """A GGUF file, its four-bit matrices as they are and others in eight bits.
+
+    folder: has the settings and the tokenizer.
     ValueError for a tensor that is missing, or of a type that is not supported.
     """
-    model, tensors = _empty(config, dtype), Tensors(header, config)
-    wanted = {name for name, _ in model.named_parameters()}
-    if missing := sorted(wanted - set(tensors.names)):
-        raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
-    kept = _kept(cache, [header.file], config, dtype, "as it is")
+
+    def __init__(self, header: Header, folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        super().__init__(config, folder, [header.file], dtype, "q4", "as it is")
+        self._tensors = Tensors(header, config)
+        if missing := sorted(self.names - set(self._tensors.names)):
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+
+    def format(self, name: str) -> Format:
+        if not self._tensors.is_four_bits(name):
+            return Format.Q8
+        if self._tensors.has_supers(name):
+            return Format.Q4_K_ACROSS if is_down(name) else Format.Q4_K
+        return Format.Q4_ACROSS if is_down(name) else Format.Q4
+
+    def read(self, name: str) -> torch.Tensor | Matrix:
+        self._check_shape(name, self._tensors.shape(name))
+        return _as_it_is(name, self._tensors) if name in self.matrices else self._tensors.numbers(name).to(self.dtype)
+
+
+def load_packed(source: Source, cache: Path, on_progress: Progress = None) -> PreTrainedModel:
+    """The model, packed. From the second time on it is read from the cache folder. At no time are there more than the result and
+    one matrix in memory."""
+    kept = cache / "packed" / f"{source.key}.safetensors"
     if not kept.is_file():
-        matrices = {name for name, _ in _holders(model)}
-
-        def read(name: str) -> torch.Tensor | Matrix:
-            _check_shape(model, name, tensors.shape(name))
-            return _as_it_is(name, tensors) if name in matrices else tensors.numbers(name).to(dtype)
-
-        _write(kept, wanted, read, on_progress)
-    return _filled(model, kept, folder)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix="pack-") as temporary:
+            fresh = Path(temporary) / kept.name
+            save(fresh, sorted(source.names), source.read, on_progress)
+            os.replace(fresh, kept)
+    return fill(source.model, *load(kept), source.folder)
 
 
-def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -152,20 +207,20 @@ def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _filled(model: PreTrainedModel, kept: Path, folder: Path) -> PreTrainedModel:
-    """With the tensors of a packed file, and the generation config of a checkpoint's folder."""
+def fill(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], formats: Mapping[str, Format], folder: Path
+) -> PreTrainedModel:
+    """Gives an empty model its weights, by their names, and the generation config of a checkpoint's folder. formats: of the
+    weights that are packed. A call of it is refused from now on."""
     from transformers import GenerationConfig
 
-    with safetensors.safe_open(kept, framework="pt") as opened:
-        formats = json.loads(opened.metadata()["formats"])
-    tensors = safetensors.torch.load_file(kept)
     for name, module, attribute in list(_parameters(model)):
         setattr(module, attribute, _parameter(tensors[name]))
         if name in formats:
-            module.packed_format = Format[formats[name]]
+            module.packed_format = formats[name]
     model.tie_weights()
-    if model.config.tie_word_embeddings:
-        model.lm_head.packed_format = model.model.embed_tokens.packed_format
+    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in formats:
+        model.lm_head.packed_format = formats["model.embed_tokens.weight"]
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     _materialise(model)
@@ -186,17 +241,22 @@ def _parameters(model: Any) -> Iterator[tuple[str, Any, str]]:
         yield name, model.get_submodule(module), attribute
 
 
-def _is_down(name: str) -> bool:
+def is_down(name: str) -> bool:
     """down_proj is stored neuron by neuron, as everything else is."""
     return name.endswith("down_proj.weight")
+
+
+def _is_outside(name: str) -> bool:
+    """Whether it is the embedding or the head."""
+    return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
 def _rounded(name: str, weight: torch.Tensor, weights: str) -> Matrix:
     """Numbers, packed. The embedding and the head, of which every token reads a row or all, keep eight bits."""
     try:
-        if weights == "q4" and not name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            return Matrix.of_groups(q4.round_to_groups(weight), transposed=_is_down(name))
-        return Matrix(weight.t().contiguous() if _is_down(name) else weight).in_eight_bits()
+        if weights == "q4" and not _is_outside(name):
+            return Matrix.of_groups(q4.round_to_groups(weight), transposed=is_down(name))
+        return Matrix(weight.t().contiguous() if is_down(name) else weight).in_eight_bits()
     except ValueError as error:
         raise ValueError(f"model: {name}: {error}") from error
 
@@ -204,11 +264,11 @@ def _rounded(name: str, weight: torch.Tensor, weights: str) -> Matrix:
 def _as_it_is(name: str, tensors: Tensors) -> Matrix:
     """A matrix of a GGUF file: in four bits if it is, else in eight."""
     rows, cols = tensors.shape(name)
-    if _is_down(name):
+    if is_down(name):
         if tensors.is_four_bits(name):
             return Matrix.of_groups(tensors.groups(name), transposed=True)
         return _rounded(name, tensors.numbers(name), "q8")
-    step = max(1, _CHUNK // cols)
+    step = max(1, q8.CHUNK // cols)
     whole: Matrix | None = None
     for first in range(0, rows, step):
         last = min(first + step, rows)
@@ -224,12 +284,6 @@ def _as_it_is(name: str, tensors: Tensors) -> Matrix:
     return whole
 
 
-def _check_shape(model: PreTrainedModel, name: str, shape: tuple[int, ...]) -> None:
-    wanted = model.get_parameter(name).shape
-    if tuple(shape) != tuple(wanted):
-        raise ValueError(f"model: {name}: expected shape {list(wanted)} by config.json, got {list(shape)}")
-
-
 def _parameter(data: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
 
@@ -239,25 +293,9 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _kept(cache: Path, sources: list[Path], config: PreTrainedConfig, dtype: torch.dtype, how: str) -> Path:
-    """The packed file of a checkpoint. Its name tells what it depends on: not the weights themselves, which would take as long to
-    read as to pack, but where they are, how large and of when, and how they were packed."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-    key = repr((VERSION, how, str(dtype), config.to_json_string(), stats))
-    return cache / "packed" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def _write(kept: Path, names: Iterable[str], read: Callable[[str], torch.Tensor | Matrix], on_progress: Progress) -> None:
-    """Packs a checkpoint into one file, which is written as it is made."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="pack-") as temporary:
-        fresh = Path(temporary) / kept.name
-        _save(fresh, sorted(names), read, on_progress)
-        os.replace(fresh, kept)
-
-
-def _save(file: Path, names: list[str], read: Callable[[str], torch.Tensor | Matrix], on_progress: Progress) -> None:
-    """As safetensors' own save, but a tensor at a time: there is room left for the header, which is written last."""
+def save(file: Path, names: list[str], read: Callable[[str], torch.Tensor | Matrix], on_progress: Progress) -> None:
+    """As safetensors' own save, but a tensor at a time: there is room left for the header, which is written last. `load` reads
+    it."""
     with open(file, "wb") as stream:
         entries: dict[str, object] = {}
         formats: dict[str, str] = {}
@@ -278,6 +316,15 @@ def _save(file: Path, names: list[str], read: Callable[[str], torch.Tensor | Mat
         header = json.dumps({"__metadata__": {"formats": json.dumps(formats)}, **entries}).encode()
         stream.seek(0)
         stream.write(room.to_bytes(8, "little") + header.ljust(room))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def load(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
+    """The tensors of such a file, mapped, and the formats of those that are packed."""
+    with safetensors.safe_open(file, framework="pt") as opened:
+        formats = json.loads(opened.metadata()["formats"])
+    return safetensors.torch.load_file(file), {name: Format[form] for name, form in formats.items()}
 
 
 def _materialise(model: Any) -> None:
@@ -289,6 +336,7 @@ def _materialise(model: Any) -> None:
                 setattr(module, name, torch.zeros_like(buffer, device="cpu"))
 
 
-def refuse_call(*_: object, **__: object) -> None:
-    """What a packed model does when it is called."""
-    raise RuntimeError("model: its weights are packed (q8, q4), which only sirius_ext's own decoding reads")
+def refuse_call(model: object, *_: object, **__: object) -> None:
+    """What a packed model, or one without its MLPs' weights, does when it is called."""
+    where = "packed (q8, q4)" if getattr(model, "tier_files", None) is None else "in part on the disk"
+    raise RuntimeError(f"model: its weights are {where}, which only sirius_ext's own decoding reads")

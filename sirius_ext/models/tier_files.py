@@ -1,0 +1,582 @@
+"""The files of models that are larger than the memory.
+
+The MLPs' weights of every layer are on the disk as *images*. An image is an array of bundles, one for each neuron in the neurons'
+order: its gate, up and down row one after the other, in the bytes that the kernels read, so that what is read from the disk is
+where it must be. Image 0 has what a sparse model reads that takes four bits of packed weights: all of plain matrices and of those
+in four bits, the upper planes of those in eight. Their lower nibbles are in image 1, if the layer has such a matrix. Everything
+else is small, and is for the memory.
+
+A folder of such files is a model. `tiers.json` says how they are made. It comes last, so that a folder that has it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from ..kernels import q4, q8
+from ..kernels.checks import checksums
+from ..kernels.matrix import Format, Matrix
+from .families import check_supported
+from .gguf_files import CONVERTED
+from .packed import Progress, Source, empty, fill, is_down, load, save
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSION = 1  # another number where files come out differently: older ones are then refused
+MANIFEST, NEURONS, FAST, CHECKS = "tiers.json", "neurons.bin", "fast.safetensors", "checks.bin"
+JOURNAL = "preparing.json"  # how far the files of a folder without a manifest are
+_NOTES = "preparing.bin"  # and what of the layers that are done comes into FAST
+_SQUARES = "down_squares"  # among the tensors of FAST, beside those of the model's own names
+
+# At whose multiples images begin in the file, of which bundles have a multiple, and at whose multiples rows begin in these.
+_PAGE, _BUNDLE, _ROW = 4096, 64, 16
+_BLOCK, _BLOCKS = 1 << 20, 16  # of a file that is summed: bytes of each, and how many at once
+_SOME_ROWS = 4096  # of a matrix that become numbers at once: a multiple of all that may have their scales together
+# Of a checkpoint: its generation config, and what a tokenizer is made of.
+_SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+_UNFINISHED = ".part"
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """Where an image is: its first byte in the file, bytes of a bundle, bytes in all, of which the last ones are padding."""
+
+    at: int
+    bundle: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where one matrix's rows are: the row's first byte in a bundle of image 0, and of one in eight bits the first byte of its
+    lower nibbles in a bundle of image 1."""
+
+    format: Format
+    at: int
+    lower_at: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFiles:
+    """A layer's images, and where in them its matrices are. Rows of down are those of its transpose, [I, H] as of the others."""
+
+    images: tuple[Image, ...]
+    gate: Part
+    up: Part
+    down: Part
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        return self.gate, self.up, self.down
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TierFiles:
+    """A folder of tiers, with H hidden and I intermediate.
+
+    size: of the file of neurons, in bytes.
+    weights: "plain", "q8" or "q4". dtype: of what is not packed.
+    checks: CRC-32C of every bundle, by layer, image and neuron: int32 [images, I], the bits of unsigned numbers.
+    fingerprint: as `Weights.fingerprint`.
+    """
+
+    folder: Path
+    size: int
+    weights: str
+    dtype: torch.dtype
+    hidden: int
+    intermediate: int
+    layers: list[LayerFiles]
+    checks: torch.Tensor
+    fingerprint: str
+
+    @classmethod
+    def open(cls, folder: Path) -> TierFiles:
+        """ValueError that says what to do if the folder has none, or they are damaged. Of the neurons only the size is looked at:
+        whoever reads a bundle compares its checksum."""
+        said = _manifest(folder)
+        for name, file in said["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise _damaged(folder, f"{name} is missing")
+            if path.stat().st_size != file["size"]:
+                raise _damaged(folder, f"{name} has {path.stat().st_size} bytes, expected {file['size']}")
+            if file["crc"] is not None and _crc_of(path) != file["crc"]:
+                raise _damaged(folder, f"{name} has been changed")
+        hidden, intermediate = said["hidden"], said["intermediate"]
+        layers, size = _layout([[Format[name] for name in names] for names in said["formats"]], hidden, intermediate)
+        return cls(
+            folder=folder,
+            size=size,
+            weights=said["weights"],
+            dtype=getattr(torch, said["dtype"]),
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=layers,
+            checks=_read_checks(folder, intermediate),
+            fingerprint=said["fingerprint"],
+        )
+
+    @property
+    def neurons(self) -> Path:
+        """The file of all images."""
+        return self.folder / NEURONS
+
+    @functools.cached_property
+    def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
+        return load(self.folder / FAST)
+
+    @property
+    def fast_bytes(self) -> int:
+        """Of all that is for the memory."""
+        return sum(tensor.nbytes for tensor in self._fast[0].values())
+
+    @property
+    def down_squares(self) -> torch.Tensor:
+        """||down_i||_2^2 of every neuron, float32 [layers, I], as `Weights.down_squares`."""
+        return self._fast[0][_SQUARES]
+
+    def shared(self, layer: int) -> torch.Tensor | None:
+        """The scales that the rows of down have together, uint8 [bytes], if they do."""
+        return self._fast[0].get(_shared_name(layer))
+
+    def model(self) -> PreTrainedModel:
+        """The model without its MLPs' weights, which are empty; its `tier_files` leads back here. It cannot be called."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        tensors, formats = self._fast
+        nothing = torch.empty(0, dtype=self.dtype)
+        absent = {name: nothing for layer in range(len(self.layers)) for name in _names(config, layer)}
+        model: Any = fill(empty(config, self.dtype), tensors | absent, formats, self.folder)
+        model.tier_files = self
+        filled: PreTrainedModel = model.eval()
+        return filled
+
+    def check_row(self, layer: int, image: int) -> int:
+        """Which row of `checks` is an image's."""
+        return sum(len(each.images) for each in self.layers[:layer]) + image
+
+    def read(self, layer: int, image: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Bundles of neurons `first` to `last` - 1, or of all: uint8 [n, bundle]. ValueError if they are not what was written."""
+        place, last = self.layers[layer].images[image], self.intermediate if last is None else last
+        bundles = torch.empty(last - first, place.bundle, dtype=torch.uint8)
+        with open(self.neurons, "rb") as stream:
+            stream.seek(place.at + first * place.bundle)
+            got = stream.readinto(bundles.numpy().data)
+        if got != bundles.nbytes:
+            raise self.damaged(f"{NEURONS} ends before layer {layer} does")
+        wrong = (checksums(bundles) != self.checks[self.check_row(layer, image), first:last]).nonzero()
+        if len(wrong):
+            raise self.damaged(f"{NEURONS} has been changed (layer {layer}, neuron {first + int(wrong[0])})")
+        return bundles
+
+    def matrix(self, layer: int, name: str) -> Matrix:
+        """A layer's "gate", "up" or "down", [I, H]. ValueError if the files are not what was written."""
+        part: Part = getattr(self.layers[layer], name)
+        return _matrix(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
+
+    def verify(self) -> None:
+        """Reads all neurons. ValueError if they are not what was written."""
+        for layer, files in enumerate(self.layers):
+            for number, image in enumerate(files.images):
+                step = max(1, _BLOCKS * _BLOCK // image.bundle)
+                for first in range(0, self.intermediate, step):
+                    self.read(layer, number, first, min(first + step, self.intermediate))
+
+    def damaged(self, what: str) -> ValueError:
+        """What to raise where a file is not what it was."""
+        return _damaged(self.folder, what)
+
+    def _images(self, layer: int, last: int | None = None) -> list[torch.Tensor]:
+        return [self.read(layer, image, 0, last) for image in range(len(self.layers[layer].images))]
+
+    def _fingerprint(self, vocab: int) -> str:
+        digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, vocab)).encode())
+        for layer, files in enumerate(self.layers):
+            rows = _matrix(files.gate, self._images(layer, min(4, self.intermediate)), self.hidden).dense()
+            digest.update(rows.bfloat16().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is one of tiers, and whole."""
+    return (folder / MANIFEST).is_file()
+
+
+def prepare(source: Source, out: Path, on_progress: Progress = None) -> TierFiles:
+    """Makes a folder of tiers of a checkpoint, tensor by tensor: at no time are there more than one layer's MLP and one matrix in
+    memory. What a call leaves that is stopped, whatever stops it, the next one goes on from: after the last layer that was whole,
+    if it is the same checkpoint. In a folder that is whole all files are looked through, and made anew if they are damaged.
+
+    FileExistsError if the folder holds anything else; OSError if the disk is full, or becomes so.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        _check_folder(out, source.key)
+        if is_prepared(out):
+            try:
+                files = TierFiles.open(out)
+                files.verify()
+                return files
+            except ValueError:
+                os.replace(out / MANIFEST, out / JOURNAL)  # so that the folder is known as one of ours at any time
+        _Preparation(source, out, on_progress).run()
+    return TierFiles.open(out)
+
+
+class _Preparation:
+    """Of one folder. A layer is written, and then noted in the journal; what is not noted is written again."""
+
+    def __init__(self, source: Source, folder: Path, on_progress: Progress) -> None:
+        config = source.config
+        self._source, self._folder, self._on_progress = source, folder, on_progress
+        self._hidden, self._intermediate = config.hidden_size, config.intermediate_size
+        self._names = [_names(config, layer) for layer in range(config.num_hidden_layers)]
+        formats = [[source.format(name) for name in (names[0], names[-2], names[-1])] for names in self._names]
+        self._layers, self._size = _layout(formats, self._hidden, self._intermediate)
+        self._formats = [[form.name for form in each] for each in formats]
+        self._shared = [
+            q4.shared_bytes(self._intermediate, self._hidden, down.supers) if down.across else 0 for *_, down in formats
+        ]
+        self._in_fast = sorted(source.names - {name for names in self._names for name in names})
+        self._journal = {"version": VERSION, "key": source.key, "done": 0}
+        self._done = 0
+
+    def run(self) -> None:
+        self._resume()
+        self._check_room()
+        try:
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context(open(self._folder / name, "r+b")) for name in (NEURONS, CHECKS, _NOTES)]
+                for layer in range(self._done, len(self._layers)):
+                    self._write_layer(layer, *streams)
+                    for stream in streams:
+                        _sync(stream)
+                    self._note(layer + 1)
+            self._finish()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            how_far = f"after {self._done} of {len(self._layers)} layers; once there is room, another call goes on from there"
+            raise OSError(error.errno, f"{error.strerror}, {how_far}", str(self._folder)) from error
+
+    def _resume(self) -> None:
+        """Finds out how many layers are done: none if the journal is of something else, or the files are shorter than it says."""
+        (self._folder / FAST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads((self._folder / JOURNAL).read_text(encoding="utf-8"))
+            done = said["done"]
+            is_same = said == self._journal | {"done": done} and 0 < done <= len(self._layers)
+            if is_same and all((self._folder / name).stat().st_size >= end for name, end in self._ends(done).items()):
+                self._done = done
+                return
+        self._note(0)
+        for name in (NEURONS, CHECKS, _NOTES):
+            open(self._folder / name, "wb").close()
+
+    def _ends(self, done: int) -> dict[str, int]:
+        """How long the files are after so many layers. Of a layer the notes are the squares of down and its shared scales."""
+        return {
+            NEURONS: sum(image.nbytes for layer in self._layers[:done] for image in layer.images),
+            CHECKS: 4 * self._intermediate * sum(len(layer.images) for layer in self._layers[:done]),
+            _NOTES: 4 * self._intermediate * done + sum(self._shared[:done]),
+        }
+
+    def _note(self, done: int) -> None:
+        self._done = done
+        _write_json(self._folder / JOURNAL, self._journal | {"done": done})
+
+    def _check_room(self) -> None:
+        """Before it takes an hour."""
+        whole = self._ends(len(self._layers))
+        fast = sum(map(self._source.nbytes, self._in_fast)) + whole[_NOTES]
+        needed = sum(whole.values()) - sum(self._ends(self._done).values()) + fast
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            how_much = f"{in_bytes(needed)} more are needed, {in_bytes(free)} are free"
+            raise OSError(errno.ENOSPC, f"no room on the disk: {how_much}", str(self._folder))
+
+    def _write_layer(self, layer: int, neurons: BinaryIO, checks: BinaryIO, notes: BinaryIO) -> None:
+        files, (*first, last) = self._layers[layer], self._names[layer]
+        images = [torch.zeros(self._intermediate, image.bundle, dtype=torch.uint8) for image in files.images]
+        for name, parts in zip(first, [files.parts[:2]] if len(first) == 1 else [(files.gate,), (files.up,)]):
+            self._put(name, parts, images)
+        shared = self._put(last, (files.down,), images)
+        squares = _squares(_matrix(files.down, images, self._hidden, shared))
+
+        ends = self._ends(layer)
+        for image, data in zip(files.images, images):
+            neurons.seek(image.at)
+            neurons.write(data.numpy().data)
+            neurons.write(bytes(image.nbytes - data.nbytes))
+        checks.seek(ends[CHECKS])
+        checks.write(torch.cat([checksums(data) for data in images]).numpy().data)
+        notes.seek(ends[_NOTES])
+        notes.write(squares.numpy().data)
+        if shared is not None:
+            notes.write(shared.numpy().data)
+        self._progress(sum(map(len, self._names[: layer + 1])))
+
+    def _put(self, name: str, parts: Sequence[Part], images: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """A tensor of the checkpoint into its places in a layer's images. It is one matrix, or several, one after the other.
+        Returns the scales that rows have together."""
+        tensor = self._source.read(name)
+        if isinstance(tensor, torch.Tensor):
+            tensor = Matrix(tensor.t() if is_down(name) else tensor)
+        for number, part in enumerate(parts):
+            rows = (
+                tensor if len(parts) == 1 else tensor.take(slice(number * self._intermediate, (number + 1) * self._intermediate))
+            )
+            assert rows.format == part.format and rows.rows == self._intermediate
+            place = _matrix(part, images, self._hidden)
+            if part.format == Format.Q8:
+                place.upper.copy_(rows.upper)
+                place.lower.copy_(rows.lower)
+            else:
+                place.data.copy_(rows.data)
+        return tensor.shared
+
+    def _finish(self) -> None:
+        """All that is not in the images."""
+        layers = len(self._layers)
+        of_layers = sum(map(len, self._names))
+        shared = {_shared_name(layer): layer for layer in range(layers) if self._shared[layer]}
+
+        def note(layer: int, at: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+            with open(self._folder / _NOTES, "rb") as stream:
+                stream.seek(self._ends(layer)[_NOTES] + at)
+                return torch.frombuffer(bytearray(stream.read(count)), dtype=dtype)
+
+        def read(name: str) -> torch.Tensor | Matrix:
+            if name == _SQUARES:
+                return torch.stack([note(layer, 0, 4 * self._intermediate, torch.float32) for layer in range(layers)])
+            if name in shared:
+                return note(shared[name], 4 * self._intermediate, self._shared[shared[name]], torch.uint8)
+            return self._source.read(name)
+
+        names = [*self._in_fast, _SQUARES, *shared]
+        save(self._folder / FAST, names, read, lambda _, done: self._progress(of_layers + done))
+        written = [NEURONS, CHECKS, FAST, *self._copy_settings()]
+        files = TierFiles(
+            self._folder,
+            self._size,
+            self._source.weights,
+            self._source.dtype,
+            self._hidden,
+            self._intermediate,
+            self._layers,
+            _read_checks(self._folder, self._intermediate),
+            "",
+        )
+        said = {
+            "version": VERSION,
+            "key": self._source.key,
+            "weights": files.weights,
+            "dtype": str(files.dtype).removeprefix("torch."),
+            "hidden": files.hidden,
+            "intermediate": files.intermediate,
+            "formats": self._formats,
+            "fingerprint": files._fingerprint(self._source.config.vocab_size),
+            "files": {
+                name: {
+                    "size": (self._folder / name).stat().st_size,
+                    "crc": None if name == NEURONS else _crc_of(self._folder / name),
+                }
+                for name in written
+            },
+        }
+        _write_json(self._folder / MANIFEST, said | {"crc": _crc_of(said)})
+        for name in (JOURNAL, _NOTES):
+            (self._folder / name).unlink()
+
+    def _copy_settings(self) -> list[str]:
+        """The config, and what else there is of generation and tokenizer. Returns the files' names."""
+        config = copy.deepcopy(self._source.config)
+        config.dtype = self._source.dtype
+        config.save_pretrained(self._folder)
+        found = {
+            str(file.relative_to(self._source.folder))
+            for pattern in _SETTINGS
+            for file in self._source.folder.glob(pattern)
+            if not file.name.endswith((".index.json", CONVERTED))
+        } - {"config.json"}
+        for name in found:
+            (self._folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self._source.folder / name, self._folder / name)
+        names = ["config.json", *sorted(found)]
+        for name in names:
+            with open(self._folder / name, "rb") as stream:
+                os.fsync(stream.fileno())
+        return names
+
+    def _progress(self, done: int) -> None:
+        if self._on_progress:
+            shared = sum(size > 0 for size in self._shared)
+            self._on_progress(sum(map(len, self._names)) + len(self._in_fast) + 1 + shared, done)
+
+
+def _names(config: Any, layer: int) -> list[str]:
+    """The tensors of a layer's MLP: gate and up, or both in one, and down."""
+    parts = check_supported(config).projections
+    return [f"model.layers.{layer}.{name}.weight" for name in parts if name.startswith("mlp.")]
+
+
+def _shared_name(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.down_proj.shared"
+
+
+def _layout(formats: Sequence[Sequence[Format]], hidden: int, intermediate: int) -> tuple[list[LayerFiles], int]:
+    """Where everything is, and how many bytes that makes. formats: of gate, up and down in every layer."""
+    layers, at = [], 0
+    for forms in formats:
+        parts, upper, lower = [], 0, 0
+        for form in forms:
+            parts.append(Part(form, upper, lower if form == Format.Q8 else None))
+            upper = _next(upper + form.row_bytes(hidden), _ROW)
+            lower += q8.GROUP_BYTES * q8.groups(hidden) if form == Format.Q8 else 0
+        images = []
+        for size in filter(None, (upper, lower)):
+            bundle = _next(size, _BUNDLE)
+            images.append(Image(at, bundle, _next(bundle * intermediate, _PAGE)))
+            at += images[-1].nbytes
+        layers.append(LayerFiles(tuple(images), *parts))
+    return layers, at
+
+
+def _next(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _matrix(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
+    """A matrix in a layer's images, uint8 [n, bundle] each: a view."""
+    data = images[0][:, part.at : part.at + part.format.row_bytes(hidden)]
+    if part.format.dtype is not None:
+        return Matrix(data.view(part.format.dtype))
+    if part.lower_at is None:
+        return Matrix(data, (part.format, hidden), shared)
+    lower = images[1][:, part.lower_at : part.lower_at + q8.GROUP_BYTES * q8.groups(hidden)]
+    return Matrix(data, (part.format, hidden), apart=lower)
+
+
+def _squares(down: Matrix) -> torch.Tensor:
+    """||down_i||_2^2: float32 [I]."""
+    found = []
+    for first in range(0, down.rows, _SOME_ROWS):
+        rows = slice(first, min(first + _SOME_ROWS, down.rows))
+        if down.shared is None:
+            some = down.take(rows)
+        else:
+            ends = (q4.shared_bytes(row, down.cols, down.format.supers) for row in (rows.start, rows.stop))
+            some = Matrix(down.data[rows], down.packed, down.shared[slice(*ends)])
+        found.append(some.dense().square().sum(-1))
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; others wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    """FileExistsError if there is anything in it but what an earlier call has made: of something else, if that was stopped."""
+    names = sorted(set(os.listdir(folder)) - {JOURNAL + _UNFINISHED})
+    if not names or JOURNAL in names and MANIFEST not in names:
+        return
+    if MANIFEST not in names:
+        raise _other_folder(folder, names[0])
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["key"]
+    except (ValueError, KeyError, TypeError):
+        return  # it is damaged
+    if found != key:
+        raise _other_folder(folder, "another model, or this one in another form or from other files")
+
+
+def _other_folder(folder: Path, what: str) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, f"expected a new folder or an empty one, but it has {what}", str(folder))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = said["version"]
+    except FileNotFoundError as error:
+        raise ValueError(f"model: {folder} has no {MANIFEST}: it was not prepared, or only in part") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, f"{MANIFEST} has been changed") from error
+    if version != VERSION:
+        raise _damaged(folder, f"{MANIFEST} is of version {version}, expected {VERSION}")
+    crc = said.pop("crc", None)
+    if _crc_of(said) != crc:
+        raise _damaged(folder, f"{MANIFEST} has been changed")
+    checked: dict[str, Any] = said
+    return checked
+
+
+def _damaged(folder: Path, what: str) -> ValueError:
+    return ValueError(f"model: {folder}: {what}; prepare it again: sirius prepare MODEL --out {folder}")
+
+
+def _read_checks(folder: Path, intermediate: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray((folder / CHECKS).read_bytes()), dtype=torch.int32).view(-1, intermediate)
+
+
+def _crc_of(what: Path | dict[str, Any]) -> str:
+    """CRC-32C of the CRC-32C of every block of a file, or of the bytes of something that is to be in one."""
+    buffer = torch.empty(_BLOCKS * _BLOCK, dtype=torch.uint8)
+    sums = []
+    with io.BytesIO(json.dumps(what, sort_keys=True).encode()) if isinstance(what, dict) else open(what, "rb") as stream:
+        while size := stream.readinto(buffer.numpy().data):
+            whole = size // _BLOCK * _BLOCK
+            sums += [checksums(buffer[:whole].view(-1, _BLOCK)), checksums(buffer[None, whole:size])]
+    return f"{int(checksums(torch.cat(sums).view(torch.uint8)[None])) & 0xFFFFFFFF:08x}"
+
+
+def _write_json(file: Path, value: object) -> None:
+    """In one step."""
+    fresh = file.with_name(file.name + _UNFINISHED)
+    with open(fresh, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1)
+        _sync(stream)
+    os.replace(fresh, file)
+    handle = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(stream: IO[Any]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def in_bytes(number: int) -> str:
+    """A size, for people."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
