@@ -3,11 +3,14 @@ writes to standard output what happens, one JSON object a line. It imports what 
 
 Every event has `time`, seconds of a clock that only differences mean something of, and `read`, the bytes that the process has had
 from disk by then: "started"; "loaded"; for each prompt "prompt" and then "tokens", with `count`, whenever there are new ones;
-"finished", with `stats` and `periods` (seconds of each whole one) of our own engine.
+"finished". Of our own engine "loaded" has the `plan` of what stays in memory, if not all does, and "finished" has `stats`,
+`periods` (seconds of each whole one) and `full_passes`: of the full model's passes over drafts or a token, seconds, bytes that
+arrived, and seconds in which the disk was read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -69,13 +72,39 @@ def _followed(seconds: float) -> dict:
     return {"streamer": Streamer(), "stopping_criteria": StoppingCriteriaList([Limit()])}
 
 
+class FullPasses:
+    """Counts what the full model's passes take, and what comes from the disk meanwhile.
+
+    tiers: of the model, with the `statistics` of what it streams; None if everything is in memory.
+    """
+
+    def __init__(self, model, tiers) -> None:
+        self._tiers, self._step = tiers, model.step
+        self.counted = {"passes": 0, "seconds": 0.0, "bytes": 0, "busy_seconds": 0.0}
+        model.step = self.step
+
+    def _arrived(self) -> tuple[int, float]:
+        statistics = None if self._tiers is None else self._tiers.statistics
+        return (0, 0.0) if statistics is None else (statistics.bytes, statistics.busy)
+
+    def step(self, cache, asked):
+        if asked.sparsity is not None:
+            return self._step(cache, asked)
+        (bytes_before, busy_before), started = self._arrived(), time.perf_counter()
+        result = self._step(cache, asked)
+        seconds, (bytes_after, busy_after) = time.perf_counter() - started, self._arrived()
+        more = (1, seconds, bytes_after - bytes_before, busy_after - busy_before)
+        self.counted = {name: had + new for (name, had), new in zip(self.counted.items(), more)}
+        return result
+
+
 def ours(job: dict) -> None:
     """config: of SiriusConfig. weights: as `Engine.from_pretrained` takes them. memory: bytes of weights and caches that stay in
     memory, the rest is streamed; None: everything is in memory, and the engine is told of no budget."""
     import torch
 
     from sirius_ext import Engine, SiriusConfig, Stats
-    from sirius_ext.engine import GREEDY
+    from sirius_ext.engine import GREEDY, prepare
     from sirius_ext.models.hub import parse_dtype
 
     torch.set_num_threads(job["threads"])
@@ -89,14 +118,17 @@ def ours(job: dict) -> None:
         weights=job["weights"],
         **budget,
     )
-    say("loaded")
-    prompts = []
+    model = prepare(engine.model)
+    tiers = getattr(model.weights, "tiers", None)
+    say("loaded", plan=None if tiers is None else dataclasses.asdict(tiers.plan))
+    passes, prompts = FullPasses(model, tiers), []
     for prompt in job["prompts"]:
         settings = _followed(job["seconds"])
         out = engine.generate(torch.tensor([prompt]), max_new_tokens=job["max_new_tokens"], **settings, **GREEDY)
         prompts += out.stats.prompts
     stats = Stats(prompts)
-    say("finished", stats=stats.metrics(), periods=[period.seconds for period in stats.periods if not period.cut])
+    whole = [period.seconds for period in stats.periods if not period.cut]
+    say("finished", stats=stats.metrics(), periods=whole, full_passes=passes.counted)
 
 
 def transformers(job: dict) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -24,9 +25,10 @@ from llama_cpp import KINDS, converted
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, random_checkpoint, shape_of
+from tables import link_busy
 from variants import check_sparsities, full_of, own_arguments, own_variants, words
 
-from sirius_ext.models.hub import cache_dir, parse_dtype, parse_weights
+from sirius_ext.models.hub import cache_dir, parse_dtype, parse_weights, tiers_of
 
 CHILD = Path(__file__).with_name("contestants.py")
 COLD = 0.01  # of a model's files, what may stay in the page cache without a word
@@ -61,7 +63,7 @@ def measured(events: Iterable[dict], advance: float | None = None) -> dict:
         took = event["read"] - (0 if before is None else before["read"])
         match event["event"]:
             case "loaded":
-                found["load_seconds"] = passed
+                found |= {"load_seconds": passed} | ({"plan": event["plan"]} if "plan" in event else {})
                 read["load"] += took
             case "prompt":
                 first = None
@@ -74,7 +76,7 @@ def measured(events: Iterable[dict], advance: float | None = None) -> dict:
                 found["decode_seconds"] += passed
                 read["decode"] += took
             case "finished" if "stats" in event:
-                found["stats"] = event["stats"]
+                found |= {name: event[name] for name in ("stats", "full_passes")}
                 if advance is not None and event["periods"]:
                     found["ms_per_period"] = 1e3 * statistics.median(event["periods"])
         before = event
@@ -190,15 +192,15 @@ def contestants(options: argparse.Namespace, model: Path) -> list[Contestant]:
     for name, config, weights in own_variants(options):
         job = {
             "contestant": "ours",
-            "model": str(options.prepared.get(weights, model)),
+            "model": str(model),
             "weights": weights,
             "config": dataclasses.asdict(config),
         }
         if options.shape and config.mode == "sirius":
             job["advance"] = options.advance[config.period]
             job["config"]["threshold"] = 0.0  # every draft is accepted, so that a period does all of its work
-        files = (model, Path(job["model"]), cache_dir() / "packed")
-        found.append(Contestant(name, job, tuple(file for file in files if file.exists()), full_of(weights)))
+        files = (model, cache_dir() / "tiers", cache_dir() / "packed")
+        found.append(Contestant(name, job, files, full_of(weights)))
     if options.gguf is not None and "llama.cpp" not in options.skip:
         for kind in options.llama_types:
             file = converted(options.gguf, cache_dir() / f"{options.gguf.stem}-{kind}.gguf", kind)
@@ -207,6 +209,14 @@ def contestants(options: argparse.Namespace, model: Path) -> list[Contestant]:
         job = {"contestant": "transformers", "model": str(model)}
         found.append(Contestant("transformers, disk offload", job, (model,)))
     return [each for each in found if not options.only or any(part in each.name for part in options.only)]
+
+
+def prepare_files(options: argparse.Namespace, model: Path, given: Sequence[Contestant]) -> None:
+    """Write what ours reads from when not all is in memory into the cache folder, if it is not there: once, and not within the
+    limit."""
+    if set(options.memory) != {None}:
+        for weights in dict.fromkeys(each.job["weights"] for each in given if each.job["contestant"] == "ours"):
+            tiers_of(model, parse_dtype(options.dtype), weights)
 
 
 def folder_of(options: argparse.Namespace) -> Path:
@@ -243,9 +253,9 @@ def shown_memory(memory: int | None) -> str:
     return "no limit" if memory is None else f"{memory / 1e9:g} GB"
 
 
-def pairs(kind: Callable, value: Callable) -> Callable[[str], dict]:
-    """Of a flag: KEY=VALUE between commas."""
-    return lambda text: {kind(key): value(rest) for key, _, rest in (part.partition("=") for part in text.split(",") if part)}
+def advances(text: str) -> dict[int, float]:
+    """Of a flag: PERIOD=TOKENS between commas."""
+    return {int(key): float(value) for key, _, value in (part.partition("=") for part in text.split(",") if part)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -254,10 +264,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="Hugging Face id or folder with safetensors")
     parser.add_argument("--shape", help="random weights instead of a model, of the size of " + ", ".join(SHAPES))
     parser.add_argument(
-        "--advance", type=pairs(int, float), default="", help="with --shape: PERIOD=TOKENS that a period was measured to commit"
+        "--advance", type=advances, default="", help="with --shape: PERIOD=TOKENS that a period was measured to commit"
     )
     parser.add_argument("--context", type=int, default=256, help="with --shape: tokens of the prompt")
-    parser.add_argument("--prepared", type=pairs(str, Path), default="", help="WEIGHTS=FOLDER made by `sirius prepare`")
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp")
     parser.add_argument(
         "--llama-types", type=words, default="own,q8_0,bf16", help=f"of {', '.join(KINDS)}; own is the file as it is"
@@ -304,8 +313,6 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
     if unknown := set(options.prompts) - set(PROMPTS):
         raise ValueError(f"prompts: not known: {', '.join(sorted(unknown))}")
-    if unknown := set(options.prepared) - set(options.weights):
-        raise ValueError(f"prepared: expected weights of {', '.join(options.weights)}, got {', '.join(sorted(unknown))}")
     if options.gguf is not None and not options.gguf.is_file():
         raise ValueError(f"gguf: there is no file {options.gguf}")
     if options.shape is None:
@@ -345,7 +352,7 @@ def report(record: dict) -> None:
                 f"{r['peak_anonymous_bytes'] / 1e9:.2f}",
                 f"{max(each['peak_file_bytes'] for each in r['runs']) / 1e9:.2f}",
                 _shown(per_token, "{:.3f}"),
-                _shown(run.get("stats", {}).get("link_busy"), "{:.0%}"),  # of an engine that streams, once its stats have it
+                _shown(link_busy(run), "{:.0%}"),
                 r["end"],
             )
         console.print(table)
@@ -370,11 +377,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process and no cgroup is left
     header()
     model = folder_of(options)
     bench = Offload(options, contestants(options, model), tokens_of(options, model))
     if not bench.contestants:
         raise SystemExit(f"only: no contestant has any of {', '.join(options.only)} in its name")
+    prepare_files(options, model, bench.contestants)
     try:
         record = bench.measure()
     except NoCgroup as error:

@@ -168,6 +168,12 @@ def offload_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def link_busy(run: dict) -> float | None:
+    """Share of the full model's passes in which the disk was read; None of who streams nothing."""
+    passes = run.get("full_passes")
+    return passes["busy_seconds"] / passes["seconds"] if passes and passes["bytes"] else None
+
+
 def _budget(budget: int | None) -> str:
     return "no limit" if budget is None else f"{budget / 1e9:g} GB"
 
@@ -182,6 +188,8 @@ def _offload_cell(result: dict | None, cells: dict[tuple[str, int | None], dict]
         reads = [run["read_bytes"]["decode"] / run["tokens"] / 1e9 for run in result["runs"] if run["tokens"]]
         if reads and statistics.median(reads) >= BUSY:
             parts.append(f"{statistics.median(reads):.1f} GB/token")
+        if busy := [share for share in map(link_busy, result["runs"]) if share is not None]:
+            parts.append(f"link {statistics.median(busy):.0%}")
     if result["end"] != "finished":
         parts.append(result["end"])
     return ", ".join(parts) or "no token in time"

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import confined
 import contestants
@@ -167,7 +168,7 @@ TWO_TEXTS = events(
     ("prompt", 20.0, 235),
     ("tokens", 21.0, 245, {"count": 1}),
     ("tokens", 23.0, 249, {"count": 2}),
-    ("finished", 30.0, 300, {"stats": {"link_busy": 0.9}, "periods": [0.5, 0.25, 0.75]}),
+    ("finished", 30.0, 300, {"stats": {"ms_per_token": 9.0}, "periods": [0.5, 0.25, 0.75], "full_passes": {"passes": 3}}),
 )
 
 
@@ -175,7 +176,7 @@ def test_speed_is_that_of_decoding_alone():
     found = offload.measured(TWO_TEXTS)
     assert (found["load_seconds"], found["prefill_seconds"], found["decode_seconds"], found["tokens"]) == (3.0, 3.0, 4.0, 8)
     assert found["tokens_per_second"] == 2.0 and found["read_bytes"] == {"load": 100, "prefill": 110, "decode": 34}
-    assert found["stats"] == {"link_busy": 0.9}
+    assert found["stats"] == {"ms_per_token": 9.0} and found["full_passes"] == {"passes": 3}
 
 
 def test_with_given_acceptance_a_period_is_what_is_timed():
@@ -231,7 +232,6 @@ def test_contestants_take_turns_and_every_run_is_written(monkeypatch, tmp_path):
         (["--model", "M", "--gguf", "no.gguf"], "gguf: there is no file no.gguf"),
         (["--model", "M", "--prompts", "poem"], "prompts: not known: poem"),
         (["--model", "M", "--sparsities", "half"], "sparsities: not known: half"),
-        (["--model", "M", "--prepared", "q8=F"], "prepared: expected weights of plain, got q8"),
         (["--model", "M", "--advance", "4=3"], "advance: only with a shape"),
         (["--shape", "tiny"], "got periods auto and nothing"),
         ([*TINY, "--periods", "4,8"], "got periods 4, 8 and {4: 3.0}"),
@@ -250,7 +250,7 @@ def test_what_is_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "m.gguf"
     gguf.touch()
-    asked = ["--model", str(tmp_path), "--weights", "plain,q8", "--prepared", f"q8={tmp_path}", "--gguf", str(gguf)]
+    asked = ["--model", str(tmp_path), "--weights", "plain,q8", "--gguf", str(gguf)]
     found = offload.contestants(offload.parse([*asked, "--llama-types", "own"]), tmp_path)
     assert [each.name for each in found] == [
         "Full",
@@ -315,7 +315,41 @@ def test_ours_decodes_and_is_told_of_its_budget(folder, capsys, monkeypatch, mem
     counts = [event["count"] for event in found if event["event"] == "tokens"]
     assert counts == [1, 3, 3, 2] * 2  # the prefill's own token, two whole periods, one that was cut
     assert len(found[-1]["periods"]) == 4 and found[-1]["stats"]["average_advance_length"] == 3.0
-    assert offload.measured(found)["tokens"] == 16
+    assert found[-1]["full_passes"]["passes"] == 6
+    record = offload.measured(found)
+    assert record["tokens"] == 16 and record["plan"] is None and tables.link_busy(record) is None
+
+
+def test_the_disk_is_watched_while_the_full_model_reads():
+    class Tiers:
+        statistics = SimpleNamespace(bytes=100, busy=1.0)
+
+    class Model:
+        def step(self, cache, asked):
+            Tiers.statistics = SimpleNamespace(bytes=Tiers.statistics.bytes + 10, busy=Tiers.statistics.busy + 0.25)
+            return cache, asked
+
+    watched = Model()
+    passes = contestants.FullPasses(watched, Tiers())
+    for sparsity in (None, "S", None):
+        asked = SimpleNamespace(sparsity=sparsity)
+        assert watched.step("cache", asked) == ("cache", asked)
+    counted = passes.counted
+    assert (counted["passes"], counted["bytes"], counted["busy_seconds"]) == (2, 20, 0.5) and counted["seconds"] > 0
+    assert tables.link_busy({"full_passes": counted | {"seconds": 0.625}}) == 0.8
+    assert tables.link_busy({"full_passes": counted | {"bytes": 0}}) is None and tables.link_busy({}) is None
+
+
+def test_files_for_a_budget_are_written_beforehand(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
+    options = offload.parse([*TINY, "--weights", "plain,q8", "--memory", "all"])
+    given = offload.contestants(options, folder)
+    offload.prepare_files(options, folder, given)
+    assert not confined.files_in(given[0].files[1:])
+    options.memory = [10**9, None]
+    offload.prepare_files(options, folder, given)
+    written = confined.files_in(given[0].files)
+    assert folder / "config.json" in written and len([file for file in written if file.name == "tiers.json"]) == 2
 
 
 def test_a_text_ends_when_its_time_is_over(folder, capsys):
@@ -368,9 +402,10 @@ def test_the_whole_way(monkeypatch, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def result(variant: str, memory: float, speed: float | None, end: str = "finished", read: float = 0.0) -> dict:
-    """GB; tokens/s; GB read for each token."""
+def result(variant: str, memory: float, speed: float | None, end: str = "finished", read: float = 0.0, busy: float = 0.0) -> dict:
+    """GB; tokens/s; GB read for each token; share of a pass in which they are."""
     run = {"tokens": 10, "read_bytes": {"decode": read * 1e10}}
+    run["full_passes"] = {"passes": 1, "seconds": 2.0, "bytes": round(read * 1e10), "busy_seconds": 2.0 * busy}
     full = "Full" if "llama" not in variant else None
     return {"variant": variant, "full": full, "memory_bytes": memory * 1e9, "tokens_per_second": speed, "end": end, "runs": [run]}
 
@@ -385,7 +420,7 @@ def test_the_table_of_larger_models():
         "limit": "cgroup v1",
         "disk_bytes_per_second": 2e9,
         "results": [
-            result("Full", 1.2, 2.0, read=1.5),
+            result("Full", 1.2, 2.0, read=1.5, busy=0.875),
             result("Full", 2, 4.0),
             result("match", 1.2, 5.0, "killed"),
             result("match", 2, None),
@@ -397,7 +432,7 @@ def test_the_table_of_larger_models():
         "",
         "| tokens/s | 1.2 GB | 2 GB |",
         "|---|---|---|",
-        "| Full | 2.00, 1.5 GB/token | 4.00 |",
+        "| Full | 2.00, 1.5 GB/token, link 88% | 4.00 |",
         "| match | 5.00 (2.50), killed | no token in time |",
         "| llama.cpp own | killed | not measured |",
     ]
