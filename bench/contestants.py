@@ -119,7 +119,7 @@ def ours(job: dict) -> None:
         **budget,
     )
     model = prepare(engine.model)
-    tiers = getattr(model.weights, "tiers", None)
+    tiers = model.weights.tiers
     say("loaded", plan=None if tiers is None else dataclasses.asdict(tiers.plan))
     passes, prompts = FullPasses(model, tiers), []
     for prompt in job["prompts"]:

@@ -130,7 +130,7 @@ class Offload:
         self._warm: set[str] = set()  # those of which it was said that their files do not leave the page cache
         self.record: dict = {
             "benchmark": "offload",
-            "model": options.shape or options.model,
+            "model": options.name,
             "weights": "random" if options.shape else "real",
             "dtype": options.dtype,
             "prompts": "random" if options.shape else options.prompts,
@@ -262,6 +262,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """SystemExit with the reason for what cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="Hugging Face id or folder with safetensors")
+    parser.add_argument("--name", help="what the results call the model, if not by its id or the folder's name")
     parser.add_argument("--shape", help="random weights instead of a model, of the size of " + ", ".join(SHAPES))
     parser.add_argument(
         "--advance", type=advances, default="", help="with --shape: PERIOD=TOKENS that a period was measured to commit"
@@ -298,6 +299,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         check(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.name is None:
+        options.name = options.shape or (Path(options.model).resolve().name if Path(options.model).is_dir() else options.model)
     return options
 
 

@@ -246,6 +246,15 @@ def test_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_results_name_no_folder_of_the_machine(tmp_path):
+    named = lambda *arguments: offload.parse([*arguments]).name  # noqa: E731
+    folder = tmp_path / "Some-Model"
+    folder.mkdir()
+    assert named("--model", str(folder)) == named("--model", f"{folder}/") == "Some-Model"
+    assert named("--model", str(folder), "--name", "by/name") == "by/name"
+    assert named("--model", "an/id") == "an/id" and named(*TINY) == "tiny"
+
+
 def test_what_is_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "m.gguf"
