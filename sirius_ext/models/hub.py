@@ -33,7 +33,7 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, TierFiles, is_prepared, prepare
-from .tiers import Draft, Sizes, Tiers, best_plan, cache_bytes, free_memory
+from .tiers import Draft, Sizes, Tiers, best_plan, cache_bytes, free_memory, memory_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -160,9 +160,9 @@ def load_within(
     if not found.prepared and _fits(found, weights, room, memory is None, progress):
         return _load(found, weights, progress, None)
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
+    own = memory_in_use()
     model, tokenizer = _load(found, weights, progress, files)
-    sizes = Sizes(files, cache_bytes(model))
-    plan = best_plan(sizes, room, drafts(files))
+    plan = best_plan(Sizes(files, cache_bytes(model), own), room, drafts(files))
     with _reporting("reading what stays in memory", progress) as report:
         tiers = Tiers(files, plan, lambda layers, done: report.show(f"layer {done} of {layers}"))
         report.remarks.append(plan.summary(files))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
 _OWN = 300_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
-_WORK = 96_000_000  # bytes of activations, logits and what else passes need
+_WORK = 64_000_000  # bytes of activations, logits and what else passes need
 _SLACK = 8  # one slot more for each so many, for neurons that are about to enter the set
 
 
@@ -80,10 +80,11 @@ def cache_bytes(model: PreTrainedModel) -> int:
 
 
 class Sizes:
-    """Bytes of a model's parts. caches: of keys and values."""
+    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model."""
 
-    def __init__(self, files: TierFiles, caches: int) -> None:
+    def __init__(self, files: TierFiles, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
+        self.own = max(0, own - _OWN)  # of what was asked for
         # A prefill has plain matrices of a layer once more, row by row.
         self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else 0)
 
@@ -111,15 +112,13 @@ class Sizes:
         return stay + ring + slots * sum(layer.images[0].bundle for layer in layers)
 
 
-def plan(sizes: Sizes, memory: int, draft: Draft, own: int | None = None) -> Plan:
-    """The best use of the memory. ValueError that names the least if that is too little.
-
-    own: bytes that the process takes without the model; what it takes now, if it is not given.
-    """
+def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
+    """The best use of the memory. ValueError that names the least if that is too little."""
     rows, two = sizes.rows, any(len(layer.images) > 1 for layer in sizes.files.layers)
     copy = sizes.copy() if draft.copy else 0
-    caches = sizes.caches + sizes.work
-    fixed = sizes.files.fast_bytes + copy + caches + max(0, (_resident_set() if own is None else own) - _OWN)
+    kept = min(sizes.caches, memory // 16)
+    caches = kept + sizes.work
+    fixed = sizes.files.fast_bytes + copy + caches + sizes.own
 
     def used(first: int, second: int, slots: int) -> int:
         return fixed + sizes.neurons((first, second), slots)
@@ -147,6 +146,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft, own: int | None = None) -> Pla
         parts = {
             "all but the MLPs": sizes.files.fast_bytes,
             "caches and activations": caches,
+            "the process itself": sizes.own,
             "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in sizes.files.layers),
             "layers that come and go": sizes.neurons((first, second), 0),
         }
@@ -157,7 +157,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft, own: int | None = None) -> Pla
         )
     resident = first, second
     streamed = sum(sizes.tail(layer, resident) for layer in sizes.files.layers)
-    return Plan(memory, resident, slots, copy, sizes.caches, needed, streamed)
+    return Plan(memory, resident, slots, copy, kept, needed, streamed)
 
 
 def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
@@ -205,13 +205,13 @@ def free_memory() -> int:
     return min(free) * 9 // 10
 
 
-def _resident_set() -> int:
-    """Bytes of this process that are in memory."""
+def memory_in_use() -> int:
+    """Bytes of this process that are in memory, but for pages of files, which can be read again."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    except (OSError, ValueError):
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Tiers:

@@ -27,6 +27,8 @@ class Model:
     def __init__(self, weights: Weights) -> None:
         self.weights, self.device = weights, weights.device
         self.caches = KeptCaches(self.new_cache)
+        if weights.tiers is not None:
+            self.caches.most_bytes = weights.tiers.plan.caches
         self.lock = threading.Lock()  # held for a pass
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
