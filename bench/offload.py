@@ -91,7 +91,7 @@ def record_of(outcome: Outcome, advance: float | None = None) -> dict:
     events = [json.loads(line) for line in outcome.lines if line.startswith('{"event"')]
     return {
         "end": outcome.end,
-        **({"error": outcome.error} if outcome.error else {}),
+        **({"error": outcome.error.strip().splitlines()[-1]} if outcome.error else {}),
         **measured(events, advance),
         "peak_bytes": outcome.peak,
         "peak_anonymous_bytes": outcome.anonymous,
@@ -181,8 +181,8 @@ class Offload:
             job = {**self._told, **contestant.job, "memory": memory, "scratch": scratch}
             outcome = run([sys.executable, str(CHILD)], json.dumps(job), limit, options.timeout)
         found = record_of(outcome, contestant.job.get("advance"))
-        if outcome.error:
-            console.print(f"{contestant.name}, {shown_memory(memory)}: failed: {outcome.error.strip().splitlines()[-1]}")
+        if "error" in found:
+            console.print(f"{contestant.name}, {shown_memory(memory)}: failed: {found['error']}")
         return {**found, "cached_bytes_before": cached}
 
 

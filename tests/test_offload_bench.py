@@ -18,9 +18,10 @@ import offload
 import pytest
 import tables
 import torch
-from shapes import SHAPES, random_checkpoint
+from shapes import SHAPES, Shape, random_checkpoint
 
 from sirius_ext import Engine
+from sirius_ext.models import tiers
 
 MB = 1_000_000
 ALLOCATES = 'print("begun", flush=True)\nheld = bytearray({0})\nfor page in range(0, {0}, 4096): held[page] = 1\nprint("had")'
@@ -193,6 +194,8 @@ def test_what_a_killed_process_managed_counts():
     killed = confined.Outcome("killed", ["a log\n", *map(json.dumps, TWO_TEXTS[:6])], "", 9, 7, 2)
     record = offload.record_of(killed)
     assert (record["end"], record["tokens"], record["peak_bytes"], record["peak_anonymous_bytes"]) == ("killed", 6, 9, 7)
+    failed = confined.Outcome("failed", [], "Traceback ...\n  File ...\nValueError: no\n", 9, 7, 2)
+    assert offload.record_of(failed)["error"] == "ValueError: no" and "error" not in record
     fine = {**record, "end": "finished", "tokens_per_second": 5.0, "peak_anonymous_bytes": 8}
     together = offload.pooled([fine, record, {**record, "tokens_per_second": None}])
     assert (together["end"], together["tokens_per_second"], together["peak_anonymous_bytes"]) == ("killed", 4.0, 8)
@@ -327,6 +330,21 @@ def test_ours_decodes_and_is_told_of_its_budget(folder, capsys, monkeypatch, mem
     assert found[-1]["full_passes"]["passes"] == 6
     record = offload.measured(found)
     assert record["tokens"] == 16 and record["plan"] is None and tables.link_busy(record) is None
+
+
+def test_ours_streams_what_a_budget_does_not_hold(capsys, monkeypatch, tmp_path):
+    """The engine's own accounts, on a model whose MLPs are most of it."""
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(SHAPES, "wide", Shape(64, 2048, 8, 4, 2, 149))
+    monkeypatch.setattr(tiers, "_WORK", 0)  # what passes need is megabytes whatever the model, and so is this process
+    monkeypatch.setattr(tiers, "_OWN", 1 << 40)
+    wide = random_checkpoint("wide", tmp_path, torch.bfloat16)
+    contestants.ours(job_of(wide, weights="plain", config={"mode": "full"}, memory=6_000_000))
+    record = offload.measured(said(capsys))
+    passes, plan = record["full_passes"], record["plan"]
+    assert passes["passes"] == record["tokens"] == 16 and 0 < plan["streamed"] < SHAPES["wide"].parameters * 2
+    # Layers are read ahead, so that a pass may find some of its own there, and has some of the next one's read.
+    assert 8 * plan["streamed"] < passes["bytes"] <= 17 * plan["streamed"] and tables.link_busy(record) > 0
 
 
 def test_the_disk_is_watched_while_the_full_model_reads():
