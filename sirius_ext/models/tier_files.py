@@ -315,8 +315,8 @@ class _Preparation:
     def _check_room(self) -> None:
         """Before it takes an hour."""
         whole = self._ends(len(self._layers))
-        fast = sum(map(self._source.nbytes, self._in_fast)) + whole[_NOTES]
-        needed = sum(whole.values()) - sum(self._ends(self._done).values()) + fast
+        needed = sum(max(0, end - (self._folder / name).stat().st_size) for name, end in whole.items())
+        needed += sum(map(self._source.nbytes, self._in_fast)) + whole[_NOTES]
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             how_much = f"{in_bytes(needed)} more are needed, {in_bytes(free)} are free"
