@@ -189,7 +189,10 @@ class Offload:
 def contestants(options: argparse.Namespace, model: Path) -> list[Contestant]:
     """Those that are asked for. model: the folder of the model's safetensors."""
     found = []
+    asked = lambda name: not options.only or any(part in name for part in options.only)  # noqa: E731
     for name, config, weights in own_variants(options):
+        if not asked(name):
+            continue
         job = {
             "contestant": "ours",
             "model": str(model),
@@ -202,13 +205,12 @@ def contestants(options: argparse.Namespace, model: Path) -> list[Contestant]:
         files = (model, cache_dir() / "tiers", cache_dir() / "packed")
         found.append(Contestant(name, job, files, full_of(weights)))
     if options.gguf is not None and "llama.cpp" not in options.skip:
-        for kind in options.llama_types:
+        for kind in (kind for kind in options.llama_types if asked(f"llama.cpp {kind}")):
             file = converted(options.gguf, cache_dir() / f"{options.gguf.stem}-{kind}.gguf", kind)
             found.append(Contestant(f"llama.cpp {kind}", {"contestant": "llama.cpp", "model": str(file)}, (file,)))
-    if "transformers" not in options.skip:
-        job = {"contestant": "transformers", "model": str(model)}
-        found.append(Contestant("transformers, disk offload", job, (model,)))
-    return [each for each in found if not options.only or any(part in each.name for part in options.only)]
+    if "transformers" not in options.skip and asked(name := "transformers, disk offload"):
+        found.append(Contestant(name, {"contestant": "transformers", "model": str(model)}, (model,)))
+    return found
 
 
 def prepare_files(options: argparse.Namespace, model: Path, given: Sequence[Contestant]) -> None:
