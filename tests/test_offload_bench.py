@@ -25,6 +25,7 @@ from sirius_ext.models import tiers
 
 MB = 1_000_000
 ALLOCATES = 'print("begun", flush=True)\nheld = bytearray({0})\nfor page in range(0, {0}, 4096): held[page] = 1\nprint("had")'
+ON_DISK = {"ext2/ext3", "xfs", "btrfs", "overlayfs"}  # file systems that drop what they are asked to drop
 TINY = ["--shape", "tiny", "--periods", "4", "--advance", "4=3"]
 
 
@@ -65,8 +66,8 @@ def test_a_process_within_its_limit_is_counted(kind):
 
 
 def test_page_cache_counts_in_a_cgroup_and_apart_from_a_process_own_pages(tmp_path):
-    if file_system(tmp_path) == "tmpfs":
-        pytest.skip("the folder for temporary files is in memory itself")
+    if file_system(tmp_path) not in ON_DISK:
+        pytest.skip(f"files are in {file_system(tmp_path)}, of which it is not known how it uses the page cache")
     file = tmp_path / "read"
     file.write_bytes(bytes(40 * MB))
     assert confined.make_cold([file]) == 0
@@ -135,7 +136,7 @@ def test_files_are_dropped_from_the_page_cache_or_it_is_said(tmp_path, monkeypat
     assert files == [tmp_path / "empty", inner / "a"]
     (inner / "a").read_bytes()
     assert confined.cached_bytes(inner / "a") == 3 * MB and confined.cached_bytes(tmp_path / "empty") == 0
-    if file_system(tmp_path) != "tmpfs":
+    if file_system(tmp_path) in ON_DISK:
         assert confined.make_cold(files) == 0 == confined.cached_bytes(inner / "a")
     (inner / "a").read_bytes()
     monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
