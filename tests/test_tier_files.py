@@ -195,6 +195,44 @@ def test_checkpoints_of_several_files(model, out):
     check_whole(prepare(model, out, "plain"), tiny("qwen2", num_hidden_layers=3), "fp32")
 
 
+@pytest.mark.parametrize("kind", ["plain", "q8", "q4", "Q4_K"])
+def test_a_piece_at_a_time(kind, tmp_path, out, monkeypatch):
+    """Of matrices and of files that are larger than what is looked at at once."""
+    monkeypatch.setattr(tier_files, "_SOME_ROWS", 256)
+    monkeypatch.setattr(tier_files, "_BLOCK", 1000)
+    if kind == "Q4_K":
+        file, weights = tmp_path / "tiny.gguf", "q4"
+        write_gguf(file, tiny("llama", **test_gguf.K_WIDE | {"intermediate_size": 768, "head_dim": 32}), kinds=lambda name: kind)
+    else:
+        file, weights = tmp_path / "model", kind
+        tiny("llama3", intermediate_size=600).save_pretrained(file)
+    files = prepare(file, out, weights)
+    check_whole(files, hub.load_model(file, "fp32", progress=False, weights=weights)[0], "fp32")
+    size = (out / "fast.safetensors").stat().st_size
+    for at in (5, 999, 1000, size // 2, size - 1):
+        damage("fast.safetensors", flipped(at))(out)
+        with pytest.raises(ValueError, match="fast.safetensors has been changed"):
+            TierFiles.open(out)
+        damage("fast.safetensors", flipped(at))(out)
+    TierFiles.open(out)
+
+
+def test_models_of_the_hub(model, out, tmp_path, monkeypatch):
+    """As they lie in Hugging Face's own cache."""
+    at = tmp_path / "hub" / "models--org--tiny"
+    (at / "refs").mkdir(parents=True)
+    (at / "refs" / "main").write_text("abc")
+    shutil.copytree(model, at / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    check_whole(prepare("org/tiny", out), hub.load_model(model, "fp32", progress=False, weights="q8")[0], "fp32")
+    assert hub.tiers_of("org/tiny", "auto", progress=False).dtype == torch.float32
+    with pytest.raises(
+        hub.ModelLoadError, match="^model: cannot load 'org/other': not a local file or folder, and the Hugging Face"
+    ):
+        prepare("org/other", tmp_path / "other")
+
+
 def test_checksums(model, out):
     for size in (0, 1, 7, 8, 192, 1000):
         blocks = torch.randint(256, (6, size), dtype=torch.uint8)
