@@ -12,6 +12,10 @@
 
 namespace sirius {
 
+namespace cpu {
+class Stream;
+}
+
 // Where a row of a matrix lies.
 struct Place {
   const void *row, *lower;  // see Matrix
@@ -303,6 +307,7 @@ struct ModelWeights {
   float residual_scale = 1.0f;   // of what attention and MLP add to x where no norm stands after them
   float attention_scale = 1.0f, attention_softcap = 0.0f;
   float logit_scale = 1.0f, logit_softcap = 0.0f;
+  cpu::Stream* stream = nullptr;  // (CPU) where gate, up and down come from as they are read; or null: they are there
 };
 
 // Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`
@@ -315,6 +320,14 @@ struct Sparsity {
   int kept = 0;                       // if listed, largest or cascade
   const float* down_norms = nullptr;  // [layers, intermediate], if cascade: ||down_i||
   int kept_up = 0, kept_down = 0;     // if cascade
+};
+
+// A set that follows the text while F's neurons stream by: those that it will most likely have after the pass are kept. Fields
+// are FollowParams'; all rows count.
+struct Watch {
+  const float* statistic = nullptr;  // or null: nothing is kept
+  const float* down_squares = nullptr;
+  float decay = 0.0f;
 };
 
 // One pass of num_rows tokens through every layer. Row m's key and value go to cache slot first_slot + m; what it sees is as in
@@ -333,6 +346,7 @@ struct DecodeStepParams {
   int32_t* argmax = nullptr;  // [num_rows], or null; -1 where a logit is not finite
   void* workspace;            // [decode_workspace(...)] bytes
   void* z = nullptr;          // T [layers, num_rows, intermediate]: gets act(gate x) * (up x) of a dense pass; or null
+  Watch watch = {};           // (CPU) of a dense pass with z
   int num_rows, first_slot, prefix = 0, capacity;
 };
 

@@ -13,6 +13,7 @@
 #if defined(SIRIUS_HAVE_CUDA)
 #include "bindings_cuda.h"
 #endif
+#include "stream.h"
 #include "weights.h"
 
 namespace py = pybind11;
@@ -109,10 +110,11 @@ PYBIND11_MODULE(_C, m) {
     cpu::checksums(reinterpret_cast<const void*>(data), size, count, reinterpret_cast<uint32_t*>(sums));
   });
 
+  binding::bind_stream(m);
+
   py::class_<Model> model(m, "Model", py::module_local());
   model.def(py::init<const py::kwargs&>()).def("workspace", &Model::workspace);
-  binding::define_step<Team>(
-      model, [](const DecodeStepParams& p, const Team& team) { cpu::with_team(team.threads, [&] { cpu::decode_step(p); }); });
+  binding::define_step<Team>(model, [](const DecodeStepParams& p, const Team& team) { cpu::decode_step(p, team.threads); });
 
 #if defined(SIRIUS_HAVE_CUDA)
   auto cuda = m.def_submodule("cuda");

@@ -428,6 +428,18 @@ struct Fields<ModelWeights> {
     v("attention_softcap", &P::attention_softcap, optional);
     v("logit_scale", &P::logit_scale, optional);
     v("logit_softcap", &P::logit_softcap, optional);
+    v("stream", &P::stream, optional);
+  }
+};
+
+template <>
+struct Fields<Watch> {
+  template <class V>
+  static void visit(V& v) {
+    using P = Watch;
+    v("statistic", &P::statistic);
+    v("down_squares", &P::down_squares);
+    v("decay", &P::decay);
   }
 };
 
@@ -451,6 +463,7 @@ struct Fields<DecodeStepParams> {
     v("argmax", &P::argmax, optional);
     v("workspace", &P::workspace);
     v("z", &P::z, optional);
+    v("watch", &P::watch, optional);
     v("num_rows", &P::num_rows);
     v("first_slot", &P::first_slot);
     v("prefix", &P::prefix, optional);

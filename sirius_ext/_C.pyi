@@ -17,6 +17,9 @@ _CacheShape: TypeAlias = tuple[int, int, int] | dict[str, int]
 # In order: kind, neurons, thresholds, kept.
 _Sparsity: TypeAlias = tuple[int, _Address, _Address, int] | dict[str, int]
 
+# In order: statistic, down_squares, decay.
+_Watch: TypeAlias = tuple[_Address, _Address, float] | dict[str, Any]
+
 # The same for CUDA devices, in builds that have it. Its ops take `workspace`, `counters` and `stream` in place of `threads`, and
 # `<op>_workspace` says how large an op's workspace is.
 cuda: ModuleType
@@ -28,8 +31,43 @@ def checksums(data: _Address, size: int, count: int, sums: _Address, /) -> None:
 
 class Matrix:
     def __init__(
-        self, *, data: _Address, format: int, rows: int, cols: int, stride: int, lower: int = ..., shared: _Address = ...
+        self,
+        *,
+        data: _Address,
+        format: int,
+        rows: int,
+        cols: int,
+        stride: int,
+        lower: _Address = ...,
+        lower_stride: int = ...,
+        shared: _Address = ...,
+        places: _Address = ...,
+        place_at: int = ...,
     ) -> None: ...
+
+class Stream:
+    address: int
+    # layers: of each its images, as (at, bundle, nbytes, resident).
+    def __init__(
+        self,
+        *,
+        path: str,
+        rows: int,
+        layers: list[list[tuple[int, int, int, int]]],
+        checks: _Address,
+        buffers: int,
+        slots: int,
+        readers: int,
+        patience: float,
+    ) -> None: ...
+    def image(self, layer: int, number: int, /) -> _Address: ...
+    def places(self, layer: int, /) -> _Address: ...
+    def fill(self, layer: int, /) -> None: ...
+    def need(self, layer: int, /) -> None: ...
+    def done(self, layer: int, /) -> None: ...
+    def hold(self, neurons: _Address, count: int, /) -> None: ...
+    def keep(self, layer: int, neurons: _Address, count: int, /) -> None: ...
+    def statistics(self) -> tuple[int, int, float, float]: ...
 
 class Model:
     # layers: LayerWeights, by their fields' names.
@@ -54,6 +92,7 @@ class Model:
         attention_softcap: float = ...,
         logit_scale: float = ...,
         logit_softcap: float = ...,
+        stream: _Address = ...,
         layers: list[dict[str, Any]],
     ) -> None: ...
     def workspace(self, num_rows: int, slots: int, /) -> int: ...
@@ -74,6 +113,7 @@ class Model:
         argmax: _Address = ...,
         workspace: _Address,
         z: _Address = ...,
+        watch: _Watch = ...,
         num_rows: int,
         first_slot: int,
         prefix: int = ...,

@@ -11,6 +11,7 @@ MODES = ("sirius", "sparse", "full")
 SPARSITIES = ("csparse", "fsparse", "cascade")
 ACCEPT_RULES = ("threshold", "match", "sample")
 DRAFT_WEIGHTS = ("auto", "same", "q4")
+OFFLOAD = ("auto", "never")
 MAX_PERIOD = 256
 MAX_AUTO_PERIOD = 32
 MAX_WIDTH = 16
@@ -45,10 +46,14 @@ class SiriusConfig:
         or "sample" (text distributed exactly as the full model's samples; needs do_sample=True).
     draft_weights: what the sparse model reads of a weight. "same": what the full model reads. "q4": four bits of it; of weights
         in eight bits (`Engine.from_pretrained(weights="q8")`) that is their upper half, beside other weights it is a copy, which
-        takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, "same" elsewhere.
+        takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, and beside a
+        plain model of which not all is in memory; "same" elsewhere.
     lookup: copy from the text: tokens that followed the last ones earlier in prompt, text or draft join the next pass, and stay
         where they are what the model chooses. The text is the same, in fewer passes. For chains of csparse and for the full model
         alone, decoded greedily; "auto" copies on the CPU where S drafts such chains with period="auto".
+
+    offload: "auto": of a model that is larger than the memory, what only the full model reads comes from the disk whenever it is
+        read (`Engine.from_pretrained(memory=...)`). "never": all weights are loaded. It counts when a model is loaded.
 
     Raises TypeError or ValueError that names the field.
     """
@@ -66,9 +71,11 @@ class SiriusConfig:
     accept: str = "threshold"
     lookup: bool | str = "auto"
     draft_weights: str = "auto"
+    offload: str = "auto"
 
     def __post_init__(self) -> None:
-        choices_of = {"mode": MODES, "sparsity": SPARSITIES, "accept": ACCEPT_RULES, "draft_weights": DRAFT_WEIGHTS}
+        choices_of: dict[str, tuple[str, ...]] = {"mode": MODES, "sparsity": SPARSITIES, "accept": ACCEPT_RULES}
+        choices_of |= {"draft_weights": DRAFT_WEIGHTS, "offload": OFFLOAD}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 import weakref
@@ -16,10 +17,13 @@ from transformers.utils.generic import ModelOutput
 
 from .config import SiriusConfig
 from .decoding.sequence import Request, Sequence, start
+from .decoding.sparsity import draft_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, parse_dtype, parse_weights
+from .models.hub import load_model, load_within, parse_dtype, parse_weights
+from .models.tier_files import TierFiles
+from .models.tiers import Draft, parse_memory
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
@@ -124,6 +128,7 @@ class Engine:
         progress: bool = True,
         backend: str = "auto",
         weights: str = "plain",
+        memory: int | str | None = None,
     ) -> Engine:
         """Load a Hugging Face id, a local folder, a GGUF file, or without a name the default model.
 
@@ -137,6 +142,10 @@ class Engine:
             GPTQ and compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs
             quality. Packed ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot
             be called itself.
+        memory: bytes that weights and caches may take, as a number or as "6GB"; without it all that is free, less a tenth. A
+            model that needs more is written into the cache folder once (as `sirius prepare` does it), and from there the full
+            model reads what is not in memory whenever it reads (on the CPU; `SiriusConfig.offload`). The text is the same. The
+            memory is divided for the sparse model of `config`.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
@@ -144,6 +153,16 @@ class Engine:
         if parse_weights(weights) == "q4" and device.type == "cuda":
             raise ValueError(f"weights: expected plain or q8 on {device}, got 'q4', which is for the CPU (device='cpu') so far")
         config = _checked(config)
+        if memory is not None and config.offload == "never":
+            raise ValueError('memory: with offload="never" all weights are loaded, whatever they need')
+        if device.type == "cpu" and config.offload == "auto":
+            room = None if memory is None else parse_memory(memory)
+            model, tokenizer = load_within(room, functools.partial(_drafts_of, config), name, dtype, progress, weights)
+            return cls(model, config, tokenizer)
+        if memory is not None:
+            raise ValueError(
+                f"memory: on {device} all weights are loaded so far, got {memory!r}; device='cpu' reads them in parts"
+            )
         model, tokenizer = load_model(name, dtype, progress, weights)
         try:
             model = model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument
@@ -230,6 +249,17 @@ class Engine:
         if arguments.get("tokenizer") is None:
             arguments["tokenizer"] = self.tokenizer
         return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)
+
+
+def _drafts_of(config: SiriusConfig, files: TierFiles) -> Iterator[Draft]:
+    """What the sparse model needs of a memory that does not hold all, the better choice first."""
+    packed = files.weights != "plain"
+    if config.draft_weights != "auto":
+        yield draft_of(config, files, config.draft_weights == "q4")
+    else:
+        yield draft_of(config, files, four_bits=True)
+        if not packed:
+            yield draft_of(config, files, four_bits=False)
 
 
 def _weights_of(model: PreTrainedModel) -> Weights:
@@ -348,6 +378,8 @@ class Source(Protocol):
     def threads(self) -> int | None: ...
     @property
     def weights(self) -> str: ...
+    @property
+    def memory(self) -> int | None: ...
 
 
 def engine_of(source: Source, config: SiriusConfig) -> Engine:
@@ -355,7 +387,7 @@ def engine_of(source: Source, config: SiriusConfig) -> Engine:
     if source.threads is not None:
         torch.set_num_threads(check_threads(source.threads))
     dtype = parse_dtype(source.dtype)
-    return Engine.from_pretrained(source.model, config, source.device, dtype, weights=source.weights)
+    return Engine.from_pretrained(source.model, config, source.device, dtype, weights=source.weights, memory=source.memory)
 
 
 def most_threads() -> int:

@@ -1,6 +1,10 @@
 // One pass through every layer, in one parallel region: the loop over layers that a decode step is.
+#include <algorithm>
+#include <exception>
+
 #include "isa.h"
 #include "ops.h"
+#include "stream.h"
 #include "team.h"
 
 namespace sirius::cpu {
@@ -34,13 +38,15 @@ struct Workspace {
 
 class Pass {
  public:
-  explicit Pass(const DecodeStepParams& p) : p_(p), m_(*p.model), w_(m_, p.num_rows, p.workspace) {}
+  Pass(const DecodeStepParams& p, std::exception_ptr* failed)
+      : p_(p), m_(*p.model), w_(m_, p.num_rows, p.workspace), failed_(failed) {}
 
   void run() const {
     embed();
     sync();
     for (int layer = 0; layer < m_.num_layers; ++layer) {
       attention(m_.layers[layer], layer);
+      if (!arrived(layer)) return;
       mlp(m_.layers[layer], layer);
     }
     linear({.dtype = m_.dtype,
@@ -80,6 +86,45 @@ class Pass {
       k.rms_norm(offset(w_.x, at, m_.dtype), norm, nullptr, m_.hidden, offset(out, at, m_.dtype));
     }
     return out;
+  }
+
+  // Waits for the neurons of a layer, which may come from a disk. False in every thread if they do not come.
+  bool arrived(int layer) const {
+    if (!m_.stream) return true;
+    if (member.id == 0) {
+      try {
+        m_.stream->need(layer);
+      } catch (...) {
+        *failed_ = std::current_exception();
+      }
+    }
+    sync();
+    return !*failed_;
+  }
+
+  // After the first half of a layer's MLP: has those neurons kept that a set which follows the text will most likely have next.
+  void watch(int index) const {
+    if (!p_.watch.statistic || !p_.z || member.id != 0) return;
+    const int kept = m_.stream->slots();
+    const size_t at = size_t(index) * m_.intermediate;
+    float* statistic = scratch<float>(Scratch::first, m_.intermediate);  // of that set, which is not yet
+    std::copy_n(p_.watch.statistic + at, m_.intermediate, statistic);
+    int32_t* rows = scratch<int32_t>(Scratch::taken_neurons, p_.num_rows + kept);
+    for (int j = 0; j < p_.num_rows; ++j) rows[j] = j;
+    follow_layer({.dtype = m_.dtype,
+                  .z = offset(p_.z, at * p_.num_rows, m_.dtype),
+                  .rows = rows,
+                  .down_squares = p_.watch.down_squares + at,
+                  .statistic = statistic,
+                  .neurons = rows + p_.num_rows,
+                  .decay = p_.watch.decay,
+                  .layers = 1,
+                  .num_rows = p_.num_rows,
+                  .intermediate = m_.intermediate,
+                  .kept = kept,
+                  .count = p_.num_rows},
+                 0);
+    m_.stream->keep(index, rows + p_.num_rows, kept);
   }
 
   // What attention or MLP make joins x as it is written, or after a norm that needs the whole row.
@@ -224,6 +269,7 @@ class Pass {
                .num_neurons = kept});
     }
     sync();
+    if (m_.stream) watch(index);
     if (s.kind == Sparsity::cascade) {
       // Again every thread for itself, together with what `down` multiplies by: it need not wait for the others then.
       int32_t* list = scratch<int32_t>(Scratch::taken_neurons, s.kept_up);
@@ -253,16 +299,22 @@ class Pass {
           .num_rows = p_.num_rows,
           .num_neurons = kept});
     joined(layer.after_mlp);
+    if (m_.stream && member.id == 0) m_.stream->done(index);
   }
 
   const DecodeStepParams& p_;
   const ModelWeights& m_;
   const Workspace w_;
+  std::exception_ptr* const failed_;  // by thread 0, before a barrier
 };
 
 }  // namespace
 
-void decode_step(const DecodeStepParams& p) { Pass(p).run(); }
+void decode_step(const DecodeStepParams& p, int threads) {
+  std::exception_ptr failed;
+  with_team(threads, [&] { Pass(p, &failed).run(); });
+  if (failed) std::rethrow_exception(failed);
+}
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {
   const size_t elements = size_t(num_rows) * (2 * m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.head_dim + m.intermediate);

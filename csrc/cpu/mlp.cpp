@@ -94,32 +94,34 @@ void select(const SelectParams& p) {
   }
 }
 
-void follow(const FollowParams& p) {
+void follow_layer(const FollowParams& p, int layer) {
   const Kernels& k = kernels(p.dtype);
   float* scores = scratch<float>(Scratch::second, p.intermediate);
   int32_t* list = scratch<int32_t>(Scratch::neurons, p.intermediate);
+  const size_t at = size_t(layer) * p.intermediate;
+  float* statistic = p.statistic + at;
+  for (int i = 0; i < p.count; ++i) {
+    const void* z = offset(p.z, at * p.num_rows + size_t(p.rows[i]) * p.intermediate, p.dtype);
+    const float sum = k.square_sum(z, p.intermediate);
+    // A row that is all zero uses no neuron, and adds nothing.
+    k.blend_squares(z, p.intermediate, p.decay, sum > 0.0f ? (1.0f - p.decay) / sum : 0.0f, statistic);
+  }
+  for (int i = 0; i < p.intermediate; ++i) scores[i] = statistic[i] * p.down_squares[at + i];
+  int32_t count;
+  select({.values = scores,
+          .neurons = list,
+          .count = &count,
+          .num_rows = 1,
+          .intermediate = p.intermediate,
+          .candidates = p.intermediate,
+          .kept = p.kept});
+  std::copy_n(list, p.kept, p.neurons + size_t(layer) * p.kept);
+}
+
+void follow(const FollowParams& p) {
   // A thread has whole layers: no sum depends on the number of threads, and none waits for another.
   const Range range = share(p.layers);
-  for (int layer = range.begin; layer < range.end; ++layer) {
-    const size_t at = size_t(layer) * p.intermediate;
-    float* statistic = p.statistic + at;
-    for (int i = 0; i < p.count; ++i) {
-      const void* z = offset(p.z, at * p.num_rows + size_t(p.rows[i]) * p.intermediate, p.dtype);
-      const float sum = k.square_sum(z, p.intermediate);
-      // A row that is all zero uses no neuron, and adds nothing.
-      k.blend_squares(z, p.intermediate, p.decay, sum > 0.0f ? (1.0f - p.decay) / sum : 0.0f, statistic);
-    }
-    for (int i = 0; i < p.intermediate; ++i) scores[i] = statistic[i] * p.down_squares[at + i];
-    int32_t count;
-    select({.values = scores,
-            .neurons = list,
-            .count = &count,
-            .num_rows = 1,
-            .intermediate = p.intermediate,
-            .candidates = p.intermediate,
-            .kept = p.kept});
-    std::copy_n(list, p.kept, p.neurons + size_t(layer) * p.kept);
-  }
+  for (int layer = range.begin; layer < range.end; ++layer) follow_layer(p, layer);
 }
 
 void up(const UpParams& p) {

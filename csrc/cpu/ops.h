@@ -9,7 +9,8 @@ void linear(const LinearParams& p);
 void pack(const PackParams& p);
 void gate_up(const GateUpParams& p);
 void gate(const GateParams& p);
-void select(const SelectParams& p);  // for one thread; wherever several need the list, each makes its own
+void follow_layer(const FollowParams& p, int layer);  // one of its layers, by one thread
+void select(const SelectParams& p);                   // for one thread; wherever several need the list, each makes its own
 void follow(const FollowParams& p);
 void up(const UpParams& p);
 void down(const DownParams& p);  // synchronizes inside
@@ -21,7 +22,8 @@ void tree_expand(const TreeExpandParams& p);    // synchronizes inside
 void accept(const AcceptParams& p);             // synchronizes inside
 void argmax(const ArgmaxParams& p);
 void kv_rewrite(const KvRewriteParams& p);
-void decode_step(const DecodeStepParams& p);  // synchronizes inside
+// With so many threads. What the model's stream throws.
+void decode_step(const DecodeStepParams& p, int threads);
 
 // Sizes of the workspaces, for up to `slots` cache slots seen by a row.
 size_t down_workspace(int num_rows, int hidden, int num_neurons);              // floats

@@ -154,7 +154,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _plan(options: argparse.Namespace, modes: Sequence[str], **more: Any) -> Plan:
     # Thresholds are for FSparse; `config_of` drops them for the others.
     base = decoding_config(options, sparsity="fsparse", period=getattr(options, "period", PERIOD))
-    names = ("model", "dtype", "device", "threads", "weights", "task", "data", "shots", "skip", "limit", "batch")
+    names = ("model", "dtype", "device", "threads", "weights", "memory", "task", "data", "shots", "skip", "limit", "batch")
     return Plan(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}, modes=tuple(modes), base=base, **more
     )

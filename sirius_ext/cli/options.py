@@ -12,6 +12,7 @@ from ..config import ACCEPT_RULES, COLDEST, DRAFT_WEIGHTS, SPARSITIES, SiriusCon
 from ..decoding.calibrate import read_thresholds
 from ..engine import GREEDY, check_threads
 from ..models.hub import DEFAULT_MODEL, parse_dtype, parse_weights
+from ..models.tiers import parse_memory
 from .arguments import Commands, density, input_file, integer, integer_in, number, period, reads
 
 Value = TypeVar("Value")
@@ -51,6 +52,13 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)",
     )
     add_weights_options(parser)
+    add(
+        "--memory",
+        metavar="SIZE",
+        type=_memory,
+        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk whenever it is "
+        "needed (default: what is free)",
+    )
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
 
@@ -197,6 +205,11 @@ def _threads(text: str) -> int:
 def _dtype(text: str) -> str:
     _unnamed(parse_dtype, text)
     return text
+
+
+@reads
+def _memory(text: str) -> int:
+    return _unnamed(parse_memory, text)
 
 
 @reads

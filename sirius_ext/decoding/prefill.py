@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -12,6 +13,8 @@ from ..runtime.model import Model, not_finite
 from ..runtime.passes import Fault, Pass, Prefill, Result
 from .sparsity import CSparse, FSparse, Usage
 
+# Chunks that go through a layer together where layers come from a disk: their activations take memory.
+TOGETHER = 16
 T = TypeVar("T")
 # What computes something out of passes: it yields what it asks for, and is sent what comes of it.
 Passes = Generator[Prefill | Pass | Fault, Result, T]
@@ -41,16 +44,22 @@ def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None 
         for stretch in cache.stretches:
             assert isinstance(stretch.observed, Usage)
             usage.absorb(stretch.observed)
-    # Zeros, and the logits after the last chunk; NaN stays NaN.
-    logits = torch.zeros((), device=cache.weights.device)
+    asked = []
     for start, stop in chunks(min(held, len(tokens) - 1), len(tokens)):
         known = start < held  # the last token, which has been observed
         observer = None if usage is None or known else Usage(len(usage.squares), usage.squares.shape[1], usage.squares.device)
-        logits = logits + (yield Prefill(prompt, start, stop, observer)).logits
-        if observer is not None and usage is not None:
-            usage.absorb(observer)
-        if not known:
-            cache.hold(tokens[start:stop], observer, prefilled=True)
+        asked.append(Prefill(prompt, start, stop, observer))
+    together = 1 if cache.weights.tiers is None else TOGETHER
+    # Zeros, and the logits after the last chunk; NaN stays NaN.
+    logits = torch.zeros((), device=cache.weights.device)
+    for first in range(0, len(asked), together):
+        some = tuple(asked[first : first + together])
+        logits = logits + (yield dataclasses.replace(some[0], later=some[1:])).logits
+        for chunk in some:
+            if usage is not None and isinstance(chunk.observer, Usage):
+                usage.absorb(chunk.observer)
+            if chunk.start >= held:
+                cache.hold(tokens[chunk.start : chunk.stop], chunk.observer, prefilled=True)
     if not bool(logits.isfinite().all()):
         cache.rewind(0)  # what it held is overwritten in the search
         raise not_finite(len(tokens), 0, "the prefill (full model)", (yield Fault(prompt, 0)).fault)

@@ -529,6 +529,7 @@ class Sequence:
             sparsity=sparsity,
             argmax=argmax,
             keep_z=keep_z,
+            follower=self._sparsity if keep_z else None,
         )
         return result
 

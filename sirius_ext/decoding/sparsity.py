@@ -8,6 +8,9 @@ import torch
 
 from ..config import SiriusConfig
 from ..kernels import ops
+from ..kernels.matrix import Format
+from ..models.tier_files import TierFiles
+from ..models.tiers import Draft
 from ..models.weights import Weights
 from ..runtime.passes import Kind
 
@@ -25,7 +28,8 @@ def kept_neurons(density: float, intermediate: int) -> int:
 
 def four_bits(config: SiriusConfig, weights: Weights) -> bool:
     """Whether S reads four bits of every weight."""
-    return config.draft_weights == "q4" or (config.draft_weights == "auto" and weights.packed)
+    has_copy = weights.tiers is not None and weights.tiers.plan.copy > 0
+    return config.draft_weights == "q4" or (config.draft_weights == "auto" and (weights.packed or has_copy))
 
 
 def density_of(config: SiriusConfig, weights: Weights) -> float:
@@ -54,6 +58,29 @@ def sparse_density(config: SiriusConfig, weights: Weights) -> float:
         rest_share = (less.bytes - less.mlp_bytes) / (all_bits.bytes - all_bits.mlp_bytes)
     kept = 1 - (1 - density_of(config, weights)) * _SKIPPED[config.sparsity]
     return (rest_share * rest + mlp_share * kept * mlp) / (rest + mlp)
+
+
+def draft_of(config: SiriusConfig, files: TierFiles, four_bits: bool) -> Draft:
+    """What S needs of the memory of a model of which not all fits.
+
+    four_bits: whether S reads four bits of every weight.
+    ValueError if that is not possible.
+    """
+    if config.mode == "full":
+        return Draft()
+    if four_bits and files.weights == "plain":
+        return Draft(copy=True)
+    if not four_bits and any(part.format == Format.Q8 for layer in files.layers for part in layer.parts):
+        raise ValueError(
+            'draft_weights: expected "auto" or "q4" where weights of eight bits are not all in memory, got "same": the sparse '
+            "model's are their upper halves"
+        )
+    if config.sparsity == "fsparse":
+        return Draft(files.intermediate)
+    density = config.density_with(four_bits and not files.layers[0].gate.format.four_bits)
+    if config.sparsity == "cascade":
+        return Draft(cascade_neurons(density, files.intermediate)[0])
+    return Draft(kept_neurons(density, files.intermediate))
 
 
 class Usage:
@@ -89,7 +116,7 @@ class CSparse:
         goes on with every verification, and a neuron counts by what it adds to the output.
     """
 
-    kind, narrowed, thresholds = Kind.LISTED, (0, 0), None
+    kind, narrowed, thresholds, decay = Kind.LISTED, (0, 0), None, DECAY
 
     def __init__(
         self,
@@ -196,7 +223,7 @@ class FSparse:
     """A set of neurons per pass, by `|silu(gate x)|`: the largest, or with thresholds, float32 [layers], all that reach
     theirs. It is chosen by the tokens that use it, so that neither the prompt nor the text before has a say."""
 
-    follows, narrowed, neurons, statistic, down_norms, usage = False, (0, 0), None, None, None, None
+    follows, narrowed, neurons, statistic, decay, down_norms, usage = False, (0, 0), None, None, 0.0, None, None
 
     def __init__(
         self, intermediate: int, density: float, thresholds: torch.Tensor | None = None, four_bits: bool = False
@@ -217,6 +244,8 @@ class FSparse:
 def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor | None = None) -> CSparse | FSparse:
     """What the config asks for, for one prompt."""
     less, density = four_bits(config, weights), density_of(config, weights)
+    if weights.tiers is not None:
+        weights.tiers.check(draft_of(config, weights.tiers.files, less))
     if config.sparsity == "fsparse":
         return FSparse(weights.intermediate, density, None if thresholds is None else thresholds.to(weights.device), less)
     shape, squares = (len(weights.layers), weights.intermediate), weights.down_squares if config.follow else None

@@ -311,7 +311,7 @@ class _Pass:
         """Every text gets its logits; its keys and values are in its cache."""
         w, angles = self._weights, self._weights.angles(self._positions)
         x = embed(w, torch.cat([rows.tokens for rows in self._asked]))
-        for index, layer in enumerate(self._view.layers):
+        for index, layer in enumerate(w.each_layer(self._asked[0].four_bits)):
             x = decoder_layer(w.description, layer, x, angles, self._attend(index), self._neurons(index))
         wanted = [x[share][-rows.wanted :] for rows, share in zip(self._asked, self._shares)]
         out = logits(w, self._view.lm_head, norm(w.description, torch.cat(wanted), w.final_norm))

@@ -49,6 +49,7 @@ class Plan:
     shard: tuple[int, int] = (1, 1)
     batch: int = 1
     weights: str = "plain"
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.base.accept == "sample":
@@ -94,6 +95,8 @@ class Plan:
         settings = dataclasses.asdict(self.base) | {"thresholds": self.base.thresholds and str(self.base.thresholds)}
         for name in ("mode", "sparsity", "lookup"):
             del settings[name]
+        if settings["offload"] == "auto":  # which changes no text
+            del settings["offload"]
         if settings["draft_weights"] == "auto":  # results from before there was a choice may be gone on with
             del settings["draft_weights"]
         four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights == "q8")

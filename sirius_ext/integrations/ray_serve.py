@@ -35,6 +35,7 @@ class Arguments(BaseModel):
     device: str = "auto"
     dtype: str = "bfloat16"
     weights: str = "plain"
+    memory: int | None = None
     mode: str = "sirius"
     accept: str = "threshold"
     period: Annotated[int | str, Field(union_mode="left_to_right")] = "auto"

@@ -71,12 +71,15 @@ class Matrix:
     packed: of a format that is not plain, which one it is, and its columns.
     shared: of Q4_ACROSS and Q4_K_ACROSS, the scales, uint8 [bytes].
     apart: of Q8 whose planes lie apart, the lower nibbles, uint8 [rows, bytes]; `data` is then the upper plane alone.
+    places: of one whose rows compiled functions find by a table: its address, and where in each place the row begins
+        (`kernels.stream`). `data` then says no more than how it looks.
     """
 
     data: torch.Tensor
     packed: tuple[Format, int] | None = None
     shared: torch.Tensor | None = None
     apart: torch.Tensor | None = None
+    places: tuple[int, int] | None = None
 
     @classmethod
     def of_bytes(cls, data: torch.Tensor, form: Format, rows: int, cols: int) -> Matrix:
@@ -160,6 +163,8 @@ class Matrix:
             lower=self.lower.data_ptr() if self.format == Format.Q8 else 0,
             lower_stride=self.lower.stride(0) if self.format == Format.Q8 else 0,
             shared=0 if self.shared is None else self.shared.data_ptr(),
+            places=0 if self.places is None else self.places[0],
+            place_at=0 if self.places is None else self.places[1],
         )
 
     def dense(self) -> torch.Tensor:

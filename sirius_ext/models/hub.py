@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, TierFiles, is_prepared, prepare
+from .tiers import Draft, Sizes, Tiers, best_plan, cache_bytes, free_memory, memory_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -138,6 +139,65 @@ def load_model(
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
     return _load(found, weights, progress, _opened(found, weights) if found.prepared else None)
+
+
+def load_within(
+    memory: int | None,
+    drafts: Callable[[TierFiles], Iterable[Draft]],
+    name: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
+    progress: bool = True,
+    weights: str = "plain",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then.
+
+    memory: that weights and caches may take; None: what is free.
+    drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
+    ValueError, too, if the memory does not suffice for that.
+    """
+    dtype, weights = parse_dtype(dtype), parse_weights(weights)
+    found = _find(name, dtype, weights, progress)
+    room = free_memory() if memory is None else memory
+    if not found.prepared and _fits(found, weights, room, memory is None, progress):
+        return _load(found, weights, progress, None)
+    files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
+    own = memory_in_use()
+    model, tokenizer = _load(found, weights, progress, files)
+    plan = best_plan(Sizes(files, cache_bytes(model), own), room, drafts(files))
+    with _reporting("reading what stays in memory", progress) as report:
+        tiers = Tiers(files, plan, lambda layers, done: report.show(f"layer {done} of {layers}"))
+        report.remarks.append(plan.summary(files))
+    model.tiers = tiers  # type: ignore[assignment]  # a module's attributes may be anything
+    return model, tokenizer
+
+
+def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool) -> bool:
+    """Whether the whole model fits. unasked: nobody has said how much memory there is; a model that cannot be read tensor by
+    tensor is then loaded as it always was."""
+    if unasked and _size_of_files(found) < room:
+        return True  # whatever it becomes, it does not become larger
+    try:
+        source = _readable(found, weights, progress)
+    except ModelLoadError:
+        if unasked:
+            return True
+        raise
+    return sum(map(source.nbytes, source.names)) + cache_bytes(source.model) <= room
+
+
+def _size_of_files(found: _Found) -> int:
+    """Bytes of the files that have a model's weights; 0 if that is not known."""
+    if found.gguf is not None:
+        return found.gguf.stat().st_size
+    if found.local:
+        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in Path(found.source).glob(kind))
+    from huggingface_hub import HfApi
+
+    try:
+        siblings = HfApi().model_info(found.source, files_metadata=True, timeout=10).siblings or []
+    except Exception:  # offline, or not there: loading will say so
+        return 0
+    return sum(each.size or 0 for each in siblings if each.rfilename.endswith(".safetensors"))
 
 
 def prepare_tiers(

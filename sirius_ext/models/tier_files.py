@@ -22,7 +22,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -42,6 +42,7 @@ VERSION = 1  # another number where files come out differently: older ones are t
 MANIFEST, NEURONS, FAST, CHECKS = "tiers.json", "neurons.bin", "fast.safetensors", "checks.bin"
 JOURNAL = "preparing.json"  # how far the files of a folder without a manifest are
 _NOTES = "preparing.bin"  # and what of the layers that are done comes into FAST
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SQUARES = "down_squares"  # among the tensors of FAST, beside those of the model's own names
 
 # At whose multiples images begin in the file, of which bundles have a multiple, and at whose multiples rows begin in these.
@@ -140,12 +141,20 @@ class TierFiles:
 
     @functools.cached_property
     def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
-        return load(self.folder / FAST)
+        """What is for the memory is there, and not a page of the file that may be dropped when memory is short. Of an embedding
+        that is not the head as well, single rows are read: that stays on the disk."""
+        tensors, formats = load(self.folder / FAST)
+        return {name: tensor if name in self._on_disk(tensors) else tensor.clone() for name, tensor in tensors.items()}, formats
+
+    @staticmethod
+    def _on_disk(names: Collection[str]) -> set[str]:
+        return {_EMBEDDING} if _HEAD in names else set()
 
     @property
     def fast_bytes(self) -> int:
         """Of all that is for the memory."""
-        return sum(tensor.nbytes for tensor in self._fast[0].values())
+        tensors = self._fast[0]
+        return sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._on_disk(tensors))
 
     @property
     def down_squares(self) -> torch.Tensor:
@@ -190,7 +199,7 @@ class TierFiles:
     def matrix(self, layer: int, name: str) -> Matrix:
         """A layer's "gate", "up" or "down", [I, H]. ValueError if the files are not what was written."""
         part: Part = getattr(self.layers[layer], name)
-        return _matrix(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
+        return matrix_in(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
 
     def verify(self) -> None:
         """Reads all neurons. ValueError if they are not what was written."""
@@ -210,7 +219,7 @@ class TierFiles:
     def _fingerprint(self, vocab: int) -> str:
         digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, vocab)).encode())
         for layer, files in enumerate(self.layers):
-            rows = _matrix(files.gate, self._images(layer, min(4, self.intermediate)), self.hidden).dense()
+            rows = matrix_in(files.gate, self._images(layer, min(4, self.intermediate)), self.hidden).dense()
             digest.update(rows.bfloat16().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
@@ -319,7 +328,7 @@ class _Preparation:
         for name, parts in zip(first, [files.parts[:2]] if len(first) == 1 else [(files.gate,), (files.up,)]):
             self._put(name, parts, images)
         shared = self._put(last, (files.down,), images)
-        squares = _squares(_matrix(files.down, images, self._hidden, shared))
+        squares = _squares(matrix_in(files.down, images, self._hidden, shared))
 
         ends = self._ends(layer)
         for image, data in zip(files.images, images):
@@ -345,7 +354,7 @@ class _Preparation:
                 tensor if len(parts) == 1 else tensor.take(slice(number * self._intermediate, (number + 1) * self._intermediate))
             )
             assert rows.format == part.format and rows.rows == self._intermediate
-            place = _matrix(part, images, self._hidden)
+            place = matrix_in(part, images, self._hidden)
             if part.format == Format.Q8:
                 place.upper.copy_(rows.upper)
                 place.lower.copy_(rows.lower)
@@ -464,7 +473,7 @@ def _next(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _matrix(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
+def matrix_in(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
     """A matrix in a layer's images, uint8 [n, bundle] each: a view."""
     data = images[0][:, part.at : part.at + part.format.row_bytes(hidden)]
     if part.format.dtype is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..kernels.dispatch import check_device, is_cuda
 from ..kernels.matrix import Format, Matrix
 from ..kernels.ops import DTYPES
 from .families import Family, check_supported, describe
+from .tiers import Tiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Layer:
     window: int  # tokens that attention sees, 0: all
     rope: int  # which table of angles, -1: none
 
+    def in_four_bits(self) -> Layer:
+        """As `Matrix.in_four_bits` has its matrices."""
+        return Layer(**{field.name: _in_four_bits(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -54,22 +60,6 @@ class View:
 
     layers: list[Layer]
     lm_head: Matrix
-
-    def in_four_bits(self) -> View:
-        """Of matrices in eight bits their upper halves and in four themselves, which takes no memory; of plain ones copies."""
-
-        def less(part: object) -> object:
-            if isinstance(part, Matrix):
-                return part.in_four_bits()
-            if isinstance(part, Projection):
-                return Projection(part.weight.in_four_bits(), part.bias)
-            return tuple(map(less, part)) if isinstance(part, tuple) else part
-
-        layers = [
-            Layer(**{field.name: less(getattr(layer, field.name)) for field in dataclasses.fields(layer)})  # type: ignore[arg-type]
-            for layer in self.layers
-        ]
-        return View(layers, self.lm_head.in_four_bits())
 
     @functools.cached_property
     def mlp_bytes(self) -> int:
@@ -111,6 +101,7 @@ class Weights:
         self.dtype, self.device = body.norm.weight.dtype, body.norm.weight.device
         self._check_placement(model)
 
+        self.tiers: Tiers | None = getattr(model, "tiers", None)  # where the MLPs are, if not all are in memory
         self.embedding = _matrix(body.embed_tokens, self.vocab, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
@@ -139,11 +130,40 @@ class Weights:
 
     @functools.cached_property
     def four_bits(self) -> View:
-        """What S reads of its weights if it is to read four bits of each."""
-        return self.full.in_four_bits()
+        """What S reads of its weights if it is to read four bits of each: of matrices in eight bits their upper halves and of
+        four themselves, which takes no memory; of plain ones copies."""
+        layers = [layer.in_four_bits() for layer in (self.layers if self.packed else self.each_layer())]
+        return View(layers, self.lm_head.in_four_bits())
 
     def view(self, four_bits: bool) -> View:
         return self.four_bits if four_bits else self.full
+
+    def each_layer(self, four_bits: bool = False) -> Iterator[Layer]:
+        """The layers of a view, in order; all of each is in memory until the next one is asked for."""
+        layers = self.view(four_bits).layers
+        if self.tiers is None:
+            yield from layers
+            return
+        room: torch.Tensor | None = None
+        for index in self.tiers.each(len(layers)):
+            layer = layers[index]
+            if not layer.gate.plain or layer.gate.data.is_contiguous():
+                yield layer
+                continue
+            # torch is slower with rows that stand apart, and may add them up in another order.
+            parts = torch.stack([layer.gate.data, layer.up.data, layer.down.data], out=room)
+            room = parts
+            gate, up, down = map(Matrix, parts)
+            yield dataclasses.replace(layer, gate=gate, up=up, down=down)
+
+    def drafting(self, four_bits: bool) -> View:
+        """What compiled passes of S read, of which all that they need is in memory once `Tiers.hold` was asked for it."""
+        view = self.view(four_bits)
+        if self.tiers is None or not self.tiers.are_placed(four_bits):
+            return view
+        places = (self.tiers.placed(index) for index in range(len(view.layers)))
+        layers = [dataclasses.replace(layer, gate=gate, up=up, down=down) for layer, (gate, up, down) in zip(view.layers, places)]
+        return View(layers, view.lm_head)
 
     def _layer(self, layer: Any, index: int) -> Layer:
         d = self.description
@@ -159,11 +179,17 @@ class Weights:
 
         if family.fused:
             qkv = _split(projection("self_attn.qkv_proj"), d.heads * d.head_dim, d.kv_heads * d.head_dim)
-            both = projection("mlp.gate_up_proj").weight
-            gate, up = both.take(slice(0, d.intermediate)), both.take(slice(d.intermediate, None))
         else:
             qkv = tuple(projection(f"self_attn.{name}_proj") for name in "qkv")
-            gate, up = projection("mlp.gate_proj").weight, projection("mlp.up_proj").weight
+        if self.tiers is not None:
+            gate, up, down = self.tiers.matrices(index)
+        else:
+            if family.fused:
+                both = projection("mlp.gate_up_proj").weight
+                gate, up = both.take(slice(0, d.intermediate)), both.take(slice(d.intermediate, None))
+            else:
+                gate, up = projection("mlp.gate_proj").weight, projection("mlp.up_proj").weight
+            down = _transposed(layer.mlp.down_proj, d.intermediate, d.hidden)
         before_attention, before_mlp = norm(family.before_attention), norm(family.before_mlp)
         assert before_attention is not None and before_mlp is not None
         return Layer(
@@ -177,7 +203,7 @@ class Weights:
             output=projection("self_attn.o_proj"),
             gate=gate,
             up=up,
-            down=_transposed(layer.mlp.down_proj, d.intermediate, d.hidden),
+            down=down,
             window=d.windows[index],
             rope=d.ropes[index],
         )
@@ -239,6 +265,8 @@ class Weights:
     @functools.cached_property
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
+        if self.tiers is not None:
+            return self.tiers.files.down_squares
         return torch.stack([layer.down.dense().square().sum(-1) for layer in self.layers])
 
     @functools.cached_property
@@ -248,6 +276,8 @@ class Weights:
 
     def fingerprint(self) -> str:
         """Tells models apart, and is the same for one model in float32 and in bfloat16."""
+        if self.tiers is not None:
+            return self.tiers.files.fingerprint
         digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, self.vocab)).encode())
         for layer in self.layers:
             rows = layer.gate.take(slice(0, 4)).dense()
@@ -259,9 +289,11 @@ class Weights:
         """The extension's name for the dtype."""
         return DTYPES[self.dtype]
 
-    def arguments(self, four_bits: bool = False) -> dict[str, object]:
-        """What the extension's `Model` is made of: ModelWeights of csrc/params.h and, as `layers`, its LayerWeights."""
-        d, view = self.description, self.view(four_bits)
+    def arguments(self, view: View | None = None) -> dict[str, object]:
+        """What the extension's `Model` is made of, that reads a view, or without one all that F reads: ModelWeights of
+        csrc/params.h and, as `layers`, its LayerWeights."""
+        d, stream = self.description, 0 if view is not None or self.tiers is None else self.tiers.stream.address
+        view = self.full if view is None else view
 
         def norm(weight: torch.Tensor | None) -> dict[str, object]:
             return {"weight": 0 if weight is None else weight.data_ptr(), "eps": d.eps, "offset": d.norm_offset}
@@ -288,6 +320,7 @@ class Weights:
             "lm_head": view.lm_head.raw,
             "vocab": self.vocab,
             "layers": layers,
+            "stream": stream,
         }
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,6 +334,15 @@ class Weights:
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
         return _addresses(model) == self._addresses
+
+
+def _in_four_bits(part: Any) -> Any:
+    """Of a field of `Layer`."""
+    if isinstance(part, Matrix):
+        return part.in_four_bits()
+    if isinstance(part, Projection):
+        return Projection(part.weight.in_four_bits(), part.bias)
+    return tuple(map(_in_four_bits, part)) if isinstance(part, tuple) else part
 
 
 def _numel(part: Projection | Matrix | torch.Tensor | int | None) -> int:

@@ -210,7 +210,7 @@ class CudaModel(Model):
             return self._run_many(cache, nodes, argmax, keep_z)
         arguments, four_bits = sparsity
         with dispatch.guard(self.device):
-            self._handle_of(four_bits).step(
+            self._handle_with(four_bits).step(
                 tokens=nodes.tokens.data_ptr(),
                 positions=nodes.offsets.data_ptr(),
                 cos=cache.cos.data_ptr(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,17 +27,30 @@ class Model:
     def __init__(self, weights: Weights) -> None:
         self.weights, self.device = weights, weights.device
         self.caches = KeptCaches(self.new_cache)
+        if weights.tiers is not None:
+            self.caches.most_bytes = weights.tiers.plan.caches
         self.lock = threading.Lock()  # held for a pass
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._handle = self._extension().Model(**weights.arguments())
-        self._in_four_bits: Any = None  # the same with S's view, once there is a use for it
+        self._drafting: dict[bool, Any] = {}  # the same with S's views, once there is a use for them
 
-    def _handle_of(self, four_bits: bool) -> Any:
-        """The compiled model that reads what a pass is to read."""
-        if four_bits and self._in_four_bits is None:
-            self._in_four_bits = self._extension().Model(**self.weights.arguments(four_bits=True))
-        return self._in_four_bits if four_bits else self._handle
+    def _handle_of(self, sparsity: Sparsity | None) -> Any:
+        """The compiled model for a pass of S with this sparsity, or of F. All that S will read is in memory then."""
+        tiers, four_bits = self.weights.tiers, reads_four_bits(sparsity)
+        if sparsity is not None and tiers is not None and tiers.are_placed(four_bits):
+            assert sparsity.neurons is not None
+            tiers.stream.hold(sparsity.neurons)
+            return self._handle_with(four_bits, drafting=True)
+        return self._handle_with(four_bits, drafting=sparsity is not None and tiers is not None)
+
+    def _handle_with(self, four_bits: bool, drafting: bool = False) -> Any:
+        """The compiled model that reads four bits of every weight, or all. drafting: even if that is the same, not F's own."""
+        if not four_bits and not drafting:
+            return self._handle
+        if four_bits not in self._drafting:
+            self._drafting[four_bits] = self._extension().Model(**self.weights.arguments(self.weights.drafting(four_bits)))
+        return self._drafting[four_bits]
 
     def _extension(self) -> ModuleType:
         """Where the compiled passes are."""
@@ -75,31 +88,24 @@ class Model:
         """
         with self.lock:
             self._hidden = torch.zeros((), device=self.device)
-            tokens = asked.prompt[asked.start : asked.stop]
+            chunks = (asked, *asked.later)
             # Of the activations only what the last layer makes is kept.
-            (x,) = collections.deque(self._layers(cache, tokens, asked.start, asked.observer), maxlen=1)
-            if asked.stop < len(asked.prompt):
+            (x,) = collections.deque(self._layers(cache, chunks), maxlen=1)
+            if chunks[-1].stop < len(asked.prompt):
                 return self._hidden
-            return self._head(self._last_norm(x)) + self._hidden
+            return self._head(self._last_norm(x[-1])) + self._hidden
 
-    def _layers(
-        self,
-        cache: Cache,
-        tokens: torch.Tensor,
-        start: int,
-        observer: Observer | None = None,
-        sparsity: Sparsity | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Tokens, int64 [t], after `start` others through F, or with a sparsity through S, in torch: their embeddings, then what
-        each layer makes of them, T [t, H]."""
-        w, end = self.weights, start + len(tokens)
-        view = w.view(reads_four_bits(sparsity))
-        angles = cache.cos[:, start:end], cache.sin[:, start:end]
-        x = embed(w, tokens.to(self.device))
+    def _layers(self, cache: Cache, chunks: Sequence[Prefill], sparsity: Sparsity | None = None) -> Iterator[list[torch.Tensor]]:
+        """Chunks one after another, side by side, through F, or with a sparsity through S, in torch: their embeddings, then what
+        each layer makes of them, T [t, H] each."""
+        w = self.weights
+        x = [embed(w, chunk.prompt[chunk.start : chunk.stop].to(self.device)) for chunk in chunks]
         yield x
-        for index, layer in enumerate(view.layers):
-            attend, neurons = self._attend(cache, index, start), _neurons(index, observer, sparsity)
-            x = decoder_layer(w.description, layer, x, angles, attend, neurons)
+        for index, layer in enumerate(w.each_layer(reads_four_bits(sparsity))):
+            for i, chunk in enumerate(chunks):
+                angles = cache.cos[:, chunk.start : chunk.stop], cache.sin[:, chunk.start : chunk.stop]
+                attend, neurons = self._attend(cache, index, chunk.start), _neurons(index, chunk.observer, sparsity)
+                x[i] = decoder_layer(w.description, layer, x[i], angles, attend, neurons)
             yield x
 
     def _attend(self, cache: Cache, index: int, start: int) -> Attend:
@@ -136,7 +142,8 @@ class Model:
         parts = chunks(start, end) if sparsity is None else ((place, place + 1) for place in range(start, end))
         for begin, stop in parts:
             part = tokens[begin - start : stop - start]
-            for count, x in enumerate(self._layers(cache, part, begin, sparsity=sparsity)):
+            padded = torch.cat((part.new_zeros(begin), part))
+            for count, (x,) in enumerate(self._layers(cache, [Prefill(padded, begin, stop)], sparsity)):
                 # Later rows attend to what a layer makes of all rows, but after the last layer only the last row goes on.
                 goes_on = x if count < layers else x[-1:] if stop == end else x[:0]
                 odd = ~goes_on.isfinite().all(-1)
@@ -159,7 +166,7 @@ class Model:
         m = len(asked.tokens)
         out, argmax = cache.logits[:m], cache.argmax[:m] if asked.argmax is None else asked.argmax
         with self.lock:
-            self._handle_of(reads_four_bits(asked.sparsity)).step(
+            self._handle_of(asked.sparsity).step(
                 tokens=asked.tokens.data_ptr(),
                 positions=asked.positions.data_ptr(),
                 cos=cache.cos.data_ptr(),
@@ -174,6 +181,7 @@ class Model:
                 argmax=argmax.data_ptr(),
                 workspace=self._workspace.data_ptr(),
                 z=cache.z(m).data_ptr() if asked.keep_z else 0,
+                watch=self._watch(asked),
                 num_rows=m,
                 first_slot=asked.first_slot,
                 prefix=asked.prefix,
@@ -181,6 +189,13 @@ class Model:
                 threads=torch.get_num_threads(),
             )
         return out, argmax
+
+    def _watch(self, asked: Pass) -> tuple[int, int, float]:
+        """What the extension must know to keep neurons that S will want, while they stream by: Watch of csrc/params.h."""
+        tiers, follower = self.weights.tiers, asked.follower
+        if tiers is None or tiers.plan.slots == 0 or follower is None or follower.statistic is None:
+            return 0, 0, 0.0
+        return follower.statistic.data_ptr(), self.weights.down_squares.data_ptr(), follower.decay
 
 
 class Arguments(NamedTuple):

@@ -46,6 +46,10 @@ class Sparsity(Protocol):
         """Of a set that follows the text, float32 [layers, I]."""
 
     @property
+    def decay(self) -> float:
+        """What a token counts for in the statistic, relative to the next one."""
+
+    @property
     def thresholds(self) -> torch.Tensor | None:
         """Of THRESHOLD, float32 [layers]."""
 
@@ -80,12 +84,15 @@ class Prefill:
     prompt: int64 [t], all of it, in the host's memory.
     start, stop: the chunk's place in it; the cache holds what comes before.
     observer: sees every layer's gates.
+    later: chunks after this one that are read together with it, layer by layer: with the same result, but a model whose layers
+        come from a disk reads them once.
     """
 
     prompt: torch.Tensor
     start: int
     stop: int
     observer: Observer | None = None
+    later: tuple[Prefill, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Pass:
     first_slot: row i's key and value go to slot first_slot + i.
     argmax: int32 [m], where the argmax goes; without it to the cache's own.
     keep_z: of a pass through F, keep silu(gate x) * (up x).
+    follower: of a pass through F, the sparse model whose set will follow what z says, if that is known.
     """
 
     tokens: torch.Tensor
@@ -107,6 +115,7 @@ class Pass:
     sparsity: Sparsity | None = None
     argmax: torch.Tensor | None = None
     keep_z: bool = False
+    follower: Sparsity | None = None
 
     @classmethod
     def chain(cls, tokens: torch.Tensor, first: int, sparsity: Sparsity | None = None, keep_z: bool = False) -> Pass:
@@ -133,8 +142,8 @@ _NOTHING = torch.empty(0)
 class Result(NamedTuple):
     """What comes of it; a cache's own tensors are overwritten by later passes over it.
 
-    logits: of a `Pass`, float32 [m, V]. Of a `Prefill` those after the prompt's last token, float32 [V], and a zero for the
-        chunks before that one; NaN if a query or key of the chunk was not finite.
+    logits: of a `Pass`, float32 [m, V]. Of a `Prefill` those after the prompt's last token, float32 [V], and a zero if that is
+        not among what was read; NaN if a query or key was not finite.
     argmax: of the logits of a `Pass`, int32 [m], -1 where one is not finite.
     z: what a `Pass` was asked to keep, T [layers, m, I].
     fault: what a `Fault` has found, as an error has it.
