@@ -1,7 +1,8 @@
 """Where models come from: the default model, Hugging Face ids, local folders and GGUF files.
 
 The cache folder is `$SIRIUS_CACHE`, else `$XDG_CACHE_HOME/sirius_ext`, else `~/.cache/sirius_ext`. It holds the default model's
-file and converted GGUF files, and may be deleted at any time. Models named by a Hugging Face id stay in Hugging Face's own cache.
+file, converted GGUF files, and packed and prepared models, and may be deleted at any time. Models named by a Hugging Face id stay
+in Hugging Face's own cache.
 """
 
 from __future__ import annotations

@@ -400,10 +400,8 @@ class _Preparation:
         tensor = self._source.read(name)
         if isinstance(tensor, torch.Tensor):
             tensor = Matrix(tensor.t() if is_down(name) else tensor)
-        for number, part in enumerate(parts):
-            rows = (
-                tensor if len(parts) == 1 else tensor.take(slice(number * self._intermediate, (number + 1) * self._intermediate))
-            )
+        for part, begin in zip(parts, range(0, tensor.rows, self._intermediate), strict=True):
+            rows = tensor.take(slice(begin, begin + self._intermediate)) if len(parts) > 1 else tensor
             assert rows.format == part.format and rows.rows == self._intermediate
             place = matrix_in(part, images, self._hidden)
             if part.format == Format.Q8:
@@ -517,19 +515,16 @@ class _Preparation:
 
     def _copy_settings(self) -> list[str]:
         """The config, and what else there is of generation and tokenizer. Returns the files' names."""
+        for name in _settings(self._folder) - {JOURNAL}:  # of another model, which was begun here before
+            (self._folder / name).unlink()
         config = copy.deepcopy(self._source.config)
         config.dtype = self._source.dtype
         config.save_pretrained(self._folder)
-        found = {
-            str(file.relative_to(self._source.folder))
-            for pattern in _SETTINGS
-            for file in self._source.folder.glob(pattern)
-            if not file.name.endswith((".index.json", CONVERTED))
-        } - {"config.json"}
+        found = sorted(_settings(self._source.folder) - {"config.json"})
         for name in found:
             (self._folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._source.folder / name, self._folder / name)
-        names = ["config.json", *sorted(found)]
+        names = ["config.json", *found]
         for name in names:
             with open(self._folder / name, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -545,6 +540,12 @@ def _names(config: Any, layer: int) -> list[str]:
     """The tensors of a layer's MLP: gate and up, or both in one, and down."""
     parts = check_supported(config).projections
     return [f"model.layers.{layer}.{name}.weight" for name in parts if name.startswith("mlp.")]
+
+
+def _settings(folder: Path) -> set[str]:
+    """The files of a model that are neither weights nor say where these are."""
+    files = (file for pattern in _SETTINGS for file in folder.glob(pattern))
+    return {str(file.relative_to(folder)) for file in files if not file.name.endswith((".index.json", CONVERTED))}
 
 
 def _shared_name(layer: int) -> str:
