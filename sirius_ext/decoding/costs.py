@@ -65,7 +65,7 @@ def _key(model: Model, sparse: tuple[object, ...]) -> str:
     w = model.weights
     backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
     parts = [w.fingerprint()[:16], w.layers[0].gate.format.name, w.dtype, backend, _processor(), torch.get_num_threads()]
-    if w.tiers is not None and w.tiers.plan.streamed:
+    if w.tiers is not None and w.streams:
         parts.append(f"reading {w.tiers.plan.streamed} of {w.tiers.files.neurons}")
     return " ".join(map(str, (*parts, *sparse)))
 
@@ -150,5 +150,5 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     copy = max(0.0, round((cost["copies"] / cost["sparse"] - 1) / MOST, 2)) if config.copies else COST
     # Something else may have had the processor. S reads what it reads: no machine does it faster than its share of the bytes,
     # unless F's come from a disk.
-    least = 0.0 if w.tiers is not None and w.tiers.plan.streamed else round(sparse_density(config, w), 2)
+    least = 0.0 if w.streams else round(sparse_density(config, w), 2)
     return Costs(max(cost["sparse"], least), tuple(zip(ROWS, full)), follow, copy)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
-_OWN = 300_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
+_OWN = 200_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
 _WORK = 64_000_000  # bytes of activations, logits and what else passes need
 _SLACK = 8  # one slot more for each so many, for neurons that are about to enter the set
 
@@ -207,11 +207,25 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(1024 * int(lines["MemAvailable"].split()[0]))
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for folder, names in _groups():
         with contextlib.suppress(OSError, ValueError):
-            most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
+            most, now = (int((folder / name).read_text()) for name in names)
             free.append(most - now)
     return min(free) * 9 // 10
+
+
+def _groups() -> Iterator[tuple[Path, tuple[str, str]]]:
+    """The control groups that limit this process's memory: of each its folder, and the files with the limit and what is used."""
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            own = Path(path.lstrip("/"))
+            for each in (own, *own.parents):  # a group's limit holds for those inside it, too
+                yield root / ("memory" if kinds else "") / each, names
 
 
 def memory_in_use() -> int:

@@ -127,6 +127,11 @@ class Weights:
         return self.full.lm_head
 
     @property
+    def streams(self) -> bool:
+        """Whether a pass of F reads a part of them from a disk."""
+        return self.tiers is not None and self.tiers.plan.streamed > 0
+
+    @property
     def packed(self) -> bool:
         """Whether the matrices are bytes, of which S reads four bits a weight."""
         return not self.lm_head.plain
