@@ -42,10 +42,12 @@ class Draft:
     neurons: those of every layer's set, if it reads of the weights what is in the first image of a layer; all of them where the
         choice among all is made anew for every token; 0 if it reads none of that.
     copy: it reads a copy of all weights in four bits.
+    density: the share of neurons that this is for, if nobody has said one.
     """
 
     neurons: int = 0
     copy: bool = False
+    density: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Plan:
     memory: what weights and caches may take.
     resident: of every layer's first and second image, neurons that stay.
     slots: of every layer, neurons more of the first image, for the sparse model's set.
+    density: what "auto" means for that, if it means something else than it does elsewhere.
     copy: bytes of the sparse model's copy.
     streams_rest: attention and LM head of the full model come from the file, too.
     caches: bytes left for keys and values.
@@ -70,6 +73,7 @@ class Plan:
     caches: int
     used: int
     streamed: int
+    density: float | None = None
 
     def summary(self, files: TierFiles) -> str:
         """For people."""
@@ -166,7 +170,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
             f"{memory / 1e9:.2f} GB; a lower density, or weights of fewer bits, need less"
         )
     streamed = sum(sizes.tails((first, second), streams_rest))
-    return Plan(memory, (first, second), slots, copy, streams_rest, kept, needed, streamed)
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, needed, streamed, draft.density)
 
 
 def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
