@@ -17,11 +17,11 @@ from transformers.utils.generic import ModelOutput
 
 from .config import SiriusConfig
 from .decoding.sequence import Request, Sequence, start
-from .decoding.sparsity import drafts_of
+from .decoding.sparsity import drafts_of, four_bits
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, load_within, parse_dtype, parse_weights
+from .models.hub import load_model, load_within, parse_dtype, parse_weights, reporting
 from .models.tiers import parse_memory
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
@@ -157,7 +157,7 @@ class Engine:
         if device.type == "cpu" and config.offload == "auto":
             room = None if memory is None else parse_memory(memory)
             model, tokenizer = load_within(room, functools.partial(drafts_of, config), name, dtype, progress, weights)
-            return cls(model, config, tokenizer)
+            return cls(model, config, tokenizer)._with_copy(progress)
         if memory is not None:
             raise ValueError(
                 f"memory: on {device} all weights are loaded so far, got {memory!r}; device='cpu' reads them in parts"
@@ -170,7 +170,15 @@ class Engine:
             raise RuntimeError(
                 f"device: {device} has no room for {size:.1f} GB of weights; try a smaller model or dtype"
             ) from error
-        return cls(model, config, tokenizer)
+        return cls(model, config, tokenizer)._with_copy(progress)
+
+    def _with_copy(self, progress: bool) -> Engine:
+        """Itself, once a sparse model that reads a copy of plain weights has it: that takes seconds, and is said."""
+        weights = prepare(self.model).weights
+        if self.config.mode != "full" and not weights.packed and four_bits(self.config, weights):
+            with reporting("packing the sparse model's copy into four bits", progress) as report:
+                weights.four_bits = weights.in_four_bits(lambda layers, done: report.show(f"layer {done} of {layers}"))
+        return self
 
     def generate(
         self,
