@@ -188,8 +188,9 @@ def _size_of_files(found: _Found) -> int:
     """Bytes of the files that have a model's weights; 0 if that is not known."""
     if found.gguf is not None:
         return found.gguf.stat().st_size
-    if found.local:
-        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in Path(found.source).glob(kind))
+    folder = Path(found.source) if found.local else _downloaded(found.source)
+    if folder is not None:
+        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
     from huggingface_hub import HfApi
 
     try:
@@ -197,6 +198,17 @@ def _size_of_files(found: _Found) -> int:
     except Exception:  # offline, or not there: loading will say so
         return 0
     return sum(each.size or 0 for each in siblings if each.rfilename.endswith(".safetensors"))
+
+
+def _downloaded(source: str) -> Path | None:
+    """Where the weights of a Hugging Face id are, if they have been downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        file = try_to_load_from_cache(source, name)
+        if isinstance(file, str):
+            return Path(file).parent
+    return None
 
 
 def prepare_tiers(
