@@ -157,6 +157,12 @@ class TierFiles:
         return sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._on_disk(tensors))
 
     @property
+    def disk_bytes(self) -> int:
+        """Of what stays on the disk beside the neurons, of which single rows are read."""
+        tensors = self._fast[0]
+        return sum(tensors[name].nbytes for name in self._on_disk(tensors))
+
+    @property
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I], as `Weights.down_squares`."""
         return self._fast[0][_SQUARES]

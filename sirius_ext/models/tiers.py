@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..kernels import q8
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
@@ -84,6 +86,7 @@ class Sizes:
 
     def __init__(self, files: TierFiles, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
+        self.fast = files.fast_bytes  # of all but the MLPs
         self.own = max(0, own - _OWN)  # of what was asked for
         # A prefill has plain matrices of a layer once more, row by row.
         self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else 0)
@@ -117,7 +120,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     rows, two = sizes.rows, any(len(layer.images) > 1 for layer in sizes.files.layers)
     copy = sizes.copy() if draft.copy else 0
     caches = sizes.caches + sizes.work
-    fixed = sizes.files.fast_bytes + copy + caches + sizes.own
+    fixed = sizes.fast + copy + caches + sizes.own
 
     def used(first: int, second: int, slots: int) -> int:
         return fixed + sizes.neurons((first, second), slots)
@@ -143,7 +146,7 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     needed = used(first, second, slots)
     if needed > memory:
         parts = {
-            "all but the MLPs": sizes.files.fast_bytes,
+            "all but the MLPs": sizes.fast,
             "caches and activations": caches,
             "the process itself": sizes.own,
             "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in sizes.files.layers),
@@ -233,6 +236,11 @@ class Tiers:
                 on_progress(len(images), layer + 1)
 
     @property
+    def address(self) -> int:
+        """What a compiled model takes that reads all."""
+        return self.stream.address
+
+    @property
     def statistics(self) -> Statistics:
         return self.stream.statistics
 
@@ -255,10 +263,17 @@ class Tiers:
     def matrices(self, layer: int) -> tuple[Matrix, Matrix, Matrix]:
         """Gate, up and down of a layer, as the full model reads them between `need` and `done`."""
         files = self.files.layers[layer]
-        images = [self.stream.bundles(layer, number) for number in range(len(files.images))]
-        shared = self.files.shared(layer)
+        images = [self._bundles(layer, number) for number in range(len(files.images))]
+        shared = self._shared(layer)
         gate, up, down = (matrix_in(part, images, self.files.hidden, shared) for part in files.parts)
         return gate, up, down
+
+    def _bundles(self, layer: int, number: int) -> torch.Tensor:
+        """An image as uint8 [rows, bundle]."""
+        return self.stream.bundles(layer, number)
+
+    def _shared(self, layer: int) -> torch.Tensor | None:
+        return self.files.shared(layer)
 
     def are_placed(self, four_bits: bool) -> bool:
         """Whether a sparse model, one that reads four bits of every weight or not, finds its neurons by their places."""
