@@ -121,7 +121,8 @@ class Addresses {
     check(memory_->set_access(at_ + used_ - nbytes, nbytes, &access, 1), "cuMemSetAccess");
   }
 
-  char* data() const { return reinterpret_cast<char*>(at_); }
+  // Where the next stretch begins.
+  char* end() const { return reinterpret_cast<char*>(at_ + used_); }
 
  private:
   const Memory* memory_;
@@ -168,7 +169,7 @@ struct WeightStream::State {
     Event arrived, free;
   };
   struct Image {
-    Addresses addresses;
+    char* data;
     HostMemory host;
   };
 
@@ -190,13 +191,16 @@ struct WeightStream::State {
       for (int i = 0; i < buffers; ++i) ring[number].emplace_back(memory, longest[number]);
 
     for (size_t layer = 0; layer < sizes.size(); ++layer) {
+      size_t nbytes = 0;
+      for (const StreamedImage& image : sizes[layer]) nbytes += whole(image.resident) + whole(image.nbytes - image.resident);
+      Addresses& at = addresses.emplace_back(memory, nbytes);
       auto& own = images.emplace_back();
       for (size_t number = 0; number < longest.size(); ++number) {
         const StreamedImage& image = sizes[layer][number];
         const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident);
-        own.push_back({Addresses(memory, resident + tail), pinned(size_t(image.nbytes - image.resident))});
-        own.back().addresses.append(Piece(memory, resident), resident);
-        own.back().addresses.append(ring[number][layer % buffers], tail);
+        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident))});
+        at.append(Piece(memory, resident), resident);
+        at.append(ring[number][layer % buffers], tail);
       }
     }
   }
@@ -218,7 +222,7 @@ struct WeightStream::State {
       const StreamedImage& size = sizes[layer][number];
       const Image& image = images[layer][number];
       if (size.resident < size.nbytes)
-        check(cudaMemcpyAsync(image.addresses.data() + size.resident, image.host.get(), size_t(size.nbytes - size.resident),
+        check(cudaMemcpyAsync(image.data + size.resident, image.host.get(), size_t(size.nbytes - size.resident),
                               cudaMemcpyHostToDevice, copies.handle),
               "cudaMemcpyAsync");
     }
@@ -228,6 +232,7 @@ struct WeightStream::State {
   const Memory memory;
   const std::vector<std::vector<StreamedImage>> sizes;
   const int buffers;
+  std::vector<Addresses> addresses;  // of a layer
   std::vector<std::vector<Image>> images;
   CopyStream copies;
   std::vector<Buffer> in_ring = std::vector<Buffer>(buffers);
@@ -242,7 +247,7 @@ WeightStream::~WeightStream() = default;
 
 int64_t WeightStream::granularity() { return int64_t(Memory().granularity()); }
 
-char* WeightStream::image(int layer, int number) const { return state_->images.at(layer).at(number).addresses.data(); }
+char* WeightStream::image(int layer, int number) const { return state_->images.at(layer).at(number).data; }
 char* WeightStream::host(int layer, int number) const { return state_->images.at(layer).at(number).host.get(); }
 
 void WeightStream::ahead(StreamHandle stream) {

@@ -1,10 +1,10 @@
 // The MLPs' weights of a model that is larger than the device's memory: some stay there, the others come from pinned host memory
 // while the full model reads.
 //
-// A layer is one image or two (models/tier_files.py). Every image has a stretch of addresses of its own, so that its matrices are
-// ordinary ones for whoever reads them. Its first `resident` bytes are memory for good. The memory behind the others is that of a
-// ring of few buffers: all layers whose numbers leave the same remainder share them, and hold their own bytes between `need` and
-// `done` alone.
+// A layer is one image or two (models/tier_files.py). Every image has a stretch of addresses of its own, the second one behind
+// the first (q8.cuh counts on lower nibbles behind the upper ones), so that its matrices are ordinary ones for whoever reads
+// them. Its first `resident` bytes are memory for good. The memory behind the others is that of a ring of few buffers: all layers
+// whose numbers leave the same remainder share them, and hold their own bytes between `need` and `done` alone.
 //
 // None of what a pass calls waits for the device, so that all of it can be captured in a graph: copies are on a stream of their
 // own, which begins where `ahead` is called and has ended when the last layer is done. One such stream is enough: its copies come

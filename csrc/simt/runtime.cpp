@@ -27,7 +27,7 @@ struct Stream {
 
 namespace {
 
-constexpr size_t kPage = 4096;
+constexpr size_t kPage = 4096, kMost = size_t(1) << 30;  // of a device's memory at once
 
 std::vector<Stream*> streams_;
 
@@ -166,6 +166,7 @@ CUresult cuMemAddressFree(CUdeviceptr at, size_t nbytes) {
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t nbytes, const CUmemAllocationProp*, unsigned long long) {
   if (nbytes == 0 || nbytes % kPage) return CUDA_ERROR_INVALID_VALUE;
+  if (nbytes > kMost) return CUDA_ERROR_OUT_OF_MEMORY;
   const int file = memfd_create("simt", MFD_CLOEXEC);
   if (file < 0 || ftruncate(file, off_t(nbytes)) != 0) return CUDA_ERROR_OUT_OF_MEMORY;
   // NaN in every element type, as what nobody has written may be on a device.

@@ -257,15 +257,15 @@ class CudaModel(Model):
         for index, layer in enumerate(w.each_layer()):
             neurons = _keeping(cache.z(m)[index]) if keep_z else None
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
-        normed, head, out = norm(d, x, w.final_norm), w.lm_head.data.t(), cache.logits[:m]
-        if w.packed:
-            out.copy_(products.dot(normed.float(), w.lm_head))
+        normed, head, out = norm(d, x, w.final_norm), w.lm_head, cache.logits[:m]
+        if not head.plain:
+            out.copy_(products.dot(normed.float(), head))
         elif w.dtype == torch.float32:
-            torch.mm(normed, head, out=out)
+            torch.mm(normed, head.data.t(), out=out)
         elif self.device.type == "cuda":
-            torch.mm(normed, head, out_dtype=torch.float32, out=out)
+            torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=out)
         else:
-            torch.mm(normed.float(), head.float(), out=out)
+            torch.mm(normed.float(), head.data.float().t(), out=out)
         if d.logit_scale != 1.0:
             out *= d.logit_scale
         if d.logit_softcap:
