@@ -147,7 +147,7 @@ CASES = {
 def test_texts_with_a_sparse_model_of_copies(number):
     config, resident = list(CASES.values())[number]
     with in_order(SIMT_ORDERS[number % 3]):
-        assert decoded(tiered(files_of(), (resident, 0), copy=True), config) == decoded(whole(), config)
+        assert decoded(tiered(files_of(dtype=BF16), (resident, 0), copy=True), config) == decoded(whole(dtype=BF16), config)
 
 
 @pytest.mark.parametrize("number", range(4), ids=("full", "threshold", "tree", "fsparse"))
@@ -168,7 +168,7 @@ def test_drawn_texts():
     with in_order("reverse"):
         texts = [
             decoded(each, config, generator=torch.Generator().manual_seed(1), **settings)
-            for each in (tiered(files_of(), (0, 0), copy=True), whole())
+            for each in (tiered(files_of(dtype=BF16), (0, 0), copy=True), whole(dtype=BF16))
         ]
     assert texts[0] == texts[1]
 
@@ -188,10 +188,10 @@ def test_copies_run_beside_the_drafts(order, monkeypatch):
         finally:
             _simt.set_held(False)
 
-    engine, config = tiered(files_of(), (0, 0), copy=True), SiriusConfig(**FIXED)
+    engine, config = tiered(files_of(dtype=BF16), (0, 0), copy=True), SiriusConfig(**FIXED)
     apart = decoded(engine, config)
     monkeypatch.setattr(PeriodGraph, "_launch", at_once)
-    assert decoded(tiered(files_of(), (0, 0), copy=True), config) == apart
+    assert decoded(tiered(files_of(dtype=BF16), (0, 0), copy=True), config) == apart
     assert pending and all(pending)
 
 
@@ -395,4 +395,4 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="^memory: expected at least 0.10 GB"):
             load(memory="1MB")
         with pytest.raises(ValueError, match='^memory: with offload="never"'):
-            load(config=dataclasses.replace(config, offload="never"), memory="1GB")
+            Engine.from_pretrained(folder, dataclasses.replace(config, offload="never"), device="cpu", memory="1GB")
