@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -18,6 +19,8 @@ from rich.progress import track
 
 from sirius_ext import __version__
 from sirius_ext.kernels import ops
+
+T = TypeVar("T")
 
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, highlight=False)
 
@@ -82,12 +85,18 @@ def header() -> None:
     )
 
 
-def alternate(variants: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, float]:
-    """Run every (warm) variant once a round, in turn, so that a change in speed touches all. Medians of the results."""
-    results: dict[str, list[float]] = {name: [] for name in variants}
+def in_turn(variants: Mapping[str, Callable[[], T]], rounds: int, title: str) -> Iterator[tuple[str, T]]:
+    """Run every variant once a round, in turn, so that a change in speed touches all. Names and results as they come."""
     for _ in track(range(rounds), title, console=Console(stderr=True), transient=True):
         for name, run in variants.items():
-            results[name].append(run())
+            yield name, run()
+
+
+def alternate(variants: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, float]:
+    """Medians of what the (warm) variants return, run in turn."""
+    results: dict[str, list[float]] = {name: [] for name in variants}
+    for name, result in in_turn(variants, rounds, title):
+        results[name].append(result)
     return {name: statistics.median(values) for name, values in results.items()}
 
 

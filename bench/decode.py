@@ -9,10 +9,8 @@ milliseconds per token instead, after prompts of these lengths: see latency.py.
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import latency
@@ -22,6 +20,7 @@ from llama_cpp import KINDS, LlamaCpp, converted
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, shape_of
+from variants import check_sparsities, full_of, numbers, own_arguments, own_variants, words
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
@@ -83,7 +82,7 @@ class Bench:
         engine = self.engines[weights]
         ready = prepare(engine.model)
         handle_of, timed = ready._handle_of, []
-        ready._handle_of = lambda four_bits: timed.append(TimedHandle(handle_of(four_bits))) or timed[-1]
+        ready._handle_of = lambda sparsity: timed.append(TimedHandle(handle_of(sparsity))) or timed[-1]
         try:
             outputs = [engine.generate(ids, config=config, max_new_tokens=self.limit, **GREEDY) for ids in self.prompts]
         finally:
@@ -105,37 +104,14 @@ class Bench:
         options = self.options
         variants: dict[str, Callable[[], float]] = {}
 
-        def ours(name: str, config: SiriusConfig, weights: str) -> None:
-            variants[name] = lambda: self.sirius(name, config, weights)
-            self.full[name] = full_of(weights)
-
         if "transformers" not in options.skip and "plain" in self.engines:
             variants["transformers"] = self.transformers
             if "static" not in options.skip:
                 variants["transformers, static cache"] = lambda: self.transformers(cache_implementation="static")
-        drafts = [(weights, draft) for weights in options.weights for draft in options.draft_weights]
-        for weights in options.weights:
-            ours(full_of(weights), SiriusConfig(mode="full"), weights)
-            if options.lookup:
-                ours(f"{full_of(weights)}, copies", SiriusConfig(mode="full", lookup=True), weights)
-        for (weights, draft), sparsity, density in itertools.product(drafts, options.sparsities, options.densities):
-            kind, _, fixed = sparsity.partition("-")
-            base = SiriusConfig(sparsity=kind, follow=not fixed, density=density, draft_weights=draft, lookup=False)
-            read = "" if weights == "plain" else f"{weights} "
-            read += "" if draft == "auto" else f"S {draft} "
-            ours(f"{read}{sparsity} {density} alone", replace(base, mode="sparse"), weights)
-            for accept, width, period in itertools.product(options.accepts, options.widths, options.periods):
-                tree = f", width {width}" if width > 1 else ""
-                name = f"{read}{sparsity} {density}, {accept}, period {period}{tree}"
-                ours(name, replace(base, accept=accept, tree_width=width, period=period), weights)
-                if options.lookup and kind == "csparse" and width == 1:
-                    ours(f"{name}, copies", replace(base, accept=accept, period=period, lookup=True), weights)
+        for name, config, weights in own_variants(options):
+            variants[name] = lambda name=name, config=config, weights=weights: self.sirius(name, config, weights)
+            self.full[name] = full_of(weights)
         return variants
-
-
-def full_of(weights: str) -> str:
-    """The row that those of the same weights are compared with."""
-    return "Full" if weights == "plain" else f"{weights} Full"
 
 
 # What is measured if nothing else is asked for: of a model's texts, and of its latency.
@@ -160,8 +136,6 @@ DEFAULTS = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """SystemExit with the reason for what cannot be run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    words = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda kind: lambda text: [kind(part) for part in text.split(",") if part]  # noqa: E731
     default = lambda name: f"({DEFAULTS['texts'][name]}, for latency {DEFAULTS['latency'][name]})"  # noqa: E731
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
     parser.add_argument("--shape", help="random weights instead of a model, of the size of " + ", ".join(SHAPES))
@@ -169,17 +143,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
     parser.add_argument("--llama-types", type=words, default="bf16", help=f"of {', '.join(KINDS)}; own is the file as it is")
-    parser.add_argument("--weights", type=words, default="plain", help="of plain, q8, q4; not for latency")
-    parser.add_argument("--draft-weights", type=words, default="auto", help="of auto, same, q4; not for latency")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--densities", type=numbers(float), default="0.5")
-    parser.add_argument(
-        "--sparsities", type=words, help="of csparse, csparse-fixed (not for latency), fsparse, cascade " + default("sparsities")
-    )
-    parser.add_argument("--periods", type=numbers(lambda text: text if text == "auto" else int(text)), help=default("periods"))
-    parser.add_argument("--widths", type=numbers(int), help="of the tree " + default("widths"))
-    parser.add_argument("--accepts", type=words, default="threshold,match", help="of threshold, match; not for latency")
-    parser.add_argument("--lookup", action="store_true", help="also with copies from the text; not for latency")
+    own_arguments(parser, default, "; not all for latency")
     parser.add_argument("--prompts", type=words, default=",".join(PROMPTS), help="of " + ", ".join(PROMPTS))
     parser.add_argument("--max-new-tokens", type=int, help=default("max_new_tokens"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -202,13 +167,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
         if options.latency and (options.weights, options.draft_weights) != (["plain"], ["auto"]):
             raise ValueError("weights, draft_weights: not for latency, whose weights are random")
-        if unknown := set(options.sparsities) - {
-            "csparse",
-            "fsparse",
-            "cascade",
-            *([] if options.latency else ["csparse-fixed"]),
-        }:
-            raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
+        check_sparsities(options.sparsities, *([("csparse", "fsparse", "cascade")] if options.latency else []))
         if options.latency and options.lookup:
             raise ValueError("lookup: not for latency, whose texts are random")
         if options.profile and not options.device.startswith("cuda"):

@@ -70,14 +70,22 @@ class LlamaCpp:
         self._process.wait()
 
 
-def _serve(model: str, threads: int) -> None:
+def server_of(model: Path | str, threads: int, context: int, mapped: bool = False):
+    """A llama.cpp server in this process, by its package, with its own defaults for all else. context: tokens that it has room
+    for. mapped: weights are read through the page cache, as far as they are not repacked; else llama.cpp chooses."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = model
+    params.model.path = str(model)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.n_ctx, params.n_parallel, params.cache_prompt = 4096, 1, False
-    server = xllamacpp.Server(params)
+    params.n_ctx, params.n_parallel, params.cache_prompt = context, 1, False
+    if mapped:
+        params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
+    return xllamacpp.Server(params)
+
+
+def _serve(model: str, threads: int) -> None:
+    server = server_of(model, threads, context=4096)
     for line in sys.stdin:
         reply = server.handle_completions({**json.loads(line), "temperature": 0, "cache_prompt": False})
         timings = (reply if isinstance(reply, dict) else json.loads(reply))["timings"]

@@ -6,13 +6,19 @@ A kernel that reads weights takes the longer of two times: its bytes at the band
 multiprocessors as its blocks are; its instructions, as many for each KB as its loop has, at a card's rate. To that comes, for
 every kernel, what passes from its launch to its first bytes and from its last ones to its end.
 
-python bench/model.py    writes bench/results/predicted.json
+Of models that are larger than the memory it predicts less: `tiers` counts bytes, where they lie and what moves, and lets one link
+and one bandwidth say how long that takes.
+
+python bench/model.py            writes bench/results/predicted.json
+python bench/model.py --tiers    prints what the predictions for larger models are made of, byte for byte
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +28,7 @@ import torch
 from shapes import SHAPES, Shape
 
 from sirius_ext import _C
+from sirius_ext.config import MAX_AUTO_PERIOD
 from sirius_ext.decoding.sparsity import kept_neurons
 from sirius_ext.kernels.matrix import Format
 from sirius_ext.kernels.ops import DTYPES
@@ -224,15 +231,209 @@ def predict(card: Card, name: str, context: int) -> list[dict]:
     ]
 
 
+# ---------------------------------------------------------------------------------------------------------------- tiers
+
+TIERS_MODEL, TIERS_CONTEXT = "llama-3-70b", 1024
+LINKS = (25e9, 50e9)  # bytes/s from the host's memory: what PCIe 4 and 5 reach
+RESERVED = 1.0e9  # bytes that a card loses to CUDA's context, kernels and work space
+RING = 2  # layers whose missing rows have room on the card while they are on their way
+LAUNCHES = 6  # of a layer of the sparse model
+DENSITIES = [step / 100 for step in range(40, 101, 2)]
+# By which drafts are accepted, and whose average advance length that is: of the recorded texts, or of the paper.
+RULES = ("threshold", "match", "threshold, the paper's AAL")
+PAPER_DENSITIES = (0.48, 0.5)  # the paper's, and what is nearly that where half of the neurons do not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How F's weights are stored, and what S reads of them. Bytes per weight, scales included: `full`, `draft` of attention and
+    MLP, `full_head`, `draft_head` of the LM head. copy: S has its own, beside F's; else what it reads is a part of F's. traces:
+    the recorded texts that say how far a period of such an S advances."""
+
+    name: str
+    full: float
+    draft: float
+    full_head: float
+    copy: bool
+    traces: str
+    draft_head: float = 4.5 / 8
+
+
+STORAGES = (
+    Storage("bf16, S a copy in 4 bits", 2, 4.5 / 8, 2, True, "traces-qwen2.5-coder-1.5b-packed"),
+    Storage("8 bits, S the upper four", 8.5 / 8, 4.5 / 8, 8.5 / 8, False, "traces-qwen2.5-coder-1.5b-packed"),
+    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, "traces-qwen2.5-coder-1.5b"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A card, and the bytes that nvidia-smi shows of it."""
+
+    card: Card
+    size: float
+
+
+MEMORIES = {
+    "24 GB": Memory(Card("RTX 4090", 1008e9, 128, 2.52e9, False), 24564 << 20),
+    "48 GB": Memory(next(card for card in CARDS if card.name == "L40"), 46068 << 20),
+    "80 GB": Memory(next(card for card in CARDS if card.name == "H100"), 81559 << 20),
+}
+
+
+@functools.cache
+def recorded(name: str) -> dict:
+    """A file of bench/traces.py."""
+    return json.loads((OUT.parent / f"{name}.json").read_text())
+
+
+@functools.cache
+def advance_at(name: str, rule: str, density: float, period: int) -> float:
+    """Tokens that a period commits on average, of a density that was recorded: the recorded texts, decoded again on paper."""
+    record = recorded(name)
+    index = record["densities"].index(density)
+    committed = []
+    for text in record["texts"]:
+        accepted, place = text["drafts"][index][rule], 0
+        while place + period - 1 <= len(accepted):
+            run = len(accepted[place : place + period - 1].split("0")[0])
+            committed.append(run + 1)
+            place += run + 1
+    return sum(committed) / len(committed)
+
+
+def advance(name: str, rule: str, density: float, period: int) -> float | None:
+    """The same of any density, linearly between recorded ones; None outside of them. The paper's is of one period and density."""
+    if rule == RULES[-1]:
+        return AAL if period == PERIOD and density in PAPER_DENSITIES else None
+    known = sorted(recorded(name)["densities"])
+    below = [each for each in known if each <= density]
+    above = [each for each in known if each >= density]
+    if not below or not above:
+        return None
+    low, high = below[-1], above[0]
+    share = 0.0 if high == low else (density - low) / (high - low)
+    low_advance, high_advance = (advance_at(name, rule, each, period) for each in (low, high))
+    return low_advance + share * (high_advance - low_advance)
+
+
+def placed(shape: Shape, storage: Storage, memory: Memory, density: float | None, context: int) -> dict[str, float] | None:
+    """Bytes of everything, by what they are and where; None if S does not fit. density: of S; None if F decodes alone.
+
+    sparse: what S reads of weights, all on the card. of_full: F's weights, without the embedding, of which a token needs a row.
+    resident: of these on the card, those that S reads included where they are F's own. moved: the others, once a period.
+    """
+    attention = shape.layers * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    mlp = shape.layers * 3 * shape.hidden * shape.intermediate
+    head = shape.vocab * shape.hidden
+    cache = 2.0 * shape.layers * 2 * shape.kv_heads * shape.head_dim * (context + PERIOD)
+    sparse = 0.0 if density is None else storage.draft * (attention + density * mlp) + storage.draft_head * head
+    of_full = storage.full * (attention + mlp) + storage.full_head * head
+    missing = of_full - (0.0 if storage.copy else sparse)
+    room = memory.size - RESERVED - cache - sparse
+    # What is kept beside S spares its place in the ring, too.
+    ring = RING / shape.layers
+    more = min(missing, (room - ring * missing) / (1 - ring))
+    if more < 0:
+        return None
+    moved = missing - more
+    return {
+        "size": float(memory.size),
+        "reserved": RESERVED,
+        "cache": cache,
+        "sparse": sparse,
+        "of_full": of_full,
+        "resident": of_full - moved,
+        "moved": moved,
+        "ring": ring * moved,
+    }
+
+
+def tier_seconds(shape: Shape, memory: Memory, link: float, bytes_: dict[str, float]) -> tuple[float, float]:
+    """Of a pass of S, and of one of F, whose rows come over the link while others are computed: read from the card's memory is
+    what was resident, what has come (written there first), and the cache."""
+    card = memory.card
+    launched = shape.layers * (LAUNCHES * card.step + OTHERS["attention"])
+    sparse = (bytes_["sparse"] + bytes_["cache"]) / card.read + launched
+    compute = (bytes_["of_full"] + bytes_["moved"] + bytes_["cache"]) / card.read + launched
+    return sparse, max(bytes_["moved"] / link, compute)
+
+
+def tiers(storage: Storage, size: str, link: float, rule: str) -> dict | None:
+    """The plan that is predicted to be fastest: of the recorded densities and those between, and of periods up to the longest
+    that period="auto" chooses. None if no density fits, and where all of F does, so that nothing has to move."""
+    shape, memory = SHAPES[TIERS_MODEL], MEMORIES[size]
+    alone = placed(shape, storage, memory, None, TIERS_CONTEXT)
+    if alone is None or not alone["moved"]:
+        return None
+    full_alone = tier_seconds(shape, memory, link, alone)[1]
+    best = None
+    for density in DENSITIES:
+        bytes_ = placed(shape, storage, memory, density, TIERS_CONTEXT)
+        if bytes_ is None:
+            continue
+        sparse, full = tier_seconds(shape, memory, link, bytes_)
+        for period in range(1, MAX_AUTO_PERIOD + 1):
+            length = advance(storage.traces, rule, density, period)
+            if length is None or (best is not None and ((period - 1) * sparse + full) / length >= best["s_per_token"]):
+                continue
+            best = {
+                "weights": storage.name,
+                "memory": size,
+                "card": memory.card.name,
+                "link": link,
+                "rule": rule,
+                "density": density,
+                "period": period,
+                "advance": length,
+                "s_of_sparse": sparse,
+                "s_of_full": full,
+                "s_per_token_of_full": full_alone,
+                "s_per_token": ((period - 1) * sparse + full) / length,
+                "bytes": bytes_,
+            }
+    return best
+
+
+def all_tiers() -> list[dict]:
+    """Plans by storage, memory, rule and link, numbers rounded for a file."""
+    found = []
+    for storage, size, rule, link in itertools.product(STORAGES, MEMORIES, RULES, LINKS):
+        if plan := tiers(storage, size, link, rule):
+            rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in plan.items()}
+            found.append(rounded | {"bytes": {name: round(value) for name, value in plan["bytes"].items()}})
+    return found
+
+
+def show_tiers() -> None:
+    """Print every byte of each plan."""
+    print(f"{TIERS_MODEL}, {TIERS_CONTEXT} tokens of context; s/token = ((n - 1) S + max(link, F)) / AAL; bytes in GB")
+    for plan in all_tiers():
+        gb = {name: value / 1e9 for name, value in plan["bytes"].items()}
+        print(
+            f"{plan['weights']}; {plan['memory']} ({plan['card']}), {plan['link'] / 1e9:.0f} GB/s, {plan['rule']}\n"
+            f"  on the card: {gb['size']:.2f} = {gb['reserved']:.2f} reserved + {gb['cache']:.2f} cache + {gb['sparse']:.2f} S "
+            f"(density {plan['density']}) + {gb['ring']:.2f} ring + what is left for F; with what S shares {gb['resident']:.2f} "
+            f"of F's {gb['of_full']:.2f} are there\n"
+            f"  a period of n = {plan['period']} moves {gb['moved']:.2f}; S {1e3 * plan['s_of_sparse']:.1f} ms a pass, "
+            f"F {plan['s_of_full']:.2f} s; AAL {plan['advance']:.2f}; {plan['s_per_token']:.3f} s/token, "
+            f"F alone {plan['s_per_token_of_full']:.2f}"
+        )
+
+
 def predictions() -> dict:
     """What bench/results/predicted.json holds."""
     name, context = "llama-3-8b", 1024
     results = [{"card": card.name, "context": context, **each} for card in CARDS for each in predict(card, name, context)]
-    return {"benchmark": "predicted", "model": name, "dtype": "bfloat16", "results": results}
+    return {"benchmark": "predicted", "model": name, "dtype": "bfloat16", "results": results, "tiers": all_tiers()}
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiers", action="store_true", help="print what is predicted of models larger than the memory")
+    if parser.parse_args().tiers:
+        show_tiers()
+        return
     OUT.write_text(json.dumps(predictions(), indent=1) + "\n")
     print(f"written to {OUT}")
 

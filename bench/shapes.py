@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
@@ -49,16 +53,8 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of that shape, made where it is used: weights are drawn from N(0, 0.02) on the device.
-
-    RuntimeError if the device's memory does not hold it.
-    """
-    shape = shape_of(name)
-    size = shape.parameters * dtype.itemsize
-    if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
-        raise RuntimeError(f"shape: {name} has {size / 1e9:.1f} GB of weights, but {device} has {free / 1e9:.1f} GB free")
-    config = LlamaConfig(
+def config_of(shape: Shape) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -72,7 +68,53 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
         eos_token_id=None,
         pad_token_id=None,
     )
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of that shape, made where it is used: weights are drawn from N(0, 0.02) on the device.
+
+    RuntimeError if the device's memory does not hold it.
+    """
+    shape = shape_of(name)
+    size = shape.parameters * dtype.itemsize
+    if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
+        raise RuntimeError(f"shape: {name} has {size / 1e9:.1f} GB of weights, but {device} has {free / 1e9:.1f} GB free")
+    config = config_of(shape)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.do_sample = False
     return model.eval()
+
+
+def random_checkpoint(name: str, folder: Path, dtype: torch.dtype) -> Path:
+    """A folder like those of published models (without a tokenizer) of that shape and random weights, for what reads a model from
+    disk; made in `folder` at the first call, a layer at a time, so that it may be larger than the memory. Returns it."""
+    found = folder / f"{name}-{str(dtype).removeprefix('torch.')}"
+    if found.exists():
+        return found
+    half = found.with_name(found.name + ".part")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    config = config_of(shape_of(name))
+    config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in model.state_dict().items():
+        layer = key.split("layers.")[-1].split(".")[0] if "layers." in key else "others"
+        if not (shape_of(name).tied and key.startswith("lm_head")):
+            shards.setdefault(f"model-{layer}.safetensors", {})[key] = tensor
+    generator = torch.Generator().manual_seed(0)
+    for file, tensors in shards.items():
+        drawn = {
+            key: torch.empty(tensor.shape, dtype=dtype).normal_(0, config.initializer_range, generator=generator)
+            if tensor.ndim > 1
+            else torch.ones(tensor.shape, dtype=dtype)
+            for key, tensor in tensors.items()
+        }
+        save_file(drawn, half / file, {"format": "pt"})
+    weight_map = {key: file for file, tensors in shards.items() for key in tensors}
+    (half / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(half)
+    half.rename(found)
+    return found

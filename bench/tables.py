@@ -1,5 +1,6 @@
-"""What was measured on GPUs, beside the paper's figures, the time that reading the weights takes, and what bench/model.py
-predicts: a table in docs/benchmarks.md, made from bench/results/*.json.
+"""The tables in docs/benchmarks.md that are made from bench/results/*.json: what was measured on GPUs, beside the paper's
+figures, the time that reading the weights takes, and what bench/model.py predicts; models larger than the memory, as measured;
+and the same on GPUs, as predicted.
 
 python bench/tables.py          write it
 python bench/tables.py --check  exit 1 if it is not what the results say
@@ -11,12 +12,15 @@ import argparse
 import dataclasses
 import difflib
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- latency: written by bench/tables.py -->", "<!-- latency: end -->"
+
+# The parts of the document that are written, by name.
+LATENCY, OFFLOAD, TIERS = "latency", "offload", "tiers"
 
 MODEL, CONTEXT = "llama-3-8b", 1024
 VARIANTS = {
@@ -125,12 +129,118 @@ def _cells(times: dict[str, float], nothing: str) -> list[str]:
     return cells
 
 
-def renewed(document: str, content: str) -> str:
-    """The document with `content` between the markers. ValueError if it has not both of them once, in order."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"expected {BEGIN!r} and {END!r} once each, in this order")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+# ---------------------------------------------------------------------------------------------------------------- larger models
+
+BUSY = 0.05  # GB read from disk per token, below which a cell does not mention it
+
+
+def offloads(folder: Path) -> list[dict]:
+    """The files that bench/offload.py wrote. ValueError if one of them is not one."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            if record["benchmark"] == "offload":
+                offload_table(record)
+                found.append(record)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a file that a benchmark wrote with --out ({error!r})") from error
+    return found
+
+
+def offload_table(record: dict) -> str:
+    """Of one file: tokens/s by variant and budget, in brackets as a multiple of Full's in the same budget."""
+    budgets = list(dict.fromkeys(r["memory_bytes"] for r in record["results"]))
+    cells = {(r["variant"], r["memory_bytes"]): r for r in record["results"]}
+    random = ", random weights" if record["weights"] == "random" else ""
+    disk = record["disk_bytes_per_second"]
+    read = f"; direct reads of the disk {disk / 1e9:.1f} GB/s" if disk else ""
+    lines = [
+        f"{record['model']}, {record['dtype']}{random}, {record['machine']['cpu']}, {record['machine']['threads']} threads; "
+        f"budget and {record['margin_bytes'] / 1e9:g} GB, {record['limit']}{read}:",
+        "",
+        f"| tokens/s | {' | '.join(_budget(budget) for budget in budgets)} |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for variant in dict.fromkeys(r["variant"] for r in record["results"]):
+        row = [_offload_cell(cells.get((variant, budget)), cells) for budget in budgets]
+        lines.append(f"| {variant} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def link_busy(run: dict) -> float | None:
+    """Share of the full model's passes in which the disk was read; None of who streams nothing."""
+    passes = run.get("full_passes")
+    return passes["busy_seconds"] / passes["seconds"] if passes and passes["bytes"] else None
+
+
+def _budget(budget: int | None) -> str:
+    return "no limit" if budget is None else f"{budget / 1e9:g} GB"
+
+
+def _offload_cell(result: dict | None, cells: dict[tuple[str, int | None], dict]) -> str:
+    if result is None:
+        return "not measured"
+    speed, parts = result["tokens_per_second"], []
+    if speed:
+        full = cells.get((result["full"], result["memory_bytes"]), {}).get("tokens_per_second")
+        parts.append(f"{speed:.2f}" + (f" ({speed / full:.2f})" if full and result["variant"] != result["full"] else ""))
+        reads = [run["read_bytes"]["decode"] / run["tokens"] / 1e9 for run in result["runs"] if run["tokens"]]
+        if reads and statistics.median(reads) >= BUSY:
+            parts.append(f"{statistics.median(reads):.1f} GB/token")
+        if busy := [share for share in map(link_busy, result["runs"]) if share is not None]:
+            parts.append(f"link {statistics.median(busy):.0%}")
+    if result["end"] != "finished":
+        parts.append(result["end"])
+    return ", ".join(parts) or "no token in time"
+
+
+def tiers(folder: Path) -> str:
+    """Of models on GPUs, as predicted: a row has the plans that differ in the link alone."""
+    path = folder / "predicted.json"
+    plans = json.loads(path.read_text()).get("tiers", []) if path.exists() else []
+    if not plans:
+        return ""
+    links = sorted({plan["link"] for plan in plans})
+    lines = [
+        "| F's weights | card | rule | on the card, GB: S (density) | F | a period moves, GB | "
+        + " | ".join(f"{link / 1e9:.0f} GB/s: n, AAL | *s/token* | *Full*" for link in links)
+        + " |",
+        "|---|---|---|---|---|---|" + "---|---|---|" * len(links),
+    ]
+    rows: dict[tuple, dict[float, dict]] = {}
+    for plan in plans:
+        same = (plan["weights"], f"{plan['memory']}, {plan['card']}", plan["rule"], plan["density"])
+        rows.setdefault(same, {})[plan["link"]] = plan
+    for (weights, card, rule, density), by_link in rows.items():
+        gb = {name: value / 1e9 for name, value in next(iter(by_link.values()))["bytes"].items()}
+        times = [
+            f"{plan['period']}, {plan['advance']:.1f} | *{plan['s_per_token']:.3f}* | *{plan['s_per_token_of_full']:.2f}*"
+            if plan
+            else " | | "
+            for plan in map(by_link.get, links)
+        ]
+        lines.append(
+            f"| {weights} | {card} | {rule} | {gb['sparse']:.1f} ({density:g}) | {gb['resident']:.1f} of {gb['of_full']:.1f} | "
+            f"{gb['moved']:.1f} | {' | '.join(times)} |"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the document
+
+
+def markers(part: str) -> tuple[str, str]:
+    return f"<!-- {part}: written by bench/tables.py -->", f"<!-- {part}: end -->"
+
+
+def renewed(document: str, part: str, content: str) -> str:
+    """The document with `content` between the markers of `part`. ValueError if it has not both of them once, in order."""
+    begin, end = markers(part)
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"expected {begin!r} and {end!r} once each, in this order")
+    before, rest = document.split(begin)
+    return f"{before}{begin}\n{content}{content and chr(10)}{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = options.document.read_text()
     try:
-        after = renewed(before, table(latencies(options.results), predictions(options.results)))
+        after = renewed(before, LATENCY, table(latencies(options.results), predictions(options.results)))
+        after = renewed(after, OFFLOAD, "\n\n".join(map(offload_table, offloads(options.results))))
+        after = renewed(after, TIERS, tiers(options.results))
     except ValueError as error:
         parser.error(str(error))
     if not options.check:

@@ -65,6 +65,7 @@ struct LinearParams {
   bool out_f32 = false;
   float scale = 1.0f, softcap = 0.0f;
   int num_rows, out_features;
+  int out_stride = 0;  // (CPU) from one row of `out` to the next; 0: out_features
 };
 
 // Rounds rows of numbers to a matrix's format. A group of weights that are not all finite gets a scale that is not.
@@ -307,7 +308,8 @@ struct ModelWeights {
   float residual_scale = 1.0f;   // of what attention and MLP add to x where no norm stands after them
   float attention_scale = 1.0f, attention_softcap = 0.0f;
   float logit_scale = 1.0f, logit_softcap = 0.0f;
-  cpu::Stream* stream = nullptr;  // (CPU) where gate, up and down come from as they are read; or null: they are there
+  cpu::Stream* stream = nullptr;  // (CPU) where weights come from as they are read; or null: they are there
+  int head_rows = 0;              // (CPU) of the LM head that come at a time, like a layer more; 0: it is there
 };
 
 // Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`

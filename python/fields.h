@@ -429,6 +429,7 @@ struct Fields<ModelWeights> {
     v("logit_scale", &P::logit_scale, optional);
     v("logit_softcap", &P::logit_softcap, optional);
     v("stream", &P::stream, optional);
+    v("head_rows", &P::head_rows, optional);
   }
 };
 

@@ -14,6 +14,7 @@ struct sirius::binding::Fields<sirius::cpu::StreamImage> {
     v("at", &P::at);
     v("bundle", &P::bundle);
     v("nbytes", &P::nbytes);
+    v("rows", &P::rows);
     v("resident", &P::resident);
   }
 };
@@ -27,13 +28,15 @@ inline std::unique_ptr<cpu::Stream> make_stream(const std::string& path, int row
   cpu::StreamOptions options{
       .path = path, .rows = rows, .buffers = buffers, .slots = slots, .readers = readers, .patience = patience};
   const Where where{nullptr, "Stream"};
-  size_t images = 0;
+  size_t bundles = 0;
   for (const py::handle layer : layers) {
     auto& own = options.layers.emplace_back();
-    for (const py::handle image : py::reinterpret_borrow<py::list>(layer)) read(image.ptr(), own.emplace_back(), where);
-    images += own.size();
+    for (const py::handle image : py::reinterpret_borrow<py::list>(layer)) {
+      read(image.ptr(), own.emplace_back(), where);
+      bundles += own.back().rows;
+    }
   }
-  options.checks.resize(images * rows);
+  options.checks.resize(bundles);
   std::memcpy(options.checks.data(), reinterpret_cast<const void*>(checks), options.checks.size() * sizeof(uint32_t));
   const py::gil_scoped_release unlocked;
   return std::make_unique<cpu::Stream>(std::move(options));

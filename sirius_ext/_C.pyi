@@ -47,13 +47,13 @@ class Matrix:
 
 class Stream:
     address: int
-    # layers: of each its images, as (at, bundle, nbytes, resident).
+    # layers: of each its images, as (at, bundle, nbytes, rows, resident).
     def __init__(
         self,
         *,
         path: str,
         rows: int,
-        layers: list[list[tuple[int, int, int, int]]],
+        layers: list[list[tuple[int, int, int, int, int]]],
         checks: _Address,
         buffers: int,
         slots: int,
@@ -93,6 +93,7 @@ class Model:
         logit_scale: float = ...,
         logit_softcap: float = ...,
         stream: _Address = ...,
+        head_rows: int = ...,
         layers: list[dict[str, Any]],
     ) -> None: ...
     def workspace(self, num_rows: int, slots: int, /) -> int: ...

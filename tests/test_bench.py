@@ -238,7 +238,9 @@ def result(gpu: str, model: str = tables.MODEL, context: int = tables.CONTEXT, *
 def places(tmp_path):
     """A folder of results and a document with the markers; the arguments that name them."""
     (tmp_path / "results").mkdir()
-    (tmp_path / "page.md").write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    parts = (tables.LATENCY, tables.OFFLOAD, tables.TIERS)
+    marked = "\nbetween\n".join("{}\nold\n{}".format(*tables.markers(part)) for part in parts)
+    (tmp_path / "page.md").write_text(f"before\n{marked}\nafter\n")
     return tmp_path, ["--results", str(tmp_path / "results"), "--document", str(tmp_path / "page.md")]
 
 

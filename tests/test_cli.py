@@ -12,6 +12,8 @@ from sirius_ext.cli import demo
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.kernels import ops
+from sirius_ext.models.packed import Checkpoint
+from sirius_ext.models.tier_files import TierFiles
 
 PROMPT = "The three primary colours are"
 
@@ -139,6 +141,35 @@ def test_a_text_that_is_stopped_is_kept(capsys, monkeypatch, tmp_path, stop, sta
     assert found == status and len(record["token_ids"]) == 5 and record["interrupted"] is True and record["stats"] is None
     if status == 130:
         assert out == record["text"] + "\n" and err.endswith("sirius_ext: interrupted\n")
+
+
+def test_prepare(capsys, folder, tmp_path, monkeypatch):
+    """Stopped in the middle, gone on with, and looked through. Another folder is left alone."""
+    out = tmp_path / "my tiers"
+    arguments = ["prepare", str(folder), "--out", str(out), "--weights", "q8", "--dtype", "fp32"]
+    read = Checkpoint.read
+
+    def stop_in_the_second_layer(self, name):
+        if name.startswith("model.layers.1.mlp"):
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "read", stop_in_the_second_layer)
+        status, _, err = run(capsys, *arguments)
+    interrupted = f"sirius_ext: interrupted; what is done stays in {out}, and the same command goes on from there\n"
+    assert status == 130 and err.endswith(interrupted)
+    for _ in range(2):
+        status, text, err = run(capsys, *arguments)
+        assert status == 0 and err.startswith(f"preparing {folder} in {out} ... ") and err.count("\n") == 1
+        files = TierFiles.open(out)
+        fast, size = f"{files.fast_bytes() / 1e6:.1f} MB", f"{files.neurons.stat().st_size / 1e6:.1f} MB"
+        expected = f"{out}: {fast} for the memory, {size} of neurons that stay on the disk; use it as --model '{out}'\n"
+        assert text == expected and files.weights == "q8"
+        monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("prepared again"))
+    status, text, err = run(capsys, *arguments[:3], str(folder))
+    assert status == 2 and text == ""
+    assert f"sirius_ext: error: --out: {folder}: expected a new folder or an empty one, but it has config.json\n" in err
 
 
 def test_info(capsys):

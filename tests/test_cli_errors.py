@@ -220,6 +220,18 @@ REPORT = [
     ("report results --out nowhere/out", "--out: no folder"),
 ]
 
+PREPARE = [
+    ("prepare", "the following arguments are required: MODEL, --out"),
+    ("prepare '' --out tiers", "MODEL: expected some text, got none"),
+    ("prepare folder", "the following arguments are required: --out"),
+    ("prepare folder --out text", "--out: expected a folder, got the file text"),
+    ("prepare folder --out nowhere/tiers", "--out: no folder"),
+    ("prepare folder --out ''", "--out: expected a path, got an empty one"),
+    ("prepare folder --out tiers --weights q5", "--weights: expected one of plain, q8, q4, got 'q5'"),
+    ("prepare folder --out tiers --dtype int8", "--dtype: expected one of"),
+    ("prepare folder --out tiers --device cpu", "unrecognized arguments: --device cpu"),
+]
+
 OTHERS = [
     ("", "the following arguments are required: COMMAND"),
     ("frobnicate", "COMMAND: invalid choice: 'frobnicate'"),
@@ -241,6 +253,10 @@ MODELS = [
     ("eval --task csqa --data data --out out --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("generate --prompt x --mode fsparse --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("eval --task csqa --data data --out out --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
+    ("prepare no/such/model/anywhere --out tiers", "model: 'no/such/model/anywhere' does not exist"),
+    ("prepare folder --out tiers", "model: the folder 'folder' has no config.json"),
+    ("prepare binary --out tiers", "model: 'binary' is not a GGUF file"),
+    ("generate --prompt x --model part", "--model: the folder 'part' was prepared only in part; the same command again goes on"),
 ]
 
 
@@ -249,6 +265,8 @@ def here(tmp_path, monkeypatch):
     """The folder of the commands."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "preparing.json").write_text("{}")
     for name, content in (("text", b"A text.\n"), ("empty", b""), ("mark", b"\xef\xbb\xbf"), ("binary", b"\xff\xfe\x00")):
         (tmp_path / name).write_bytes(content)
     Thresholds(0.5, [0.1], [0.5], (64, 12), "a model").save("thresholds")
@@ -261,7 +279,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command, message", [*GENERATE, *CALIBRATE, *EVAL, *STUDY, *ANALYZE, *REPORT, *OTHERS], ids=lambda text: text[:100]
+    "command, message", [*GENERATE, *CALIBRATE, *EVAL, *STUDY, *ANALYZE, *REPORT, *PREPARE, *OTHERS], ids=lambda text: text[:100]
 )
 def test_refused(here, capsys, monkeypatch, command, message):
     monkeypatch.setattr("sirius_ext.engine.load_model", lambda *_: pytest.fail("the model was loaded"))
@@ -379,7 +397,9 @@ def test_a_prompt_longer_than_the_context(here, capsys):
     assert "--prompt: it has 9001 tokens; the model's context holds 8192, one for the answer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "generate", "calibrate", "eval", "report", "study", "analyze", "demo", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "generate", "calibrate", "prepare", "eval", "report", "study", "analyze", "demo", "info"]
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])

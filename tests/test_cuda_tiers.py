@@ -85,7 +85,7 @@ def tiered(files, resident, copy=False):
     """resident: neurons of each image that stay, at most all."""
     model = moved(TierFiles.open(files.folder).model())
     resident = tuple(min(count, files.intermediate) for count in resident)
-    plan = Plan(memory=0, resident=resident, slots=0, copy=int(copy), caches=1 << 30, used=0, streamed=0)
+    plan = Plan(memory=0, resident=resident, slots=0, copy=int(copy), streams_rest=False, caches=1 << 30, used=0, streamed=0)
     model.tiers = DeviceTiers(model.tier_files, plan, DEVICE)
     return Engine(model)
 

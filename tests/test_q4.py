@@ -165,6 +165,17 @@ def test_numbers_are_rounded_to_the_nearest_code(cols):
     assert torch.equal(found.numbers()[3:5], weight[3:5])
 
 
+def test_numbers_are_rounded_in_pieces(monkeypatch):
+    weight = torch.randn(50, 70)
+    whole = q4.round_to_groups(weight)
+    monkeypatch.setattr(q4, "CHUNK", 3 * 70 + 5)
+    found = q4.round_to_groups(weight)
+    assert torch.equal(found.codes, whole.codes) and torch.equal(found.pairs, whole.pairs)
+    weight[47, 3] = math.inf
+    with pytest.raises(ValueError, match="row 47 has others"):
+        q4.round_to_groups(weight)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])
 def test_numbers_that_cannot_be_packed(value):
     weight = torch.zeros(3, 40)

@@ -41,7 +41,7 @@ class Written:
         self.checks = torch.cat([checksums(each)[None] for images in self.data for each in images])
 
     def stream(self, resident=(0, 0), slots=0, buffers=2, **options):
-        layers = [[Image(*place, count) for place, count in zip(images, resident)] for images in self.places]
+        layers = [[Image(*place, self.rows, count) for place, count in zip(images, resident)] for images in self.places]
         stream = Stream(self.path, layers, self.rows, self.checks, buffers, slots, **options)
         for layer in range(len(layers)):
             stream.fill(layer)

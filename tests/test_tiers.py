@@ -11,6 +11,7 @@ from tiny import FAMILY_NAMES, NAMES, prompt, seeded, tiny
 from transformers import AutoModelForCausalLM
 
 from sirius_ext import Engine, SiriusConfig
+from sirius_ext.models import tier_files
 from sirius_ext.models.packed import Checkpoint, load_packed
 from sirius_ext.models.tier_files import TierFiles, prepare
 from sirius_ext.models.tiers import Plan, Tiers
@@ -40,9 +41,9 @@ def whole(name="llama3", dtype=torch.float32, weights="plain"):
     return Engine(load_packed(source_of(name, dtype, weights), Path(FOLDERS.name)))
 
 
-def tiered(files, resident=(0, 0), slots=0, copy=False):
-    model = TierFiles.open(files.folder).model()
-    model.tiers = Tiers(model.tier_files, Plan(0, resident, slots, int(copy), 1 << 30, 0, 0))
+def tiered(files, resident=(0, 0), slots=0, copy=False, streams_rest=False):
+    model = TierFiles.open(files.folder).model(not streams_rest)
+    model.tiers = Tiers(model.tier_files, Plan(0, resident, slots, int(copy), streams_rest, 1 << 30, 0, 0))
     return Engine(model)
 
 
@@ -101,12 +102,23 @@ def test_every_family(name):
     same(whole(name), tiered(files, (64, 0), slots_of(files)), CONFIGS["threshold"], prompt(50))
 
 
+@pytest.mark.parametrize("streams_rest", [False, True])
 @pytest.mark.parametrize("config", ["threshold", "match", "cascade"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sparse_model_of_copies(dtype, config):
-    """Four bits of everything in memory, beside a full model that streams."""
-    config = dataclasses.replace(CONFIGS[config], draft_weights="q4")
-    same(whole(dtype=dtype), tiered(files_of(dtype=dtype), (64, 0), copy=True), config, prompt(30))
+def test_a_sparse_model_of_copies(dtype, config, streams_rest):
+    """Four bits of everything in memory, beside a full model that streams, with attention and head or without."""
+    config, files = dataclasses.replace(CONFIGS[config], draft_weights="q4"), files_of(dtype=dtype)
+    same(whole(dtype=dtype), tiered(files, (64, 0), copy=True, streams_rest=streams_rest), config, prompt(30))
+
+
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
+def test_every_family_with_all_of_the_full_model_on_the_disk(name, monkeypatch):
+    monkeypatch.setattr(tier_files, "_PART", 1)  # so that the head comes in many parts
+    with tempfile.TemporaryDirectory() as folder:
+        files = prepare(source_of(name, torch.bfloat16, "plain"), Path(folder) / "tiers")
+        config = dataclasses.replace(CONFIGS["threshold"], draft_weights="q4")
+        engine = tiered(files, copy=True, streams_rest=True)
+        same(whole(name, torch.bfloat16), engine, config, prompt(50), 20)
 
 
 def test_fsparse_where_all_that_it_chooses_from_is_there():

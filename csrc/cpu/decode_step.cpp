@@ -45,20 +45,12 @@ class Pass {
     embed();
     sync();
     for (int layer = 0; layer < m_.num_layers; ++layer) {
-      attention(m_.layers[layer], layer);
       if (!arrived(layer)) return;
+      attention(m_.layers[layer], layer);
       mlp(m_.layers[layer], layer);
+      left(layer);
     }
-    linear({.dtype = m_.dtype,
-            .x = normalised(m_.final_norm),
-            .parts = {{m_.lm_head}},
-            .num_parts = 1,
-            .out = p_.logits,
-            .out_f32 = true,
-            .scale = m_.logit_scale,
-            .softcap = m_.logit_softcap,
-            .num_rows = p_.num_rows,
-            .out_features = m_.vocab});
+    if (!head()) return;
     if (!p_.argmax) return;
     sync();
     argmax({.logits = p_.logits, .argmax = p_.argmax, .num_rows = p_.num_rows, .vocab = m_.vocab});
@@ -88,7 +80,36 @@ class Pass {
     return out;
   }
 
-  // Waits for the neurons of a layer, which may come from a disk. False in every thread if they do not come.
+  // All of it at once, or as it arrives. False in every thread if it does not.
+  bool head() const {
+    const void* x = normalised(m_.final_norm);
+    const int step = m_.head_rows ? m_.head_rows : m_.vocab;
+    for (int first = 0; first < m_.vocab; first += step) {
+      const int layer = m_.num_layers + first / step;
+      if (m_.head_rows && !arrived(layer)) return false;
+      Matrix part = m_.lm_head;
+      part.data = part.row(first);
+      if (part.lower) part.lower = part.lower_row(first);
+      part.rows = std::min(step, m_.vocab - first);
+      linear({.dtype = m_.dtype,
+              .x = x,
+              .parts = {{part}},
+              .num_parts = 1,
+              .out = p_.logits + first,
+              .out_f32 = true,
+              .scale = m_.logit_scale,
+              .softcap = m_.logit_softcap,
+              .num_rows = p_.num_rows,
+              .out_features = part.rows,
+              .out_stride = m_.vocab});
+      if (!m_.head_rows) continue;
+      sync();
+      left(layer);
+    }
+    return true;
+  }
+
+  // Waits for a layer, which may come from a disk. False in every thread if it does not come.
   bool arrived(int layer) const {
     if (!m_.stream) return true;
     if (member.id == 0) {
@@ -100,6 +121,11 @@ class Pass {
     }
     sync();
     return !*failed_;
+  }
+
+  // The layer is read no more by any thread.
+  void left(int layer) const {
+    if (m_.stream && member.id == 0) m_.stream->done(layer);
   }
 
   // After the first half of a layer's MLP: has those neurons kept that a set which follows the text will most likely have next.
@@ -299,7 +325,6 @@ class Pass {
           .num_rows = p_.num_rows,
           .num_neurons = kept});
     joined(layer.after_mlp);
-    if (m_.stream && member.id == 0) m_.stream->done(index);
   }
 
   const DecodeStepParams& p_;

@@ -29,7 +29,7 @@ void linear(const LinearParams& p) {
     if (!products || part->weight.format != format) products.emplace(part->weight, p.dtype, p.x, p.num_rows);
     format = part->weight.format;
     products->each_chunk(part->weight, begin, end, range.end, row_at, [&](int j, int r, int n, const float* sums) {
-      const size_t at = size_t(j) * p.out_features + r;
+      const size_t at = size_t(j) * (p.out_stride ? p.out_stride : p.out_features) + r;
       const void* bias = part->bias ? offset(part->bias, r - start, p.dtype) : nullptr;
       const void* residual = p.residual ? offset(p.residual, at, p.dtype) : nullptr;
       store(sums, bias, p.scale, p.softcap, residual, n, offset(p.out, at, out_dtype));

@@ -39,7 +39,7 @@ int64_t page_above(int64_t at) { return page_below(at + kPage - 1); }
 class Region {
  public:
   Region() = default;
-  Region(int64_t nbytes, int protection) : nbytes_(nbytes) {
+  explicit Region(int64_t nbytes, int protection = PROT_READ | PROT_WRITE) : nbytes_(nbytes) {
     if (nbytes == 0) return;
     const int reserve = protection == PROT_NONE ? MAP_NORESERVE : 0;
     void* const at = mmap(nullptr, nbytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | reserve, -1, 0);
@@ -123,52 +123,64 @@ struct Stream::State {
   };
 
   explicit State(StreamOptions given)
-      : options(std::move(given)), file(open_file(options.path)), ring(make_ring()), buffers(options.buffers) {
+      : options(std::move(given)),
+        file(open_file(options.path)),
+        ring(make_ring()),
+        arena(total_bytes(), PROT_NONE),
+        buffers(options.buffers) {
     stamps.resize(options.rows);
-    int count = 0;
-    for (const auto& images : options.layers) {
-      sums_at.push_back(count);
-      count += int(images.size());
-      map_layer(images);
-    }
+    int64_t at = 0, checks = 0;
+    for (int layer = 0; layer < num_layers(); ++layer) map_layer(layer, &at, &checks);
   }
 
   int num_layers() const { return int(options.layers.size()); }
   Buffer& buffer(int layer) { return buffers[layer % options.buffers]; }
   const StreamImage& image(int layer, int number) const { return options.layers[layer][number]; }
 
-  static int64_t resident_bytes(const StreamImage& image, int rows) {
-    return image.resident == rows ? image.nbytes : image.resident * image.bundle;
+  static int64_t resident_bytes(const StreamImage& image) {
+    return image.resident == image.rows ? image.nbytes : image.resident * image.bundle;
+  }
+
+  int64_t total_bytes() const {
+    int64_t total = 0;
+    for (const auto& images : options.layers)
+      for (const StreamImage& image : images) total += image.nbytes;
+    return total;
   }
 
   File make_ring() {
     for (const auto& images : options.layers) {
       int64_t tail = 0;
-      for (const StreamImage& image : images) tail += image.nbytes - resident_bytes(image, options.rows);
+      for (const StreamImage& image : images) tail += image.nbytes - resident_bytes(image);
       buffer_bytes = std::max(buffer_bytes, tail);
     }
     return anonymous_file(buffer_bytes * options.buffers);
   }
 
-  void map_layer(const std::vector<StreamImage>& images) {
-    int64_t at = int64_t(regions.size()) % options.buffers * buffer_bytes;
-    std::vector<Region> mapped;
+  // at, checks: where its images begin in the arena, and their sums among all; moved on.
+  void map_layer(int layer, int64_t* at, int64_t* checks) {
+    const std::vector<StreamImage>& images = options.layers[layer];
+    int64_t in_ring = int64_t(layer) % options.buffers * buffer_bytes;
+    auto& places_of_images = images_at.emplace_back();
+    auto& checks_of_images = checks_at.emplace_back();
     for (const StreamImage& image : images) {
-      const int64_t resident = resident_bytes(image, options.rows);
-      Region region(image.nbytes, PROT_NONE);
-      region.commit(0, resident);
-      region.share(resident, image.nbytes - resident, ring.number(), at);
-      at += image.nbytes - resident;
-      mapped.push_back(std::move(region));
+      const int64_t resident = resident_bytes(image);
+      arena.commit(*at, resident);
+      arena.share(*at + resident, image.nbytes - resident, ring.number(), in_ring);
+      in_ring += image.nbytes - resident;
+      places_of_images.push_back(arena.data() + *at);
+      checks_of_images.push_back(*checks);
+      *at += image.nbytes;
+      *checks += image.rows;
     }
     const StreamImage& first = images[0];
-    Slots layer_slots{Region(options.slots * first.bundle, PROT_READ | PROT_WRITE)};
-    layer_slots.of_neuron.assign(options.rows, -1);
-    layer_slots.neuron.assign(options.slots, -1);
-    layer_slots.places.assign(options.rows, nullptr);
-    for (int i = 0; i < first.resident; ++i) layer_slots.places[i] = mapped[0].data() + i * first.bundle;
-    slots.push_back(std::move(layer_slots));
-    regions.push_back(std::move(mapped));
+    if (first.rows != options.rows) return;  // not of neurons
+    Slots own{Region(options.slots * first.bundle)};
+    own.of_neuron.assign(options.rows, -1);
+    own.neuron.assign(options.slots, -1);
+    own.places.assign(options.rows, nullptr);
+    for (int i = 0; i < first.resident; ++i) own.places[i] = places_of_images[0] + i * first.bundle;
+    slots.push_back(std::move(own));
   }
 
   // ------------------------------------------------------------------------------------------------------------ reading
@@ -192,23 +204,23 @@ struct Stream::State {
   void check(int layer, int number, int first, int count, const char* bundles) const {
     const int64_t size = image(layer, number).bundle;
     uint32_t sums[64];
-    const uint32_t* wanted = options.checks.data() + size_t(sums_at[layer] + number) * options.rows + first;
+    const uint32_t* wanted = options.checks.data() + checks_at[layer][number] + first;
     for (int i = 0; i < count; i += 64) {
       const int n = std::min(64, count - i);
       checksums(bundles + i * size, size, n, sums);
       for (int j = 0; j < n; ++j)
         if (sums[j] != wanted[i + j])
-          throw StreamError(options.path + ": neuron " + std::to_string(first + i + j) + " of layer " + std::to_string(layer) +
+          throw StreamError(options.path + ": bundle " + std::to_string(first + i + j) + " of layer " + std::to_string(layer) +
                             " is not what was written: the file was changed, or the disk is failing; prepare it again");
     }
   }
 
   void run(const Task& task) {
     const StreamImage& from = image(task.layer, task.image);
-    char* const base = regions[task.layer][task.image].data();
-    Slots& own = slots[task.layer];
+    char* const base = images_at[task.layer][task.image];
     const int64_t begin = task.first * from.bundle, end = begin + task.count * from.bundle;
     if (task.kind == Task::from_slots) {
+      const Slots& own = slots[task.layer];
       for (int i = task.first; i < task.first + task.count; ++i) std::memcpy(base + i * from.bundle, own.places[i], from.bundle);
       return;
     }
@@ -223,8 +235,9 @@ struct Stream::State {
     thread_local int64_t size = 0;
     if (size < last - first) {
       size = last - first;
-      bounce = Region(size, PROT_READ | PROT_WRITE);
+      bounce = Region(size);
     }
+    Slots& own = slots[task.layer];
     read_pages(from.at + first, last - first, bounce.data());
     for (int i = task.first; i < task.first + task.count; ++i) {
       const char* bundle = bounce.data() + (i * from.bundle - first);
@@ -311,8 +324,8 @@ struct Stream::State {
     to = {layer};
     for (int number = 0; number < int(options.layers[layer].size()); ++number) {
       const StreamImage& from = image(layer, number);
-      if (number > 0 || options.slots == 0) {
-        queue({Task::to_image, layer, number, from.resident}, options.rows);
+      if (number > 0 || options.slots == 0 || layer >= int(slots.size())) {
+        queue({Task::to_image, layer, number, from.resident}, from.rows);
         continue;
       }
       const std::vector<const char*>& places = slots[layer].places;
@@ -406,7 +419,7 @@ struct Stream::State {
 
   // After the reads of `hold`: what has arrived is found from now on, what has not is nowhere.
   void settle(bool arrived) {
-    for (int layer = 0; layer < num_layers(); ++layer) {
+    for (int layer = 0; layer < int(slots.size()); ++layer) {
       Slots& own = slots[layer];
       for (size_t slot = 0; slot < own.neuron.size(); ++slot) {
         const int neuron = own.neuron[slot];
@@ -427,9 +440,10 @@ struct Stream::State {
   const File file;
   int64_t buffer_bytes = 0;
   const File ring;
-  std::vector<int> sums_at;  // of a layer: its first image's number among all
-  std::vector<std::vector<Region>> regions;
-  std::vector<Slots> slots;
+  Region arena;
+  std::vector<std::vector<char*>> images_at;
+  std::vector<std::vector<int64_t>> checks_at;  // of each image, its first sum's number among all
+  std::vector<Slots> slots;                     // of the layers that have neurons
 
   mutable std::mutex mutex;
   std::condition_variable wake_reader, wake_waiter;
@@ -463,14 +477,14 @@ void Stream::fill(int layer) {
   State& s = *state_;
   for (int number = 0; number < int(s.options.layers[layer].size()); ++number) {
     const StreamImage& image = s.image(layer, number);
-    const int64_t end = State::resident_bytes(image, s.options.rows);
+    const int64_t end = State::resident_bytes(image);
     for (int64_t at = 0; at < end; at += kPiece)
-      s.read_pages(image.at + at, std::min(kPiece, end - at), s.regions[layer][number].data() + at);
-    s.check(layer, number, 0, image.resident, s.regions[layer][number].data());
+      s.read_pages(image.at + at, std::min(kPiece, end - at), s.images_at[layer][number] + at);
+    s.check(layer, number, 0, image.resident, s.images_at[layer][number]);
   }
 }
 
-char* Stream::image(int layer, int number) const { return state_->regions[layer][number].data(); }
+char* Stream::image(int layer, int number) const { return state_->images_at[layer][number]; }
 
 const char* const* Stream::places(int layer) const { return state_->slots[layer].places.data(); }
 
@@ -506,7 +520,7 @@ void Stream::hold(const int32_t* neurons, int count) {
   s.settle(false);
   s.fetch_error.clear();
   try {
-    for (int layer = 0; layer < s.num_layers(); ++layer) s.hold_layer(lock, layer, neurons + size_t(layer) * count, count);
+    for (int layer = 0; layer < int(s.slots.size()); ++layer) s.hold_layer(lock, layer, neurons + size_t(layer) * count, count);
     if (s.fetching == 0) return;
     s.wait(lock, [&] { return s.fetching == 0; });
   } catch (const StreamError&) {
@@ -529,7 +543,7 @@ void Stream::keep(int layer, const int32_t* neurons, int count) {
     const int slot = s.free_slot(own);
     if (slot < 0) return;
     char* const to = own.memory.data() + slot * image.bundle;
-    std::memcpy(to, s.regions[layer][0].data() + neuron * image.bundle, image.bundle);
+    std::memcpy(to, s.images_at[layer][0] + neuron * image.bundle, image.bundle);
     own.neuron[slot] = neuron;
     own.of_neuron[neuron] = slot;
     own.places[neuron] = to;
@@ -537,6 +551,8 @@ void Stream::keep(int layer, const int32_t* neurons, int count) {
 }
 
 int Stream::slots() const { return state_->options.slots; }
+
+int Stream::num_layers() const { return state_->num_layers(); }
 
 StreamStatistics Stream::statistics() const {
   const std::unique_lock lock(state_->mutex);

@@ -1,9 +1,11 @@
 // The neurons of a model that is larger than the memory: some stay, the others arrive from one file while the full model reads.
 //
-// In the file a layer is one image or two, each an array of bundles, one a neuron, that hold a row of each matrix. Here every
-// image has a stretch of addresses of its own, so that its matrices are ordinary ones for whoever reads them. The first
-// `resident` bundles are in memory for good. The pages behind the others are those of a ring of few buffers: all layers whose
-// numbers leave the same remainder share them, and hold their own neurons between `need` and `done` alone.
+// In the file a layer is a few images, each an array of bundles. In the first ones a bundle is a neuron's, and holds a row of
+// each matrix; others are matrices one after the other, in blocks. What is read after the layers, the head, is like some layers
+// more. Here every image has a stretch of addresses of its own, one after the other, so that its matrices are ordinary ones for
+// whoever reads them. The first `resident` bundles are in memory for good. The pages behind the others are those of a ring of few
+// buffers: all layers whose numbers leave the same remainder share them, and hold what is their own between `need` and `done`
+// alone.
 //
 // A sparse model that reads the first image has slots beside that, each for a neuron that is not resident. They are found by the
 // tables of `places`.
@@ -25,14 +27,15 @@ struct StreamError : std::runtime_error {
 // One image of a layer.
 struct StreamImage {
   int64_t at;      // in the file, a multiple of kPage
-  int64_t bundle;  // bytes, a multiple of 64
+  int64_t bundle;  // bytes
   int64_t nbytes;  // of the image, a multiple of kPage
-  int resident;    // its first bundles that stay in memory; all of them, or a multiple of 64
+  int rows;        // bundles
+  int resident;    // its first bundles that stay in memory; all of them, or as many as fill whole pages
 };
 
 struct StreamOptions {
   std::string path;
-  int rows = 0;                                  // of every image: neurons
+  int rows = 0;                                  // neurons of a layer
   std::vector<std::vector<StreamImage>> layers;  // each with one image or two
   std::vector<uint32_t> checks;                  // of every bundle (checks.h), by layer, image, neuron
   int buffers = 2;                               // of the ring
@@ -76,6 +79,7 @@ class Stream {
   void keep(int layer, const int32_t* neurons, int count);
 
   int slots() const;
+  int num_layers() const;  // with those of the head
   StreamStatistics statistics() const;
 
  private:

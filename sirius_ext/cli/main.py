@@ -1,5 +1,5 @@
-"""The command line: `python -m sirius_ext generate | chat | serve | calibrate | eval | report | study | analyze | lm_eval | demo
-| info`."""
+"""The command line: `python -m sirius_ext generate | chat | serve | calibrate | prepare | eval | report | study | analyze |
+lm_eval | demo | info`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..engine import encode, engine_of, prepare
 from ..errors import reason
 from ..kernels import ops
 from ..kernels.dispatch import has_cuda_kernels
-from . import chat, demo, evaluation, interrupts, serve
+from . import chat, demo, evaluation, interrupts, serve, tiers
 from .arguments import (
     Parser,
     as_option,
@@ -65,9 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         drop_output()
         print(f"sirius_ext: error: {as_option(reason(error), parser)}", file=sys.stderr)
         return 1 if isinstance(error, (RuntimeError, MemoryError)) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         # A terminal has shown ^C, which is no line.
-        print("\n" if sys.stderr.isatty() else "", "sirius_ext: interrupted", sep="", file=sys.stderr)
+        print("\n" if sys.stderr.isatty() else "", "; ".join(("sirius_ext: interrupted", *stop.args)), sep="", file=sys.stderr)
         return 130
 
 
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibration.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the thresholds")
 
+    tiers.add(commands)
     evaluation.add(commands)
 
     show = add_command(commands, "demo", _demo, "transformers, Full, CSparse and Sirius side by side")

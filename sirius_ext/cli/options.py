@@ -51,6 +51,21 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         default="auto",
         help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)",
     )
+    add_weights_options(parser)
+    add(
+        "--memory",
+        metavar="SIZE",
+        type=_memory,
+        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk whenever it is "
+        "needed (default: what is free)",
+    )
+    add("--threads", type=_threads, help="CPU threads (default: torch's)")
+    return parser
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """In which form a model's weights are wanted."""
+    add = parser.add_argument
     add(
         "--dtype",
         type=_dtype,
@@ -64,15 +79,6 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         help="plain, or packed: q8, into eight bits, of which the sparse model reads four, or q4, into four, as a GGUF file's "
         "are (default: %(default)s)",
     )
-    add(
-        "--memory",
-        metavar="SIZE",
-        type=_memory,
-        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk whenever it is "
-        "needed (default: what is free)",
-    )
-    add("--threads", type=_threads, help="CPU threads (default: torch's)")
-    return parser
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, default: object = None, **how: Any) -> None:

@@ -25,7 +25,7 @@ from ..runtime.model import Model
 from ..runtime.passes import Pass
 from .lookup import COST, MOST
 from .period import Costs
-from .sparsity import CSparse, FSparse, four_bits, sparse_density, sparsity_of
+from .sparsity import CSparse, FSparse, density_of, four_bits, sparse_density, sparsity_of
 
 ROWS = (4, 16)  # of the passes of F that are measured, beside one
 _SECONDS = 1.0  # that measuring takes, unless few passes take longer
@@ -43,7 +43,8 @@ def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     thresholds: FSparse's, float32 [layers].
     """
     less = four_bits(config, model.weights)
-    sparse = config.sparsity, config.follow, config.density_with(less), config.thresholds, config.tree_width, less, config.copies
+    density = density_of(config, model.weights)
+    sparse = config.sparsity, config.follow, density, config.thresholds, config.tree_width, less, config.copies
     asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
         at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))
@@ -64,7 +65,9 @@ def _key(model: Model, sparse: tuple[object, ...]) -> str:
     """What the costs depend on. sparse: the settings of S."""
     w = model.weights
     backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
-    parts = (w.fingerprint()[:16], w.layers[0].gate.format.name, w.dtype, backend, _processor(), torch.get_num_threads())
+    parts = [w.fingerprint()[:16], w.layers[0].gate.format.name, w.dtype, backend, _processor(), torch.get_num_threads()]
+    if w.tiers is not None and w.streams:
+        parts.append(f"reading {w.tiers.plan.streamed} of {w.tiers.files.neurons}")
     return " ".join(map(str, (*parts, *sparse)))
 
 
@@ -146,5 +149,7 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     full = list(itertools.accumulate((cost[str(rows)] for rows in ROWS), max, initial=1.0))[1:]
     follow = max(0.0, round(cost["follow"] - cost[str(ROWS[0])], 2)) if sparsity.follows else 0.0
     copy = max(0.0, round((cost["copies"] / cost["sparse"] - 1) / MOST, 2)) if config.copies else COST
-    # Something else may have had the processor. S reads what it reads: no machine does it faster than its share of the bytes.
-    return Costs(max(cost["sparse"], round(sparse_density(config, w), 2)), tuple(zip(ROWS, full)), follow, copy)
+    # Something else may have had the processor. S reads what it reads: no machine does it faster than its share of the bytes,
+    # unless F's come from a disk.
+    least = 0.0 if w.streams else round(sparse_density(config, w), 2)
+    return Costs(max(cost["sparse"], least), tuple(zip(ROWS, full)), follow, copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -54,7 +55,10 @@ def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None 
     logits = torch.zeros((), device=cache.weights.device)
     for first in range(0, len(asked), together):
         some = tuple(asked[first : first + together])
-        logits = logits + (yield dataclasses.replace(some[0], later=some[1:])).logits
+        keep = None
+        if isinstance(sparsity, CSparse) and some[-1].stop == len(tokens):
+            keep = functools.partial(sparsity.likely, [each.observer for each in some if isinstance(each.observer, Usage)])
+        logits = logits + (yield dataclasses.replace(some[0], later=some[1:], keep=keep)).logits
         for chunk in some:
             if usage is not None and isinstance(chunk.observer, Usage):
                 usage.absorb(chunk.observer)

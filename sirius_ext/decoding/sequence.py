@@ -40,6 +40,9 @@ class Streamer(Protocol):
         """There are no more."""
 
 
+FROM_DISK = 2  # periods that "auto" chooses may be so much longer where F comes from a disk: S costs next to nothing there
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A text to decode. Whoever makes one has checked that prompt and limit fit the context.
@@ -74,6 +77,8 @@ class Request:
     def longest_period(self, model: Model) -> int:
         """The period, or the longest that "auto" may choose. ValueError if a layer of the model does not see so far back."""
         longest, window = self.config.longest_period, model.weights.description.narrowest
+        if self.config.period == "auto" and model.weights.streams:
+            longest *= FROM_DISK
         if window and longest > window:
             if self.config.period == "auto":
                 return window

@@ -271,7 +271,6 @@ class _Pass:
     prefix's."""
 
     def __init__(self, weights: Weights, keys: torch.Tensor, values: torch.Tensor, asked: list[_Rows]) -> None:
-        self._view = weights.view(asked[0].four_bits)
         self._weights, self._keys, self._values, self._asked = weights, keys, values, asked
         self._shares, start = [], 0  # of each text, its rows among all
         for rows in asked:
@@ -314,7 +313,7 @@ class _Pass:
         for index, layer in enumerate(w.each_layer(self._asked[0].four_bits)):
             x = decoder_layer(w.description, layer, x, angles, self._attend(index), self._neurons(index))
         wanted = [x[share][-rows.wanted :] for rows, share in zip(self._asked, self._shares)]
-        out = logits(w, self._view.lm_head, norm(w.description, torch.cat(wanted), w.final_norm))
+        out = logits(w, norm(w.description, torch.cat(wanted), w.final_norm), self._asked[0].four_bits)
         for rows, each in zip(self._asked, torch.split(out, [len(each) for each in wanted])):
             rows.logits = each
 

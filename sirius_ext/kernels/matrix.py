@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -97,6 +98,11 @@ class Matrix:
             return cls(q4.along(weight), (Format.Q4_K if supers else Format.Q4, weight.cols))
         data, shared = q4.across(weight)
         return cls(data, (Format.Q4_K_ACROSS if supers else Format.Q4_ACROSS, weight.rows), shared)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Matrix]) -> Matrix:
+        """The rows of some matrices of one format without shared scales, and of Q8 of one plane, one after the other."""
+        return parts[0] if len(parts) == 1 else cls(torch.cat([part.data for part in parts]), parts[0].packed)
 
     @property
     def bytes(self) -> torch.Tensor:

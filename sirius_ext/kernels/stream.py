@@ -17,17 +17,19 @@ PATIENCE = 60.0  # seconds without a byte, after which a disk is given up
 
 
 class Image(NamedTuple):
-    """One of a layer's, an array of bundles, one a neuron.
+    """One of a layer's, an array of bundles: of neurons, or blocks of something else.
 
     at: where it is in the file, a multiple of PAGE.
-    bundle: bytes of a neuron, a multiple of 64.
+    bundle: bytes of each; of a neuron a multiple of 64.
     nbytes: of the image, a multiple of PAGE.
-    resident: its first bundles that are in memory for good: all, or a multiple of GRAIN.
+    rows: how many bundles.
+    resident: the first ones, that are in memory for good: all, or as many as fill whole pages (of neurons a multiple of GRAIN).
     """
 
     at: int
     bundle: int
     nbytes: int
+    rows: int
     resident: int
 
 
@@ -51,9 +53,9 @@ class Stream:
     after `done`. One reader at a time.
 
     path: the file.
-    layers: the images of each.
-    rows: neurons of every image.
-    checks: CRC-32C of every bundle, int32 [images, rows].
+    layers: the images of each; the last ones may have no neurons. They stand one after the other in memory.
+    rows: neurons of a layer.
+    checks: CRC-32C of every bundle, one after the other: int32.
     buffers: layers that may be there at a time.
     slots: of every layer, for neurons of the first image that are not resident.
     OSError if the file cannot be opened; MemoryError if there is no memory.
@@ -70,11 +72,13 @@ class Stream:
         readers: int = 4,
         patience: float = PATIENCE,
     ) -> None:
-        self._layers, self._rows, self.slots = layers, rows, slots
+        self._layers, self.slots = layers, slots
         self._raw = _C.Stream(
             path=str(path),
             rows=rows,
-            layers=[[(image.at, image.bundle, image.nbytes, image.resident) for image in images] for images in layers],
+            layers=[
+                [(image.at, image.bundle, image.nbytes, image.rows, image.resident) for image in images] for images in layers
+            ],
             checks=checks.contiguous().data_ptr(),
             buffers=buffers,
             slots=slots,
@@ -90,10 +94,14 @@ class Stream:
 
     def bundles(self, layer: int, number: int) -> torch.Tensor:
         """An image as uint8 [rows, bundle]. What is not resident may be read between `need` and `done` alone."""
-        size = self._rows * self._layers[layer][number].bundle
+        image = self._layers[layer][number]
+        return self.memory(layer, number, image.rows * image.bundle).view(image.rows, image.bundle)
+
+    def memory(self, layer: int, number: int, size: int) -> torch.Tensor:
+        """Bytes from where an image begins: uint8 [size]."""
         memory: Any = (ctypes.c_uint8 * size).from_address(self._raw.image(layer, number))
         memory.owner = self._raw  # which lives as long as the tensor
-        return torch.frombuffer(memory, dtype=torch.uint8).view(self._rows, -1)
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def places(self, layer: int) -> int:
         """The address of a table of addresses: where the neurons of the first image are that are resident or have a slot."""

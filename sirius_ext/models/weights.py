@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -107,11 +107,14 @@ class Weights:
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
         self.full = View(
             [self._layer(layer, index) for index, layer in enumerate(body.layers)],
-            self.embedding
-            if model.lm_head.weight is body.embed_tokens.weight
-            else _matrix(model.lm_head, self.vocab, self.description.hidden),
+            (self.tiers and self.tiers.head) or self._head_of(model),
         )
         self._addresses = _addresses(model)
+
+    def _head_of(self, model: Any) -> Matrix:
+        if model.lm_head.weight is model.model.embed_tokens.weight:
+            return self.embedding
+        return _matrix(model.lm_head, self.vocab, self.description.hidden)
 
     @property
     def layers(self) -> list[Layer]:
@@ -124,6 +127,11 @@ class Weights:
         return self.full.lm_head
 
     @property
+    def streams(self) -> bool:
+        """Whether a pass of F reads a part of them from a disk."""
+        return self.tiers is not None and self.tiers.plan.streamed > 0
+
+    @property
     def packed(self) -> bool:
         """Whether the matrices are bytes, of which S reads four bits a weight."""
         return not self.lm_head.plain
@@ -132,8 +140,16 @@ class Weights:
     def four_bits(self) -> View:
         """What S reads of its weights if it is to read four bits of each: of matrices in eight bits their upper halves and of
         four themselves, which takes no memory; of plain ones copies."""
-        layers = [layer.in_four_bits() for layer in (self.layers if self.packed else self.each_layer())]
-        return View(layers, self.lm_head.in_four_bits())
+        return self.in_four_bits()
+
+    def in_four_bits(self, on_progress: Callable[[int, int], None] | None = None) -> View:
+        """What `four_bits` is, made anew. on_progress: told how many layers there are, and how many are done."""
+        layers: list[Layer] = []
+        for layer in self.layers if self.packed else self.each_layer():
+            layers.append(layer.in_four_bits())
+            if on_progress:
+                on_progress(len(self.layers), len(layers))
+        return View(layers, Matrix.concatenated([part.in_four_bits() for part in self.each_part_of_head()]))
 
     def view(self, four_bits: bool) -> View:
         return self.four_bits if four_bits else self.full
@@ -143,18 +159,19 @@ class Weights:
         layers = self.view(four_bits).layers
         if self.tiers is None:
             yield from layers
+        else:
+            yield from (layers[index] for index in self.tiers.each(0, len(layers)))
+
+    def each_part_of_head(self, four_bits: bool = False) -> Iterator[Matrix]:
+        """The LM head of a view, all at once or some rows after the other; each part is in memory until the next is asked for."""
+        head, layers = self.view(four_bits).lm_head, len(self.layers)
+        step = 0 if four_bits or self.tiers is None else self.tiers.head_rows
+        if not step or self.tiers is None:
+            yield head
             return
-        room: torch.Tensor | None = None
-        for index in self.tiers.each(len(layers)):
-            layer = layers[index]
-            if not layer.gate.plain or layer.gate.data.is_contiguous():
-                yield layer
-                continue
-            # torch is slower with rows that stand apart, and may add them up in another order.
-            parts = torch.stack([layer.gate.data, layer.up.data, layer.down.data], out=room)
-            room = parts
-            gate, up, down = map(Matrix, parts)
-            yield dataclasses.replace(layer, gate=gate, up=up, down=down)
+        for index in self.tiers.each(layers, layers + -(-head.rows // step)):
+            first = (index - layers) * step
+            yield head.take(slice(first, first + step))
 
     def drafting(self, four_bits: bool) -> View:
         """What compiled passes of S read, of which all that they need is in memory once `Tiers.hold` was asked for it."""
@@ -174,7 +191,8 @@ class Weights:
 
         def projection(name: str) -> Projection:
             linear = layer.get_submodule(name)
-            matrix = _matrix(linear, linear.out_features, linear.in_features)
+            streamed = self.tiers and self.tiers.projection(index, f"model.layers.{index}.{name}.weight")
+            matrix = streamed or _matrix(linear, linear.out_features, linear.in_features)
             return Projection(matrix, None if linear.bias is None else _plain(linear.bias))
 
         if family.fused:
@@ -321,6 +339,7 @@ class Weights:
             "vocab": self.vocab,
             "layers": layers,
             "stream": stream,
+            "head_rows": self.tiers.head_rows if stream and self.tiers is not None else 0,
         }
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import ops, products
-from ..kernels.matrix import Matrix
 from ..models.families import Activation, Description
 from ..models.weights import Layer, Weights
 
@@ -62,11 +61,15 @@ def norm(d: Description, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, d.eps)
 
 
-def logits(weights: Weights, lm_head: Matrix, normed: torch.Tensor) -> torch.Tensor:
-    """What the final norm gave, T [t, H], to float32 [t, V]."""
+def logits(weights: Weights, normed: torch.Tensor, four_bits: bool = False) -> torch.Tensor:
+    """What the final norm gave, T [t, H], to float32 [t, V], by the LM head of a view."""
     # Our own product: it gives float32, where torch would round to 16 bits and make ties of the likeliest tokens.
     d = weights.description
-    return ops.linear(normed, lm_head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32)
+    parts = [
+        ops.linear(normed, part, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32)
+        for part in weights.each_part_of_head(four_bits)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _join(d: Description, x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
-from ..models.weights import Weights
+from ..models.weights import View, Weights
 from .cache import Cache, KeptCaches, chunks
 from .layers import Attend, Neurons, attention, decoder_layer, embed, logits, norm
 from .passes import Fault, Kind, Observer, Pass, Prefill, Result, Sparsity, reads_four_bits
@@ -27,11 +27,13 @@ class Model:
     def __init__(self, weights: Weights) -> None:
         self.weights, self.device = weights, weights.device
         self.caches = KeptCaches(self.new_cache)
+        if weights.tiers is not None:
+            self.caches.most_bytes = weights.tiers.plan.caches
         self.lock = threading.Lock()  # held for a pass
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._handle = self._extension().Model(**weights.arguments())
-        self._drafting: dict[bool, Any] = {}  # the same with S's views, once there is a use for them
+        self._drafting: dict[bool, tuple[Any, View]] = {}  # the same with S's views, once there is a use for them
 
     def _handle_of(self, sparsity: Sparsity | None) -> Any:
         """The compiled model for a pass of S with this sparsity, or of F. All that S will read is in memory then."""
@@ -47,8 +49,9 @@ class Model:
         if not four_bits and not drafting:
             return self._handle
         if four_bits not in self._drafting:
-            self._drafting[four_bits] = self._extension().Model(**self.weights.arguments(self.weights.drafting(four_bits)))
-        return self._drafting[four_bits]
+            view = self.weights.drafting(four_bits)  # whose addresses the compiled model has
+            self._drafting[four_bits] = self._extension().Model(**self.weights.arguments(view)), view
+        return self._drafting[four_bits][0]
 
     def _extension(self) -> ModuleType:
         """Where the compiled passes are."""
@@ -104,6 +107,8 @@ class Model:
                 angles = cache.cos[:, chunk.start : chunk.stop], cache.sin[:, chunk.start : chunk.stop]
                 attend, neurons = self._attend(cache, index, chunk.start), _neurons(index, chunk.observer, sparsity)
                 x[i] = decoder_layer(w.description, layer, x[i], angles, attend, neurons)
+            if w.tiers is not None and w.tiers.plan.slots and chunks[0].keep is not None:
+                w.tiers.stream.keep(index, chunks[0].keep(index))
             yield x
 
     def _attend(self, cache: Cache, index: int, start: int) -> Attend:
@@ -127,7 +132,7 @@ class Model:
 
     def _head(self, normed: torch.Tensor, four_bits: bool = False) -> torch.Tensor:
         """The logits of one row, float32 [V]."""
-        return logits(self.weights, self.weights.view(four_bits).lm_head, normed)[0]
+        return logits(self.weights, normed, four_bits)[0]
 
     def fault(self, cache: Cache, asked: Fault) -> str | None:
         """Where the first values arise that are not finite. None if there are none in torch, which rounds differently."""

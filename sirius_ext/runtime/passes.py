@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,6 +87,8 @@ class Prefill:
     observer: sees every layer's gates.
     later: chunks after this one that are read together with it, layer by layer: with the same result, but a model whose layers
         come from a disk reads them once.
+    keep: of the last ones of a prompt, the neurons that S will want of a layer whose gates have been seen, int32 [count]; if they
+        are from a disk they are kept as they come by.
     """
 
     prompt: torch.Tensor
@@ -93,6 +96,7 @@ class Prefill:
     stop: int
     observer: Observer | None = None
     later: tuple[Prefill, ...] = ()
+    keep: Callable[[int], torch.Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
