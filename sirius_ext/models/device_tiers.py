@@ -99,7 +99,7 @@ class DeviceTiers(Tiers):
     def __init__(
         self, files: TierFiles, plan: Plan, device: torch.device, on_progress: Callable[[int, int], None] | None = None
     ) -> None:
-        self.files, self.plan = files, plan
+        self.files, self.plan = files, plan  # there is no `stream`: nothing comes from the disk
         sizes = DeviceSizes(files, 0, device)
         layers = [[sizes.image(image, count) for image, count in zip(each.images, plan.resident)] for each in files.layers]
         self.weights, self._device = WeightStream(device, layers, BUFFERS), device

@@ -179,7 +179,7 @@ def load_within(
             report.show(f"layer {done} of {layers}")
 
         tiers = DeviceTiers(files, plan, device, show) if on_device else Tiers(files, plan, show)
-        report.remarks.append(plan.summary(files))
+        report.remarks.append(plan.summary("host memory" if on_device else files.neurons))
     model.tiers = tiers  # type: ignore[assignment]  # a module's attributes may be anything
     return model, tokenizer
 

@@ -74,11 +74,11 @@ class Plan:
     streamed: int
     density: float | None = None
 
-    def summary(self, files: TierFiles) -> str:
-        """For people."""
+    def summary(self, source: str | Path) -> str:
+        """For people. source: where the rest comes from."""
         if not self.streamed:
             return f"all of it, {self.used / 1e9:.2f} GB"
-        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {files.neurons} besides"
+        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {source} besides"
 
 
 def cache_bytes(model: PreTrainedModel) -> int:
