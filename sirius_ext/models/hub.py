@@ -28,7 +28,9 @@ import rich.console
 import safetensors
 import torch
 
+from ..kernels.dispatch import is_cuda
 from . import gguf_files
+from .device_tiers import DeviceSizes, DeviceTiers, device_plan, free_on
 from .families import check_supported
 from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
@@ -148,24 +150,36 @@ def load_within(
     dtype: torch.dtype | str = torch.bfloat16,
     progress: bool = True,
     weights: str = "plain",
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then.
 
     memory: that weights and caches may take; None: what is free.
     drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
+    device: whose memory it is, the CPU's if there is none, and to which the model is to be moved, as its `tiers` are already.
     ValueError, too, if the memory does not suffice for that.
     """
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
-    room = free_memory() if memory is None else memory
+    device = torch.device("cpu") if device is None else device
+    on_device = is_cuda(device)
+    room = (free_on(device) if on_device else free_memory()) if memory is None else memory
     if not found.prepared and _fits(found, weights, room, memory is None, progress):
         return _load(found, weights, progress, None)
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
-    plan = best_plan(Sizes(files, cache_bytes(files.skeleton), memory_in_use()), room, drafts(files))
+    caches = cache_bytes(files.skeleton)
+    if on_device:
+        plan = device_plan(DeviceSizes(files, caches, device), room, drafts(files), device)
+    else:
+        plan = best_plan(Sizes(files, caches, memory_in_use()), room, drafts(files))
     model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
     with reporting("reading what stays in memory", progress) as report:
-        tiers = Tiers(files, plan, lambda layers, done: report.show(f"layer {done} of {layers}"))
-        report.remarks.append(plan.summary(files))
+
+        def show(layers: int, done: int) -> None:
+            report.show(f"layer {done} of {layers}")
+
+        tiers = DeviceTiers(files, plan, device, show) if on_device else Tiers(files, plan, show)
+        report.remarks.append(plan.summary("host memory" if on_device else files.neurons))
     model.tiers = tiers  # type: ignore[assignment]  # a module's attributes may be anything
     return model, tokenizer
 

@@ -181,6 +181,12 @@ class TierFiles:
         on_disk = streamed | ({_EMBEDDING} if _HEAD in tensors else set())
         return {name: tensor for name, tensor in tensors.items() if name not in on_disk}
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Of an embedding that stays on the disk; 0 of one that is the head as well."""
+        tensors = self._fast[0]
+        return tensors[_EMBEDDING].nbytes if _HEAD in tensors else 0
+
     def fast_bytes(self, rest: bool = True) -> int:
         """Of all that is for the memory, with `rest` or without."""
         return sum(tensor.nbytes for tensor in self._in_memory(rest).values())

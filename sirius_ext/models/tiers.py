@@ -74,11 +74,11 @@ class Plan:
     streamed: int
     density: float | None = None
 
-    def summary(self, files: TierFiles) -> str:
-        """For people."""
+    def summary(self, source: str | Path) -> str:
+        """For people. source: where the rest comes from."""
         if not self.streamed:
             return f"all of it, {self.used / 1e9:.2f} GB"
-        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {files.neurons} besides"
+        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {source} besides"
 
 
 def cache_bytes(model: PreTrainedModel) -> int:
@@ -90,9 +90,16 @@ def cache_bytes(model: PreTrainedModel) -> int:
 class Sizes:
     """Bytes of a model's parts. caches: of keys and values. own: of the process without the model."""
 
+    rest_may_stream = True  # what is beside the MLPs, attention and LM head
+
     def __init__(self, files: TierFiles, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
+        self.work = _WORK
         self.own = max(0, own - _OWN)  # of what was asked for
+
+    def fast(self, rest: bool) -> int:
+        """Of all but the MLPs that is in memory, with attention and LM head or without."""
+        return self.files.fast_bytes(rest)
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
@@ -127,10 +134,11 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory. ValueError that names the least if that is too little."""
     files, rows = sizes.files, sizes.rows
     copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
-    besides = copy + kept + _WORK + sizes.own
+    besides = copy + kept + sizes.work + sizes.own
     # A sparse model that has a copy needs nothing of what the full model reads.
-    streams_rest = draft.copy and besides + files.fast_bytes() + sizes.neurons((0, 0), 0, False) > memory
-    fixed = besides + files.fast_bytes(not streams_rest)
+    may_stream = draft.copy and sizes.rest_may_stream
+    streams_rest = may_stream and besides + sizes.fast(True) + sizes.neurons((0, 0), 0, False) > memory
+    fixed = besides + sizes.fast(not streams_rest)
 
     def used(first: int, second: int, slots: int) -> int:
         return fixed + sizes.neurons((first, second), slots, streams_rest)
@@ -157,8 +165,8 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     needed = used(first, second, slots)
     if needed > memory:
         parts = {
-            "all but the MLPs": files.fast_bytes(not streams_rest),
-            "caches and activations": kept + _WORK,
+            "all but the MLPs": sizes.fast(not streams_rest),
+            "caches and activations": kept + sizes.work,
             "the process itself": sizes.own,
             "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in files.layers),
             "layers that come and go": sizes.neurons((first, second), 0, streams_rest),
@@ -278,6 +286,11 @@ class Tiers:
                 on_progress(len(files.layers), layer + 1)
 
     @property
+    def address(self) -> int:
+        """What a compiled model takes that reads all."""
+        return self.stream.address
+
+    @property
     def statistics(self) -> Statistics:
         return self.stream.statistics
 
@@ -300,10 +313,17 @@ class Tiers:
     def matrices(self, layer: int) -> tuple[Matrix, Matrix, Matrix]:
         """Gate, up and down of a layer, as the full model reads them between `need` and `done`."""
         files = self.files.layers[layer]
-        images = [self.stream.bundles(layer, number) for number in range(len(files.images))]
-        shared = self.files.shared(layer)
+        images = [self._bundles(layer, number) for number in range(len(files.images))]
+        shared = self._shared(layer)
         gate, up, down = (matrix_in(part, images, self.files.hidden, shared) for part in files.parts)
         return gate, up, down
+
+    def _bundles(self, layer: int, number: int) -> torch.Tensor:
+        """An image as uint8 [rows, bundle]."""
+        return self.stream.bundles(layer, number)
+
+    def _shared(self, layer: int) -> torch.Tensor | None:
+        return self.files.shared(layer)
 
     def projection(self, layer: int, name: str) -> Matrix | None:
         """A matrix of a layer's attention, as the full model reads it between `need` and `done`; None if it is in memory."""

@@ -284,7 +284,7 @@ class Weights:
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
         if self.tiers is not None:
-            return self.tiers.files.down_squares
+            return self.tiers.files.down_squares.to(self.device)
         return torch.stack([layer.down.dense().square().sum(-1) for layer in self.layers])
 
     @functools.cached_property
@@ -307,7 +307,7 @@ class Weights:
     def arguments(self, view: View | None = None) -> dict[str, object]:
         """What the extension's `Model` is made of, that reads a view, or without one all that F reads: ModelWeights of
         csrc/params.h and, as `layers`, its LayerWeights."""
-        d, stream = self.description, 0 if view is not None or self.tiers is None else self.tiers.stream.address
+        d, stream = self.description, 0 if view is not None or self.tiers is None else self.tiers.address
         view = self.full if view is None else view
 
         def norm(weight: torch.Tensor | None) -> dict[str, object]:
