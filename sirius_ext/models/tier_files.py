@@ -280,8 +280,8 @@ class TierFiles:
 
 
 def fingerprint_of(gates: Iterable[Matrix], layers: int, hidden: int, intermediate: int, vocab: int) -> str:
-    """Tells models apart, and is the same for one model in float32 and in bfloat16. gates: the first ROWS_TOLD rows of each layer's
-    gate, at most."""
+    """Tells models apart, and is the same for one model in float32 and in bfloat16. gates: at most the first ROWS_TOLD rows of
+    each layer's gate."""
     digest = hashlib.sha256(repr((layers, hidden, intermediate, vocab)).encode())
     for gate in gates:
         digest.update(gate.dense().bfloat16().view(torch.int16).cpu().numpy().tobytes())
