@@ -105,6 +105,23 @@ def check_whole(files, expected, dtype):
             assert torch.equal(files.matrix(layer, name).dense(), matrix.dense())
         shared = files.shared(layer)
         assert (shared is None) == (own.down.shared is None) and (shared is None or torch.equal(shared, own.down.shared))
+    assert bool(files.rest) == (files.weights == "plain")
+    data, named = np.memmap(files.neurons, dtype=np.uint8, mode="r"), dict(expected.named_parameters())
+    parts = {}
+    for each in files.rest:
+        assert each.image.at == end and each.image.nbytes == each.blocks * each.image.bundle
+        end += each.image.nbytes
+        for name, (at, (rows, cols)) in each.tensors.items():
+            start, size = each.image.at + at, rows * cols * files.dtype.itemsize
+            parts.setdefault(name, []).append(
+                torch.from_numpy(data[start : start + size].copy()).view(files.dtype).view(rows, cols)
+            )
+    for name, found in parts.items():
+        assert torch.equal(torch.cat(found), named[name])
+    attention = {name for name, own in named.items() if ".self_attn." in name and own.dim() == 2}
+    head = "lm_head.weight" if "lm_head.weight" in named else "model.embed_tokens.weight"
+    assert set(parts) == (attention | {head} if files.rest else set())
+    files.verify()
     assert files.size == end == files.neurons.stat().st_size
     assert files.down_squares.dtype == torch.float32 and torch.equal(files.down_squares, weights.down_squares)
     assert files.fingerprint == weights.fingerprint()
@@ -360,8 +377,8 @@ DAMAGES = {
         "tiers.json has been changed",
     ),
     "manifest, of an older version": (
-        damage("tiers.json", lambda data: data.replace(b'"version": 1', b'"version": 0')),
-        "tiers.json is of version 0, expected 1",
+        damage("tiers.json", lambda data: data.replace(b'"version": 2', b'"version": 1')),
+        "tiers.json is of version 1, expected 2",
     ),
 }
 
