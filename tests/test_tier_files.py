@@ -25,7 +25,7 @@ from sirius_ext.kernels.checks import checksums
 from sirius_ext.kernels.matrix import Format
 from sirius_ext.models import hub, tier_files
 from sirius_ext.models.packed import Checkpoint
-from sirius_ext.models.tier_files import TierFiles
+from sirius_ext.models.tier_files import VERSION, TierFiles
 from sirius_ext.models.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -105,6 +105,7 @@ def check_whole(files, expected, dtype):
             assert torch.equal(files.matrix(layer, name).dense(), matrix.dense())
         shared = files.shared(layer)
         assert (shared is None) == (own.down.shared is None) and (shared is None or torch.equal(shared, own.down.shared))
+    end += sum(each.image.nbytes for each in files.rest)
     assert files.size == end == files.neurons.stat().st_size
     assert files.down_squares.dtype == torch.float32 and torch.equal(files.down_squares, weights.down_squares)
     assert files.fingerprint == weights.fingerprint()
@@ -352,8 +353,8 @@ DAMAGES = {
         "tiers.json has been changed",
     ),
     "manifest, of an older version": (
-        damage("tiers.json", lambda data: data.replace(b'"version": 1', b'"version": 0')),
-        "tiers.json is of version 0, expected 1",
+        damage("tiers.json", lambda data: data.replace(f'"version": {VERSION}'.encode(), b'"version": 0')),
+        f"tiers.json is of version 0, expected {VERSION}",
     ),
 }
 
