@@ -82,7 +82,7 @@ class Bench:
         engine = self.engines[weights]
         ready = prepare(engine.model)
         handle_of, timed = ready._handle_of, []
-        ready._handle_of = lambda four_bits: timed.append(TimedHandle(handle_of(four_bits))) or timed[-1]
+        ready._handle_of = lambda sparsity: timed.append(TimedHandle(handle_of(sparsity))) or timed[-1]
         try:
             outputs = [engine.generate(ids, config=config, max_new_tokens=self.limit, **GREEDY) for ids in self.prompts]
         finally:

@@ -17,13 +17,12 @@ from transformers.utils.generic import ModelOutput
 
 from .config import SiriusConfig
 from .decoding.sequence import Request, Sequence, start
-from .decoding.sparsity import draft_of
+from .decoding.sparsity import drafts_of, four_bits
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, load_within, parse_dtype, parse_weights
-from .models.tier_files import TierFiles
-from .models.tiers import Draft, parse_memory
+from .models.hub import load_model, load_within, parse_dtype, parse_weights, reporting
+from .models.tiers import parse_memory
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
@@ -157,8 +156,8 @@ class Engine:
             raise ValueError('memory: with offload="never" all weights are loaded, whatever they need')
         if device.type == "cpu" and config.offload == "auto":
             room = None if memory is None else parse_memory(memory)
-            model, tokenizer = load_within(room, functools.partial(_drafts_of, config), name, dtype, progress, weights)
-            return cls(model, config, tokenizer)
+            model, tokenizer = load_within(room, functools.partial(drafts_of, config), name, dtype, progress, weights)
+            return cls(model, config, tokenizer)._with_copy(progress)
         if memory is not None:
             raise ValueError(
                 f"memory: on {device} all weights are loaded so far, got {memory!r}; device='cpu' reads them in parts"
@@ -171,7 +170,15 @@ class Engine:
             raise RuntimeError(
                 f"device: {device} has no room for {size:.1f} GB of weights; try a smaller model or dtype"
             ) from error
-        return cls(model, config, tokenizer)
+        return cls(model, config, tokenizer)._with_copy(progress)
+
+    def _with_copy(self, progress: bool) -> Engine:
+        """Itself, once a sparse model that reads a copy of plain weights has it: that takes seconds, and is said."""
+        weights = prepare(self.model).weights
+        if self.config.mode != "full" and not weights.packed and four_bits(self.config, weights):
+            with reporting("packing the sparse model's copy into four bits", progress) as report:
+                weights.four_bits = weights.in_four_bits(lambda layers, done: report.show(f"layer {done} of {layers}"))
+        return self
 
     def generate(
         self,
@@ -249,17 +256,6 @@ class Engine:
         if arguments.get("tokenizer") is None:
             arguments["tokenizer"] = self.tokenizer
         return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)
-
-
-def _drafts_of(config: SiriusConfig, files: TierFiles) -> Iterator[Draft]:
-    """What the sparse model needs of a memory that does not hold all, the better choice first."""
-    packed = files.weights != "plain"
-    if config.draft_weights != "auto":
-        yield draft_of(config, files, config.draft_weights == "q4")
-    else:
-        yield draft_of(config, files, four_bits=True)
-        if not packed:
-            yield draft_of(config, files, four_bits=False)
 
 
 def _weights_of(model: PreTrainedModel) -> Weights:

@@ -25,7 +25,7 @@ from ..runtime.model import Model
 from ..runtime.passes import Pass
 from .lookup import COST, MOST
 from .period import Costs
-from .sparsity import CSparse, FSparse, four_bits, sparse_density, sparsity_of
+from .sparsity import CSparse, FSparse, density_of, four_bits, sparse_density, sparsity_of
 
 ROWS = (4, 16)  # of the passes of F that are measured, beside one
 _SECONDS = 1.0  # that measuring takes, unless few passes take longer
@@ -43,7 +43,8 @@ def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
     thresholds: FSparse's, float32 [layers].
     """
     less = four_bits(config, model.weights)
-    sparse = config.sparsity, config.follow, config.density_with(less), config.thresholds, config.tree_width, less, config.copies
+    density = density_of(config, model.weights)
+    sparse = config.sparsity, config.follow, density, config.thresholds, config.tree_width, less, config.copies
     asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
         at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))

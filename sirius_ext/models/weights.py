@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -140,9 +140,15 @@ class Weights:
     def four_bits(self) -> View:
         """What S reads of its weights if it is to read four bits of each: of matrices in eight bits their upper halves and of
         four themselves, which takes no memory; of plain ones copies."""
-        if self.packed or self.tiers is None:
-            return View([layer.in_four_bits() for layer in self.layers], self.lm_head.in_four_bits())
-        layers = [layer.in_four_bits() for layer in self.each_layer()]
+        return self.in_four_bits()
+
+    def in_four_bits(self, on_progress: Callable[[int, int], None] | None = None) -> View:
+        """What `four_bits` is, made anew. on_progress: told how many layers there are, and how many are done."""
+        layers: list[Layer] = []
+        for layer in self.layers if self.packed else self.each_layer():
+            layers.append(layer.in_four_bits())
+            if on_progress:
+                on_progress(len(self.layers), len(layers))
         return View(layers, Matrix.concatenated([part.in_four_bits() for part in self.each_part_of_head()]))
 
     def view(self, four_bits: bool) -> View:
