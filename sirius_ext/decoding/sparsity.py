@@ -12,7 +12,7 @@ from ..config import SiriusConfig
 from ..kernels import ops
 from ..kernels.matrix import Format
 from ..models.tier_files import Layout
-from ..models.tiers import Draft
+from ..models.tiers import Draft, Plan
 from ..models.weights import Weights
 from ..runtime.passes import Kind
 
@@ -101,6 +101,14 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
     if config.sparsity == "cascade":
         return Draft(cascade_neurons(density, files.intermediate)[0])
     return Draft(kept_neurons(density, files.intermediate))
+
+
+def draft_bytes(config: SiriusConfig, files: Layout, plan: Plan) -> int:
+    """Of weights that a pass of S reads where memory is divided like this."""
+    less = config.draft_weights == "q4" or (config.draft_weights == "auto" and (files.weights != "plain" or plan.copy > 0))
+    density = config.density_with(less and not files.layers[0].gate.format.four_bits) if plan.density is None else plan.density
+    mlp, rest = files.read_bytes(less)
+    return round(mlp * (1 - (1 - density) * _SKIPPED[config.sparsity])) + rest
 
 
 class Usage:
