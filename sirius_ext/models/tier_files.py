@@ -164,15 +164,15 @@ class Layout:
     def read_bytes(self, four_bits: bool = False) -> tuple[int, int]:
         """What a pass reads of the MLPs, and of all else, if it leaves nothing out. four_bits: of each matrix four bits, which of
         plain ones are a copy."""
-        mlp = self.intermediate * sum(image.bundle for layer in self.layers for image in layer.images[: 1 if four_bits else None])
-        if not four_bits:
-            return mlp, self.fast_bytes()
-        if self.weights == "plain":
+        if four_bits and self.weights == "plain":
             shapes = [shape for each in self.rest for _, shape in each.tensors.values()]
-            copied = 3 * len(self.layers) * self.intermediate * q8.row_bytes(self.hidden)
-            return copied, sum(rows * q8.row_bytes(cols) for rows, cols in shapes)
-        upper = (self.fast[name].nbytes // 2 for name in self._in_memory(True) if self.fast[name].format == Format.Q8)
-        return mlp, self.fast_bytes() - sum(upper)
+            mlp = 3 * len(self.layers) * self.intermediate * q8.row_bytes(self.hidden)
+            return mlp, sum(rows * q8.row_bytes(cols) for rows, cols in shapes)
+        images = (image for layer in self.layers for image in layer.images[: 1 if four_bits else None])
+        scales = {_shared_name(layer) for layer in range(len(self.layers))} & self.fast.keys()
+        mlp = self.intermediate * sum(image.bundle for image in images) + sum(self.fast[name].nbytes for name in scales)
+        rest = (self.fast[name] for name in self._in_memory(True) - scales - {_SQUARES})
+        return mlp, sum(each.nbytes // 2 if four_bits and each.format == Format.Q8 else each.nbytes for each in rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -290,7 +290,7 @@ class TierFiles(Layout):
     def matrix(self, layer: int, name: str) -> Matrix:
         """A layer's "gate", "up" or "down", [I, H]. ValueError if the files are not what was written."""
         part: Part = getattr(self.layers[layer], name)
-        return matrix_in(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
+        return matrix_in(part, self._images(layer), self.hidden, self.shared(layer))
 
     def verify(self) -> None:
         """Reads all neurons. ValueError if they are not what was written."""
@@ -634,12 +634,12 @@ def _next(number: int, multiple: int) -> int:
 
 
 def matrix_in(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
-    """A matrix in a layer's images, uint8 [n, bundle] each: a view."""
+    """A matrix in a layer's images, uint8 [n, bundle] each: a view. shared: the layer's scales, of use to what has such."""
     data = images[0][:, part.at : part.at + part.format.row_bytes(hidden)]
     if part.format.dtype is not None:
         return Matrix(data.view(part.format.dtype))
     if part.lower_at is None:
-        return Matrix(data, (part.format, hidden), shared)
+        return Matrix(data, (part.format, hidden), shared if part.format.across else None)
     lower = images[1][:, part.lower_at : part.lower_at + q8.GROUP_BYTES * q8.groups(hidden)]
     return Matrix(data, (part.format, hidden), apart=lower)
 

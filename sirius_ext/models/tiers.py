@@ -177,15 +177,18 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
             low, high = (middle, high) if fits(middle * GRAIN) else (low, middle - 1)
         return low * GRAIN
 
+    slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
     # With all of the first image in memory the sparse model needs no slots, and the ring is for the second one.
-    if draft.neurons and (used(rows, 0, 0) <= memory or draft.neurons >= rows):
+    ends = [(rows, 0, 0), (rows, rows, 0)] + ([(0, 0, slots)] if draft.neurons < rows else [])
+    if min(used(*end) for end in ends[:2]) <= memory:
         first, slots = rows, 0
     else:
-        slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
         first = most(lambda count: used(count, 0, min(slots, rows - count)) <= memory)
         slots = min(slots, rows - first)
     two = any(len(layer.images) > 1 for layer in files.layers)
     second = most(lambda count: used(first, count, slots) <= memory) if two and first == rows else 0
+    if draft.neurons >= rows > first or used(first, second, slots) > memory:
+        first, second, slots = min(ends, key=lambda end: used(*end))
     parts = {
         "all but the MLPs": files.fast_bytes(not streams_rest),
         "the sparse model": copy + sizes.slots(slots),
