@@ -274,30 +274,3 @@ def cached_bytes(file: Path) -> int:
     if libc.mincore(address(mapped), ctypes.c_size_t(size), address(pages)):
         raise OSError(ctypes.get_errno(), "mincore failed", str(file))
     return min(size, int((pages & 1).sum()) * mmap.PAGESIZE)
-
-
-def direct_read_speed(file: Path, seconds: float = 2.0, block: int = 1 << 20, threads: int = 4) -> float | None:
-    """Bytes a second that reads past the page cache reach: blocks of `block` bytes in order, `threads` in flight; what a disk can
-    give. None where the file system takes no direct reads or the file is smaller than a block."""
-    try:
-        opened = os.open(file, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return None
-    blocks = os.fstat(opened).st_size // block
-    numbers, done, deadline = itertools.count(), [0] * threads, time.monotonic() + seconds
-
-    def read(thread: int) -> None:
-        with mmap.mmap(-1, block) as buffer:  # aligned to a page
-            while (number := next(numbers)) < blocks and time.monotonic() < deadline:
-                done[thread] += os.preadv(opened, [buffer], number * block)
-
-    try:
-        started = time.monotonic()
-        workers = [threading.Thread(target=read, args=(thread,)) for thread in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return sum(done) / (time.monotonic() - started) if sum(done) else None
-    finally:
-        os.close(opened)

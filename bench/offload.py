@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import console, header, in_turn, save
-from confined import LIMITS, NoCgroup, Outcome, direct_read_speed, files_in, make_cold, run
+from confined import LIMITS, NoCgroup, Outcome, files_in, make_cold, run
 from llama_cpp import KINDS, converted
 from prompts import PROMPTS
 from rich.table import Table
@@ -29,6 +29,7 @@ from tables import link_busy
 from variants import check_sparsities, full_of, own_arguments, own_variants, words
 
 from sirius_ext.models.hub import cache_dir, parse_dtype, parse_weights, tiers_of
+from sirius_ext.runtime.speeds import direct_read_speed
 
 CHILD = Path(__file__).with_name("contestants.py")
 COLD = 0.01  # of a model's files, what may stay in the page cache without a word

@@ -240,6 +240,13 @@ OTHERS = [
     ("demo --period x", "--period: expected an integer or auto, got 'x'"),
     ("demo --period 999", '--period: expected 1 to 256 or "auto", got 999'),
     ("info more", "unrecognized arguments: more"),
+    ("info --model ''", "--model: expected some text, got none"),
+    ("info --model folder --memory lots", "--memory: expected a number of bytes, or one like 6GB or 1.5GiB, got 'lots'"),
+    ("info --model folder --weights q5", "--weights: expected one of plain, q8, q4, got 'q5'"),
+    ("info --memory 6GB", "--memory: it needs --model, of which it says something"),
+    ("info --weights q8", "--weights: it needs --model"),
+    ("info --dtype fp32", "--dtype: it needs --model"),
+    ("generate --prompt x --memory 6apples", "--memory: expected a number of bytes, or one like 6GB or 1.5GiB, got '6apples'"),
 ]
 
 # Refused by who loads models, or for the model that was loaded.
@@ -253,6 +260,9 @@ MODELS = [
     ("eval --task csqa --data data --out out --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("generate --prompt x --mode fsparse --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("eval --task csqa --data data --out out --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
+    ("info --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
+    ("info --model folder --memory 1GB", "--model: the folder 'folder' has no config.json"),
+    ("info --model part", "--model: the folder 'part' was prepared only in part"),
     ("prepare no/such/model/anywhere --out tiers", "model: 'no/such/model/anywhere' does not exist"),
     ("prepare folder --out tiers", "model: the folder 'folder' has no config.json"),
     ("prepare binary --out tiers", "model: 'binary' is not a GGUF file"),

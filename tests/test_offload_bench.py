@@ -143,15 +143,6 @@ def test_files_are_dropped_from_the_page_cache_or_it_is_said(tmp_path, monkeypat
     assert confined.make_cold(files) == 3 * MB
 
 
-def test_speed_of_direct_reads(tmp_path):
-    file = tmp_path / "a"
-    file.write_bytes(bytes(3 << 20))
-    speed = confined.direct_read_speed(file)
-    assert speed is None or speed > 0
-    file.write_bytes(b"short")
-    assert confined.direct_read_speed(file) is None
-
-
 # ------------------------------------------------------------------------------------------------------------ what came out
 
 

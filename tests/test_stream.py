@@ -191,13 +191,19 @@ def holding(written, stream, slots):
         written.placed(stream, layer, sets[layer].tolist())
 
 
-def test_a_disk_that_fails(tmp_path):
-    """Reads that are short, slow or out of order change nothing; those that fail, end, stall or give other bytes are errors."""
+def faulty_disk(folder):
+    """A library that is to be loaded before the C library, made in a folder."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler")
-    library, here = tmp_path / "faulty_disk.so", Path(__file__).parent
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, here / "faulty_disk.c", "-ldl", "-lpthread"], check=True)
+    library, source = folder / "faulty_disk.so", Path(__file__).with_name("faulty_disk.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True)
+    return library
+
+
+def test_a_disk_that_fails(tmp_path):
+    """Reads that are short, slow or out of order change nothing; those that fail, end, stall or give other bytes are errors."""
+    library, here = faulty_disk(tmp_path), Path(__file__).parent
     environment = os.environ | {"LD_PRELOAD": str(library)}
     arguments = [sys.executable, "-c", PROGRAM, str(here), str(library), str(tmp_path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)

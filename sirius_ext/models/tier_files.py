@@ -25,7 +25,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -105,27 +105,93 @@ class Rest:
         return self.image.nbytes // self.image.bundle
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TierFiles:
-    """A folder of tiers, with H hidden and I intermediate.
+class Stored(NamedTuple):
+    """A tensor of FAST: its bytes, and of a packed matrix the format."""
 
-    size: of the file of neurons, in bytes.
+    nbytes: int
+    format: Format | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """What a folder of tiers has in it, or would have, and how large that is. With H hidden and I intermediate.
+
     weights: "plain", "q8" or "q4". dtype: of what is not packed.
-    checks: CRC-32C of every bundle, by layer, image and neuron: int32 [images, I], the bits of unsigned numbers.
     rest: of plain weights what only the full model reads where the sparse one has a copy: an image for each layer's attention,
-        and those of the head. It is in FAST as well. rest_checks: of its blocks, int32 [blocks].
-    fingerprint: as `Weights.fingerprint`.
+        and those of the head. It is in FAST as well.
+    fast: the tensors of FAST, by their names.
     """
 
-    folder: Path
-    size: int
     weights: str
     dtype: torch.dtype
     hidden: int
     intermediate: int
     layers: list[LayerFiles]
-    checks: torch.Tensor
     rest: list[Rest]
+    fast: dict[str, Stored]
+
+    @classmethod
+    def of(cls, source: Source) -> Layout:
+        """Of what `prepare` would make of a checkpoint, of which only names and shapes are looked at."""
+        config = source.config
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        names = [_names(config, layer) for layer in range(config.num_hidden_layers)]
+        formats = [[source.format(name) for name in (each[0], each[-2], each[-1])] for each in names]
+        layers, size = _layout(formats, hidden, intermediate)
+        of_source = sorted(source.names - {name for each in names for name in each})
+        fast = {name: Stored(source.nbytes(name), _packed_format(source, name)) for name in of_source}
+        fast[_SQUARES] = Stored(4 * intermediate * len(layers))
+        for layer, (*_, down) in enumerate(formats):
+            if down.across:
+                fast[_shared_name(layer)] = Stored(q4.shared_bytes(intermediate, hidden, down.supers))
+        return cls(source.weights, source.dtype, hidden, intermediate, layers, _rest_of(source, size), fast)
+
+    @property
+    def size(self) -> int:
+        """Of the file of neurons, in bytes."""
+        return sum(image.nbytes for layer in self.layers for image in layer.images) + sum(each.image.nbytes for each in self.rest)
+
+    def _in_memory(self, rest: bool) -> set[str]:
+        """What of FAST is for the memory. Of an embedding that is not the head as well, single rows are read: that stays on the
+        disk. rest: with what is there a second time."""
+        streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {_EMBEDDING}
+        on_disk = streamed | ({_EMBEDDING} if _HEAD in self.fast else set())
+        return self.fast.keys() - on_disk
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of an embedding that stays on the disk; 0 of one that is the head as well."""
+        return self.fast[_EMBEDDING].nbytes if _HEAD in self.fast else 0
+
+    def fast_bytes(self, rest: bool = True) -> int:
+        """Of all that is for the memory, with `rest` or without."""
+        return sum(self.fast[name].nbytes for name in self._in_memory(rest))
+
+    def read_bytes(self, four_bits: bool = False) -> tuple[int, int]:
+        """What a pass reads of the MLPs, and of all else, if it leaves nothing out. four_bits: of each matrix four bits, which of
+        plain ones are a copy."""
+        if four_bits and self.weights == "plain":
+            shapes = [shape for each in self.rest for _, shape in each.tensors.values()]
+            mlp = 3 * len(self.layers) * self.intermediate * q8.row_bytes(self.hidden)
+            return mlp, sum(rows * q8.row_bytes(cols) for rows, cols in shapes)
+        images = (image for layer in self.layers for image in layer.images[: 1 if four_bits else None])
+        scales = {_shared_name(layer) for layer in range(len(self.layers))} & self.fast.keys()
+        mlp = self.intermediate * sum(image.bundle for image in images) + sum(self.fast[name].nbytes for name in scales)
+        rest = (self.fast[name] for name in self._in_memory(True) - scales - {_SQUARES})
+        return mlp, sum(each.nbytes // 2 if four_bits and each.format == Format.Q8 else each.nbytes for each in rest)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TierFiles(Layout):
+    """A folder of tiers.
+
+    checks: CRC-32C of every bundle, by layer, image and neuron: int32 [images, I], the bits of unsigned numbers.
+    rest_checks: of the blocks of `rest`, int32 [blocks].
+    fingerprint: as `Weights.fingerprint`.
+    """
+
+    folder: Path
+    checks: torch.Tensor
     rest_checks: torch.Tensor
     fingerprint: str
 
@@ -143,22 +209,23 @@ class TierFiles:
             if file["crc"] is not None and _crc_of(path) != file["crc"]:
                 raise _damaged(folder, f"{name} has been changed")
         hidden, intermediate = said["hidden"], said["intermediate"]
-        layers, size = _layout([[Format[name] for name in names] for names in said["formats"]], hidden, intermediate)
+        layers, _ = _layout([[Format[name] for name in names] for names in said["formats"]], hidden, intermediate)
         rest = [
             Rest(Image(*image), {name: (at, tuple(shape)) for name, (at, shape) in tensors.items()})
             for image, tensors in said["rest"]
         ]
         checks, rest_checks = _read_checks(folder, intermediate, sum(len(layer.images) for layer in layers))
+        tensors, packed = load(folder / FAST)
         return cls(
-            folder=folder,
-            size=size + sum(each.image.nbytes for each in rest),
             weights=said["weights"],
             dtype=getattr(torch, said["dtype"]),
             hidden=hidden,
             intermediate=intermediate,
             layers=layers,
-            checks=checks,
             rest=rest,
+            fast={name: Stored(tensor.nbytes, packed.get(name)) for name, tensor in tensors.items()},
+            folder=folder,
+            checks=checks,
             rest_checks=rest_checks,
             fingerprint=said["fingerprint"],
         )
@@ -172,24 +239,6 @@ class TierFiles:
     def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
         """All of FAST, as pages of the file, which may be dropped when memory is short."""
         return load(self.folder / FAST)
-
-    def _in_memory(self, rest: bool) -> dict[str, torch.Tensor]:
-        """What of it is for the memory. Of an embedding that is not the head as well, single rows are read: that stays on the
-        disk. rest: with what is there a second time."""
-        tensors = self._fast[0]
-        streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {_EMBEDDING}
-        on_disk = streamed | ({_EMBEDDING} if _HEAD in tensors else set())
-        return {name: tensor for name, tensor in tensors.items() if name not in on_disk}
-
-    @property
-    def embedding_bytes(self) -> int:
-        """Of an embedding that stays on the disk; 0 of one that is the head as well."""
-        tensors = self._fast[0]
-        return tensors[_EMBEDDING].nbytes if _HEAD in tensors else 0
-
-    def fast_bytes(self, rest: bool = True) -> int:
-        """Of all that is for the memory, with `rest` or without."""
-        return sum(tensor.nbytes for tensor in self._in_memory(rest).values())
 
     @functools.cached_property
     def down_squares(self) -> torch.Tensor:
@@ -220,7 +269,7 @@ class TierFiles:
         absent = {name: nothing for layer in range(len(self.layers)) for name in _names(config, layer)}
         if not rest:
             absent |= {name: nothing for each in self.rest for name in each.tensors if name != _EMBEDDING}
-        there = {name: tensor.clone() for name, tensor in self._in_memory(rest).items()}
+        there = {name: tensors[name].clone() for name in self._in_memory(rest)}
         model: Any = fill(empty(config, self.dtype), tensors | there | absent, formats, self.folder)
         model.tier_files = self
         filled: PreTrainedModel = model.eval()
@@ -247,7 +296,7 @@ class TierFiles:
     def matrix(self, layer: int, name: str) -> Matrix:
         """A layer's "gate", "up" or "down", [I, H]. ValueError if the files are not what was written."""
         part: Part = getattr(self.layers[layer], name)
-        return matrix_in(part, self._images(layer), self.hidden, self.shared(layer) if part.format.across else None)
+        return matrix_in(part, self._images(layer), self.hidden, self.shared(layer))
 
     def verify(self) -> None:
         """Reads all neurons. ValueError if they are not what was written."""
@@ -320,14 +369,11 @@ class _Preparation:
     def __init__(self, source: Source, folder: Path, on_progress: Progress) -> None:
         config = source.config
         self._source, self._folder, self._on_progress = source, folder, on_progress
-        self._hidden, self._intermediate = config.hidden_size, config.intermediate_size
+        self._layout = Layout.of(source)
+        self._layers, self._intermediate = self._layout.layers, self._layout.intermediate
         self._names = [_names(config, layer) for layer in range(config.num_hidden_layers)]
-        formats = [[source.format(name) for name in (names[0], names[-2], names[-1])] for names in self._names]
-        self._layers, self._size = _layout(formats, self._hidden, self._intermediate)
-        self._formats = [[form.name for form in each] for each in formats]
-        self._shared = [
-            q4.shared_bytes(self._intermediate, self._hidden, down.supers) if down.across else 0 for *_, down in formats
-        ]
+        shared = (self._layout.fast.get(_shared_name(layer)) for layer in range(len(self._layers)))
+        self._shared = [0 if each is None else each.nbytes for each in shared]
         self._in_fast = sorted(source.names - {name for names in self._names for name in names})
         self._journal = {"version": VERSION, "key": source.key, "done": 0}
         self._done = 0
@@ -393,7 +439,7 @@ class _Preparation:
         for name, parts in zip(first, [files.parts[:2]] if len(first) == 1 else [(files.gate,), (files.up,)]):
             self._put(name, parts, images)
         shared = self._put(last, (files.down,), images)
-        squares = _squares(matrix_in(files.down, images, self._hidden, shared))
+        squares = _squares(matrix_in(files.down, images, self._layout.hidden, shared))
 
         ends = self._ends(layer)
         for image, data in zip(files.images, images):
@@ -417,7 +463,7 @@ class _Preparation:
         for part, begin in zip(parts, range(0, tensor.rows, self._intermediate), strict=True):
             rows = tensor.take(slice(begin, begin + self._intermediate)) if len(parts) > 1 else tensor
             assert rows.format == part.format and rows.rows == self._intermediate
-            place = matrix_in(part, images, self._hidden)
+            place = matrix_in(part, images, self._layout.hidden)
             if part.format == Format.Q8:
                 place.upper.copy_(rows.upper)
                 place.lower.copy_(rows.lower)
@@ -445,22 +491,11 @@ class _Preparation:
 
         names = [*self._in_fast, _SQUARES, *shared]
         save(self._folder / FAST, names, read, lambda _, done: self._progress(of_layers + done))
-        rest = self._write_rest()
+        self._write_rest()
         written = [NEURONS, CHECKS, FAST, *self._copy_settings()]
         checks, rest_checks = _read_checks(self._folder, self._intermediate, sum(len(each.images) for each in self._layers))
-        files = TierFiles(
-            self._folder,
-            self._size,
-            self._source.weights,
-            self._source.dtype,
-            self._hidden,
-            self._intermediate,
-            self._layers,
-            checks,
-            rest,
-            rest_checks,
-            "",
-        )
+        layout = {field.name: getattr(self._layout, field.name) for field in dataclasses.fields(Layout)}
+        files = TierFiles(**layout, folder=self._folder, checks=checks, rest_checks=rest_checks, fingerprint="")
         said = {
             "version": VERSION,
             "key": self._source.key,
@@ -468,8 +503,8 @@ class _Preparation:
             "dtype": str(files.dtype).removeprefix("torch."),
             "hidden": files.hidden,
             "intermediate": files.intermediate,
-            "formats": self._formats,
-            "rest": [(dataclasses.astuple(each.image), each.tensors) for each in rest],
+            "formats": [[part.format.name for part in layer.parts] for layer in files.layers],
+            "rest": [(dataclasses.astuple(each.image), each.tensors) for each in files.rest],
             "fingerprint": files._fingerprint(self._source.config.vocab_size),
             "files": {
                 name: {
@@ -483,44 +518,34 @@ class _Preparation:
         for name in (JOURNAL, _NOTES):
             (self._folder / name).unlink()
 
-    def _write_rest(self) -> list[Rest]:
+    def _write_rest(self) -> None:
         """Of plain weights, attention and head once more."""
-        if self._source.weights != "plain":
-            return []
-        rest, at = [], self._size
+        if not self._layout.rest:
+            return
         ends = self._ends(len(self._layers))
         with open(self._folder / NEURONS, "r+b") as neurons, open(self._folder / CHECKS, "r+b") as checks:
             checks.seek(ends[CHECKS])
-            for tensors in self._rest_tensors():
-                data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors.values()])
-                image = Image(at, BLOCK, _next(len(data), BLOCK))
-                at += image.nbytes
-                places, start = {}, 0
-                for own, tensor in tensors.items():
-                    places[own] = (start, (tensor.shape[0], tensor.shape[1]))
-                    start += tensor.nbytes
+            for image, tensors in self._rest_tensors():
                 padded = torch.zeros(image.nbytes, dtype=torch.uint8)
-                padded[: len(data)] = data
+                for start, tensor in tensors:
+                    padded[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
                 neurons.seek(image.at)
                 neurons.write(padded.numpy().data)
                 checks.write(checksums(padded.view(-1, BLOCK)).numpy().data)
-                rest.append(Rest(image, places))
             for stream in (neurons, checks):
                 stream.truncate()
                 _sync(stream)
-        return rest
 
-    def _rest_tensors(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What belongs into each image: a layer's attention, or a part of the head."""
-        projections = check_supported(self._source.config).projections
-        for layer in range(len(self._layers)):
-            names = (f"model.layers.{layer}.{name}.weight" for name in projections if name.startswith("self_attn."))
-            yield {name: self._plain(name) for name in names}
-        name = _HEAD if _HEAD in self._source.names else _EMBEDDING
-        head = self._plain(name)
-        step = rows_together(head.shape[1] * head.element_size())
-        for first in range(0, len(head), step):
-            yield {name: head[first : first + step]}
+    def _rest_tensors(self) -> Iterator[tuple[Image, list[tuple[int, torch.Tensor]]]]:
+        """What belongs into each image, and where in it."""
+        attention, head = self._layout.rest[: len(self._layers)], self._layout.rest[len(self._layers) :]
+        for each in attention:
+            yield each.image, [(at, self._plain(name)) for name, (at, _) in each.tensors.items()]
+        whole, first = self._plain(_head_name(self._source)), 0
+        for each in head:
+            ((at, (rows, _)),) = each.tensors.values()
+            yield each.image, [(at, whole[first : first + rows])]
+            first += rows
 
     def _plain(self, name: str) -> torch.Tensor:
         tensor = self._source.read(name)
@@ -584,17 +609,50 @@ def _layout(formats: Sequence[Sequence[Format]], hidden: int, intermediate: int)
     return layers, at
 
 
+def _rest_of(source: Source, at: int) -> list[Rest]:
+    """Of plain weights what is in the file once more, attention and head. at: where the neurons end in it."""
+    if source.weights != "plain":
+        return []
+    projections = [name for name in check_supported(source.config).projections if name.startswith("self_attn.")]
+    contents = [
+        {name: tuple(source.shape(name)) for name in (f"model.layers.{layer}.{each}.weight" for each in projections)}
+        for layer in range(source.config.num_hidden_layers)
+    ]
+    head = _head_name(source)
+    rows, cols = source.shape(head)
+    step = rows_together(cols * source.dtype.itemsize)
+    contents += [{head: (min(step, rows - first), cols)} for first in range(0, rows, step)]
+    found = []
+    for shapes in contents:
+        tensors, end = {}, 0
+        for name, (rows, cols) in shapes.items():
+            tensors[name] = (end, (rows, cols))
+            end += rows * cols * source.dtype.itemsize
+        found.append(Rest(Image(at, BLOCK, _next(end, BLOCK)), tensors))
+        at += found[-1].image.nbytes
+    return found
+
+
+def _head_name(source: Source) -> str:
+    """Of the tensor that is the LM head: its own, or the embedding."""
+    return _HEAD if _HEAD in source.names else _EMBEDDING
+
+
+def _packed_format(source: Source, name: str) -> Format | None:
+    return source.format(name) if source.weights != "plain" and name in source.matrices else None
+
+
 def _next(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
 def matrix_in(part: Part, images: Sequence[torch.Tensor], hidden: int, shared: torch.Tensor | None = None) -> Matrix:
-    """A matrix in a layer's images, uint8 [n, bundle] each: a view."""
+    """A matrix in a layer's images, uint8 [n, bundle] each: a view. shared: the layer's scales, of use to what has such."""
     data = images[0][:, part.at : part.at + part.format.row_bytes(hidden)]
     if part.format.dtype is not None:
         return Matrix(data.view(part.format.dtype))
     if part.lower_at is None:
-        return Matrix(data, (part.format, hidden), shared)
+        return Matrix(data, (part.format, hidden), shared if part.format.across else None)
     lower = images[1][:, part.lower_at : part.lower_at + q8.GROUP_BYTES * q8.groups(hidden)]
     return Matrix(data, (part.format, hidden), apart=lower)
 

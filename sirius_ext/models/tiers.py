@@ -12,17 +12,16 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..kernels import q8
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
 from .families import describe
-from .tier_files import TierFiles, matrix_in
+from .tier_files import Layout, TierFiles, matrix_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +61,7 @@ class Plan:
     caches: bytes left for keys and values.
     used: bytes of all together.
     streamed: bytes that a pass of the full model reads from the file.
+    parts: what `used` is made of, by words.
     """
 
     memory: int
@@ -73,6 +73,7 @@ class Plan:
     used: int
     streamed: int
     density: float | None = None
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self, source: str | Path) -> str:
         """For people. source: where the rest comes from."""
@@ -92,7 +93,7 @@ class Sizes:
 
     rest_may_stream = True  # what is beside the MLPs, attention and LM head
 
-    def __init__(self, files: TierFiles, caches: int, own: int = 0) -> None:
+    def __init__(self, files: Layout, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
         self.work = _WORK
         self.own = max(0, own - _OWN)  # of what was asked for
@@ -103,9 +104,7 @@ class Sizes:
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
-        mlp = 3 * len(self.files.layers) * self.files.intermediate * q8.row_bytes(self.files.hidden)
-        shapes = (shape for each in self.files.rest for _, shape in each.tensors.values())
-        return mlp + sum(rows * q8.row_bytes(cols) for rows, cols in shapes)
+        return sum(self.files.read_bytes(four_bits=True))
 
     def tails(self, resident: tuple[int, int], rest: bool) -> list[int]:
         """Of each layer what is not resident, with what is beside the MLP or without; with it also of what comes after them."""
@@ -119,26 +118,57 @@ class Sizes:
         besides = [each.image.nbytes for each in files.rest]
         return [sum(each) for each in itertools.zip_longest(tails, besides, fillvalue=0)]
 
-    def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
-        """Of all that stays of the MLPs, and the ring."""
-        layers = self.files.layers
-        stay = sum(
+    def resident(self, resident: tuple[int, int]) -> int:
+        """Of the neurons that stay."""
+        return sum(
             image.nbytes if count == self.rows else count * image.bundle
-            for layer in layers
+            for layer in self.files.layers
             for image, count in zip(layer.images, resident)
         )
-        return stay + BUFFERS * max(self.tails(resident, rest)) + slots * sum(layer.images[0].bundle for layer in layers)
+
+    def ring(self, resident: tuple[int, int], rest: bool) -> int:
+        """Of the layers that come and go."""
+        return BUFFERS * max(self.tails(resident, rest))
+
+    def slots(self, slots: int) -> int:
+        """Of so many in every layer."""
+        return slots * sum(layer.images[0].bundle for layer in self.files.layers)
+
+    def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
+        """Of all that stays of the MLPs, and the ring."""
+        return self.resident(resident) + self.ring(resident, rest) + self.slots(slots)
+
+
+class TooLittle(ValueError):
+    """The memory does not suffice. least: bytes that do."""
+
+    def __init__(self, memory: int, least: Plan) -> None:
+        self.least = least.used
+        expected, got = -(-least.used // 10**7) / 100, memory // 10**7 / 100  # in GB, so that what is named suffices
+        super().__init__(
+            f"memory: expected at least {expected:.2f} GB for this model and these settings ({shown(least.parts)}), got "
+            f"{got:.2f} GB; a lower density, or weights of fewer bits, need less"
+        )
 
 
 def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
-    """The best use of the memory. ValueError that names the least if that is too little."""
+    """The best use of the memory: the one that leaves least to read. TooLittle if there is none."""
+    # A sparse model that has a copy needs nothing of what the full model reads.
+    ways = (False, True) if draft.copy and sizes.rest_may_stream else (False,)
+    tried = [_divided(sizes, memory, draft, streams_rest) for streams_rest in ways]
+    if fitting := [each for each in tried if each.used <= memory]:
+        return min(fitting, key=lambda each: each.streamed)
+    least = min(tried, key=lambda each: each.used)
+    while least.used > least.memory:  # with more memory there is more room for caches, too
+        least = _divided(sizes, least.used, draft, least.streams_rest)
+    raise TooLittle(memory, least)
+
+
+def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Plan:
+    """With as much of the MLPs in memory as there is room for; if there is none even for the least, that, which uses more."""
     files, rows = sizes.files, sizes.rows
     copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
-    besides = copy + kept + sizes.work + sizes.own
-    # A sparse model that has a copy needs nothing of what the full model reads.
-    may_stream = draft.copy and sizes.rest_may_stream
-    streams_rest = may_stream and besides + sizes.fast(True) + sizes.neurons((0, 0), 0, False) > memory
-    fixed = besides + sizes.fast(not streams_rest)
+    fixed = copy + kept + sizes.work + sizes.own + sizes.fast(not streams_rest)
 
     def used(first: int, second: int, slots: int) -> int:
         return fixed + sizes.neurons((first, second), slots, streams_rest)
@@ -153,42 +183,56 @@ def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
             low, high = (middle, high) if fits(middle * GRAIN) else (low, middle - 1)
         return low * GRAIN
 
+    slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
     # With all of the first image in memory the sparse model needs no slots, and the ring is for the second one.
-    if draft.neurons and (used(rows, 0, 0) <= memory or draft.neurons >= rows):
+    ends = [(rows, 0, 0), (rows, rows, 0)] + ([(0, 0, slots)] if draft.neurons < rows else [])
+    if min(used(*end) for end in ends[:2]) <= memory:
         first, slots = rows, 0
     else:
-        slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
         first = most(lambda count: used(count, 0, min(slots, rows - count)) <= memory)
         slots = min(slots, rows - first)
     two = any(len(layer.images) > 1 for layer in files.layers)
     second = most(lambda count: used(first, count, slots) <= memory) if two and first == rows else 0
-    needed = used(first, second, slots)
-    if needed > memory:
-        parts = {
-            "all but the MLPs": sizes.fast(not streams_rest),
-            "caches and activations": kept + sizes.work,
-            "the process itself": sizes.own,
-            "the sparse model": copy + slots * sum(layer.images[0].bundle for layer in files.layers),
-            "layers that come and go": sizes.neurons((first, second), 0, streams_rest),
-        }
-        said = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
-        raise ValueError(
-            f"memory: expected at least {needed / 1e9:.2f} GB for this model and these settings ({said}), got "
-            f"{memory / 1e9:.2f} GB; a lower density, or weights of fewer bits, need less"
-        )
+    if draft.neurons >= rows > first or used(first, second, slots) > memory:
+        first, second, slots = min(ends, key=lambda end: used(*end))
+    parts = {
+        "all but the MLPs": sizes.fast(not streams_rest),
+        "the sparse model": copy + sizes.slots(slots),
+        "neurons": sizes.resident((first, second)),
+        "layers that come and go": sizes.ring((first, second), streams_rest),
+        "caches and activations": kept + sizes.work,
+        "the process itself": sizes.own,
+    }
     streamed = sum(sizes.tails((first, second), streams_rest))
-    return Plan(memory, (first, second), slots, copy, streams_rest, kept, needed, streamed, draft.density)
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, draft.density, parts)
+
+
+def everything(sizes: Sizes, memory: int) -> Plan:
+    """What there is of a model that is loaded whole."""
+    files, rows = sizes.files, sizes.rows
+    parts = {
+        "all but the MLPs": sum(each.nbytes for each in files.fast.values()),
+        "neurons": sizes.resident((rows, rows)),
+        "caches and activations": sizes.caches + sizes.work,
+        "the process itself": sizes.own,
+    }
+    return Plan(memory, (rows, rows), 0, 0, False, sizes.caches, sum(parts.values()), 0, None, parts)
+
+
+def shown(parts: Mapping[str, int]) -> str:
+    """Bytes by what they are of, for people, in GB."""
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
 
 
 def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
-    """For the first of some sparse models for which there is room. ValueError for the last one if there is for none."""
-    refused = ValueError("memory: there is no sparse model to divide it for")
+    """For the first of some sparse models for which there is room. TooLittle if there is none, of the one that needs least."""
+    refused = []
     for draft in drafts:
         try:
             return plan(sizes, memory, draft)
-        except ValueError as error:
-            refused = error
-    raise refused
+        except TooLittle as error:
+            refused.append(error)
+    raise min(refused, key=lambda error: error.least)
 
 
 _UNITS = ["", "k", "m", "g", "t"]

@@ -1,0 +1,117 @@
+"""The command `info`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+
+from .. import __version__
+from ..decoding.forecast import ADVANCE, ADVANCE_OF, PERIOD, forecast
+from ..decoding.sparsity import drafts_of
+from ..kernels import ops
+from ..kernels.dispatch import has_cuda_kernels
+from ..models.hub import Division, division
+from ..models.tier_files import NEURONS
+from ..runtime.speeds import direct_read_speed, memory_read_speed
+from .arguments import Commands, not_empty
+from .options import DEFAULTS, add_memory_option, add_weights_options
+
+DISK_SECONDS = 1.0  # that are spent on measuring it
+
+
+def add(commands: Commands) -> None:
+    info = commands.add_parser("info", help="version, backends, instruction sets, devices; or what of a model stays in memory")
+    info.set_defaults(command=run, parser=info)
+    info.description = (
+        "Version, backends, instruction sets and devices. With --model: what of it would stay in memory, what a period would "
+        "read from the disk, and what tokens are predicted to take on the CPU by default settings. Nothing is loaded or prepared."
+    )
+    info.add_argument("--model", type=not_empty, help="Hugging Face id, local folder or GGUF file")
+    add_weights_options(info)
+    add_memory_option(info)
+
+
+def run(options: argparse.Namespace) -> int:
+    for name in ("weights", "dtype", "memory"):
+        if options.model is None and getattr(options, name) != options.parser.get_default(name):
+            raise ValueError(f"{name}: it needs --model, of which it says something")
+    for name, value in _of_machine() if options.model is None else _of_model(options):
+        print(f"{name:17} {value}")
+    return 0
+
+
+def _of_machine() -> Iterable[tuple[str, object]]:
+    sets = ", ".join(f"{name} (in use)" if name == ops.isa() else name for name in ops.available_isas())
+    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return (
+        ("sirius_ext", __version__),
+        ("backends", "cpu, cuda" if has_cuda_kernels() else "cpu"),
+        ("instruction sets", sets),
+        ("devices", ", ".join(devices)),
+        ("threads", torch.get_num_threads()),
+        ("torch", torch.__version__),
+        ("transformers", transformers.__version__),
+        ("python", platform.python_version()),
+    )
+
+
+def _of_model(options: argparse.Namespace) -> Iterable[tuple[str, object]]:
+    found = division(
+        options.memory, functools.partial(drafts_of, DEFAULTS), options.model, options.dtype, weights=options.weights
+    )
+    files, plan = found.layout, found.plan
+    disk = direct_read_speed(found.file, DISK_SECONDS) if plan.streamed else None
+    memory = memory_read_speed()
+    asked = "asked for" if options.memory else "free"
+    times = forecast(DEFAULTS, files, plan, disk, memory)
+    density = "" if plan.density is None else f", with a density of {plan.density}, for which there is room"
+    return (
+        ("model", f"{options.model}, {files.weights} weights, {str(files.dtype).removeprefix('torch.')}"),
+        ("memory", f"{plan.memory / 1e9:.2f} GB are {asked}, {plan.used / 1e9:.2f} would be used:"),
+        *(("", f"{size / 1e9:.2f} GB {name}") for name, size in plan.parts.items() if size),
+        ("neurons", _neurons(found)),
+        ("a period reads", _moved(found)),
+        ("memory speed", f"{memory / 1e9:.1f} GB/s"),
+        *([("disk speed", _disk(found.file, disk))] if plan.streamed else []),
+        ("predicted", f"Full {_seconds(times.full)}, S alone {_seconds(times.sparse)}, Sirius {_seconds(times.sirius)}{density}"),
+        ("assumed", f"periods of {PERIOD} tokens that commit {ADVANCE}, {ADVANCE_OF} measured average advance length;"),
+        ("", "a pass takes what reading its weights takes"),
+    )
+
+
+def _neurons(found: Division) -> str:
+    files, plan = found.layout, found.plan
+    if plan.resident[0] == files.intermediate and not plan.streamed:
+        return "all stay in memory"
+    shares = [f"{count / files.intermediate:.0%}" for count in plan.resident]
+    if len(files.layers[0].images) == 1:
+        text = f"{shares[0]} of every layer's stay in memory"
+    else:
+        text = f"of every layer's {shares[0]} of the upper halves stay in memory, {shares[1]} of the lower ones"
+    slots = f", and those of the sparse model, up to {plan.slots} of {files.intermediate}" if plan.slots else ""
+    copy = ", beside the sparse model's copy of all in four bits" if plan.copy else ""
+    return text + slots + copy
+
+
+def _moved(found: Division) -> str:
+    if not found.plan.streamed:
+        return "nothing from the disk"
+    what = "of MLPs, attention and LM head" if found.plan.streams_rest else "of the MLPs"
+    text = f"{found.plan.streamed / 1e9:.2f} GB {what} from the disk, in the full model's pass"
+    return text if found.file.name == NEURONS else f"{text}; its files are not there yet (sirius prepare)"
+
+
+def _disk(file: Path, speed: float | None) -> str:
+    if speed is None:
+        return f"not known: {file} is too small for direct reads, or its file system takes none"
+    return f"{speed / 1e9:.2f} GB/s, by direct reads of {file}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds:.3g} s/token"
