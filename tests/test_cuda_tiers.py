@@ -381,6 +381,13 @@ def test_a_sparse_model_that_was_not_planned_for_is_refused():
             decoded(tiered(files_of(), (64, 0)), SiriusConfig(**FIXED))
 
 
+def test_a_model_that_was_moved_away_from_its_tiers_is_refused(monkeypatch):
+    with emulated(_simt):
+        monkeypatch.setattr(DeviceTiers, "_bundles", lambda *_: torch.empty(131, 768, dtype=torch.uint8, device="meta"))
+        with pytest.raises(ValueError, match="^model: its MLPs' weights are on meta, .* load it for cpu"):
+            tiered(files_of(), (0, 0))
+
+
 def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
     """`from_pretrained(memory=)`, and without it a model that is larger than what is free."""
     monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
