@@ -343,7 +343,7 @@ def test_plans_hold_what_fits(weights, draft, grain):
         least = float(str(error).partition("at least ")[2].partition(" GB")[0])
     assert 0 < least < 1
     streamed = []
-    for memory in range(int(most.used * 0.9), most.used + 1000, 500):
+    for memory in range(int(most.used * 0.95), most.used + 1000, 1999):
         try:
             found = device_plan(sizes, memory, [draft], DEVICE)
         except ValueError:
@@ -379,6 +379,13 @@ def test_a_sparse_model_that_was_not_planned_for_is_refused():
                 decoded(engine, config)
         with pytest.raises(ValueError, match='^draft_weights: "q4" needs a copy in memory'):
             decoded(tiered(files_of(), (64, 0)), SiriusConfig(**FIXED))
+
+
+def test_a_model_that_was_moved_away_from_its_tiers_is_refused(monkeypatch):
+    with emulated(_simt):
+        monkeypatch.setattr(DeviceTiers, "_bundles", lambda *_: torch.empty(131, 768, dtype=torch.uint8, device="meta"))
+        with pytest.raises(ValueError, match="^model: its MLPs' weights are on meta, .* load it for cpu"):
+            tiered(files_of(), (0, 0))
 
 
 def test_engines_within_a_devices_memory(monkeypatch, tmp_path):

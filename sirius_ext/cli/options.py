@@ -80,8 +80,8 @@ def add_memory_option(parser: argparse.ArgumentParser) -> None:
         "--memory",
         metavar="SIZE",
         type=_memory,
-        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk whenever it is "
-        "needed (default: what is free)",
+        help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk, or to a CUDA device "
+        "from host memory, whenever it is needed (default: what is free)",
     )
 
 

@@ -109,6 +109,11 @@ class Weights:
             [self._layer(layer, index) for index, layer in enumerate(body.layers)],
             (self.tiers and self.tiers.head) or self._head_of(model),
         )
+        if (where := self.layers[0].gate.device) != self.device:
+            raise ValueError(
+                f"model: its MLPs' weights are on {where}, for which memory was divided, and everything else on {self.device}; "
+                f"load it for {self.device}"
+            )
         self._addresses = _addresses(model)
 
     def _head_of(self, model: Any) -> Matrix:
