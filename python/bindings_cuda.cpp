@@ -3,6 +3,7 @@
 #include "bindings_cuda.h"
 
 #include "../csrc/cuda/ops.h"
+#include "../csrc/cuda/weight_stream.h"
 #include "weights.h"
 
 #if !defined(SIRIUS_HAVE_CUDA)
@@ -99,6 +100,17 @@ struct Fields<cuda::Pass> {
     v("base", &P::base, optional);
     v("alive", &P::alive, optional);
     v("counters", &P::counters);
+    v("weights", &P::weights, optional);
+  }
+};
+
+template <>
+struct Fields<cuda::StreamedImage> {
+  template <class V>
+  static void visit(V& v) {
+    using P = cuda::StreamedImage;
+    v("nbytes", &P::nbytes);
+    v("resident", &P::resident);
   }
 };
 
@@ -134,6 +146,49 @@ class Model : public Weights {
   size_t workspace(int num_rows, int capacity) const { return cuda::decode_workspace(get(), num_rows, capacity); }
 };
 
+// layers: lists of StreamedImage.
+std::unique_ptr<cuda::WeightStream> make_weight_stream(const py::list& layers, int buffers) {
+  const Where where{nullptr, "WeightStream"};
+  std::vector<std::vector<cuda::StreamedImage>> images;
+  for (const py::handle layer : layers) {
+    auto& own = images.emplace_back();
+    for (const py::handle image : py::reinterpret_borrow<py::list>(layer)) read(image.ptr(), own.emplace_back(), where);
+  }
+  const py::gil_scoped_release unlocked;
+  return std::make_unique<cuda::WeightStream>(std::move(images), buffers);
+}
+
+void bind_weight_stream(py::module_& m) {
+  using cuda::WeightStream;
+  const auto address = [](const void* at) { return reinterpret_cast<size_t>(at); };
+  const auto on = [](size_t stream) { return reinterpret_cast<cuda::StreamHandle>(stream); };
+  py::class_<WeightStream>(m, "WeightStream", py::module_local())
+      .def(py::init(&make_weight_stream), py::kw_only(), py::arg("layers"), py::arg("buffers"))
+      .def_static("granularity", &WeightStream::granularity)
+      .def_property_readonly("address", [=](const WeightStream& s) { return address(&s); })
+      .def("image", [=](const WeightStream& s, int layer, int number) { return address(s.image(layer, number)); })
+      .def("host", [=](const WeightStream& s, int layer, int number) { return address(s.host(layer, number)); })
+      .def("ahead",
+           [=](WeightStream& s, size_t stream) {
+             s.ahead(on(stream));
+             launched();
+           })
+      .def("need",
+           [=](WeightStream& s, int layer, size_t stream) {
+             s.need(layer, on(stream));
+             launched();
+           })
+      .def("done",
+           [=](WeightStream& s, int layer, size_t stream) {
+             s.done(layer, on(stream));
+             launched();
+           })
+      .def("end", [=](WeightStream& s, size_t stream) {
+        s.end(on(stream));
+        launched();
+      });
+}
+
 }  // namespace
 }  // namespace sirius::binding
 
@@ -166,6 +221,8 @@ void bind_cuda(pybind11::module_& m) {
   define_op(m, "kv_rewrite", cuda::kv_rewrite);
   define_op(m, "grow", cuda::grow);
   define_op(m, "advance", cuda::advance);
+
+  bind_weight_stream(m);
 
   py::class_<Model> model(m, "Model", py::module_local());
   model.def(py::init<const py::kwargs&>()).def("workspace", &Model::workspace);

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_simt, m) {
   m.def("run_fault", simt::run_fault);
   m.def("run_mma", simt::run_mma);
   m.def("set_held", simt::set_held);
+  m.def("waits_elsewhere", simt::waits_elsewhere);
   m.def("set_planning", simt::set_planning);
   // [(kernel, grid, threads, bytes of shared memory)]
   m.def("planned", [] {

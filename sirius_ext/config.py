@@ -53,7 +53,8 @@ class SiriusConfig:
         alone, decoded greedily; "auto" copies on the CPU where S drafts such chains with period="auto".
 
     offload: "auto": of a model that is larger than the memory, what only the full model reads comes from the disk whenever it is
-        read (`Engine.from_pretrained(memory=...)`). "never": all weights are loaded. It counts when a model is loaded.
+        read, to a CUDA device from host memory (`Engine.from_pretrained(memory=...)`). "never": all weights are loaded. It
+        counts when a model is loaded.
 
     Raises TypeError or ValueError that names the field.
     """

@@ -141,10 +141,10 @@ class Engine:
             GPTQ and compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs
             quality. Packed ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot
             be called itself.
-        memory: bytes that weights and caches may take, as a number or as "6GB"; without it all that is free, less a tenth. A
-            model that needs more is written into the cache folder once (as `sirius prepare` does it), and from there the full
-            model reads what is not in memory whenever it reads (on the CPU; `SiriusConfig.offload`). The text is the same. The
-            memory is divided for the sparse model of `config`.
+        memory: bytes that weights and caches may take on the device, as a number or as "6GB"; without it all that is free, less
+            a tenth. A model that needs more is written into the cache folder once (as `sirius prepare` does it), and from there
+            the full model reads what is not in memory whenever it reads; on a CUDA device from host memory, which holds that
+            part pinned (`SiriusConfig.offload`). The text is the same. The memory is divided for the sparse model of `config`.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
@@ -154,15 +154,12 @@ class Engine:
         config = _checked(config)
         if memory is not None and config.offload == "never":
             raise ValueError('memory: with offload="never" all weights are loaded, whatever they need')
-        if device.type == "cpu" and config.offload == "auto":
+        if config.offload == "auto":
             room = None if memory is None else parse_memory(memory)
-            model, tokenizer = load_within(room, functools.partial(drafts_of, config), name, dtype, progress, weights)
-            return cls(model, config, tokenizer)._with_copy(progress)
-        if memory is not None:
-            raise ValueError(
-                f"memory: on {device} all weights are loaded so far, got {memory!r}; device='cpu' reads them in parts"
-            )
-        model, tokenizer = load_model(name, dtype, progress, weights)
+            drafts = functools.partial(drafts_of, config)
+            model, tokenizer = load_within(room, drafts, name, dtype, progress, weights, device)
+        else:
+            model, tokenizer = load_model(name, dtype, progress, weights)
         try:
             model = model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument
         except torch.OutOfMemoryError as error:

@@ -23,6 +23,7 @@ def test_defaults_are_the_papers():
         "accept": "threshold",
         "draft_weights": "auto",
         "lookup": "auto",
+        "offload": "auto",
     }
 
 

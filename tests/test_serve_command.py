@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sirius_ext.cli.main import main
-from sirius_ext.cli.serve import size
+from sirius_ext.models.tiers import parse_size
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from sirius_ext.cli.serve import size
         (["--api-key", "two words"], "--api-key: expected printable ASCII characters without spaces"),
         (["--accept", "sample"], "--accept: expected threshold or match"),
         (["--temperature", "3"], "--temperature: expected 0 to 2, got 3.0"),
-        (["--cache-memory", "much"], "--cache-memory: expected a size as 500M or 2G, got 'much'"),
+        (["--cache-memory", "much"], "--cache-memory: expected a size as 500M, 6GB or 1.5GiB, got 'much'"),
         (["--port", "70000"], "--port: expected 0 to 65535"),
         (["--mode", "full", "--period", "4"], "--period: --mode full does not use it"),
         (["--model", "/no/such/model", "--port", "0"], "/no/such/model"),
@@ -71,4 +71,11 @@ def test_the_page_is_part_of_the_package():
 
 
 def test_sizes():
-    assert [size(text) for text in ("500", "1K", "2.5M", "3gb", "0")] == [500, 1024, 2621440, 3 << 30, 0]
+    assert [parse_size(text) for text in ("500", "1K", "2.5M", "3gb", "1.5GiB", "0")] == [
+        500,
+        1000,
+        2500000,
+        3 * 10**9,
+        3 << 29,
+        0,
+    ]

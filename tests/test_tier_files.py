@@ -146,6 +146,14 @@ def test_every_family(name, weights, dtype, tmp_path, out):
     check_whole(files, hub.load_model(tmp_path / name, dtype, progress=False, weights=weights)[0], dtype)
 
 
+@pytest.mark.parametrize(("weights", "dtype"), WAYS)
+def test_rows_that_no_place_suits(weights, dtype, tmp_path, out):
+    """Of 60 elements, in bf16 120 bytes: each row begins at a multiple of 16 all the same."""
+    tiny("llama", hidden_size=60).save_pretrained(tmp_path / "model")
+    files = prepare(tmp_path / "model", out, weights, dtype)
+    check_whole(files, hub.load_model(tmp_path / "model", dtype, progress=False, weights=weights)[0], dtype)
+
+
 @pytest.mark.parametrize("name", test_gguf.FOUR_BITS)
 def test_gguf_files_as_they_are(name, tmp_path, out):
     """Layers of several formats among them."""
@@ -524,6 +532,16 @@ def part_of(model, out, weights="q8", layers=3):
     source = Checkpoint(model, config_of(model), torch.float32, weights)
     with pytest.raises(Killed):
         tier_files.prepare(source, out, stop_after(layers))
+
+
+def test_mending_may_be_stopped(model, out):
+    """The folder does not pass for a whole one meanwhile."""
+    before = contents(prepare(model, out).folder)
+    damage("neurons.bin", flipped(0))(out)
+    part_of(model, out)
+    assert not tier_files.is_prepared(out)
+    prepare(model, out)
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("change", ["weights", "file", "truncated"])

@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "ops.h"
+#include "weight_stream.h"
 
 namespace sirius::cuda {
 namespace {
@@ -53,6 +54,7 @@ class Layers {
   size_t bytes() const { return arena_.used(); }
 
   void run() const {
+    if (pass_.weights) pass_.weights->ahead(stream_);
     embed({.dtype = m_.dtype,
            .table = m_.embedding,
            .tokens = p_.tokens,
@@ -62,7 +64,9 @@ class Layers {
           workspace_, stream_);
     for (int layer = 0; layer < m_.num_layers; ++layer) {
       attention_block(layer);
+      if (pass_.weights) pass_.weights->need(layer, stream_);
       mlp_block(layer);
+      if (pass_.weights) pass_.weights->done(layer, stream_);
     }
     linear({.dtype = m_.dtype,
             .x = x_,

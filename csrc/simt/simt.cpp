@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -95,6 +96,8 @@ Fiber* current_ = nullptr;
 int planning_ = 0;
 bool held_ = false;
 std::vector<Launch> planned_;
+std::deque<std::function<bool()>> queue_;          // of the kernels' stream
+std::vector<std::function<void()>> after_kernel_;  // the one that is held back
 void* main_stack_pointer_;
 #if SIMT_ASAN
 void* main_sanitizer_stack_;
@@ -231,7 +234,49 @@ bool begin_block(size_t number) {
 
 void throw_error() {
   held_back_ = nullptr;
+  after_kernel_.clear();
   throw std::runtime_error(std::exchange(error_, ""));
+}
+
+// Runs the kernel that is held back. Whether there is one.
+bool finish_kernel() {
+  if (!held_back_) return false;
+  running_ = std::exchange(held_back_, nullptr);
+  running_->may_go_on = true;
+  for (Fiber& fiber : running_->fibers)
+    if (fiber.state == State::at_grid) fiber.state = State::ready;
+  run_threads();
+  for (size_t i = 1; error_.empty() && i < running_->order.size(); ++i) begin_block(running_->order[i]);
+  if (!error_.empty()) throw_error();
+  for (const auto& then : std::exchange(after_kernel_, {})) then();
+  return true;
+}
+
+void begin(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+  const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
+  Grid& next = grids_[held_back_ == &grids_[0]];
+  next.body = std::move(body);
+  next.context = {{}, {}, block, grid, nullptr};
+  next.shared_bytes = shared_bytes;
+  // A buffer of exactly the launched size, so that AddressSanitizer sees what is beyond it.
+  next.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)));
+  next.context.shared = next.shared.get();
+  next.may_go_on = false;
+  next.fibers.resize(threads);
+  next.turns.resize(threads);
+  std::iota(next.turns.begin(), next.turns.end(), 0);
+  if (order_ == Order::reverse) std::reverse(next.turns.begin(), next.turns.end());
+  next.order.resize(blocks);
+  std::iota(next.order.begin(), next.order.end(), 0);
+  if (order_ == Order::reverse) std::reverse(next.order.begin(), next.order.end());
+  if (order_ == Order::random) std::shuffle(next.order.begin(), next.order.end(), random_);
+
+  error_.clear();
+  running_ = &next;
+  begin_block(next.order[0]);
+  if (!error_.empty()) throw_error();
+  finish_kernel();  // the one before
+  held_back_ = &next;
 }
 
 }  // namespace
@@ -290,14 +335,35 @@ void wait_for_grid_before() {
 }
 
 void finish() {
-  if (!held_back_) return;
-  running_ = std::exchange(held_back_, nullptr);
-  running_->may_go_on = true;
-  for (Fiber& fiber : running_->fibers)
-    if (fiber.state == State::at_grid) fiber.state = State::ready;
-  run_threads();
-  for (size_t i = 1; error_.empty() && i < running_->order.size(); ++i) begin_block(running_->order[i]);
-  if (!error_.empty()) throw_error();
+  try {
+    while (!queue_.empty()) {
+      if (order_ == Order::forward)
+        while (run_elsewhere()) continue;
+      else if (order_ == Order::random && waits_elsewhere() && random_() % 2)
+        run_elsewhere();
+      if (queue_.front()()) {
+        queue_.pop_front();
+      } else if (!run_elsewhere() && !finish_kernel()) {
+        error_ = "a stream waits for an event that nothing brings about";
+        throw_error();
+      }
+    }
+    finish_kernel();
+  } catch (...) {
+    queue_.clear();
+    throw;
+  }
+  if (order_ == Order::forward)
+    while (run_elsewhere()) continue;
+}
+
+void enqueue(std::function<bool()> command) { queue_.push_back(std::move(command)); }
+
+void after_kernel(std::function<void()> then) {
+  if (held_back_)
+    after_kernel_.push_back(std::move(then));
+  else
+    then();
 }
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
@@ -311,29 +377,10 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std:
     planned_.push_back({text.substr(begin, text.find(';', begin) - begin), grid, block, shared_bytes});
     return;
   }
-  Grid& next = grids_[held_back_ == &grids_[0]];
-  next.body = std::move(body);
-  next.context = {{}, {}, block, grid, nullptr};
-  next.shared_bytes = shared_bytes;
-  // A buffer of exactly the launched size, so that AddressSanitizer sees what is beyond it.
-  next.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)));
-  next.context.shared = next.shared.get();
-  next.may_go_on = false;
-  next.fibers.resize(threads);
-  next.turns.resize(threads);
-  std::iota(next.turns.begin(), next.turns.end(), 0);
-  if (order_ == Order::reverse) std::reverse(next.turns.begin(), next.turns.end());
-  next.order.resize(blocks);
-  std::iota(next.order.begin(), next.order.end(), 0);
-  if (order_ == Order::reverse) std::reverse(next.order.begin(), next.order.end());
-  if (order_ == Order::random) std::shuffle(next.order.begin(), next.order.end(), random_);
-
-  error_.clear();
-  running_ = &next;
-  begin_block(next.order[0]);
-  if (!error_.empty()) throw_error();
-  finish();  // the kernel before
-  held_back_ = &next;
+  queue_.push_back([=, body = std::move(body)] {
+    begin(grid, block, shared_bytes, body);
+    return true;
+  });
 }
 
 void set_held(bool held) {

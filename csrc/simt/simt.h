@@ -7,8 +7,10 @@
 // different warp operations, and a shuffle from a lane outside its mask are errors, thrown from `launch`.
 //
 // As on sm_90, a kernel begins before the one before it has run: its first block goes on until all its threads wait for that one.
-// Only then does the kernel before run, all of it. So what is launched last is held back, until the next launch or `finish`, from
-// which its errors are thrown. A thread that ends without having waited is an error too.
+// Only then does the kernel before run, all of it. What is launched runs when `finish` is called, from which its errors are
+// thrown. A thread that ends without having waited is an error too.
+//
+// runtime.h has copies on other streams.
 #pragma once
 
 #include <algorithm>
@@ -50,11 +52,19 @@ extern Context context;
 // kernel: a text in which its name stands after "Kernel = ".
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body);
 void wait_for_grid_before();
-// Runs what is held back.
+// Runs all that was launched.
 void finish();
 // Whether the end of a call from Python is no reason to.
 void set_held(bool held);
 bool held();
+
+// Of runtime.cpp. Something on the kernels' stream: it is called when all before it has begun, until it says that it is over.
+void enqueue(std::function<bool()> command);
+// Called when the last kernel that has begun is over.
+void after_kernel(std::function<void()> then);
+// Runs what can run on another stream, if there is anything; whether there is anything on one.
+bool run_elsewhere();
+bool waits_elsewhere();
 
 // What a launch asks of a GPU.
 struct Launch {

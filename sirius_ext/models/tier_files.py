@@ -23,7 +23,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -51,6 +51,7 @@ _PAGE, _BUNDLE, _ROW = 4096, 64, 16
 BLOCK = 1 << 14  # of what is not neurons: bytes that have a checksum
 _PART = 1 << 26  # bytes of the head that are read together
 _BLOCK, _BLOCKS = 1 << 20, 16  # of a file that is summed: bytes of each, and how many at once
+ROWS_TOLD = 4  # of every layer's gate, by which models are told apart
 _SOME_ROWS = 4096  # of a matrix that become numbers at once: a multiple of all that may have their scales together
 # Of a checkpoint: its generation config, and what a tokenizer is made of.
 _SETTINGS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
@@ -156,6 +157,11 @@ class Layout:
         streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {_EMBEDDING}
         on_disk = streamed | ({_EMBEDDING} if _HEAD in self.fast else set())
         return self.fast.keys() - on_disk
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of an embedding that stays on the disk; 0 of one that is the head as well."""
+        return self.fast[_EMBEDDING].nbytes if _HEAD in self.fast else 0
 
     def fast_bytes(self, rest: bool = True) -> int:
         """Of all that is for the memory, with `rest` or without."""
@@ -317,11 +323,18 @@ class TierFiles(Layout):
         return [self.read(layer, image, 0, last) for image in range(len(self.layers[layer].images))]
 
     def _fingerprint(self, vocab: int) -> str:
-        digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, vocab)).encode())
-        for layer, files in enumerate(self.layers):
-            rows = matrix_in(files.gate, self._images(layer, min(4, self.intermediate)), self.hidden).dense()
-            digest.update(rows.bfloat16().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+        count = min(ROWS_TOLD, self.intermediate)
+        gates = (matrix_in(files.gate, self._images(layer, count), self.hidden) for layer, files in enumerate(self.layers))
+        return fingerprint_of(gates, len(self.layers), self.hidden, self.intermediate, vocab)
+
+
+def fingerprint_of(gates: Iterable[Matrix], layers: int, hidden: int, intermediate: int, vocab: int) -> str:
+    """Tells models apart, and is the same for one model in float32 and in bfloat16. gates: at most the first ROWS_TOLD rows of
+    each layer's gate."""
+    digest = hashlib.sha256(repr((layers, hidden, intermediate, vocab)).encode())
+    for gate in gates:
+        digest.update(gate.dense().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_prepared(folder: Path) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,11 +75,11 @@ class Plan:
     density: float | None = None
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def summary(self, files: TierFiles) -> str:
-        """For people."""
+    def summary(self, source: str | Path) -> str:
+        """For people. source: where the rest comes from."""
         if not self.streamed:
             return f"all of it, {self.used / 1e9:.2f} GB"
-        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {files.neurons} besides"
+        return f"{self.used / 1e9:.2f} GB; the full model reads {self.streamed / 1e9:.2f} GB of {source} besides"
 
 
 def cache_bytes(model: PreTrainedModel) -> int:
@@ -92,9 +91,16 @@ def cache_bytes(model: PreTrainedModel) -> int:
 class Sizes:
     """Bytes of a model's parts. caches: of keys and values. own: of the process without the model."""
 
+    rest_may_stream = True  # what is beside the MLPs, attention and LM head
+
     def __init__(self, files: Layout, caches: int, own: int = 0) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
+        self.work = _WORK
         self.own = max(0, own - _OWN)  # of what was asked for
+
+    def fast(self, rest: bool) -> int:
+        """Of all but the MLPs that is in memory, with attention and LM head or without."""
+        return self.files.fast_bytes(rest)
 
     def copy(self) -> int:
         """Of all matrices but the embedding in four bits."""
@@ -148,7 +154,7 @@ class TooLittle(ValueError):
 def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory: the one that leaves least to read. TooLittle if there is none."""
     # A sparse model that has a copy needs nothing of what the full model reads.
-    ways = (False, True) if draft.copy else (False,)
+    ways = (False, True) if draft.copy and sizes.rest_may_stream else (False,)
     tried = [_divided(sizes, memory, draft, streams_rest) for streams_rest in ways]
     if fitting := [each for each in tried if each.used <= memory]:
         return min(fitting, key=lambda each: each.streamed)
@@ -162,7 +168,7 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
     """With as much of the MLPs in memory as there is room for; if there is none even for the least, that, which uses more."""
     files, rows = sizes.files, sizes.rows
     copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
-    fixed = copy + kept + _WORK + sizes.own + files.fast_bytes(not streams_rest)
+    fixed = copy + kept + sizes.work + sizes.own + sizes.fast(not streams_rest)
 
     def used(first: int, second: int, slots: int) -> int:
         return fixed + sizes.neurons((first, second), slots, streams_rest)
@@ -190,11 +196,11 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
     if draft.neurons >= rows > first or used(first, second, slots) > memory:
         first, second, slots = min(ends, key=lambda end: used(*end))
     parts = {
-        "all but the MLPs": files.fast_bytes(not streams_rest),
+        "all but the MLPs": sizes.fast(not streams_rest),
         "the sparse model": copy + sizes.slots(slots),
         "neurons": sizes.resident((first, second)),
         "layers that come and go": sizes.ring((first, second), streams_rest),
-        "caches and activations": kept + _WORK,
+        "caches and activations": kept + sizes.work,
         "the process itself": sizes.own,
     }
     streamed = sum(sizes.tails((first, second), streams_rest))
@@ -207,7 +213,7 @@ def everything(sizes: Sizes, memory: int) -> Plan:
     parts = {
         "all but the MLPs": sum(each.nbytes for each in files.fast.values()),
         "neurons": sizes.resident((rows, rows)),
-        "caches and activations": sizes.caches + _WORK,
+        "caches and activations": sizes.caches + sizes.work,
         "the process itself": sizes.own,
     }
     return Plan(memory, (rows, rows), 0, 0, False, sizes.caches, sum(parts.values()), 0, None, parts)
@@ -229,24 +235,30 @@ def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
     raise min(refused, key=lambda error: error.least)
 
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = ["", "k", "m", "g", "t"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 
 
+def parse_size(text: str) -> int:
+    """Bytes: a number, or one with a unit, as 500M, 6GB or 1.5GiB. ValueError for anything else."""
+    found = _SIZE.fullmatch(text)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"expected a size as 500M, 6GB or 1.5GiB, got {text!r}")
+    power = _UNITS.index(found[2].lower())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def parse_memory(memory: int | str) -> int:
-    """Bytes: of a number, or of a text like 6GB, 1.5 GiB or 800M. ValueError for anything else."""
-    wrong = ValueError(f"memory: expected a number of bytes, or one like 6GB or 1.5GiB, got {memory!r}")
+    """Bytes: a number, or what `parse_size` takes; more than 0. ValueError for anything else."""
     if isinstance(memory, bool) or not isinstance(memory, (int, str)):
-        raise wrong
-    if isinstance(memory, str):
-        found = _SIZE.fullmatch(memory)
-        if found is None or (found[3] and not found[2]):
-            raise wrong
-        unit = _UNITS[found[2].lower()]
-        memory = int(float(found[1]) * (1024 ** round(math.log(unit, 1000)) if found[3] else unit))
-    if memory <= 0:
-        raise wrong
-    return memory
+        raise ValueError(f"memory: expected bytes, or a size as 6GB, got {memory!r}")
+    try:
+        size = parse_size(memory) if isinstance(memory, str) else memory
+    except ValueError as error:
+        raise ValueError(f"memory: {error}") from error
+    if size <= 0:
+        raise ValueError(f"memory: expected more than 0 bytes, got {memory!r}")
+    return size
 
 
 def free_memory() -> int:
@@ -318,6 +330,11 @@ class Tiers:
                 on_progress(len(files.layers), layer + 1)
 
     @property
+    def address(self) -> int:
+        """What a compiled model takes that reads all."""
+        return self.stream.address
+
+    @property
     def statistics(self) -> Statistics:
         return self.stream.statistics
 
@@ -340,10 +357,17 @@ class Tiers:
     def matrices(self, layer: int) -> tuple[Matrix, Matrix, Matrix]:
         """Gate, up and down of a layer, as the full model reads them between `need` and `done`."""
         files = self.files.layers[layer]
-        images = [self.stream.bundles(layer, number) for number in range(len(files.images))]
-        shared = self.files.shared(layer)
+        images = [self._bundles(layer, number) for number in range(len(files.images))]
+        shared = self._shared(layer)
         gate, up, down = (matrix_in(part, images, self.files.hidden, shared) for part in files.parts)
         return gate, up, down
+
+    def _bundles(self, layer: int, number: int) -> torch.Tensor:
+        """An image as uint8 [rows, bundle]."""
+        return self.stream.bundles(layer, number)
+
+    def _shared(self, layer: int) -> torch.Tensor | None:
+        return self.files.shared(layer)
 
     def projection(self, layer: int, name: str) -> Matrix | None:
         """A matrix of a layer's attention, as the full model reads it between `need` and `done`; None if it is in memory."""

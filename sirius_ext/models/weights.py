@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..kernels.dispatch import check_device, is_cuda
 from ..kernels.matrix import Format, Matrix
 from ..kernels.ops import DTYPES
 from .families import Family, check_supported, describe
+from .tier_files import ROWS_TOLD, fingerprint_of
 from .tiers import Tiers
 
 
@@ -284,7 +284,7 @@ class Weights:
     def down_squares(self) -> torch.Tensor:
         """||down_i||_2^2 of every neuron, float32 [layers, I]: what a sparse model that follows the text weighs it by."""
         if self.tiers is not None:
-            return self.tiers.files.down_squares
+            return self.tiers.files.down_squares.to(self.device)
         return torch.stack([layer.down.dense().square().sum(-1) for layer in self.layers])
 
     @functools.cached_property
@@ -296,11 +296,8 @@ class Weights:
         """Tells models apart, and is the same for one model in float32 and in bfloat16."""
         if self.tiers is not None:
             return self.tiers.files.fingerprint
-        digest = hashlib.sha256(repr((len(self.layers), self.hidden, self.intermediate, self.vocab)).encode())
-        for layer in self.layers:
-            rows = layer.gate.take(slice(0, 4)).dense()
-            digest.update(rows.bfloat16().view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()
+        gates = (layer.gate.take(slice(0, ROWS_TOLD)) for layer in self.layers)
+        return fingerprint_of(gates, len(self.layers), self.hidden, self.intermediate, self.vocab)
 
     @property
     def dtype_code(self) -> int:
@@ -310,7 +307,7 @@ class Weights:
     def arguments(self, view: View | None = None) -> dict[str, object]:
         """What the extension's `Model` is made of, that reads a view, or without one all that F reads: ModelWeights of
         csrc/params.h and, as `layers`, its LayerWeights."""
-        d, stream = self.description, 0 if view is not None or self.tiers is None else self.tiers.stream.address
+        d, stream = self.description, 0 if view is not None or self.tiers is None else self.tiers.address
         view = self.full if view is None else view
 
         def norm(weight: torch.Tensor | None) -> dict[str, object]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from ..kernels import dispatch, products
+from ..models.device_tiers import DeviceTiers
 from ..models.weights import Weights
 from .cache import Cache
 from .graphs import Nodes, Replay, graph_mode
 from .layers import Attend, Neurons, decoder_layer, embed, norm
 from .model import Arguments, Model, arguments_of
-from .passes import Pass, Sparsity
+from .passes import Kind, Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 MAX_NODES = 256  # of a tree
@@ -126,6 +128,8 @@ class CudaModel(Model):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights)
+        tiers = weights.tiers
+        self._streamed = tiers if isinstance(tiers, DeviceTiers) else None
         self.graph_mode = graph_mode()
         self.capture_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -231,9 +235,17 @@ class CudaModel(Model):
                 base=cache.base.data_ptr(),
                 alive=0 if alive is None else alive.data_ptr(),
                 counters=self.counters.data_ptr(),
+                weights=0 if self._streamed is None or arguments.kind != Kind.DENSE else self._streamed.weights.address,
                 stream=dispatch.stream(self.device),
             )
         return cache.logits[:m]
+
+    def ahead(self, sparsity: Chosen) -> contextlib.AbstractContextManager[None]:
+        """Around launches that end with such a pass: where F's weights are not all on the device, the first of them are copied
+        meanwhile."""
+        if self._streamed is None or sparsity[0].kind != Kind.DENSE:
+            return contextlib.nullcontext()
+        return self._streamed.ahead()
 
     def _run_many(self, cache: CudaCache, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
         """F over more rows than our kernels are for: torch multiplies and writes the cache, our kernel attends."""
@@ -242,18 +254,18 @@ class CudaModel(Model):
         slots = (cache.base + nodes.first + torch.arange(m, device=self.device)).long()
         angles = cache.cos[:, places], cache.sin[:, places]
         x = embed(w, nodes.tokens.clamp(min=0).long())  # -1 comes after logits that are not finite
-        for index, layer in enumerate(w.layers):
+        for index, layer in enumerate(w.each_layer()):
             neurons = _keeping(cache.z(m)[index]) if keep_z else None
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
-        normed, head, out = norm(d, x, w.final_norm), w.lm_head.data.t(), cache.logits[:m]
-        if w.packed:
-            out.copy_(products.dot(normed.float(), w.lm_head))
+        normed, head, out = norm(d, x, w.final_norm), w.lm_head, cache.logits[:m]
+        if not head.plain:
+            out.copy_(products.dot(normed.float(), head))
         elif w.dtype == torch.float32:
-            torch.mm(normed, head, out=out)
+            torch.mm(normed, head.data.t(), out=out)
         elif self.device.type == "cuda":
-            torch.mm(normed, head, out_dtype=torch.float32, out=out)
+            torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=out)
         else:
-            torch.mm(normed.float(), head.float(), out=out)
+            torch.mm(normed.float(), head.data.float().t(), out=out)
         if d.logit_scale != 1.0:
             out *= d.logit_scale
         if d.logit_softcap:

@@ -205,7 +205,7 @@ class Scheduler:
     of a prompt each; the others wait in the order in which they came.
 
     waiting: texts at most that wait.
-    cache_bytes: of the caches of ended texts that are kept for prompts that begin alike.
+    cache_bytes: at most, of the caches of ended texts that are kept for prompts that begin alike.
     reuse_decoded: decoded tokens of kept caches are used too. A conversation then reads only what is new in it, but what an
         answer is can depend on who asked before: a decode pass rounds in other places than a prefill.
     """
@@ -216,7 +216,9 @@ class Scheduler:
         self.engine, self.totals = engine, Totals()
         self._most_running, self._most_waiting, self._reuse_decoded = running, waiting, reuse_decoded
         self._model = prepare(engine.model)
-        self._model.caches.most, self._model.caches.most_bytes = None, cache_bytes
+        tiers = self._model.weights.tiers  # memory that was divided has its own share for them
+        self._model.caches.most = None
+        self._model.caches.most_bytes = cache_bytes if tiers is None else min(cache_bytes, tiers.plan.caches)
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()

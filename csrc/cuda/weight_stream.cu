@@ -1,0 +1,289 @@
+#include <algorithm>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "weight_stream.h"
+
+#if defined(__CUDACC__)
+#include <cuda.h>
+#include <cuda_runtime.h>
+#else
+#include "../simt/runtime.h"
+#endif
+
+namespace sirius::cuda {
+namespace {
+
+struct NoMemory : std::bad_alloc {
+  explicit NoMemory(const char* whose) : whose(whose) {}
+  const char* what() const noexcept override { return whose; }
+  const char* whose;
+};
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaErrorMemoryAllocation) throw NoMemory("out of host memory that can be pinned, for weights");
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+void check(CUresult error, const char* what) {
+  if (error == CUDA_ERROR_OUT_OF_MEMORY) throw NoMemory("out of the device's memory, for weights");
+  if (error != CUDA_SUCCESS) throw std::runtime_error(std::string(what) + ": error " + std::to_string(int(error)));
+}
+
+// A function of the driver, which the runtime finds: whoever links the driver needs one to be there.
+template <class Function>
+Function* of_driver([[maybe_unused]] const char* name, Function* function) {
+#if defined(__CUDACC__)
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
+#endif
+  if (!found || result != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(name) + ": the driver has none");
+  return reinterpret_cast<decltype(function)>(found);
+#else
+  return function;
+#endif
+}
+#if defined(__CUDACC__)
+#define DRIVER(name) of_driver(#name, static_cast<decltype(&name)>(nullptr))
+#else
+#define DRIVER(name) of_driver(#name, &name)
+#endif
+
+// Memory that can be mapped at several addresses.
+struct Memory {
+  decltype(&cuMemGetAllocationGranularity) get_granularity = DRIVER(cuMemGetAllocationGranularity);
+  decltype(&cuMemAddressReserve) reserve = DRIVER(cuMemAddressReserve);
+  decltype(&cuMemAddressFree) free = DRIVER(cuMemAddressFree);
+  decltype(&cuMemCreate) create = DRIVER(cuMemCreate);
+  decltype(&cuMemRelease) release = DRIVER(cuMemRelease);
+  decltype(&cuMemMap) map = DRIVER(cuMemMap);
+  decltype(&cuMemUnmap) unmap = DRIVER(cuMemUnmap);
+  decltype(&cuMemSetAccess) set_access = DRIVER(cuMemSetAccess);
+  CUmemAllocationProp prop{};
+
+  Memory() {
+    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    check(cudaGetDevice(&prop.location.id), "cudaGetDevice");
+  }
+
+  size_t granularity() const {
+    size_t found = 0;
+    check(get_granularity(&found, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM), "cuMemGetAllocationGranularity");
+    return found;
+  }
+};
+
+// Some physical memory, which lasts as long as this or as a mapping of it.
+class Piece {
+ public:
+  Piece(const Memory& memory, size_t nbytes) : memory_(&memory), nbytes_(nbytes) {
+    if (nbytes) check(memory.create(&handle_, nbytes, &memory.prop, 0), "cuMemCreate");
+  }
+  Piece(Piece&& other) noexcept : memory_(other.memory_), nbytes_(std::exchange(other.nbytes_, 0)), handle_(other.handle_) {}
+  ~Piece() {
+    if (nbytes_) memory_->release(handle_);
+  }
+  CUmemGenericAllocationHandle handle() const { return handle_; }
+
+ private:
+  const Memory* memory_;
+  size_t nbytes_;
+  CUmemGenericAllocationHandle handle_{};
+};
+
+// Addresses, of which stretches get memory one after the other.
+class Addresses {
+ public:
+  Addresses(const Memory& memory, size_t nbytes) : memory_(&memory), nbytes_(nbytes) {
+    check(memory.reserve(&at_, nbytes, 0, 0, 0), "cuMemAddressReserve");
+  }
+  Addresses(Addresses&& other) noexcept
+      : memory_(other.memory_), nbytes_(std::exchange(other.nbytes_, 0)), used_(std::exchange(other.used_, 0)), at_(other.at_) {}
+  ~Addresses() {
+    if (used_) memory_->unmap(at_, used_);
+    if (nbytes_) memory_->free(at_, nbytes_);
+  }
+
+  void append(const Piece& piece, size_t nbytes) {
+    if (nbytes == 0) return;
+    check(memory_->map(at_ + used_, nbytes, 0, piece.handle(), 0), "cuMemMap");
+    used_ += nbytes;
+    CUmemAccessDesc access{};
+    access.location = memory_->prop.location;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    check(memory_->set_access(at_ + used_ - nbytes, nbytes, &access, 1), "cuMemSetAccess");
+  }
+
+  // Where the next stretch begins.
+  char* end() const { return reinterpret_cast<char*>(at_ + used_); }
+
+ private:
+  const Memory* memory_;
+  size_t nbytes_, used_ = 0;
+  CUdeviceptr at_{};
+};
+
+class Event {
+ public:
+  Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate"); }
+  Event(const Event&) = delete;
+  ~Event() { cudaEventDestroy(event_); }
+  void record(cudaStream_t stream) { check(cudaEventRecord(event_, stream), "cudaEventRecord"); }
+  // What comes after this on the stream comes after what was recorded last.
+  void precede(cudaStream_t stream) { check(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent"); }
+
+ private:
+  cudaEvent_t event_{};
+};
+
+struct FreeHost {
+  void operator()(char* memory) const { cudaFreeHost(memory); }
+};
+using HostMemory = std::unique_ptr<char, FreeHost>;
+
+HostMemory pinned(size_t nbytes) {
+  void* memory = nullptr;
+  if (nbytes) check(cudaHostAlloc(&memory, nbytes, cudaHostAllocDefault), "cudaHostAlloc");
+  return HostMemory(static_cast<char*>(memory));
+}
+
+// Destroyed after what is on it.
+struct CopyStream {
+  cudaStream_t handle{};
+  CopyStream() { check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "cudaStreamCreate"); }
+  CopyStream(const CopyStream&) = delete;
+  ~CopyStream() { cudaStreamDestroy(handle); }
+};
+
+}  // namespace
+
+struct WeightStream::State {
+  struct Buffer {
+    Event arrived, free;
+  };
+  struct Image {
+    char* data;
+    HostMemory host;
+  };
+
+  State(std::vector<std::vector<StreamedImage>> layers, int buffers) : sizes(std::move(layers)), buffers(buffers) {
+    const int64_t grain = int64_t(memory.granularity());
+    const auto whole = [&](int64_t nbytes) { return size_t((nbytes + grain - 1) / grain * grain); };
+    // Each ring has memory for the longest of the tails.
+    std::vector<size_t> longest(sizes.at(0).size());
+    for (const auto& layer : sizes)
+      for (size_t number = 0; number < longest.size(); ++number) {
+        const StreamedImage& image = layer.at(number);
+        if (image.resident < image.nbytes && image.resident % grain)
+          throw std::invalid_argument("WeightStream: expected resident bytes in multiples of " + std::to_string(grain) +
+                                      ", got " + std::to_string(image.resident));
+        longest[number] = std::max(longest[number], whole(image.nbytes - image.resident));
+      }
+    std::vector<std::vector<Piece>> ring(longest.size());
+    for (size_t number = 0; number < longest.size(); ++number)
+      for (int i = 0; i < buffers; ++i) ring[number].emplace_back(memory, longest[number]);
+
+    for (size_t layer = 0; layer < sizes.size(); ++layer) {
+      size_t nbytes = 0;
+      for (const StreamedImage& image : sizes[layer]) nbytes += whole(image.resident) + whole(image.nbytes - image.resident);
+      Addresses& at = addresses.emplace_back(memory, nbytes);
+      auto& own = images.emplace_back();
+      for (size_t number = 0; number < longest.size(); ++number) {
+        const StreamedImage& image = sizes[layer][number];
+        const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident);
+        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident))});
+        at.append(Piece(memory, resident), resident);
+        at.append(ring[number][layer % buffers], tail);
+      }
+    }
+  }
+
+  // What is asked of the device may still be reading, or on the way here.
+  ~State() {
+    int before = 0;
+    cudaGetDevice(&before);
+    cudaSetDevice(memory.prop.location.id);
+    cudaDeviceSynchronize();
+    cudaSetDevice(before);
+  }
+
+  Buffer& buffer(int layer) { return in_ring[layer % buffers]; }
+
+  // All that is not resident of a layer, to its buffer.
+  void copy(int layer) {
+    for (size_t number = 0; number < images[layer].size(); ++number) {
+      const StreamedImage& size = sizes[layer][number];
+      const Image& image = images[layer][number];
+      if (size.resident < size.nbytes)
+        check(cudaMemcpyAsync(image.data + size.resident, image.host.get(), size_t(size.nbytes - size.resident),
+                              cudaMemcpyHostToDevice, copies.handle),
+              "cudaMemcpyAsync");
+    }
+    buffer(layer).arrived.record(copies.handle);
+  }
+
+  const Memory memory;
+  const std::vector<std::vector<StreamedImage>> sizes;
+  const int buffers;
+  std::vector<Addresses> addresses;  // of a layer
+  std::vector<std::vector<Image>> images;
+  CopyStream copies;
+  std::vector<Buffer> in_ring = std::vector<Buffer>(buffers);
+  Event begun;
+  int next = -1;  // the layer that the pass will need next; -1: there is no pass
+};
+
+WeightStream::WeightStream(std::vector<std::vector<StreamedImage>> layers, int buffers)
+    : state_(std::make_unique<State>(std::move(layers), buffers)) {}
+
+WeightStream::~WeightStream() = default;
+
+int64_t WeightStream::granularity() { return int64_t(Memory().granularity()); }
+
+char* WeightStream::image(int layer, int number) const { return state_->images.at(layer).at(number).data; }
+char* WeightStream::host(int layer, int number) const { return state_->images.at(layer).at(number).host.get(); }
+
+void WeightStream::ahead(StreamHandle stream) {
+  State& s = *state_;
+  if (s.next == 0) return;
+  s.begun.record(static_cast<cudaStream_t>(stream));
+  s.begun.precede(s.copies.handle);
+  for (int layer = 0; layer < std::min(s.buffers, int(s.sizes.size())); ++layer) s.copy(layer);
+  s.next = 0;
+}
+
+void WeightStream::need(int layer, StreamHandle stream) {
+  State& s = *state_;
+  if (layer == 0) ahead(stream);
+  if (layer != s.next)
+    throw std::logic_error("WeightStream: expected layer " + std::to_string(s.next) + ", got " + std::to_string(layer));
+  s.buffer(layer).arrived.precede(static_cast<cudaStream_t>(stream));
+}
+
+void WeightStream::done(int layer, StreamHandle stream) {
+  State& s = *state_;
+  const int layers = int(s.sizes.size()), later = layer + s.buffers;
+  if (later < layers) {
+    s.buffer(layer).free.record(static_cast<cudaStream_t>(stream));
+    s.buffer(layer).free.precede(s.copies.handle);
+    s.copy(later);
+  }
+  s.next = layer + 1 < layers ? layer + 1 : -1;
+}
+
+void WeightStream::end(StreamHandle stream) {
+  State& s = *state_;
+  if (s.next < 0) return;
+  s.begun.record(s.copies.handle);
+  s.begun.precede(static_cast<cudaStream_t>(stream));
+  s.next = -1;
+}
+
+}  // namespace sirius::cuda

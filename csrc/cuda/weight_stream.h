@@ -1,0 +1,58 @@
+// The MLPs' weights of a model that is larger than the device's memory: some stay there, the others come from pinned host memory
+// while the full model reads.
+//
+// A layer is one image or two (models/tier_files.py). Every image has a stretch of addresses of its own, the second one behind
+// the first (q8.cuh counts on lower nibbles behind the upper ones), so that its matrices are ordinary ones for whoever reads
+// them. Its first `resident` bytes are memory for good. The memory behind the others is that of a ring of few buffers: all layers
+// whose numbers leave the same remainder share them, and hold their own bytes between `need` and `done` alone.
+//
+// None of what a pass calls waits for the device, so that all of it can be captured in a graph: copies are on a stream of their
+// own, which begins where `ahead` is called and has ended when the last layer is done. One such stream is enough: its copies come
+// one after another without a pause, and more of them would share the link.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "ops.h"
+
+namespace sirius::cuda {
+
+// One image of a layer, in bytes.
+struct StreamedImage {
+  int64_t nbytes;
+  int64_t resident;  // its first ones that stay on the device; all, or a multiple of WeightStream::granularity()
+};
+
+class WeightStream {
+ public:
+  // On the current device; each layer with as many images as every other. std::bad_alloc that says whose memory is not there.
+  WeightStream(std::vector<std::vector<StreamedImage>> layers, int buffers);
+  ~WeightStream();
+  WeightStream(const WeightStream&) = delete;
+
+  // Bytes of device memory that can be had by itself.
+  static int64_t granularity();
+
+  // Where an image is on the device, and in pinned host memory those of its bytes that are not resident; to be filled before
+  // anything else.
+  char* image(int layer, int number) const;
+  char* host(int layer, int number) const;
+
+  // What follows is on a stream, as a pass is. The first layers of the pass that comes next are copied from here on, unless that
+  // was asked for before. All that has read the ring must be on the stream.
+  void ahead(StreamHandle stream);
+  // What comes after this finds all of a layer. Layers come in order, from 0 on.
+  void need(int layer, StreamHandle stream);
+  // Nothing after this reads the layer: its buffer is another's.
+  void done(int layer, StreamHandle stream);
+  // The pass goes no further: what comes after this may begin another.
+  void end(StreamHandle stream);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace sirius::cuda

@@ -1,0 +1,403 @@
+"""Models of which not all is in a CUDA device's memory, over simt: they decode what they would with all of it there, bit for bit,
+whenever the copies run."""
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import backends
+import pytest
+import test_simt
+import torch
+from backends import SIMT_ORDERS, assert_same_bits, emulated
+from capture_lint import CaptureLint
+from simt_builds import Mutation
+from tiny import prompt, tiny
+from transformers import AutoModelForCausalLM
+
+from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.decoding.period_graph import PeriodGraph
+from sirius_ext.decoding.prefill import drive, read
+from sirius_ext.engine import GREEDY, prepare
+from sirius_ext.kernels.weight_stream import StreamedImage, WeightStream
+from sirius_ext.models import device_tiers
+from sirius_ext.models.device_tiers import DeviceSizes, DeviceTiers, device_plan
+from sirius_ext.models.packed import Checkpoint, load_packed
+from sirius_ext.models.tier_files import TierFiles
+from sirius_ext.models.tier_files import prepare as prepare_files
+from sirius_ext.models.tiers import Draft, Plan, cache_bytes
+from sirius_ext.runtime.graphs import Replay
+from sirius_ext.runtime.passes import Pass
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEVICE = torch.device("cpu")  # whose memory is the emulated one's
+FOLDERS = tempfile.TemporaryDirectory(prefix="sirius-cuda-tiers-")
+TOKENS = 9
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=SIMT_ORDERS)
+def order(request):
+    """When copies run: as early as they may, as late, or in between."""
+    with in_order(request.param):
+        yield request.param
+
+
+@contextlib.contextmanager
+def in_order(name):
+    _simt.set_order(SIMT_ORDERS.index(name))
+    try:
+        with emulated(_simt):
+            yield
+    finally:
+        _simt.set_order(0)
+
+
+def source_of(name, dtype, weights):
+    folder = Path(FOLDERS.name) / f"{name}-{dtype}"
+    if not folder.is_dir():
+        tiny(name, dtype).save_pretrained(folder)
+    return Checkpoint(folder, tiny(name, dtype).config, dtype, weights)
+
+
+@functools.cache
+def files_of(name="llama3", dtype=torch.float32, weights="plain"):
+    return prepare_files(source_of(name, dtype, weights), Path(FOLDERS.name) / f"{name}-{dtype}-{weights}-tiers")
+
+
+def moved(model):
+    """In memory of its own, where rows are aligned, as on a device; not in a file's."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def whole(name="llama3", dtype=torch.float32, weights="plain"):
+    """An engine with all on the device."""
+    if weights == "plain":
+        return Engine(AutoModelForCausalLM.from_pretrained(source_of(name, dtype, weights).folder, dtype=dtype))
+    return Engine(moved(load_packed(source_of(name, dtype, weights), Path(FOLDERS.name))))
+
+
+def tiered(files, resident, copy=False):
+    """resident: neurons of each image that stay, at most all."""
+    model = moved(TierFiles.open(files.folder).model())
+    resident = tuple(min(count, files.intermediate) for count in resident)
+    plan = Plan(memory=0, resident=resident, slots=0, copy=int(copy), streams_rest=False, caches=1 << 30, used=0, streamed=0)
+    model.tiers = DeviceTiers(model.tier_files, plan, DEVICE)
+    return Engine(model)
+
+
+def decoded(engine, config, count=TOKENS, **settings):
+    """A text, and how it came."""
+    out = engine.generate(prompt(30), config=config, max_new_tokens=count, **GREEDY | settings)
+    return out.sequences.tolist(), [period.accepted for period in out.stats.prompts[0].periods]
+
+
+def passes(engine):
+    """Logits and z: of a prefill, and of passes of one token, of sixteen, and of so many that torch makes them."""
+    model, ids = prepare(engine.model), prompt(20)[0]
+    cache = model.new_cache()
+    model.reserve(cache, 128, 18)
+    found = [drive(model, cache, read(cache, ids)).clone()]
+    for rows in (1, 16, 18):
+        asked = Pass.chain(torch.arange(3, 3 + rows, dtype=torch.int32), 20, keep_z=True)
+        found += [model.step(cache, asked)[0].clone(), cache.z(rows).clone()]
+    return found
+
+
+def same_bits(first, second):
+    for mine, its in zip(first, second, strict=True):
+        assert_same_bits(mine, its)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama3", torch.float32), ("gemma2", BF16), ("phi3", BF16)], ids=str)
+def test_passes_have_the_same_bits(order, name, dtype):
+    expected = passes(whole(name, dtype))
+    for resident in (0, 70, 1 << 30):
+        same_bits(passes(tiered(files_of(name, dtype), (resident, 0))), expected)
+
+
+def test_passes_over_two_images_have_the_same_bits(order):
+    form = "llama3", BF16, "q8"
+    expected = passes(whole(*form))
+    for resident in ((0, 0), (70, 0), (1 << 30, 0), (1 << 30, 70), (1 << 30, 1 << 30)):
+        same_bits(passes(tiered(files_of(*form), resident)), expected)
+
+
+FIXED = {"period": 4, "lookup": False, "density": 0.5, "draft_weights": "q4"}
+# Each with how many neurons stay.
+CASES = {
+    "full": (SiriusConfig(mode="full"), 70),
+    "sparse": (SiriusConfig(mode="sparse", density=0.5, draft_weights="q4"), 0),
+    "threshold": (SiriusConfig(**FIXED), 0),
+    "match": (SiriusConfig(**FIXED, accept="match"), 70),
+    "fixed set": (SiriusConfig(**FIXED, follow=False), 0),
+    "tree": (SiriusConfig(**FIXED, tree_width=3), 0),
+    "large tree": (SiriusConfig(**FIXED | {"period": 7}, tree_width=3, sparsity="fsparse"), 70),
+    "cascade": (SiriusConfig(**FIXED | {"density": 0.3}, sparsity="cascade"), 70),
+    "copies": (SiriusConfig(period=4, density=0.5, lookup=True, accept="match", draft_weights="q4"), 0),
+    "one": (SiriusConfig(**FIXED | {"period": 1}), 0),
+}
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
+def test_texts_with_a_sparse_model_of_copies(number):
+    config, resident = list(CASES.values())[number]
+    with in_order(SIMT_ORDERS[number % 3]):
+        assert decoded(tiered(files_of(dtype=BF16), (resident, 0), copy=True), config) == decoded(whole(dtype=BF16), config)
+
+
+@pytest.mark.parametrize("number", range(4), ids=("full", "threshold", "tree", "fsparse"))
+def test_texts_of_eight_bits(number):
+    config = (
+        SiriusConfig(mode="full"),
+        SiriusConfig(**FIXED),
+        SiriusConfig(**FIXED, tree_width=3),
+        SiriusConfig(**FIXED, sparsity="fsparse"),
+    )[number]
+    form = "llama3", BF16, "q8"
+    with in_order(SIMT_ORDERS[number % 3]):
+        assert decoded(tiered(files_of(*form), (1 << 30, 70 * (number % 2))), config) == decoded(whole(*form), config)
+
+
+def test_drawn_texts():
+    config, settings = SiriusConfig(**FIXED, accept="sample"), {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with in_order("reverse"):
+        texts = [
+            decoded(each, config, generator=torch.Generator().manual_seed(1), **settings)
+            for each in (tiered(files_of(dtype=BF16), (0, 0), copy=True), whole(dtype=BF16))
+        ]
+    assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------------------------------------------------ periods and graphs
+
+
+def test_copies_run_beside_the_drafts(order, monkeypatch):
+    """All of a period is in the streams before any of it runs, as in a graph: the first layers arrive while S drafts."""
+    launch, pending = PeriodGraph._launch, []
+
+    def at_once(graph):
+        _simt.set_held(True)
+        try:
+            launch(graph)
+            pending.append(_simt.waits_elsewhere())
+        finally:
+            _simt.set_held(False)
+
+    engine, config = tiered(files_of(dtype=BF16), (0, 0), copy=True), SiriusConfig(**FIXED)
+    apart = decoded(engine, config)
+    monkeypatch.setattr(PeriodGraph, "_launch", at_once)
+    assert decoded(tiered(files_of(dtype=BF16), (0, 0), copy=True), config) == apart
+    assert pending and all(pending)
+
+
+@pytest.mark.parametrize("mode", ["off", "step", "period"])
+def test_what_is_captured_begins_and_ends_with_its_copies(monkeypatch, mode):
+    """A graph must not wait for what was launched before its capture, and all that it launches on another stream must have
+    joined: of passes and periods, of few rows and of many. It neither waits nor keeps memory."""
+    faults, bodies = [], []
+
+    def looked_at(replay):
+        before = [tensor.clone() for tensor in replay._state]
+        replay._body()  # as before a capture: what is made once is there then
+        for tensor, value in zip(replay._state, before):
+            tensor.copy_(value)
+        assert not _simt.waits_elsewhere()
+        with CaptureLint() as lint:
+            replay._body()
+        assert not _simt.waits_elsewhere(), "copies that nothing in the graph waits for"
+        faults.extend(lint.faults)
+        bodies.append(replay._what)
+
+    monkeypatch.setattr(Replay, "__call__", looked_at)
+    monkeypatch.setenv("SIRIUS_GRAPHS", mode)
+    with in_order("reverse"):  # what nothing waits for does not run
+        engine = tiered(files_of(dtype=BF16), (0, 0), copy=True)
+        for values in ({"period": 3}, {"period": 7, "tree_width": 3}):
+            decoded(engine, SiriusConfig(**FIXED | values), 4)
+    assert bodies and not faults
+
+
+# ------------------------------------------------------------------------------------------------------------- the stream
+
+LAYERS, PAGE = 5, 4096
+
+
+def small_stream(buffers=2):
+    """Of images of three pages, of which the first one stays; filled."""
+    images = [[StreamedImage(3 * PAGE - 64, PAGE)]] * LAYERS
+    stream = WeightStream(DEVICE, images, buffers)
+    for layer in range(LAYERS):
+        stream.image(layer, 0)[:PAGE] = 10 + layer
+        stream.host(layer, 0)[:] = 20 + layer
+    return stream
+
+
+def test_every_layer_is_there_when_it_is_needed(order):
+    for buffers in (1, 2, 3, 7):
+        stream = small_stream(buffers)
+        for _ in range(2):
+            for layer in range(LAYERS):
+                stream.need(layer)
+                image = stream.image(layer, 0)
+                assert len(image) == 3 * PAGE - 64
+                assert (image[:PAGE] == 10 + layer).all() and (image[PAGE:] == 20 + layer).all()
+                stream.done(layer)
+
+
+def test_a_pass_that_goes_no_further_leaves_nothing_on_its_way():
+    with in_order("reverse"):
+        stream = small_stream()
+        stream.need(0)
+        stream.done(0)
+        assert _simt.waits_elsewhere()
+        stream.end()
+        assert not _simt.waits_elsewhere()
+        assert (stream.image(2, 0)[PAGE:] == 22).all()
+        stream.end()  # there is none
+        for layer in range(LAYERS):
+            stream.need(layer)
+            assert (stream.image(layer, 0)[PAGE:] == 20 + layer).all()
+            stream.done(layer)
+
+
+def test_the_stream_refuses():
+    with emulated(_simt):
+        stream = small_stream()
+        with pytest.raises(RuntimeError, match="expected layer 0, got 2"):
+            stream.ahead()
+            stream.need(2)
+        with pytest.raises(ValueError, match="expected resident bytes in multiples of 4096, got 64"):
+            WeightStream(DEVICE, [[StreamedImage(PAGE, 64)]], 2)
+        with pytest.raises(MemoryError, match="out of the device's memory"):
+            WeightStream(DEVICE, [[StreamedImage(1 << 40, 1 << 39)]], 2)
+
+
+def queued_passes(engine):
+    """Two of one model, one behind the other before anything runs, so that the second one's first copies meet the first one's
+    last layers."""
+    model, found = prepare(engine.model), []
+    asked = Pass.chain(torch.arange(3, 7, dtype=torch.int32), 20, keep_z=True)
+    caches = [model.new_cache() for _ in range(2)]
+    for cache in caches:
+        model.reserve(cache, 128, 4)
+        drive(model, cache, read(cache, prompt(20)[0]))
+    nodes = [cache.staged(asked) for cache in caches]
+    backends._simt.set_held(True)
+    for cache, own in zip(caches, nodes):
+        model.run(cache, own, cache.take(None), cache.argmax[:4], keep_z=True)
+    backends._simt.set_held(False)
+    for cache in caches:
+        found += [cache.logits[:4], cache.z(4)]
+    return found
+
+
+def two_passes():
+    same_bits(queued_passes(tiered(files_of(), (0, 0))), queued_passes(whole()))
+
+
+WAITS = {
+    "a layer is read before it has arrived": "  s.buffer(layer).arrived.precede(static_cast<cudaStream_t>(stream));\n",
+    "a layer is overwritten while it is read": "    s.buffer(layer).free.precede(s.copies.handle);\n",
+    "a pass begins to copy while the one before it reads": "  s.begun.precede(s.copies.handle);\n",
+}
+
+
+@functools.cache
+def fails_with_all_waits():
+    return test_simt.fails(None, two_passes)
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_that_is_missing_is_found(name):
+    mutation = Mutation("weight_stream.cu", WAITS[name], "", "weight_stream.cu")
+    assert not fails_with_all_waits()
+    assert test_simt.fails(mutation.build(), two_passes)
+
+
+# -------------------------------------------------------------------------------------------------------------- the plan
+
+
+def sizes_of(files, grain):
+    with emulated(_simt):
+        sizes = DeviceSizes(files, 1000, DEVICE)
+    sizes.grain = grain
+    return sizes
+
+
+@pytest.mark.parametrize("grain", [4096, 1 << 14])
+@pytest.mark.parametrize("draft", [Draft(), Draft(copy=True), Draft(neurons=9)], ids=str)
+@pytest.mark.parametrize("weights", ["plain", "q8"])
+def test_plans_hold_what_fits(weights, draft, grain):
+    sizes = sizes_of(files_of(weights=weights, dtype=BF16), grain)
+    rows = sizes.rows
+    most = device_plan(sizes, 1 << 40, [draft], DEVICE)
+    assert most.streamed == 0 and most.resident[0] == rows and most.slots == 0
+    try:
+        device_plan(sizes, 1, [draft], DEVICE)
+    except ValueError as error:
+        least = float(str(error).partition("at least ")[2].partition(" GB")[0])
+    assert 0 < least < 1
+    streamed = []
+    for memory in range(int(most.used * 0.9), most.used + 1000, 500):
+        try:
+            found = device_plan(sizes, memory, [draft], DEVICE)
+        except ValueError:
+            assert not streamed, "less room was enough"
+            continue
+        assert found.used <= memory
+        assert draft.neurons == 0 or found.resident[0] == rows
+        for layer in sizes.files.layers:
+            for image, count in zip(layer.images, found.resident):
+                nbytes, stay = sizes.image(image, count)
+                assert stay == nbytes or stay % grain == 0
+        streamed.append(found.streamed)
+    assert streamed == sorted(streamed, reverse=True) and streamed[-1] == 0
+    assert len(set(streamed)) > 1 or draft.neurons, "there were no plans in between"
+
+
+def test_memory_that_does_not_suffice_is_refused(monkeypatch):
+    sizes = sizes_of(files_of(), 4096)
+    with pytest.raises(ValueError, match='^draft_weights: expected "auto" or "q4" on cpu .*, got "same"'):
+        device_plan(sizes, 1, [Draft(neurons=60)], DEVICE)
+    monkeypatch.setattr(device_tiers, "free_memory", lambda: 1)
+    used = device_plan(sizes, 1 << 40, [Draft()], DEVICE).used
+    with pytest.raises(ValueError, match="^memory: of the weights .* must be in host memory that is pinned"):
+        device_plan(sizes, used - 1, [Draft()], DEVICE)
+
+
+def test_a_sparse_model_that_was_not_planned_for_is_refused():
+    with emulated(_simt):
+        for form in (("llama3", torch.float32, "plain"), ("llama3", BF16, "q8")):
+            engine = tiered(files_of(*form), (64, 0))
+            config = SiriusConfig(**FIXED | {"draft_weights": "same" if form[2] == "plain" else "q4"})
+            with pytest.raises(ValueError, match="^draft_weights, mode: on cpu all that the sparse model reads"):
+                decoded(engine, config)
+        with pytest.raises(ValueError, match='^draft_weights: "q4" needs a copy in memory'):
+            decoded(tiered(files_of(), (64, 0)), SiriusConfig(**FIXED))
+
+
+def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
+    """`from_pretrained(memory=)`, and without it a model that is larger than what is free."""
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
+    config, folder = SiriusConfig(**FIXED | {"draft_weights": "auto"}), str(source_of("llama3", BF16, "plain").folder)
+    load = functools.partial(Engine.from_pretrained, folder, config, device="cpu", progress=False)
+    with emulated(_simt):
+        sizes = DeviceSizes(files_of(dtype=BF16), cache_bytes(tiny("llama3", BF16)), DEVICE)
+        memory = device_plan(sizes, 1 << 40, [Draft(copy=True)], DEVICE).used - 2 * 4096
+        monkeypatch.setattr("sirius_ext.models.hub._fits", lambda *_: False)
+        engines = [load(memory=memory)]
+        monkeypatch.setattr("sirius_ext.models.hub.free_on", lambda _: memory)
+        engines.append(load())
+        for engine in engines:
+            tiers = prepare(engine.model).weights.tiers
+            assert isinstance(tiers, DeviceTiers) and tiers.plan.streamed > 0 and tiers.plan.used <= memory
+            assert decoded(engine, config) == decoded(whole(dtype=BF16), dataclasses.replace(config, draft_weights="q4"))
+        with pytest.raises(ValueError, match="^memory: expected at least 0.0"):
+            load(memory="1MB")
+        with pytest.raises(ValueError, match='^memory: with offload="never"'):
+            Engine.from_pretrained(folder, dataclasses.replace(config, offload="never"), device="cpu", memory="1GB")
