@@ -372,6 +372,7 @@ def test_too_little_memory_is_said_before_anything_is_prepared(small, cache):
 
 def test_a_prepared_folder_by_its_name(small, cache, tmp_path):
     """Wherever it was moved to; and what it was not prepared for is refused."""
+    never = dataclasses.replace(SAME, offload="never")
     hub.prepare_tiers(checkpoint(), tmp_path / "first", torch.float32, progress=False)
     (tmp_path / "first").rename(tmp_path / "tiers")
     least, whole = bounds(SAME, "plain")
@@ -384,6 +385,11 @@ def test_a_prepared_folder_by_its_name(small, cache, tmp_path):
         loaded(SAME, tmp_path / "tiers", memory=least - 1)
     with pytest.raises(ValueError, match="^weights: expected plain, as .*tiers was prepared, or plain, got 'q8'"):
         loaded(SAME, tmp_path / "tiers", weights="q8")
+    for make in (lambda folder: loaded(never, folder), lambda folder: Engine(hub.load_model(folder, progress=False)[0])):
+        with pytest.raises(
+            ValueError, match='^model: .*tiers holds a model whose MLPs .* with offload="auto", or load the model'
+        ):
+            make(tmp_path / "tiers")
     with pytest.raises(ValueError, match="^density: expected a sparse model of at most .* for which memory was divided"):
         loaded(SAME, memory=least).generate(prompt(5), config=dataclasses.replace(SAME, density=0.9), max_new_tokens=3)
 
