@@ -13,6 +13,7 @@ from pathlib import Path
 import confined
 import hypothesis
 import pytest
+import test_gguf
 import torch
 import transformers
 from hypothesis import strategies as st
@@ -197,6 +198,18 @@ def test_a_layout_is_what_is_prepared(name, weights, tmp_path):
         left_out = rest + norms - (view.bytes - view.mlp_bytes)
         # The final norm is of no view, and scales stand beside both planes of eight bits, of which one has them.
         assert 0 <= left_out <= (0.2 * rest if weights.packed else layout.fast["model.norm.weight"].nbytes)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q8_0"])
+def test_a_layout_of_a_gguf_file(kind, cache, tmp_path):
+    """Whose formats are the file's own."""
+    sizes = test_gguf.K_WIDE | {"intermediate_size": 768, "head_dim": 32}
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama", **sizes), kinds=lambda name: kind)
+    files = hub.prepare_tiers(tmp_path / "tiny.gguf", tmp_path / "tiers", torch.float32, "q4", progress=False)
+    drafts = functools.partial(drafts_of, SiriusConfig())
+    layout = hub.division(1 << 50, drafts, tmp_path / "tiny.gguf", torch.float32, False, "q4").layout
+    for field in dataclasses.fields(Layout):
+        assert getattr(layout, field.name) == getattr(files, field.name), field.name
 
 
 # ------------------------------------------------------------------------------------------------------------ amounts
