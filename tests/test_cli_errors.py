@@ -241,12 +241,12 @@ OTHERS = [
     ("demo --period 999", '--period: expected 1 to 256 or "auto", got 999'),
     ("info more", "unrecognized arguments: more"),
     ("info --model ''", "--model: expected some text, got none"),
-    ("info --model folder --memory lots", "--memory: expected a number of bytes, or one like 6GB or 1.5GiB, got 'lots'"),
+    ("info --model folder --memory lots", "--memory: expected a size as 500M, 6GB or 1.5GiB, got 'lots'"),
     ("info --model folder --weights q5", "--weights: expected one of plain, q8, q4, got 'q5'"),
     ("info --memory 6GB", "--memory: it needs --model, of which it says something"),
     ("info --weights q8", "--weights: it needs --model"),
     ("info --dtype fp32", "--dtype: it needs --model"),
-    ("generate --prompt x --memory 6apples", "--memory: expected a number of bytes, or one like 6GB or 1.5GiB, got '6apples'"),
+    ("generate --prompt x --memory 6apples", "--memory: expected a size as 500M, 6GB or 1.5GiB, got '6apples'"),
 ]
 
 # Refused by who loads models, or for the model that was loaded.

@@ -13,6 +13,7 @@ from pathlib import Path
 import confined
 import hypothesis
 import pytest
+import test_gguf
 import torch
 import transformers
 from hypothesis import strategies as st
@@ -199,6 +200,18 @@ def test_a_layout_is_what_is_prepared(name, weights, tmp_path):
         assert 0 <= left_out <= (0.2 * rest if weights.packed else layout.fast["model.norm.weight"].nbytes)
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_0", "Q8_0"])
+def test_a_layout_of_a_gguf_file(kind, cache, tmp_path):
+    """Whose formats are the file's own."""
+    sizes = test_gguf.K_WIDE | {"intermediate_size": 768, "head_dim": 32}
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama", **sizes), kinds=lambda name: kind)
+    files = hub.prepare_tiers(tmp_path / "tiny.gguf", tmp_path / "tiers", torch.float32, "q4", progress=False)
+    drafts = functools.partial(drafts_of, SiriusConfig())
+    layout = hub.division(1 << 50, drafts, tmp_path / "tiny.gguf", torch.float32, False, "q4").layout
+    for field in dataclasses.fields(Layout):
+        assert getattr(layout, field.name) == getattr(files, field.name), field.name
+
+
 # ------------------------------------------------------------------------------------------------------------ amounts
 
 
@@ -227,7 +240,7 @@ def test_amounts(text, size):
     "text", ["", "6 apples", "GB", "-1GB", "0", 0, -5, "0.1", "6GBB", "iB", "6iB", "1e9", "6,5GB", "nan", 6.5, None, True, b"6GB"]
 )
 def test_no_amounts(text):
-    with pytest.raises(ValueError, match="^memory: expected (a size as|bytes, or a size as|more than 0 bytes).* got "):
+    with pytest.raises(ValueError, match="^memory: expected .*(bytes|size as).*, got "):
         parse_memory(text)
 
 
@@ -372,6 +385,7 @@ def test_too_little_memory_is_said_before_anything_is_prepared(small, cache):
 
 def test_a_prepared_folder_by_its_name(small, cache, tmp_path):
     """Wherever it was moved to; and what it was not prepared for is refused."""
+    never = dataclasses.replace(SAME, offload="never")
     hub.prepare_tiers(checkpoint(), tmp_path / "first", torch.float32, progress=False)
     (tmp_path / "first").rename(tmp_path / "tiers")
     least, whole = bounds(SAME, "plain")
@@ -384,6 +398,11 @@ def test_a_prepared_folder_by_its_name(small, cache, tmp_path):
         loaded(SAME, tmp_path / "tiers", memory=least - 1)
     with pytest.raises(ValueError, match="^weights: expected plain, as .*tiers was prepared, or plain, got 'q8'"):
         loaded(SAME, tmp_path / "tiers", weights="q8")
+    for make in (lambda folder: loaded(never, folder), lambda folder: Engine(hub.load_model(folder, progress=False)[0])):
+        with pytest.raises(
+            ValueError, match='^model: .*tiers holds a model whose MLPs .* with offload="auto", or load the model'
+        ):
+            make(tmp_path / "tiers")
     with pytest.raises(ValueError, match="^density: expected a sparse model of at most .* for which memory was divided"):
         loaded(SAME, memory=least).generate(prompt(5), config=dataclasses.replace(SAME, density=0.9), max_new_tokens=3)
 

@@ -60,13 +60,16 @@ class DeviceSizes(Sizes):
 
     def resident(self, resident: tuple[int, int]) -> int:
         """As `Sizes.resident`."""
-        layers = (self._images(layer, resident) for layer in self.files.layers)
-        return sum(self._whole(image.resident) for images in layers for image in images)
+        return sum(self._whole(image.resident) for layer in self.files.layers for image in self._images(layer, resident))
 
     def ring(self, resident: tuple[int, int], rest: bool) -> int:
-        """As `Sizes.ring`."""
-        layers = (self._images(layer, resident) for layer in self.files.layers)
+        """As `Sizes.ring`, of each image by itself."""
+        layers = [self._images(layer, resident) for layer in self.files.layers]
         return BUFFERS * sum(max(self._whole(nbytes - stay) for nbytes, stay in images) for images in zip(*layers))
+
+    def slots(self, slots: int) -> int:
+        """There are none."""
+        return 0
 
     def _whole(self, nbytes: int) -> int:
         return -(-nbytes // self.grain) * self.grain

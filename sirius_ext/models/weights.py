@@ -102,6 +102,11 @@ class Weights:
         self._check_placement(model)
 
         self.tiers: Tiers | None = getattr(model, "tiers", None)  # where the MLPs are, if not all are in memory
+        if self.tiers is None and getattr(model, "tier_files", None) is not None:
+            raise ValueError(
+                f"model: {model.tier_files.folder} holds a model whose MLPs stay on the disk as far as memory is short; load it "
+                'by Engine.from_pretrained with offload="auto", or load the model that it was prepared from'
+            )
         self.embedding = _matrix(body.embed_tokens, self.vocab, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
