@@ -29,7 +29,7 @@ from test_q8 import (
     on_cuda,
 )
 
-from sirius_ext.kernels import ops, q4, q8, reference
+from sirius_ext.kernels import dispatch, ops, q4, q8, reference
 from sirius_ext.kernels.matrix import Format, Matrix
 
 # (rows, in, out): groups and headers that are whole and broken, one tile of rows and more, blocks of 48 groups and more.
@@ -271,6 +271,15 @@ def test_gate_and_up_of_two_formats(kernels, dtype, m):
     matrices = [Matrix.of_groups(groups_of(70, 151, supers)) for supers in (False, True)]
     for gate, up in ((matrices[0], eight), (eight, matrices[1]), (matrices[1], eight.in_four_bits())):
         assert_same_bits(kernels.gate_up(x, gate, up), kernels.up(x, up, kernels.gate(x, gate), neurons))
+
+
+def test_up_without_a_list(kernels):
+    """As a pass calls it where gate and up are of two formats."""
+    x, up = randn(3, 151, dtype=torch.bfloat16), Matrix.of_groups(groups_of(70, 151, True))
+    gates, out = torch.randn(3, 70), poisoned(3, 70, dtype=torch.bfloat16)
+    fields = {"dtype": ops.DTYPES[x.dtype], "x": x.data_ptr(), "up": up.raw, "gates": gates.data_ptr()}
+    dispatch.run(x.device, "up", **fields, out=out.tensor.data_ptr(), num_rows=3, num_neurons=70)
+    assert_same_bits(out.check(), ops.up(x, up, gates, torch.arange(70, dtype=torch.int32)))
 
 
 # ------------------------------------------------------------------------------------------------------------- rows added up
