@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-540}
 SHAPE=${SHAPE:-llama-3-8b}
 PARTS=(first bench sanitize soak)
-OP_TESTS=(tests/test_{linear,gate_up,down,q8,fsparse_ops,cascade,follow,rms_norm,rope_kv_write}.py
+OP_TESTS=(tests/test_{linear,gate_up,down,q8,q4,fsparse_ops,cascade,follow,rms_norm,rope_kv_write}.py
   tests/test_tree_{mask,attention,expand}.py tests/test_{accept,kv_rewrite}.py)
 RUNTIME=(transformers safetensors numpy rich)
 TESTS=(pytest hypothesis)

@@ -32,11 +32,18 @@ from sirius_ext.config import MAX_AUTO_PERIOD
 from sirius_ext.decoding.sparsity import kept_neurons
 from sirius_ext.kernels.matrix import Format
 from sirius_ext.kernels.ops import DTYPES
+from sirius_ext.kernels.q8 import groups
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "results" / "predicted.json"
 ADDRESS = 1 << 20  # of whatever is not read when launches are only noted; a multiple of all alignments
 PERIOD, AAL = 16, 15.2  # the paper's, of Llama-3-8B on GSM8K
+MEASURED = ((16, 10.06), (4, 3.71))  # periods and AALs of docs/results.md: Qwen2.5-Coder-1.5B, all tasks, density 0.5
+# What the matrices are: those of attention, gate and up, then down, embedding and LM head, and the LM head of S.
+WEIGHTS = {
+    "bf16": (Format.BF16, Format.BF16, Format.BF16, Format.BF16),
+    "q4": (Format.Q4_K, Format.Q4_K_ACROSS, Format.Q8, Format.Q8_UPPER),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +82,18 @@ CARDS = (
     Card("H200", 4800e9, 132, 1.755e9, True),
 )
 
-# Of hot loops, for each KB of weights in bf16, by rows of input up to which the body is for: what nvcc 13 makes of them for
-# sm_90a (tests/test_cuda_build.py keeps them from growing).
-INSTRUCTIONS = {"gate_up": {1: 31, 8: 56, 16: 84}, "down": {8: 82, 16: 100}, "dot": {1: 40, 8: 92, 16: 146}}
+# Of hot loops, for each KB of weights that is streamed, by rows of input up to which the body is for: what nvcc 13 makes of them
+# for sm_90a (tests/test_cuda_build.py keeps them from growing). Of packed weights and sixteen rows without those that normalise
+# input, which is done before.
+INSTRUCTIONS = {
+    ("gate_up", "Plain"): {1: 30, 8: 57, 16: 85},
+    ("down", "Plain"): {8: 101, 16: 103},
+    ("dot", "Plain"): {1: 39, 8: 94, 16: 146},
+    ("dot", "Q8<false>"): {1: 186, 8: 340, 16: 231},
+    ("gate_up", "Nibbles"): {1: 209, 8: 368, 16: 305},
+    ("dot", "Nibbles"): {1: 304, 8: 568, 16: 398},
+    ("down", "Across"): {8: 305, 16: 378},
+}
 # Seconds that a kernel takes which reads no weights, beside `step`: of attention what its chunks' dependent steps take, of the
 # selection its three histograms.
 OTHERS = {"attention": 4e-6, "select": 8e-6}
@@ -97,42 +113,56 @@ class Launch:
         return self.kernel.split("_kernel")[0]
 
     @property
+    def weights(self) -> str:
+        """How a product reads them."""
+        return self.kernel.split(", ")[1]
+
+    @property
     def blocks(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 def resident(launch: Launch) -> int:
     """Blocks of a product that a multiprocessor of sm_90 holds at a time."""
-    several = launch.op == "gate_up" or launch.kernel.endswith(", 16>")
-    return 2 if several else 3
+    packed_down = launch.op == "down" and launch.weights != "Plain"
+    return 2 if packed_down or launch.op == "gate_up" or launch.kernel.endswith(", 16>") else 3
 
 
 BF16 = DTYPES[torch.bfloat16]
 
 
-def launches(shape: Shape, rows: int, context: int, sparsity: str, density: float, processors: int) -> list[Launch]:
-    """Of a pass in bf16 over so many rows, as the CUDA sources make them (the tests' emulator is asked, and runs none). sparsity:
-    "dense", "listed" (CSparse) or "largest" (FSparse)."""
+def launches(
+    shape: Shape, rows: int, context: int, sparsity: str, density: float, processors: int, weights: str = "bf16"
+) -> list[Launch]:
+    """Of a pass with activations in bf16 over so many rows, as the CUDA sources make them (the tests' emulator is asked, and runs
+    none). sparsity: "dense", "listed" (CSparse) or "largest" (FSparse). weights: of WEIGHTS."""
     from sirius_ext import _simt  # the tests' module: `make test` builds it, or SIRIUS_SIMT=ON
 
-    def matrix(rows: int, cols: int) -> object:
-        return _C.Matrix(data=ADDRESS, format=int(Format.BF16), rows=rows, cols=cols, stride=2 * cols)
+    def matrix(form: Format, rows: int, cols: int) -> object:
+        stride = 2 * cols if form == Format.BF16 else form.row_bytes(cols)
+        beside = {"lower": ADDRESS, "lower_stride": 16 * groups(cols)} if form == Format.Q8 else {}
+        return _C.Matrix(
+            data=ADDRESS, format=int(form), rows=rows, cols=cols, stride=stride, shared=ADDRESS if form.across else 0, **beside
+        )
 
+    along, across, embedding, drafts_head = WEIGHTS[weights]
+    head = embedding if sparsity == "dense" else drafts_head
     norm = {"weight": ADDRESS, "eps": 1e-5, "offset": 0.0}
     hidden, intermediate, head_dim = shape.hidden, shape.intermediate, shape.head_dim
     heads = [shape.heads, shape.kv_heads, shape.kv_heads]
     layer = {
         "before_attention": norm,
         "before_mlp": norm,
-        "qkv": [{"weight": matrix(each * head_dim, hidden), "bias": 0} for each in heads],
-        "output": {"weight": matrix(hidden, shape.heads * head_dim), "bias": 0},
-        **{name: matrix(intermediate, hidden) for name in ("gate", "up", "down")},
+        "qkv": [{"weight": matrix(along, each * head_dim, hidden), "bias": 0} for each in heads],
+        "output": {"weight": matrix(along, hidden, shape.heads * head_dim), "bias": 0},
+        **{name: matrix(along, intermediate, hidden) for name in ("gate", "up")},
+        "down": matrix(across, intermediate, hidden),
     }
     model = _simt.Model(
         dtype=BF16,
-        embedding=matrix(shape.vocab, hidden),
+        embedding=matrix(embedding, shape.vocab, hidden),
         final_norm=norm,
-        lm_head=matrix(shape.vocab, hidden),
+        lm_head=matrix(head, shape.vocab, hidden),
         layers=[layer] * shape.layers,
         hidden=hidden,
         intermediate=intermediate,
@@ -164,11 +194,15 @@ def launches(shape: Shape, rows: int, context: int, sparsity: str, density: floa
     return found
 
 
-def bytes_of(found: Sequence[Launch], shape: Shape, kept: int) -> Iterator[tuple[Launch, float]]:
-    """The bytes of weights that each launch reads, in bf16."""
+def bytes_of(found: Sequence[Launch], shape: Shape, kept: int, weights: str = "bf16") -> Iterator[tuple[Launch, float, float]]:
+    """The bytes of weights that each launch reads, and of how many the instructions of its loop are asked for."""
     hidden, kv, q = shape.hidden, shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
+    along, across, head, drafts_head = WEIGHTS[weights]
+    if kept < shape.intermediate:
+        head = drafts_head
     linears = 0
     for launch in found:
+        form = across if launch.op == "down" else along
         numbers = {
             "qkv": (q + 2 * kv) * hidden,
             "gate_up": 2 * kept * hidden,
@@ -178,30 +212,40 @@ def bytes_of(found: Sequence[Launch], shape: Shape, kept: int) -> Iterator[tuple
         }.get(launch.op, 0)
         if launch.op == "linear":
             linears += 1
-            numbers = shape.vocab * hidden if linears > shape.layers else q * hidden
-        yield launch, 2.0 * numbers
+            numbers = q * hidden
+            if linears > shape.layers:
+                numbers, form = shape.vocab * hidden, head
+        codes = numbers * {Format.BF16: 2.0, Format.Q8: 1.0}.get(form, 0.5)
+        if form.across:
+            # Of a list all groups of 32 neurons have some, whose scales are read, and a step is a group.
+            everything = shape.intermediate * hidden
+            yield launch, codes + everything * (2 / 32 + 4 / 256), 0.5 * everything
+        else:
+            yield launch, codes + (0 if form == Format.BF16 else numbers * 2 / 32), codes
 
 
-def seconds_of(card: Card, launch: Launch, weights: float, cache: float) -> float:
-    """One kernel. weights, cache: bytes that it reads of each."""
+def seconds_of(card: Card, launch: Launch, weights: float, cache: float, issued_for: float | None = None) -> float:
+    """One kernel. weights, cache: bytes that it reads of each. issued_for: as `bytes_of` has it, where these are not all."""
     if not weights:
         return card.step + OTHERS.get(launch.op, 0.0) + (cache / card.read if launch.op == "attention" else 0.0)
     busiest = -(-launch.blocks // card.processors)
     balance = launch.blocks / (busiest * card.processors)
-    per_kb = INSTRUCTIONS[launch.op if launch.op in ("gate_up", "down") else "dot"]
+    per_kb = INSTRUCTIONS[launch.op if launch.op in ("gate_up", "down") else "dot", launch.weights]
     columns = int(re.search(r"(\d+)>$", launch.kernel)[1])
-    issued = per_kb[columns] * weights / 1024 / card.instructions
+    issued = per_kb[columns] * (weights if issued_for is None else issued_for) / 1024 / card.instructions
     return card.step + max(weights / card.read, issued) / balance
 
 
-def pass_seconds(card: Card, shape: Shape, rows: int, context: int, sparsity: str, density: float) -> dict[str, float]:
+def pass_seconds(
+    card: Card, shape: Shape, rows: int, context: int, sparsity: str, density: float, weights: str = "bf16"
+) -> dict[str, float]:
     """Of a pass, by op."""
     kept = shape.intermediate if sparsity == "dense" else kept_neurons(density, shape.intermediate)
-    found = launches(shape, rows, context, sparsity, density, card.processors)
+    found = launches(shape, rows, context, sparsity, density, card.processors, weights)
     cache = 2 * shape.kv_heads * shape.head_dim * (context + rows) * 2
     out: dict[str, float] = {}
-    for launch, weights in bytes_of(found, shape, kept):
-        out[launch.op] = out.get(launch.op, 0.0) + seconds_of(card, launch, weights, cache)
+    for launch, size, issued_for in bytes_of(found, shape, kept, weights):
+        out[launch.op] = out.get(launch.op, 0.0) + seconds_of(card, launch, size, cache, issued_for)
     return out
 
 
@@ -216,19 +260,27 @@ def predict(card: Card, name: str, context: int) -> list[dict]:
             "ms_of_a_pass": {op: round(1e3 * each, 3) for op, each in sorted(ops.items())},
         }
 
-    full, sparse, fsparse, verify = (
-        pass_seconds(card, shape, rows, context, sparsity, density)
-        for rows, sparsity in ((1, "dense"), (1, "listed"), (1, "largest"), (PERIOD, "dense"))
-    )
+    def passes(weights: str, *kinds: tuple[int, str]) -> list[dict[str, float]]:
+        return [pass_seconds(card, shape, rows, context, sparsity, density, weights) for rows, sparsity in kinds]
+
+    def sirius(period: int, length: float) -> float:
+        return ((period - 1) * total(sparse) + total(verify)) / length
+
     total = lambda ops: sum(ops.values())  # noqa: E731
-    return [
+    full, sparse, fsparse, verify = passes("bf16", (1, "dense"), (1, "listed"), (1, "largest"), (PERIOD, "dense"))
+    records = [
         record("Full", total(full), full),
         record(f"CSparse {density}", total(sparse), sparse),
         record(f"FSparse {density}", total(fsparse), fsparse),
-        record(
-            f"Sirius, CSparse {density}, period {PERIOD}, width 1", ((PERIOD - 1) * total(sparse) + total(verify)) / AAL, verify
-        ),
+        record(f"Sirius, CSparse {density}, period {PERIOD}, width 1", sirius(PERIOD, AAL), verify),
     ]
+    full, sparse = passes("q4", (1, "dense"), (1, "listed"))
+    records += [record("q4: Full", total(full), full), record(f"q4: CSparse {density}", total(sparse), sparse)]
+    for period, length in ((PERIOD, AAL), *MEASURED):
+        (verify,) = passes("q4", (period, "dense"))
+        variant = f"q4: Sirius, CSparse {density}, period {period}, AAL {length}"
+        records.append(record(variant, sirius(period, length), verify))
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiers

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # The parts of the document that are written, by name.
-LATENCY, OFFLOAD, TIERS = "latency", "offload", "tiers"
+LATENCY, FOUR_BITS, OFFLOAD, TIERS = "latency", "four bits", "offload", "tiers"
 
 MODEL, CONTEXT = "llama-3-8b", 1024
 VARIANTS = {
@@ -110,6 +110,19 @@ def table(measured: dict[str, dict[str, float]], predicted: dict[str, dict[str, 
         rows["**here**"] = _cells(measured.get(gpu.name, {}), "not measured")
         for index, (what, cells) in enumerate(rows.items()):
             lines.append(f"| {'' if index else gpu.name} | {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def four_bits(predicted: dict[str, dict[str, float]]) -> str:
+    """What is predicted of weights in four bits, if anything is; none has been measured."""
+    variants = list(dict.fromkeys(name for times in predicted.values() for name in times if name.startswith("q4: ")))
+    if not variants:
+        return ""
+    lines = [f"| *predicted* | {' | '.join(variants)} |", "|---|" + "---|" * len(variants)]
+    for gpu in GPUS:
+        times = [predicted[gpu.name][variant] for variant in variants] if gpu.name in predicted else []
+        if times:
+            lines.append(f"| {gpu.name} | {' | '.join(f'*{time:.2f} ({time / times[0]:.2f})*' for time in times)} |")
     return "\n".join(lines)
 
 
@@ -251,7 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = options.document.read_text()
     try:
-        after = renewed(before, LATENCY, table(latencies(options.results), predictions(options.results)))
+        predicted = predictions(options.results)
+        after = renewed(before, LATENCY, table(latencies(options.results), predicted))
+        after = renewed(after, FOUR_BITS, four_bits(predicted))
         after = renewed(after, OFFLOAD, "\n\n".join(map(offload_table, offloads(options.results))))
         after = renewed(after, TIERS, tiers(options.results))
     except ValueError as error:

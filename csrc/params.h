@@ -53,7 +53,7 @@ struct Projection {
   const void* bias = nullptr;  // T [rows] or null
 };
 
-// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise. Parts are of one format (CUDA).
+// softcap(v) is c * tanh(v / c) if c is not 0, and v otherwise.
 // out[m, :] = softcap(scale * concat_i(parts[i].weight x[m] + parts[i].bias)) + residual[m, :]
 struct LinearParams {
   Dtype dtype;
@@ -77,7 +77,8 @@ struct PackParams {
 
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 
-// hidden[m, i] = act(gate[n_i] . x[m]) * (up[n_i] . x[m])
+// hidden[m, i] = act(gate[n_i] . x[m]) * (up[n_i] . x[m]). Matrices of two formats are for `gate` and `up` (CUDA), which give the
+// same bits.
 struct GateUpParams {
   Dtype dtype;
   const void* x;                     // T [num_rows, hidden]
@@ -140,7 +141,7 @@ struct UpParams {
   const void* x;                            // T [num_rows, hidden]
   Matrix up;                                // [intermediate, hidden]
   const float* gates;                       // [num_rows, intermediate]
-  const int32_t* neurons;                   // [num_neurons]
+  const int32_t* neurons = nullptr;         // [num_neurons], or null for 0..num_neurons-1
   const int32_t* num_neurons_at = nullptr;  // [1] (CUDA), at most num_neurons, which is then the row length of `out`
   void* out;                                // T [num_rows, num_neurons]; with spread float [num_rows, intermediate], not rounded
   bool spread = false;

@@ -30,6 +30,8 @@ struct f16_t {
 
 SIRIUS_ANYWHERE inline Format plain(Dtype dtype) { return Format(int(dtype)); }
 
+SIRIUS_ANYWHERE inline bool is_plain(Format format) { return int(format) <= int(Format::bf16); }
+
 SIRIUS_ANYWHERE inline size_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 SIRIUS_ANYWHERE inline uint32_t bits_of(float value) {

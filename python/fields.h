@@ -206,7 +206,7 @@ struct Fields<UpParams> {
     v("x", &P::x);
     v("up", &P::up);
     v("gates", &P::gates);
-    v("neurons", &P::neurons);
+    v("neurons", &P::neurons, optional);
     v("num_neurons_at", &P::num_neurons_at, optional);
     v("out", &P::out);
     v("spread", &P::spread, optional);

@@ -21,7 +21,7 @@ from .decoding.sparsity import drafts_of, four_bits
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .models.hub import load_model, load_within, parse_dtype, parse_weights, reporting
+from .models.hub import load_model, load_within, parse_dtype, reporting
 from .models.tiers import parse_memory
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
@@ -136,11 +136,10 @@ class Engine:
         dtype: of the weights: bfloat16, float16 or float32; "auto" is the checkpoint's own, and bfloat16 for a GGUF file.
         backend: whose kernels decode, "cpu" or "cuda"; "auto" are those for the device.
         weights: "plain" as they come, or packed: "q8", eight bits, half of the memory and of the time that reading them takes,
-            of which S reads the upper four (`SiriusConfig.draft_weights`); or on the CPU "q4", four bits. Of a GGUF file these
-            are its own 4-bit matrices with its very numbers, and eight bits of its others; so it is with checkpoints by AWQ,
-            GPTQ and compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs
-            quality. Packed ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot
-            be called itself.
+            of which S reads the upper four (`SiriusConfig.draft_weights`); or "q4", four bits. Of a GGUF file these are its own
+            4-bit matrices with its very numbers, and eight bits of its others; so it is with checkpoints by AWQ, GPTQ and
+            compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs quality. Packed
+            ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot be called itself.
         memory: bytes that weights and caches may take on the device, as a number or as "6GB"; without it all that is free, less
             a tenth. A model that needs more is written into the cache folder once (as `sirius prepare` does it), and from there
             the full model reads what is not in memory whenever it reads; on a CUDA device from host memory, which holds that
@@ -149,8 +148,6 @@ class Engine:
         RuntimeError if the device's memory does not hold the weights.
         """
         device = device_of(device, backend)
-        if parse_weights(weights) == "q4" and device.type == "cuda":
-            raise ValueError(f"weights: expected plain or q8 on {device}, got 'q4', which is for the CPU (device='cpu') so far")
         config = _checked(config)
         if memory is not None and config.offload == "never":
             raise ValueError('memory: with offload="never" all weights are loaded, whatever they need')

@@ -100,7 +100,7 @@ class OnDevice:
 
             def there(value):
                 if isinstance(value, Matrix):
-                    return Matrix(there(value.data), value.packed)
+                    return Matrix(there(value.data), value.packed, there(value.shared), there(value.apart))
                 if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
                     return value
                 storage = value.untyped_storage()

@@ -5,7 +5,7 @@ import simt_builds
 from test_simt import MUTATIONS, SANITIZER
 
 OPS = ["linear", "gate_up", "fsparse_ops", "down", "rms_norm", "rope_kv_write", "tree_attention", "tree_mask", "tree_expand"]
-OPS += ["accept", "kv_rewrite", "decode_step", "cascade", "q8"]
+OPS += ["accept", "kv_rewrite", "decode_step", "cascade", "q8", "q4"]
 FILES = [f"tests/test_{op}.py" for op in OPS]
 # Aligned rows and others; of the element types one that tensor cores multiply.
 CASES = (

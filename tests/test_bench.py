@@ -238,7 +238,7 @@ def result(gpu: str, model: str = tables.MODEL, context: int = tables.CONTEXT, *
 def places(tmp_path):
     """A folder of results and a document with the markers; the arguments that name them."""
     (tmp_path / "results").mkdir()
-    parts = (tables.LATENCY, tables.OFFLOAD, tables.TIERS)
+    parts = (tables.LATENCY, tables.FOUR_BITS, tables.OFFLOAD, tables.TIERS)
     marked = "\nbetween\n".join("{}\nold\n{}".format(*tables.markers(part)) for part in parts)
     (tmp_path / "page.md").write_text(f"before\n{marked}\nafter\n")
     return tmp_path, ["--results", str(tmp_path / "results"), "--document", str(tmp_path / "page.md")]

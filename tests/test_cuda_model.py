@@ -6,6 +6,7 @@ import contextlib
 import pytest
 import torch
 from backends import assert_same_bits, emulated
+from test_packed import packed, same_numbers
 from tiny import decoder, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
@@ -34,15 +35,16 @@ class Place:
         self.device = torch.device("cuda" if name == "cuda" else "cpu")
         self._engines: dict[object, Engine] = {}
 
-    def engine(self, name: str, dtype: torch.dtype = torch.float32) -> Engine:
-        if (name, dtype) not in self._engines:
-            self._engines[name, dtype] = Engine(tiny(name, dtype).to(self.device))
-        engine = self._engines[name, dtype]
-        assert isinstance(prepare(engine.model), CudaModel)
-        return engine
+    def engine(self, name: str, dtype: torch.dtype = torch.float32, weights: str = "plain") -> Engine:
+        key = name, dtype, weights
+        if key not in self._engines:
+            model = tiny(name, dtype) if weights == "plain" else packed(name, dtype, weights)
+            self._engines[key] = Engine(model.to(self.device))
+        assert isinstance(prepare(self._engines[key].model), CudaModel)
+        return self._engines[key]
 
-    def model(self, name: str, dtype: torch.dtype = torch.float32) -> CudaModel:
-        return prepare(self.engine(name, dtype).model)
+    def model(self, name: str, dtype: torch.dtype = torch.float32, weights: str = "plain") -> CudaModel:
+        return prepare(self.engine(name, dtype, weights).model)
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -90,10 +92,30 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "length", "count", "values"), CASES, ids=str)
 def test_equals_the_reference(place, name, length, count, values):
+    check_against_reference(place.engine(name), decoder(name), length, count, values)
+
+
+# The sparse model reads what the full one does: the reference has one decoder for both.
+@pytest.mark.parametrize(
+    ("weights", "name", "length", "count", "values"),
+    [
+        ("q4", "llama", 9, 12, {"period": 5}),
+        ("q8", "mistral", 6, 20, {"period": 18, "sparsity": "fsparse", "threshold": 0.02}),
+        ("q4", "qwen2", 9, 12, {"period": 6, "tree_width": 4, "accept": "match"}),
+        ("q4", "llama3", 9, 10, {"period": 5, "sparsity": "cascade"}),
+    ],
+    ids=str,
+)
+def test_packed_weights_equal_the_reference(place, weights, name, length, count, values):
+    twin = reference.Decoder(same_numbers(name, weights=weights))
+    check_against_reference(place.engine(name, weights=weights), twin, length, count, {"draft_weights": "same", **values})
+
+
+def check_against_reference(engine, twin, length, count, values):
     config = SiriusConfig(**{"density": 0.4, "threshold": 0.1, **values})
     ids = prompt(length)
-    tokens, stats = decode(place.engine(name), ids, config, count)
-    expected, periods = reference.generate(decoder(name), ids[0].tolist(), config, count, [])
+    tokens, stats = decode(engine, ids, config, count)
+    expected, periods = reference.generate(twin, ids[0].tolist(), config, count, [])
     assert tokens == expected
     if config.mode != "sirius":
         periods = []
@@ -155,20 +177,32 @@ def test_the_host_decides_the_same(place, monkeypatch, values):
     assert texts["off"] == texts["step"] == texts["period"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("period", [4, 16])
-def test_match_is_the_full_text_in_16_bits(place, dtype, period):
-    engine, ids = place.engine("mistral", dtype), prompt(10)
+@pytest.mark.parametrize(
+    ("dtype", "weights", "period"),
+    [
+        *((dtype, "plain", period) for dtype in (torch.bfloat16, torch.float16) for period in (4, 16)),
+        (torch.bfloat16, "q8", 16),
+        (torch.bfloat16, "q4", 16),
+        (torch.float16, "q4", 6),
+    ],
+    ids=str,
+)
+def test_match_is_the_full_text_in_16_bits(place, dtype, weights, period):
+    engine, ids = place.engine("mistral", dtype, weights), prompt(10)
     full, _ = decode(engine, ids, SiriusConfig(mode="full"), 24)
     text, stats = decode(engine, ids, SiriusConfig(period=period, accept="match", density=0.8), 24)
     assert text == full
     assert any(each.accepted for each in stats.periods)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_batch_invariance(place, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [(torch.float32, "plain"), (torch.bfloat16, "plain"), (torch.bfloat16, "q8"), (torch.bfloat16, "q4")],
+    ids=str,
+)
+def test_batch_invariance(place, dtype, weights):
     """A node's logits are the same bits in a pass of its own and among sixteen."""
-    model, m = place.model("llama3", dtype), 16
+    model, m = place.model("llama3", dtype, weights), 16
     cache = model.new_cache()
     model.reserve(cache, 128, m)
     drive(model, cache, read(cache, prompt(20)[0]))

@@ -3,6 +3,7 @@ makes of it."""
 
 import json
 import math
+import re
 
 import model
 import pytest
@@ -11,6 +12,8 @@ from backends import call
 from shapes import SHAPES
 
 from sirius_ext import _simt
+from sirius_ext.kernels import q4
+from sirius_ext.kernels.matrix import Format
 from sirius_ext.kernels.ops import DTYPES
 
 PUBLISHED = ["qwen2.5-1.5b", "llama-3-8b", "llama-2-7b", "llama-2-13b", "llama-3-70b"]
@@ -71,9 +74,35 @@ def test_bytes_of_a_pass_are_those_of_its_weights():
     for name in PUBLISHED:
         shape = SHAPES[name]
         found = model.launches(shape, 1, 0, "dense", 1.0, H100.processors)
-        weights = sum(size for _, size in model.bytes_of(found, shape, shape.intermediate))
+        weights = sum(size for _, size, _ in model.bytes_of(found, shape, shape.intermediate))
         embedding = 0 if shape.tied else shape.vocab * shape.hidden
         assert weights == 2 * (shape.parameters - embedding)
+
+
+def test_bytes_of_a_pass_in_four_bits():
+    """As the matrices themselves count them: a pass of F, and one of S with half of the neurons."""
+    shape = SHAPES["llama-3-8b"]
+    hidden, intermediate, kv = shape.hidden, shape.intermediate, shape.kv_heads * shape.head_dim
+    attention = 2 * (hidden + kv) * Format.Q4_K.row_bytes(hidden)
+    head = {"dense": (8 + 8 + 1) / 16, "listed": (8 + 1) / 16}  # of q8 a byte and an f16 for 32, of its upper half a nibble
+    for sparsity, kept in (("dense", intermediate), ("listed", intermediate // 2)):
+        found = model.launches(shape, 1, 0, sparsity, kept / intermediate, H100.processors, "q4")
+        mlp = 2 * kept * Format.Q4_K.row_bytes(hidden) + kept * Format.Q4_K_ACROSS.row_bytes(hidden)
+        mlp += q4.shared_bytes(intermediate, hidden, supers=True)
+        size = sum(size for _, size, _ in model.bytes_of(found, shape, kept, "q4"))
+        assert size == shape.layers * (attention + mlp) + shape.vocab * hidden * head[sparsity]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_four_bits_are_read_by_the_bodies_for_speed(rows):
+    for kind, density in PASSES:
+        found = model.launches(SHAPES["llama-3-8b"], rows, 1024, kind, density, H100.processors, "q4")
+        for launch in found:
+            if launch.op in PRODUCTS:
+                wanted = {"down": "Across", "linear": "(Nibbles|Q8<false>)"}.get(launch.op, "Nibbles")
+                assert re.match(rf"\w+<bf16_t, {wanted}, true, ", launch.kernel), launch
+        norms = sum(launch.op == "rms_norm" for launch in found)
+        assert norms == (2 * SHAPES["llama-3-8b"].layers + 1 if rows == 16 else 0)
 
 
 def test_predictions_are_never_below_the_floor():
@@ -91,7 +120,7 @@ def test_what_the_time_depends_on():
     half = model.Launch(launch.kernel, (66, 1, 1), 256, 0)
     assert model.seconds_of(H100, half, 3e6, 0) == pytest.approx(H100.step + 2 * 3e6 / H100.read)
     slow = model.Card("slow", 1e15, 132, 1e9, True)
-    issued = 3e6 / 1024 * model.INSTRUCTIONS["dot"][1] / slow.instructions
+    issued = 3e6 / 1024 * model.INSTRUCTIONS["dot", "Plain"][1] / slow.instructions
     assert model.seconds_of(slow, launch, 3e6, 0) == pytest.approx(slow.step + issued)
     attention = model.Launch("attention_kernel<RowReader<bf16_t, true, 16, 1> >", (288, 1, 1), 256, 0)
     assert model.seconds_of(H100, attention, 0, 1e6) > H100.step + 1e6 / H100.read

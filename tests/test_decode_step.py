@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from backends import assert_same_bits, poisoned, randn
+from backends import assert_same_bits, in_turns, poisoned, randn
 from model_files import supers_of
 
 from sirius_ext import _C
@@ -324,7 +324,7 @@ def in_turn(*forms):
     return lambda numbers: next(turns)(numbers)
 
 
-# Of four bits, which CUDA does not read; and the matrices of `down`.
+# Of four bits; and the matrices of `down`.
 FOUR_BITS = {
     "q4": lambda: (pairs, pairs, lambda numbers: Matrix.of_groups(q4.round_to_groups(numbers.t()), transposed=True)),
     "q4_k": lambda: (supers, eight_bits, lambda numbers: Matrix.of_groups(supers_of(numbers.t()), transposed=True)),
@@ -359,3 +359,11 @@ def test_a_pass_of_four_bits_is_its_ops(isa, dtype, family, shape, kind, packed)
 def test_a_pass_of_packed_weights_of_cuda_is_its_ops(cuda_functions, dtype, family, shape, kind, packed):
     fused = not FAMILIES[family].head_norms
     check_on_cuda(cuda_functions, Pass(family, shape, dtype, KINDS[kind], fused, PACKED[packed]))
+
+
+@pytest.mark.parametrize(("case", "packed"), in_turns(3, CASES, list(FOUR_BITS)), ids=str)
+def test_a_pass_of_four_bits_of_cuda_is_its_ops(cuda_functions, dtype, case, packed):
+    """Also where q, k and v, or gate and up, are of formats that no kernel has in common."""
+    family, shape, kind = case
+    fused = not FAMILIES[family].head_norms
+    check_on_cuda(cuda_functions, Pass(family, shape, dtype, KINDS[kind], fused, FOUR_BITS[packed]()))

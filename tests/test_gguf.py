@@ -4,10 +4,11 @@ files of four bits, read as they are."""
 import pytest
 import torch
 import transformers
+from backends import emulated
 from model_files import llama3_divisors, tiny_llama, write_gguf
 from tiny import VOCAB, full_text, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig
+from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import ops
 from sirius_ext.kernels.matrix import Format, Matrix
@@ -305,6 +306,29 @@ def test_four_bits_decode(write, name):
     for config in ({"period": 6, "density": 0.5}, {"period": 4, "tree_width": 3}, {"sparsity": "cascade", "period": 5}):
         out = engine.generate(ids, config=SiriusConfig(accept="match", **config), max_new_tokens=24)
         assert out.sequences[0, 40:].tolist() == text, config
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama, Q4_0", torch.float32), ("qwen3, of all", torch.bfloat16)],
+    ids=str,
+)
+def test_four_bits_decode_on_cuda(write, name, dtype):
+    """The file's own numbers, and input that is not rounded: in float32 F's text is that of the dequantized model, where all of
+    its matrices have four bits. `match` is F's text whatever the file mixes."""
+    file, ids = write(name), prompt(20)
+    model, _ = hub.load_model(file, str(dtype).removeprefix("torch."), progress=False, weights="q4")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # as a GPU has them: no longer where the file's bytes happen to be
+    with emulated(_simt):
+        engine = Engine(model)
+        text = full_text(engine, ids, 10)
+        for config in ({"period": 6, "density": 0.5}, {"sparsity": "cascade", "period": 5}):
+            out = engine.generate(ids, config=SiriusConfig(accept="match", **config), max_new_tokens=10)
+            assert out.sequences[0, 20:].tolist() == text, config
+    if dtype == torch.float32:
+        plain, _ = hub.load_model(file, "fp32", progress=False)
+        assert text == full_text(Engine(plain), ids, 10)
 
 
 @pytest.mark.parametrize("isa", ops.available_isas())

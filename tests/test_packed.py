@@ -7,12 +7,11 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from backends import emulated
 from test_batched import decode as told_alone
 from test_batched import side_by_side
 from tiny import FAMILY_NAMES, NAMES, full_text, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig, _simt, attach, generate
+from sirius_ext import Engine, SiriusConfig, attach, generate
 from sirius_ext.decoding.sparsity import sparse_density
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import ops, q4, q8
@@ -262,18 +261,12 @@ def test_progress(folder, tmp_path):
     assert [done for _, done in seen] == list(range(1, len(seen) + 1)) and seen[-1][0] == len(seen)
 
 
-def test_what_is_refused(folder, monkeypatch):
+def test_what_is_refused(folder):
     model = packed()
     with pytest.raises(RuntimeError, match="its weights are packed"):
         model(prompt(3))
     with pytest.raises(ValueError, match="^weights: expected one of plain, q8, q4, got 'q3'"):
         Engine.from_pretrained(str(folder), weights="q3")
-    with monkeypatch.context() as changed:
-        changed.setattr("sirius_ext.engine.device_of", lambda *_: torch.device("cuda:0"))
-        with pytest.raises(ValueError, match=r"^weights: expected plain or q8 on cuda:0, got 'q4', which is for the CPU"):
-            Engine.from_pretrained(str(folder), weights="q4")
-    with emulated(_simt), pytest.raises(ValueError, match=r"^model: weights in four bits \(q4\) are for the CPU"):
-        Engine(packed(weights="q4"))
     with pytest.raises(ValueError, match="^draft_weights: expected one of auto, same, q4, got 'q2'"):
         SiriusConfig(draft_weights="q2")
 

@@ -1,5 +1,4 @@
-"""The formats of four bits (csrc/q4.h): the numbers that they hold, and the ops that multiply them. The CUDA kernels do not read
-them yet, and say so."""
+"""The formats of four bits (csrc/q4.h): the numbers that they hold, and the ops that multiply them."""
 
 import math
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 from backends import (
     PACKED_CPU_BACKENDS,
+    PACKED_KERNELS,
     U,
     activation_error,
     assert_close,
@@ -25,10 +25,11 @@ from test_q8 import (
     check_faults_stay,
     check_thread_invariance,
     check_views,
-    rounded,
+    multiplied,
+    on_cuda,
 )
 
-from sirius_ext.kernels import ops, q4, q8, reference
+from sirius_ext.kernels import dispatch, ops, q4, q8, reference
 from sirius_ext.kernels.matrix import Format, Matrix
 
 # (rows, in, out): groups and headers that are whole and broken, one tile of rows and more, blocks of 48 groups and more.
@@ -40,9 +41,15 @@ MLP_SHAPES = [(1, 1, 1), (2, 31, 100), (7, 151, 63), (9, 1096, 40), (16, 40, 33)
 LISTS = list(neuron_lists(8))
 
 
+@pytest.fixture(params=PACKED_KERNELS)
+def kernels(request):
+    """As everywhere, and instruction sets that differ in these formats alone."""
+    with using(request.param) as module:
+        yield module
+
+
 @pytest.fixture(params=PACKED_CPU_BACKENDS)
 def cpu_kernels(request):
-    """As everywhere, and instruction sets that differ in these formats alone."""
     with using(request.param) as module:
         yield module
 
@@ -198,33 +205,33 @@ def product_error(weight: q4.Groups, rows=slice(None)):
 
 
 @pytest.mark.parametrize(("shape", "extras"), in_turns(3, SHAPES, ["plain", "bias", "residual"]), ids=str)
-def test_linear_against_reference(cpu_kernels, dtype, supers, shape, extras):
+def test_linear_against_reference(kernels, dtype, supers, shape, extras):
     m, width, rows = shape
     x, groups = walled(randn(m, width, dtype=dtype)), groups_of(rows, width, supers)
     matrix = Matrix.of_groups(groups)
     bias = walled(randn(rows, dtype=dtype)) if extras == "bias" else None
     residual = walled(randn(m, rows, dtype=dtype)) if extras == "residual" else None
-    seen, weight = rounded(x.float()), groups.numbers()
+    seen, weight = multiplied(kernels, x), groups.numbers()
     exact, error = seen @ weight.T, product_error(groups)(seen, weight)
     for extra in (bias, residual):
         if extra is not None:
             exact = exact + extra.float()
             error = error + 8 * U * (exact.abs() + extra.float().abs())
     out = poisoned(m, rows, dtype=dtype)
-    cpu_kernels.linear(x, among_faults(matrix), bias, residual, out=out.tensor)
+    kernels.linear(x, among_faults(matrix), bias, residual, out=out.tensor)
     assert_close(out.check(), exact, error)
     wide = poisoned(m, rows, dtype=torch.float32)
-    cpu_kernels.linear(x, matrix, bias, residual, out_dtype=torch.float32, out=wide.tensor)
+    kernels.linear(x, matrix, bias, residual, out_dtype=torch.float32, out=wide.tensor)
     assert_close(wide.check(), exact, error)
 
 
 @pytest.mark.parametrize(("shape", "kind"), in_turns(3, MLP_SHAPES, LISTS), ids=str)
-def test_gate_up_against_reference(cpu_kernels, dtype, supers, shape, kind):
+def test_gate_up_against_reference(kernels, dtype, supers, shape, kind):
     m, hidden, intermediate = shape
     neurons, x = neuron_lists(intermediate)[kind], walled(randn(m, hidden, dtype=dtype))
     groups = [groups_of(intermediate, hidden, supers) for _ in "gu"]
     rows = slice(None) if neurons is None else neurons.long()
-    seen, dense = rounded(x.float()), [each.numbers()[rows] for each in groups]
+    seen, dense = multiplied(kernels, x), [each.numbers()[rows] for each in groups]
     exact = reference.gate_up(seen, *dense)
     gate_error, up_error = (product_error(each, rows) for each in groups)
     error = activation_error(
@@ -233,37 +240,46 @@ def test_gate_up_against_reference(cpu_kernels, dtype, supers, shape, kind):
     out = poisoned(*exact.shape, dtype=dtype)
     listed = None if neurons is None else walled(neurons)
     gate, up = (among_faults(Matrix.of_groups(each), neurons) for each in groups)
-    cpu_kernels.gate_up(x, gate, up, listed, out=out.tensor)
+    kernels.gate_up(x, gate, up, listed, out=out.tensor)
     assert_close(out.check(), exact, error)
 
 
 @pytest.mark.parametrize("shape", MLP_SHAPES, ids=str)
-def test_gate_and_up_against_reference(cpu_kernels, dtype, supers, shape):
+def test_gate_and_up_against_reference(kernels, dtype, supers, shape):
     m, hidden, intermediate = shape
     neurons, x = neuron_lists(intermediate)["odd"], walled(randn(m, hidden, dtype=dtype))
     groups = [groups_of(intermediate, hidden, supers) for _ in "gu"]
     gate, up = map(Matrix.of_groups, groups)
-    seen, dense = rounded(x.float()), [each.numbers() for each in groups]
+    seen, dense = multiplied(kernels, x), [each.numbers() for each in groups]
     gates = poisoned(m, intermediate, dtype=torch.float32)
-    cpu_kernels.gate(x, among_faults(gate), out=gates.tensor)
+    kernels.gate(x, among_faults(gate), out=gates.tensor)
     error = activation_error(seen, dense[0], "silu", dot_error=product_error(groups[0]))
     assert_close(gates.check(), reference.gate(seen, dense[0]), error)
     exact = reference.up(seen, dense[1], gates.tensor, neurons)
     error = gates.tensor[:, neurons.long()].abs() * product_error(groups[1], neurons.long())(seen, None)
     out = poisoned(m, len(neurons), dtype=dtype)
-    cpu_kernels.up(x, among_faults(up, neurons), gates.tensor, neurons, out=out.tensor)
+    kernels.up(x, among_faults(up, neurons), gates.tensor, neurons, out=out.tensor)
     assert_close(out.check(), exact, error + 2 * U * exact.abs() + TINY)
-    assert_same_bits(out.tensor, cpu_kernels.gate_up(x, gate, up, neurons))
+    assert_same_bits(out.tensor, kernels.gate_up(x, gate, up, neurons))
 
 
 @pytest.mark.parametrize("m", [1, 3, 17])
-def test_gate_and_up_of_two_formats(cpu_kernels, dtype, m):
+def test_gate_and_up_of_two_formats(kernels, dtype, m):
     """A file may have any format for each of its matrices."""
     x, neurons = randn(m, 151, dtype=dtype), torch.arange(70, dtype=torch.int32)
     eight = Matrix(torch.randn(70, 151)).in_eight_bits()
     matrices = [Matrix.of_groups(groups_of(70, 151, supers)) for supers in (False, True)]
     for gate, up in ((matrices[0], eight), (eight, matrices[1]), (matrices[1], eight.in_four_bits())):
-        assert_same_bits(cpu_kernels.gate_up(x, gate, up), cpu_kernels.up(x, up, cpu_kernels.gate(x, gate), neurons))
+        assert_same_bits(kernels.gate_up(x, gate, up), kernels.up(x, up, kernels.gate(x, gate), neurons))
+
+
+def test_up_without_a_list(kernels):
+    """As a pass calls it where gate and up are of two formats."""
+    x, up = randn(3, 151, dtype=torch.bfloat16), Matrix.of_groups(groups_of(70, 151, True))
+    gates, out = torch.randn(3, 70), poisoned(3, 70, dtype=torch.bfloat16)
+    fields = {"dtype": ops.DTYPES[x.dtype], "x": x.data_ptr(), "up": up.raw, "gates": gates.data_ptr()}
+    dispatch.run(x.device, "up", **fields, out=out.tensor.data_ptr(), num_rows=3, num_neurons=70)
+    assert_same_bits(out.check(), ops.up(x, up, gates, torch.arange(70, dtype=torch.int32)))
 
 
 # ------------------------------------------------------------------------------------------------------------- rows added up
@@ -274,15 +290,15 @@ DOWN_SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "kind"), in_turns(2, DOWN_SHAPES, LISTS), ids=str)
-def test_down_against_reference(cpu_kernels, dtype, supers, shape, kind):
-    """Coefficients that are rounded to 127, 0 and -127: then nothing is lost."""
+@pytest.mark.parametrize(("shape", "kind"), in_turns(3, DOWN_SHAPES, LISTS), ids=str)
+def test_down_against_reference(kernels, dtype, supers, shape, kind):
+    """Of the CPU coefficients that are rounded to 127, 0 and -127: then nothing is lost."""
     m, intermediate, hidden = shape
     neurons = neuron_lists(intermediate)[kind]
     kept = slice(None) if neurons is None else neurons.long()
     groups = groups_of(hidden, intermediate, supers)
     matrix, weight, size = Matrix.of_groups(groups, transposed=True), groups.numbers().T[kept], size_of(groups).T[kept]
-    x = torch.randint(-1, 2, (m, len(weight))).to(dtype)
+    x = randn(m, len(weight), dtype=dtype) if on_cuda(kernels) else torch.randint(-1, 2, (m, len(weight))).to(dtype)
     residual = walled(randn(m, hidden, dtype=dtype)) if kind in ("one", "odd") else None
     exact, terms = x.float() @ weight, x.float().abs() @ size
     error = sum_error(terms, 2 * len(weight)) + 8 * U * terms  # of 127 times 1 / 127
@@ -291,18 +307,18 @@ def test_down_against_reference(cpu_kernels, dtype, supers, shape, kind):
         error = error + 8 * U * (exact.abs() + residual.float().abs())
     out = poisoned(m, hidden, dtype=dtype)
     listed = None if neurons is None else walled(neurons)
-    cpu_kernels.down(walled(x), among_faults(matrix, neurons), listed, residual, out=out.tensor)
+    kernels.down(walled(x), among_faults(matrix, neurons), listed, residual, out=out.tensor)
     assert_close(out.check(), exact, error)
 
 
 @pytest.mark.parametrize("shape", [(1, 400, 96), (5, 33, 200), (17, 129, 64)], ids=str)
-def test_down_of_any_numbers(cpu_kernels, dtype, supers, shape):
-    """The coefficients are rounded to eight bits for each group of 32 neurons, as the input of other products is."""
+def test_down_of_any_numbers(kernels, dtype, supers, shape):
+    """The CPU's coefficients are rounded to eight bits for each group of 32 neurons, as the input of other products is."""
     m, intermediate, hidden = shape
     x, groups = randn(m, intermediate, dtype=dtype), groups_of(hidden, intermediate, supers)
-    seen = rounded(x.float())
+    seen = multiplied(kernels, x)
     terms = seen.abs() @ size_of(groups).T
-    out = cpu_kernels.down(x, Matrix.of_groups(groups, transposed=True))
+    out = kernels.down(x, Matrix.of_groups(groups, transposed=True))
     assert_close(out, seen @ groups.numbers().T, sum_error(terms, 2 * intermediate) + 8 * U * terms)
 
 
@@ -315,22 +331,22 @@ def three(supers, width=151):
 
 
 @pytest.mark.parametrize("width", [151, 200])
-def test_batch_invariance(cpu_kernels, dtype, supers, width):
-    check_batch_invariance(cpu_kernels, dtype, three(supers, width), width)
+def test_batch_invariance(kernels, dtype, supers, width):
+    check_batch_invariance(kernels, dtype, three(supers, width), width)
 
 
 def test_thread_invariance(cpu_kernels, dtype, supers):
     check_thread_invariance(cpu_kernels, dtype, three(supers))
 
 
-def test_rows_that_stand_apart(cpu_kernels, dtype, supers):
+def test_rows_that_stand_apart(kernels, dtype, supers):
     matrices = three(supers)
-    check_views(cpu_kernels, dtype, matrices, list(map(among_faults, matrices)))
+    check_views(kernels, dtype, matrices, list(map(among_faults, matrices)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so(cpu_kernels, dtype, supers, value):
-    check_faults_stay(cpu_kernels, dtype, three(supers), value)
+def test_what_is_not_finite_stays_so(kernels, dtype, supers, value):
+    check_faults_stay(kernels, dtype, three(supers), value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- errors
@@ -367,17 +383,13 @@ def test_groups_that_lie_the_other_way():
         ops.down(x, along)
 
 
-def test_cuda_says_that_it_does_not_read_them(cuda_functions, supers):
-    x, (gate, up, down) = torch.zeros(2, 40), three(supers, 40)
-    neurons = torch.arange(3, dtype=torch.int32)
-    for op in (
-        lambda: ops.linear(x, gate),
-        lambda: ops.gate_up(x, gate, up),
-        lambda: ops.gate(x, gate),
-        lambda: ops.up(x, up, torch.zeros(2, 65), neurons),
-        lambda: ops.down(torch.zeros(2, 65), down),
-    ):
-        with pytest.raises(
-            ValueError, match=r"^(weight|gate): expected a format that the CUDA kernels read .* got Q4.*for the CPU"
-        ):
-            op()
+def test_scales_that_16_byte_loads_may_not_read(kernels):
+    """A file that is mapped into memory may have them."""
+    down = Matrix.of_groups(groups_of(40, 33, False), transposed=True)
+    moved = torch.zeros(down.shared.numel() + 16, dtype=torch.uint8)[8:-8].copy_(down.shared)
+    x, matrix = randn(2, 33, dtype=torch.float32), Matrix(down.data, down.packed, moved)
+    if not on_cuda(kernels):
+        assert_same_bits(kernels.down(x, matrix), kernels.down(x, down))
+        return
+    with pytest.raises(ValueError, match="^weight: shared: expected to begin at a multiple of 16 bytes, got 8 bytes after one"):
+        kernels.down(x, matrix)

@@ -12,6 +12,7 @@ import test_decode_step
 import test_down
 import test_fsparse_ops
 import test_linear
+import test_q4
 import test_q8
 import test_rms_norm
 import test_tree_attention
@@ -156,6 +157,10 @@ MUTATIONS = {
     "down multiplies codes before they are there": (
         without_barrier("down.cu", "lane_part(), loaded[half]);", "down.cu", 4, "__syncwarp"),
         lambda: test_q8.test_down_against_reference(ops, BF16, Format.Q8, (3, 151, 129), "dense"),
+    ),
+    "down adds up neurons of two groups with the scales of one": (
+        Mutation("down.cu", "neuron >= 0 && neuron / q4::kGroup == group", "neuron >= 0", "down.cu"),
+        lambda: test_q4.test_down_against_reference(ops, BF16, True, (3, 151, 129), "odd"),
     ),
     "down writes a column too many": (
         Mutation("down.cu", "c >= columns", "c > columns", "down.cu"),

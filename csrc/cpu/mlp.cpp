@@ -126,13 +126,14 @@ void follow(const FollowParams& p) {
 
 void up(const UpParams& p) {
   const Kernels& k = kernels(p.dtype);
-  const auto row_at = [&](int i) { return p.up.place(p.neurons[i]); };
+  const auto neuron = [&](int i) { return p.neurons ? p.neurons[i] : i; };
+  const auto row_at = [&](int i) { return p.up.place(neuron(i)); };
   Products(p.up, p.dtype, p.x, p.num_rows).each_chunk(p.up, p.num_neurons, row_at, [&](int j, int i, int n, float* sums) {
     const float* gates = p.gates + size_t(j) * p.up.rows;
-    for (int r = 0; r < n; ++r) sums[r] *= gates[p.neurons[i + r]];
+    for (int r = 0; r < n; ++r) sums[r] *= gates[neuron(i + r)];
     if (p.spread) {
       float* out = static_cast<float*>(p.out) + size_t(j) * p.up.rows;
-      for (int r = 0; r < n; ++r) out[p.neurons[i + r]] = sums[r];
+      for (int r = 0; r < n; ++r) out[neuron(i + r)] = sums[r];
       return;
     }
     k.store(sums, nullptr, 1.0f, 0.0f, nullptr, n, offset(p.out, size_t(j) * p.num_neurons + i, p.dtype));

@@ -128,6 +128,18 @@ __device__ __forceinline__ uint32_t word_of(float first, float second) {
 #endif
 }
 
+// (a & mask) | bits, in one operation: left to itself nvcc takes two where both are constants.
+template <uint32_t Mask, uint32_t Bits>
+__device__ __forceinline__ uint32_t masked_or(uint32_t a) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "n"(Mask), "n"(Bits));
+  return out;
+#else
+  return (a & Mask) | Bits;
+#endif
+}
+
 // Some elements of T side by side, as the words in which they are loaded and multiplied. Whoever looks at one gets it as a float:
 // of an array of 16-bit elements nvcc keeps each in a register of its own, and takes the words apart for it.
 template <class T, int Size>
@@ -153,6 +165,11 @@ struct alignas(Size * sizeof(T)) Packed {
         out.words[i] = word_of<T>(values[2 * i], values[2 * i + 1]);
     }
     return out;
+  }
+
+  __device__ __forceinline__ void put_half(int which, const Packed<T, Size / 2>& half) {
+#pragma unroll
+    for (int i = 0; i < Size / kEach / 2; ++i) words[which * (Size / kEach / 2) + i] = half.words[i];
   }
 
   // Elements one by one, for bodies that are not for speed. `put` wants a zero in its place.
@@ -183,26 +200,56 @@ __device__ __forceinline__ void expect_aligned([[maybe_unused]] const void* addr
 #endif
 }
 
-// Weights are read once a pass: past L1, and first to leave L2. Zero, and nothing is read, unless they are `there`. Volatile, so
-// that loads stand where they are written: before the products of other weights, which are volatile too.
-template <class T>
-__device__ __forceinline__ Vec<T> load_streaming(const T* at, bool there) {
+// Sixteen bytes of weights, first to leave L2; `Bytes` after `at`. Those that are read once a pass go past L1. Zero, and nothing
+// is read, unless they are `there`. Volatile, so that loads stand where they are written: before the products of other weights,
+// which are volatile too.
+template <bool PastL1, int Bytes, class T>
+__device__ __forceinline__ Vec<T> load_weights(const T* at, bool there) {
   Vec<T> out{};
 #if defined(__CUDA_ARCH__)
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  // With a branch around it nvcc copies words as soon as they are loaded, and so waits for them.
-  asm volatile(
-      "{.reg .pred there;\n"
-      "setp.ne.u32 there, %6, 0;\n"
-      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-      "@there ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;}"
-      : "=&r"(out.words[0]), "=&r"(out.words[1]), "=&r"(out.words[2]), "=&r"(out.words[3])
-      : "l"(at), "l"(policy), "r"(uint32_t(there)));
+// With a branch around it nvcc copies words as soon as they are loaded, and so waits for them.
+#define SIRIUS_LOAD_WEIGHTS(past_l1)                                                           \
+  asm volatile(                                                                                \
+      "{.reg .pred there;\n"                                                                   \
+      "setp.ne.u32 there, %6, 0;\n"                                                            \
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"                          \
+      "@there ld.global.nc" past_l1 ".L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4 + %7], %5;}" \
+      : "=&r"(out.words[0]), "=&r"(out.words[1]), "=&r"(out.words[2]), "=&r"(out.words[3])     \
+      : "l"(at), "l"(policy), "r"(uint32_t(there)), "n"(Bytes))
+  if constexpr (PastL1)
+    SIRIUS_LOAD_WEIGHTS(".L1::no_allocate");
+  else
+    SIRIUS_LOAD_WEIGHTS("");
+#undef SIRIUS_LOAD_WEIGHTS
 #else
   if (!there) return out;
+  at += Bytes / sizeof(T);
   expect_aligned(at);
   std::memcpy(&out, at, sizeof(out));
+#endif
+  return out;
+}
+
+template <int Bytes = 0, class T>
+__device__ __forceinline__ Vec<T> load_streaming(const T* at, bool there) {
+  return load_weights<true, Bytes>(at, there);
+}
+
+// A word of weights beside which others read: kept in L1.
+__device__ __forceinline__ uint32_t load_word(const void* at, bool there) {
+  uint32_t out = 0;
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "{.reg .pred there;\n"
+      "setp.ne.u32 there, %2, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "@there ld.global.nc.u32 %0, [%1];}"
+      : "=&r"(out)
+      : "l"(at), "r"(uint32_t(there)));
+#else
+  if (there) std::memcpy(&out, at, sizeof(out));
 #endif
   return out;
 }
@@ -221,11 +268,11 @@ __device__ __forceinline__ void store(T* at, const Vec<T>& value) {
 }
 
 // For arrays that no 16-byte load may read. A function of its own: inlined everywhere, it takes most of nvcc's time.
-template <class T>
-SIRIUS_OUT_OF_LINE __device__ Vec<T> load_elements(const T* array, int begin, int n) {
-  Vec<T> out{};
+template <int Size, class T>
+SIRIUS_OUT_OF_LINE __device__ Packed<T, Size> load_elements(const T* array, int begin, int n) {
+  Packed<T, Size> out{};
 #pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i)
+  for (int i = 0; i < Size; ++i)
     if (begin + i < n) out.put(i, array[begin + i]);
   return out;
 }
@@ -239,7 +286,7 @@ __device__ __forceinline__ Vec<T> load_part(const T* array, int begin, int n) {
     if (begin < n) out = load(array + begin);
     return out;
   } else {
-    return load_elements(array, begin, n);
+    return load_elements<Vec<T>::size>(array, begin, n);
   }
 }
 
@@ -248,7 +295,7 @@ __device__ __forceinline__ Vec<T> load_part_streaming(const T* array, int begin,
   if constexpr (Aligned)
     return load_streaming(array + begin, begin < n);
   else
-    return load_elements(array, begin, n);
+    return load_elements<Vec<T>::size>(array, begin, n);
 }
 
 template <bool Aligned, class T>

@@ -1,5 +1,7 @@
 // One pass of up to sixteen tokens through every layer of a model of any family. A layer is six kernels, eight with FSparse, nine
-// with the cascade; one more for each norm after a product, and one more where heads of q and k are normalised.
+// with the cascade; one more for each norm after a product, one more where heads of q and k are normalised, one more for each
+// matrix whose format is not that of others that the same kernel would read, and of packed weights one more for each norm of more
+// than eight tokens.
 #include <initializer_list>
 
 #include "ops.h"
@@ -68,8 +70,9 @@ class Layers {
       mlp_block(layer);
       if (pass_.weights) pass_.weights->done(layer, stream_);
     }
+    const Read head = read(m_.final_norm, m_.lm_head);
     linear({.dtype = m_.dtype,
-            .x = x_,
+            .x = head.x,
             .parts = {{m_.lm_head, nullptr}},
             .num_parts = 1,
             .out = p_.logits,
@@ -78,7 +81,7 @@ class Layers {
             .softcap = m_.logit_softcap,
             .num_rows = p_.num_rows,
             .out_features = m_.vocab},
-           m_.final_norm, workspace_, stream_);
+           head.norm, workspace_, stream_);
     if (p_.argmax)
       argmax({.logits = p_.logits, .argmax = p_.argmax, .num_rows = p_.num_rows, .vocab = m_.vocab}, workspace_, stream_);
   }
@@ -90,8 +93,9 @@ class Layers {
     const size_t cache_at = size_t(layer) * m_.kv_heads * p_.capacity * m_.head_dim;
     void *k_cache = at(p_.k_cache, cache_at), *v_cache = at(p_.v_cache, cache_at);
 
+    const Read input = read(w.before_attention, w.qkv[0].weight);
     const LinearParams product{.dtype = m_.dtype,
-                               .x = x_,
+                               .x = input.x,
                                .parts = {w.qkv[0], w.qkv[1], w.qkv[2]},
                                .num_parts = 3,
                                .out = qkv_,
@@ -116,10 +120,10 @@ class Layers {
     // A block of the one kernel for both has some pairs of a head; a head's norm wants all of it.
     const bool heads_are_normalised = w.q_norm.weight || w.k_norm.weight;
     if (heads_are_normalised) {
-      linear(product, w.before_attention, workspace_, stream_);
+      linear(product, input.norm, workspace_, stream_);
       rope_kv_write(rope, workspace_, stream_);
     } else {
-      qkv_rope_kv_write(product, rope, w.before_attention, workspace_, stream_);
+      qkv_rope_kv_write(product, rope, input.norm, workspace_, stream_);
     }
 
     const int width = m_.heads * m_.head_dim;
@@ -161,37 +165,42 @@ class Layers {
     const int32_t *neurons = nullptr, *count = nullptr;
     int kept = m_.intermediate;
     void* z = p_.z ? at(p_.z, size_t(layer) * p_.num_rows * m_.intermediate) : z_;
+    const Read input = read(w.before_mlp, w.gate);
     if (s.kind == Sparsity::dense || s.kind == Sparsity::listed) {
       if (s.kind == Sparsity::listed) {
         kept = s.kept;
         neurons = s.neurons + size_t(layer) * kept;
       }
-      gate_up({.dtype = m_.dtype,
-               .x = x_,
-               .gate = w.gate,
-               .up = w.up,
-               .neurons = neurons,
-               .settled = true,
-               .out = z,
-               .activation = m_.activation,
-               .num_rows = p_.num_rows,
-               .num_neurons = kept},
-              w.before_mlp, workspace_, stream_);
+      if (w.gate.format == w.up.format) {
+        gate_up({.dtype = m_.dtype,
+                 .x = input.x,
+                 .gate = w.gate,
+                 .up = w.up,
+                 .neurons = neurons,
+                 .settled = true,
+                 .out = z,
+                 .activation = m_.activation,
+                 .num_rows = p_.num_rows,
+                 .num_neurons = kept},
+                input.norm, workspace_, stream_);
+      } else {
+        gate_of(w, input, neurons, kept);
+        up({.dtype = m_.dtype,
+            .x = input.x,
+            .up = w.up,
+            .gates = gates_,
+            .neurons = neurons,
+            .out = z,
+            .num_rows = p_.num_rows,
+            .num_neurons = kept},
+           input.norm, workspace_, stream_);
+      }
     } else {
       const bool cascade = s.kind == Sparsity::cascade;
       const int32_t* among = cascade ? s.neurons + size_t(layer) * s.kept : nullptr;
       const float* weights = cascade ? s.down_norms + size_t(layer) * m_.intermediate : nullptr;
       const int candidates = cascade ? s.kept : m_.intermediate;
-      gate({.dtype = m_.dtype,
-            .x = x_,
-            .gate = w.gate,
-            .neurons = among,
-            .settled = true,
-            .out = gates_,
-            .activation = m_.activation,
-            .num_rows = p_.num_rows,
-            .num_neurons = candidates},
-           w.before_mlp, workspace_, stream_);
+      gate_of(w, input, among, candidates);
       const float* threshold = s.kind == Sparsity::threshold ? s.thresholds + layer : nullptr;
       if (threshold)
         count = count_;
@@ -211,7 +220,7 @@ class Layers {
              workspace_, stream_);
       neurons = neurons_;
       up({.dtype = m_.dtype,
-          .x = x_,
+          .x = input.x,
           .up = w.up,
           .gates = gates_,
           .neurons = neurons,
@@ -220,7 +229,7 @@ class Layers {
           .spread = cascade,
           .num_rows = p_.num_rows,
           .num_neurons = kept},
-         w.before_mlp, workspace_, stream_);
+         input.norm, workspace_, stream_);
       if (cascade) {
         kept = s.kept_down;
         select({.dtype = m_.dtype,
@@ -253,6 +262,33 @@ class Layers {
           .num_neurons = kept},
          workspace_, stream_);
     finish_join(w.after_mlp);
+  }
+
+  // What products read of x: it is normalised by them, or before. Each block of a product normalises for itself, which for more
+  // than eight rows, beside weights of few bytes, takes more time than their products (by counting instructions).
+  struct Read {
+    const void* x;
+    Norm norm;
+  };
+  Read read(const Norm& norm, const Matrix& weight) const {
+    if (!norm.weight || is_plain(weight.format) || p_.num_rows <= 8) return {x_, norm};
+    rms_norm({.dtype = m_.dtype, .x = x_, .norm = norm, .out = branch_, .num_rows = p_.num_rows, .hidden = m_.hidden}, workspace_,
+             stream_);
+    return {branch_, {}};
+  }
+
+  // Into gates_. neurons: settled, or null for all.
+  void gate_of(const LayerWeights& w, const Read& input, const int32_t* neurons, int num_neurons) const {
+    gate({.dtype = m_.dtype,
+          .x = input.x,
+          .gate = w.gate,
+          .neurons = neurons,
+          .settled = true,
+          .out = gates_,
+          .activation = m_.activation,
+          .num_rows = p_.num_rows,
+          .num_neurons = num_neurons},
+         input.norm, workspace_, stream_);
   }
 
   // How what attention or MLP make joins x: as it is written, or by a norm after it, which needs the whole row.

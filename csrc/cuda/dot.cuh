@@ -23,15 +23,20 @@ constexpr int kDotBlocks = sizeof(T) == 4 || !Aligned      ? 1
                            : Columns <= 8 && Matrices == 1 ? 3
                                                            : 2;
 
-// Rows of input. x: T [num_rows, width]; those of this block start at `first`.
+// Rows of input, and the format of what they are multiplied with. x: T [num_rows, width].
 struct Input {
   const void* x;
   Norm norm;
   int num_rows, width;
+  Format format;
 };
 
 // A row of input alone, as long as this, is kept in shared memory: normalised once, not by every warp for itself.
 constexpr int kLargestRow = 16384;
+
+// What a step begins within is there to its end: zeros after the row.
+constexpr int kLongestStep = kNibbleStep * q4::kGroup;
+__host__ __device__ constexpr int filled_up(int width) { return ceil_div(width, kLongestStep) * kLongestStep; }
 
 template <class T, class W, int Columns, int Matrices>
 struct alignas(16) DotShared {
@@ -52,10 +57,36 @@ struct alignas(16) DotShared {
     return total;
   }
 
-  // After it, with one column: T [width].
+  // After it, with one column: T [filled_up(width)].
   __device__ __forceinline__ Vec<T>* row() { return reinterpret_cast<Vec<T>*>(this + 1); }
-  static size_t bytes(int width) { return sizeof(DotShared) + (Columns == 1 ? width * sizeof(T) : 0); }
+  static size_t bytes(int width) { return sizeof(DotShared) + (Columns == 1 ? filled_up(width) * sizeof(T) : 0); }
 };
+
+// The halves of a vector of T as they come from memory, one after the other.
+template <class T>
+constexpr int kTogether = Vec<T>::size / 2;
+
+// Half a vector's elements of an array of n from k on, and as many from k + Apart on; zero from n on. As load_part.
+template <bool Aligned, int Apart, class T>
+__device__ __forceinline__ Vec<T> load_halves(const T* array, int k, int n) {
+  if constexpr (Apart == kTogether<T>) {
+    return load_part<Aligned>(array, k, n);
+  } else {
+    using Half = Packed<T, kTogether<T>>;
+    Vec<T> out{};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int from = k + i * Apart;
+      Half half{};
+      if constexpr (!Aligned)
+        half = load_elements<Half::size>(array, from, n);
+      else if (from < n)
+        half = *reinterpret_cast<const Half*>(array + from);
+      out.put_half(i, half);
+    }
+    return out;
+  }
+}
 
 // What a block multiplies with. `begin` comes before all else, and waits for the block.
 template <class T, bool Aligned, int Columns>
@@ -85,14 +116,15 @@ class InputRows {
     for (int i = 0; i < Sums::kInputs; ++i) scale_[i] = shared.scale[Sums::column(i)];
   }
 
-  // Elements [k, k + Vec::size) of the rows that this lane multiplies.
+  // Of the rows that this lane multiplies elements k and on, as `load_halves` has them.
+  template <int Apart = kTogether<T>>
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[Sums::kInputs]) const {
     Vec<T> weight{};
-    if (norm_) weight = load_part<Aligned>(norm_, k, width_);
+    if (norm_) weight = load_halves<Aligned, Apart>(norm_, k, width_);
 #pragma unroll
     for (int i = 0; i < Sums::kInputs; ++i) {
       const int row = Sums::column(i);
-      out[i] = load_part<Aligned>(x_ + size_t(row) * width_, k, row < rows_ ? width_ : 0);
+      out[i] = load_halves<Aligned, Apart>(x_ + size_t(row) * width_, k, row < rows_ ? width_ : 0);
       if (!norm_) continue;
       float normed[Vec<T>::size];
 #pragma unroll
@@ -108,7 +140,8 @@ class InputRows {
   float scale_[Sums::kInputs] = {};
 };
 
-// One row, which stands in shared memory as it is multiplied. The lanes of the other columns multiply zeros.
+// One row, which stands in shared memory as it is multiplied. The lanes of the other columns multiply it, too: no one looks at
+// what comes of that.
 template <class T, bool Aligned>
 class InputRows<T, Aligned, 1> {
  public:
@@ -117,9 +150,9 @@ class InputRows<T, Aligned, 1> {
     const T *x = static_cast<const T*>(in.x) + size_t(blockIdx.y) * kTileRows * in.width,
             *weights = static_cast<const T*>(in.norm.weight);
     row_ = shared.row();
-    width_ = lane_row() == 0 ? in.width : 0;
     constexpr int kStride = kDotWarps * kWarp;
-    const int vectors = in.width / Vec<T>::size;
+    const int vectors = in.width / Vec<T>::size, all = filled_up(in.width) / Vec<T>::size;
+    for (int i = vectors + int(threadIdx.x); i < all; i += kStride) row_[i] = {};
     if (!weights) {
       for (int i = int(threadIdx.x); i < vectors; i += kStride) row_[i] = load(x + i * Vec<T>::size);
       __syncthreads();
@@ -139,16 +172,21 @@ class InputRows<T, Aligned, 1> {
     __syncthreads();
   }
 
+  template <int Apart = kTogether<T>>
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[1]) const {
-    out[0] = {};
-    if (k < width_) out[0] = row_[k / Vec<T>::size];
+    using Half = Packed<T, kTogether<T>>;
+    if constexpr (Apart == kTogether<T>) {
+      out[0] = row_[k / Vec<T>::size];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) out[0].put_half(i, reinterpret_cast<const Half*>(row_)[(k + i * Apart) / Half::size]);
+    }
   }
 
  private:
   __device__ static __forceinline__ Vec<T> load(const T* at) { return cuda::load(at); }
 
   Vec<T>* row_;
-  int width_;  // 0 in lanes of other columns
 };
 
 // How a warp multiplies 16 rows of each matrix: `load` puts what a step needs on its way, `take` and `multiply` as in_steps wants
@@ -166,17 +204,17 @@ struct Products {
 
   __device__ __forceinline__ static int steps(int width) { return width; }
 
-  __device__ __forceinline__ void load(int step, int width) {
+  __device__ __forceinline__ void load(int step, const Input& in) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i)
 #pragma unroll
       for (int m = 0; m < Matrices; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          loaded[i][m][half] = rows[m][half].load(step + i * kPart + lane_part() * Vec<T>::size, width);
+          loaded[i][m][half] = rows[m][half].load(step + i * kPart + lane_part() * Vec<T>::size, in.width);
   }
 
-  __device__ __forceinline__ void take(Scratch&) {
+  __device__ __forceinline__ void take(const Input&, Scratch&) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i)
 #pragma unroll
@@ -198,25 +236,25 @@ struct Products {
 };
 
 // The same of rows in eight bits, whose steps are groups. A warp loads four groups of a row at a time, 64 bytes of a plane.
-template <class T, bool kUpper, bool Aligned, int Columns, int Matrices>
-struct Products<T, Q8<kUpper>, Aligned, Columns, Matrices> {
+template <class T, bool Aligned, int Columns, int Matrices>
+struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   static constexpr int kStep = kStepGroups;
-  static constexpr bool kAhead = kUpper || Columns * Matrices < 32;
+  static constexpr bool kAhead = Columns * Matrices < 32;
   using Scratch = Q8Codes[Matrices];
 
-  WeightRow<T, Q8<kUpper>, Aligned> rows[Matrices][2];
-  Q8Group<kUpper> loaded[Matrices][2];
+  WeightRow<T, Q8<false>, Aligned> rows[Matrices][2];
+  Q8Group<false> loaded[Matrices][2];
 
   __device__ __forceinline__ static int steps(int width) { return q8::groups(width); }
 
-  __device__ __forceinline__ void load(int step, int width) {
+  __device__ __forceinline__ void load(int step, const Input& in) {
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], step + lane_part(), width);
+      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], step + lane_part(), in.width);
   }
 
-  __device__ __forceinline__ void take(Scratch& codes) {
+  __device__ __forceinline__ void take(const Input&, Scratch& codes) {
     __syncwarp();  // all lanes have used the codes before
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
@@ -236,9 +274,58 @@ struct Products<T, Q8<kUpper>, Aligned, Columns, Matrices> {
       for (int m = 0; m < Matrices; ++m) {
         Vec<T> numbers[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          numbers[half] = codes[m].template eight<T, kUpper>(lane_row() + half * 8, i, lane_part());
+        for (int half = 0; half < 2; ++half) numbers[half] = codes[m].template eight<T>(lane_row() + half * 8, i, lane_part());
         tiles[m].add_scaled(numbers[0], numbers[1], codes[m].scales[i][lane_row()], codes[m].scales[i][lane_row() + 8], x);
+      }
+    }
+  }
+};
+
+// The same of nibbles. A warp loads eight groups of a row at a time, 128 bytes and a header.
+template <class T, bool Aligned, int Columns, int Matrices>
+struct Products<T, Nibbles, Aligned, Columns, Matrices> {
+  static constexpr int kStep = kNibbleStep;
+  static constexpr bool kAhead = Columns * Matrices < 32;
+  using Scratch = NibbleCodes[Matrices];
+
+  WeightRow<T, Nibbles, Aligned> rows[Matrices][2];
+  NibbleGroups loaded[Matrices][2];
+
+  __device__ __forceinline__ static int steps(int width) { return q4::groups(width); }
+
+  __device__ __forceinline__ void load(int step, const Input& in) {
+#pragma unroll
+    for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], in.format, step, in.width);
+  }
+
+  __device__ __forceinline__ void take(const Input& in, Scratch& codes) {
+    __syncwarp();  // all lanes have used the nibbles before
+#pragma unroll
+    for (int m = 0; m < Matrices; ++m) codes[m].put(in.format, loaded[m]);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, Aligned, Columns>& input, Scratch& codes,
+                                           Tile<T, Columns> (&tiles)[Matrices]) const {
+    // Beyond the last group scales, minima and input are zero.
+#pragma unroll(Aligned ? 2 : 1)
+    for (int i = 0; i < kNibbleStep; ++i) {
+      Vec<T> x[Tile<T, Columns>::kInputs];
+      input.template load<q4::kGroup / 2>((step + i) * q4::kGroup + lane_part() * kTogether<T>, x);
+      typename Tile<T, Columns>::Totals totals(x);
+#pragma unroll
+      for (int m = 0; m < Matrices; ++m) {
+        Vec<T> numbers[2];
+        Affine affine[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          numbers[half] = codes[m].template eight<T>(lane_row() + half * 8, i, lane_part());
+          affine[half] = codes[m].affine[i][lane_row() + half * 8];
+        }
+        tiles[m].add_scaled(numbers[0], numbers[1], affine[0].scale, affine[1].scale, x);
+        tiles[m].add_totals(totals, affine[0].minimum, affine[1].minimum);
       }
     }
   }
@@ -256,14 +343,14 @@ __device__ __forceinline__ int dot_rows(const Input& in, DotShared<T, W, Columns
   for (int m = 0; m < Matrices; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) part.rows[m][half] = row_at(m, lane_row() + half * 8);
-  if (Part::kAhead) part.load(begin, in.width);
+  if (Part::kAhead) part.load(begin, in);
 
   wait_for_kernel_before();
   InputRows<T, Aligned, Columns> input;
   input.begin(in, shared);
   Tile<T, Columns> tiles[Matrices];
   in_steps<Part::kAhead>(
-      begin, end, kDotWarps * Part::kStep, [&](int step) { part.load(step, in.width); }, [&] { part.take(scratch); },
+      begin, end, kDotWarps * Part::kStep, [&](int step) { part.load(step, in); }, [&] { part.take(in, scratch); },
       [&](int step) { part.multiply(step, input, scratch, tiles); });
   __syncwarp();  // the sums are put where the scratch was
 #pragma unroll
@@ -280,11 +367,12 @@ __device__ __forceinline__ void for_each_sum(int rows, int input_rows, Body&& bo
     if (i % kTileRows < rows && i / kTileRows < input_rows) body(i % kTileRows, i / kTileRows);
 }
 
-// What a block takes of a matrix's rows: up to sixteen, and fewer where all multiprocessors then have more equally much to read.
+// What a block takes of a matrix's rows, from `begin` on: up to sixteen, and fewer where all multiprocessors then have more
+// equally much to read.
 struct Tiling {
-  int rows, of_tile;
+  int rows, of_tile, begin;
 
-  explicit Tiling(int rows_) : rows(rows_), of_tile(kTileRows) {
+  explicit Tiling(int rows_, int begin_ = 0) : rows(rows_), of_tile(kTileRows), begin(begin_) {
     const int processors = multiprocessors();
     const auto busiest = [&](int each) { return ceil_div(ceil_div(rows, each), processors) * each; };  // rows that it reads
     // Tiles that are not full cost instructions.
@@ -294,8 +382,11 @@ struct Tiling {
 
   dim3 grid(int num_rows) const { return dim3(ceil_div(rows, of_tile), ceil_div(num_rows, kTileRows)); }
 
-  __device__ __forceinline__ int first() const { return int(blockIdx.x) * of_tile; }
-  __device__ __forceinline__ int count() const { return rows - first() < of_tile ? rows - first() : of_tile; }
+  __device__ __forceinline__ int first() const { return begin + int(blockIdx.x) * of_tile; }
+  __device__ __forceinline__ int count() const {
+    const int left = rows - int(blockIdx.x) * of_tile;
+    return left < of_tile ? left : of_tile;
+  }
   // One of the tile's sixteen rows. What is no row of this block is its last one: the same bytes, which are loaded once.
   __device__ __forceinline__ int at(int row) const { return first() + (row < count() ? row : count() - 1); }
 };
@@ -304,6 +395,18 @@ struct Tiling {
 template <class T>
 bool rows_aligned(const void* array, int width) {
   return aligned16(array) && width % Vec<T>::size == 0;
+}
+
+// body(Type<W>()) for a format whose rows are multiplied with input of T.
+template <class T, class Body>
+void with_product(Format format, Body&& body) {
+  if (is_plain(format)) return body(Type<Plain>());
+  if constexpr (sizeof(T) == 4) {
+    body(Type<Numbers>());
+  } else {
+    if (format == Format::q8) return body(Type<Q8<false>>());
+    body(Type<Nibbles>());
+  }
 }
 
 // body(Type<T>(), Type<W>(), whether 16-byte loads are possible, columns) for rows of some matrices of one format, and of x.
@@ -316,7 +419,7 @@ void with_body(Dtype dtype, const void* x, std::initializer_list<const Matrix*> 
     const Matrix& weight = **weights.begin();
     bool aligned = rows_aligned<T>(x, weight.cols) && aligned16(norm.weight);
     for (const Matrix* each : weights) aligned = aligned && weights_aligned<T>(*each);
-    with_format<T>(weight, [&](auto format) {
+    with_product<T>(weight.format, [&](auto format) {
       const auto for_speed = [&](auto is_aligned) {
         if constexpr (kHalves && is_aligned.value)
           if (num_rows == 1 && weight.cols <= kLargestRow)
@@ -330,6 +433,18 @@ void with_body(Dtype dtype, const void* x, std::initializer_list<const Matrix*> 
       body(type, format, std::false_type(), std::integral_constant<int, 16>());
     });
   });
+}
+
+// The same for matrices whose outputs stand side by side: body(..., begin, end) for each stretch of them that are of one format.
+template <class Body>
+void with_bodies(const LinearParams& p, const Norm& norm, Body&& body) {
+  for (int begin = 0, end; begin < p.num_parts; begin = end) {
+    end = begin + 1;
+    while (end < p.num_parts && p.parts[end].weight.format == p.parts[begin].weight.format) ++end;
+    const auto part = [&](int i) { return &p.parts[begin + i < end ? begin + i : begin].weight; };
+    with_body(p.dtype, p.x, {part(0), part(1), part(2)}, norm, p.num_rows,
+              [&](auto type, auto format, auto aligned, auto columns) { body(type, format, aligned, columns, begin, end); });
+  }
 }
 
 }  // namespace sirius::cuda

@@ -22,11 +22,19 @@ constexpr int kStep = 16;  // neurons that a warp adds up at a time: four a lane
 constexpr int kLaneNeurons = 4;
 constexpr int kPartNeurons = 128;  // least of a part: one step for each warp
 
+// What the parts' lengths are multiples of.
+template <class W>
+constexpr int kPartUnit = kStep;
+template <>
+constexpr int kPartUnit<Across> = q4::kGroup;
+
 // Columns of `out` that a warp has: 16 bytes for each of eight lanes, or of a plane for each of four.
 template <class T, class W>
 constexpr int kStretch = 8 * Vec<T>::size;
 template <class T, bool kUpper>
 constexpr int kStretch<T, Q8<kUpper>> = kStepGroups * q8::kGroup;
+template <class T>
+constexpr int kStretch<T, Across> = kStepGroups * q4::kGroup;
 constexpr int kLargestStretch = kStretch<bf16_t, Q8<false>>;
 
 // Blocks of one row of input that a multiprocessor holds at a time, and of 16-bit types at least two thirds as many of sixteen.
@@ -176,6 +184,77 @@ class Sums<T, Q8<kUpper>, Columns> {
   float sums_[kStepGroups][2][kInputs][4] = {};
 };
 
+// 32 slots for neurons of one group, of which a lane multiplies four in each half.
+constexpr int kSlots = q4::kGroup;
+
+template <class T, int Columns>
+class Sums<T, Across, Columns> {
+ public:
+  static constexpr int kInputs = Columns / 8;
+  __device__ static __forceinline__ int column(int input) { return input * 8 + lane_row(); }
+
+  // x: coefficients of the slots, zero where a slot is empty. What is in the second half counts if `both`.
+  __device__ __forceinline__ void add(const AcrossCodes& codes, const Quad<T> (&x)[2][kInputs], bool both) {
+    float totals[kInputs][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i)
+        mma<T>(totals[i], {{kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>}, {x[half][i].words[0], x[half][i].words[1]}});
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      uint32_t words[2][kLaneNeurons];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < kLaneNeurons; ++i) words[half][i] = codes.word(half, lane_part(), i, lane_row() + 8 * q);
+      // One of a word's four bytes after the other: all sums at once are more than a thread has registers for.
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        float sums[kInputs][4] = {};
+        multiply(sums, words[0], b, x[0]);
+        if (both) multiply(sums, words[1], b, x[1]);
+        const Affine first = codes.affine[q][b][lane_row()][0], second = codes.affine[q][b][lane_row()][1];
+#pragma unroll
+        for (int i = 0; i < kInputs; ++i)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const Affine of = k < 2 ? first : second;
+            sums_[q][b][i][k] = fmaf(of.minimum, totals[i][k % 2], fmaf(of.scale, sums[i][k], sums_[q][b][i][k]));
+          }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<T, Across>]) const {
+#pragma unroll
+    for (int q = 0; q < 2; ++q)
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int i = 0; i < kInputs; ++i)
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            out[i * 8 + lane_part() * 2 + k % 2][(2 * q + lane_row() / 4) * q4::kGroup + k / 2 * 16 + lane_row() % 4 * 4 + b] =
+                sums_[q][b][i][k];
+  }
+
+ private:
+  // The tile's row g is what byte b of the neurons' words has in its lower nibble, and row g + 8 what it has in its upper one.
+  __device__ static __forceinline__ void multiply(float (&sums)[kInputs][4], const uint32_t (&words)[kLaneNeurons], int b,
+                                                  const Quad<T> (&x)[kInputs]) {
+    const unsigned bytes = b < 2 ? 0x5410 : 0x7632;  // of two neurons, side by side: b and its neighbour
+    const uint32_t two[2] = {__byte_perm(words[0], words[1], bytes), __byte_perm(words[2], words[3], bytes)};
+    uint32_t a[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) a[k] = nibble_numbers<T>(two[k / 2], b % 2 * 8 + k % 2 * 4);
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) mma<T>(sums[i], {{a[0], a[1], a[2], a[3]}, {x[i].words[0], x[i].words[1]}});
+  }
+
+  float sums_[2][4][kInputs][4] = {};
+};
+
 template <class T, class W, int Columns>
 struct Shared {
   float sums[kWarps][Columns][kStretch<T, W>];
@@ -285,9 +364,90 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
   __syncwarp();  // the sums are put where the codes were
 }
 
+// The same where 32 neurons have their scales together. A step has neurons of one of these groups, in slots of which every fourth
+// begins where four coefficients may be loaded at once.
+template <class T, class W, bool Aligned, int Columns>
+__device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, AcrossCodes* codes,
+                                            Sums<T, Across, Columns>& sums) {
+  constexpr bool kAhead = Columns == 8;
+  constexpr int kInputs = Sums<T, Across, Columns>::kInputs;
+  const bool supers = p.down.format == Format::q4_k_across;
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  // The warps' stretches cut no group, or in a list no four.
+  const int unit = p.neurons ? kLaneNeurons : q4::kGroup, length = ceil_div(ceil_div(part.end - part.begin, kWarps), unit) * unit;
+  const int begin = part.begin + warp * length;
+  const Part<T> own{part.x, part.rows, begin, begin + length < part.end ? begin + length : part.end, part.column};
+  const int groups = q4::groups(p.down.cols), first_group = part.column / q4::kGroup;
+
+  // A step: its slots begin at place `first` of the list; those of the bits set are its neurons.
+  struct Step {
+    int first;
+    unsigned slots;
+  } loaded, step;
+  Vec<uint32_t> nibbles[4];
+  AcrossScales scales;
+  int neuron;  // of the slot with this lane's number, or -1, for the step that is to be loaded next
+  const auto look_up = [&](int place) {
+    const int i = place / kLaneNeurons * kLaneNeurons + lane;
+    neuron = i < own.end ? (p.neurons ? p.neurons[i] : i) : -1;
+  };
+  // Returns where the next step begins.
+  const auto load = [&](int place) {
+    const int skipped = place % kLaneNeurons, group = __shfl_sync(kAllLanes, neuron / q4::kGroup, skipped);
+    const unsigned same = __ballot_sync(kAllLanes, neuron >= 0 && neuron / q4::kGroup == group) >> skipped;
+    const int count = same == ~0u ? kSlots : __ffs(int(~same)) - 1;
+    loaded = {place - skipped, (count == kSlots ? ~0u : (1u << count) - 1) << skipped};
+    const unsigned rows = first_group + lane_part() < groups ? loaded.slots >> lane_row() : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int slot = lane_row() + 8 * i;
+      nibbles[i] = WeightRow<T, W, Aligned>(p.down, __shfl_sync(kAllLanes, neuron, slot))
+                       .load(first_group + lane_part(), rows >> 8 * i & 1);
+    }
+    scales.load(p.down, group, part.column + lane * 4, count > 0 && first_group + lane / 8 < groups);
+    look_up(place + count);
+    return place + count;
+  };
+  const auto take = [&] {
+    __syncwarp();  // all lanes have used what was there before
+#pragma unroll
+    for (int i = 0; i < 4; ++i) codes->put(lane_row(), i, lane_part(), nibbles[i]);
+    codes->put_scales(lane, supers, scales);
+    step = loaded;
+    __syncwarp();
+  };
+  look_up(begin);
+  int next = begin;
+  if (kAhead) next = load(begin);
+  wait_for_kernel_before();
+#pragma unroll 1
+  for (int place = begin; place < own.end;) {
+    if (!kAhead) next = load(place);
+    take();
+    place = next;
+    if (kAhead) next = load(place);
+    Quad<T> x[2][kInputs];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = half * 16 + lane_part() * kLaneNeurons;
+      own.template load<Sums<T, Across, Columns>>(p, step.first + slot, x[half]);
+      const unsigned there = step.slots >> slot;
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i)
+#pragma unroll
+        for (int w = 0; w < 2; ++w)
+          x[half][i].words[w] &= (there >> 2 * w & 1 ? 0xffffu : 0u) | (there >> (2 * w + 1) & 1 ? 0xffff0000u : 0u);
+    }
+    sums.add(*codes, x, step.slots >> 16 != 0);
+  }
+  __syncwarp();  // the sums are put where the codes were
+}
+
 // grid: [stretches of columns, rows of input / 16, parts of the neurons]
 template <class T, class W, bool Aligned, int Columns>
-__global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
+__global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4            ? 1
+                                                  : Columns == 8 && Aligned ? kResident<T, W>
+                                                                            : 2))
     down_kernel(const DownParams p, const Workspace workspace, int first_row) {
   auto& shared = shared_memory<Shared<T, W, Columns>>();
   constexpr int stretch = kStretch<T, W>;
@@ -297,7 +457,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
   const int neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons, hidden = p.down.cols;
   const int row = first_row + int(blockIdx.y) * kTileRows, rows = p.num_rows - row < Columns ? p.num_rows - row : Columns;
   const int column = int(blockIdx.x) * stretch, parts = int(gridDim.z);
-  const int part = ceil_div(ceil_div(neurons, kStep), parts) * kStep;
+  const int part = ceil_div(ceil_div(neurons, kPartUnit<W>), parts) * kPartUnit<W>;
   const int begin = int(blockIdx.z) * part, end = begin + part < neurons ? begin + part : neurons;
   const T* x = static_cast<const T*>(p.x) + size_t(row) * p.num_neurons;
 
@@ -335,12 +495,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4 ? 1 : 2))
   }
 }
 
+// body(Type<W>()) for a format whose rows are added up with input of T.
+template <class T, class Body>
+void with_sum(Format format, Body&& body) {
+  if (is_plain(format)) return body(Type<Plain>());
+  if constexpr (sizeof(T) == 4) {
+    body(Type<Numbers>());
+  } else {
+    if (format == Format::q8) return body(Type<Q8<false>>());
+    if (format == Format::q8_upper) return body(Type<Q8<true>>());
+    body(Type<Across>());
+  }
+}
+
 }  // namespace
 
 void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_format<T>(p.down, [&](auto format) {
+    with_sum<T>(p.down.format, [&](auto format) {
       using W = typename decltype(format)::type;
       const int hidden = p.down.cols, stretch = kStretch<T, W>;
       const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretches, kResident<T, W>, p.num_neurons);

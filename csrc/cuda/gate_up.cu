@@ -9,7 +9,7 @@ template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 2>))
     gate_up_kernel(const GateUpParams p, const Norm norm, const Tiling tiling) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 2>>();
-  const Input in{p.x, norm, p.num_rows, p.gate.cols};
+  const Input in{p.x, norm, p.num_rows, p.gate.cols, p.gate.format};
   if (p.neurons && !p.settled) wait_for_kernel_before();
   const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int matrix, int row) {
     const int i = tiling.at(row);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
     gate_kernel(const GateParams p, const Norm norm, const Tiling tiling) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const auto neuron = [&](int i) { return p.neurons ? p.neurons[i] : i; };
-  const Input in{p.x, norm, p.num_rows, p.gate.cols};
+  const Input in{p.x, norm, p.num_rows, p.gate.cols, p.gate.format};
   if (p.neurons && !p.settled) wait_for_kernel_before();
   const int input_rows =
       dot_rows<T, W, Aligned>(in, shared, [&](int, int row) { return WeightRow<T, W, Aligned>(p.gate, neuron(tiling.at(row))); });
@@ -43,15 +43,16 @@ template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     up_kernel(const UpParams p, const Norm norm, Tiling tiling) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
+  const auto neuron = [&](int i) { return p.neurons ? p.neurons[i] : i; };
   wait_for_kernel_before();  // it chose the neurons
   if (p.num_neurons_at) tiling.rows = *p.num_neurons_at;
   if (tiling.count() <= 0) return;
-  const Input in{p.x, norm, p.num_rows, p.up.cols};
-  const int input_rows = dot_rows<T, W, Aligned>(
-      in, shared, [&](int, int row) { return WeightRow<T, W, Aligned>(p.up, p.neurons[tiling.at(row)]); });
+  const Input in{p.x, norm, p.num_rows, p.up.cols, p.up.format};
+  const int input_rows =
+      dot_rows<T, W, Aligned>(in, shared, [&](int, int row) { return WeightRow<T, W, Aligned>(p.up, neuron(tiling.at(row))); });
   for_each_sum<Columns>(tiling.count(), input_rows, [&](int row, int column) {
     const size_t line = size_t(blockIdx.y) * kTileRows + column;
-    const size_t place = line * p.up.rows + p.neurons[tiling.first() + row];
+    const size_t place = line * p.up.rows + neuron(tiling.first() + row);
     const float value = p.gates[place] * shared.sum(0, row, column);
     if (p.spread)
       static_cast<float*>(p.out)[place] = value;

@@ -19,12 +19,12 @@ struct Place {
   }
 };
 
-// grid: [outputs / a tile's, rows of input / 16]
+// grid: [outputs of some parts / a tile's, rows of input / 16]
 template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
-    linear_kernel(const LinearParams p, const Norm norm, const Tiling tiling) {
+    linear_kernel(const LinearParams p, const Norm norm, const Tiling tiling, Format format) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
-  const Input in{p.x, norm, p.num_rows, p.parts[0].weight.cols};
+  const Input in{p.x, norm, p.num_rows, p.parts[0].weight.cols, format};
   const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int, int row) {
     const Place at(p, tiling.at(row));
     return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight, at.row);
@@ -46,16 +46,17 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
 }  // namespace
 
 void linear(const LinearParams& p, const Norm& norm, Workspace, StreamHandle stream) {
-  // Parts that there are not are the first once more.
-  const Matrix &first = p.parts[0].weight, &second = p.num_parts > 1 ? p.parts[1].weight : first,
-               &third = p.num_parts > 2 ? p.parts[2].weight : first;
-  const Tiling tiling(p.out_features);
-  with_body(p.dtype, p.x, {&first, &second, &third}, norm, p.num_rows, [&](auto type, auto format, auto aligned, auto columns) {
+  int done = 0;
+  with_bodies(p, norm, [&](auto type, auto format, auto aligned, auto columns, int begin, int end) {
     using T = typename decltype(type)::type;
     using W = typename decltype(format)::type;
+    int rows = 0;
+    for (int i = begin; i < end; ++i) rows += p.parts[i].weight.rows;
+    const Tiling tiling(rows, done);
     launch<linear_kernel<T, W, aligned.value, columns.value>>("linear", tiling.grid(p.num_rows), kDotWarps * kWarp,
-                                                              DotShared<T, W, columns.value, 1>::bytes(first.cols), stream, p,
-                                                              norm, tiling);
+                                                              DotShared<T, W, columns.value, 1>::bytes(p.parts[0].weight.cols),
+                                                              stream, p, norm, tiling, p.parts[begin].weight.format);
+    done += rows;
   });
 }
 

@@ -62,6 +62,9 @@ __device__ __forceinline__ void mma(float (&c)[4], const Operands& o) {
 #endif
 }
 
+template <class T>
+constexpr uint32_t kOnes = std::is_same_v<T, bf16_t> ? 0x3f803f80u : 0x3c003c00u;
+
 // The sums of a warp's tile: 16 rows of weights by Columns (1, 8 or 16) rows of input. One row is the first of eight.
 template <class T, int Columns>
 class Tile {
@@ -73,6 +76,28 @@ class Tile {
   __device__ __forceinline__ void add(const Vec<T>& first, const Vec<T>& second, const Vec<T> (&x)[kInputs]) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) multiply(sums_[i], first, second, x[i]);
+  }
+
+  // What the input rows of a vector each add up to: their product with ones.
+  class Totals {
+   public:
+    __device__ __forceinline__ explicit Totals(const Vec<T> (&x)[kInputs]) {
+      const Vec<T> ones = all_ones();
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) multiply(sums_[i], ones, ones, x[i]);
+    }
+
+   private:
+    friend Tile;
+    float sums_[kInputs][4] = {};  // as those of a tile, whose rows are all alike
+  };
+
+  // A number for each row times what the input rows add up to.
+  __device__ __forceinline__ void add_totals(const Totals& totals, float first, float second) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; j += kEvery) sums_[i][j] = fmaf(totals.sums_[i][j % 2], j < 2 ? first : second, sums_[i][j]);
   }
 
   // The same of numbers whose sum is to be multiplied with a scale of its row.
@@ -97,6 +122,8 @@ class Tile {
 
  private:
   static constexpr int kEvery = Columns > 1 ? 1 : 2;  // sums of the second of a lane's two columns, if there is one
+
+  __device__ static __forceinline__ Vec<T> all_ones() { return {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>}; }
 
   __device__ static __forceinline__ void multiply(float (&sums)[4], const Vec<T>& a, const Vec<T>& b, const Vec<T>& x) {
     mma<T>(sums, {{a.words[0], b.words[0], a.words[1], b.words[1]}, {x.words[0], x.words[1]}});

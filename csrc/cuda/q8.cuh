@@ -17,14 +17,12 @@ __device__ __forceinline__ int64_t lower_distance(const Matrix& matrix, int row)
   return static_cast<const char*>(matrix.lower_row(row)) - static_cast<const char*>(matrix.row(row));
 }
 
-// One weight, for bodies that are not for speed.
-inline SIRIUS_OUT_OF_LINE __device__ float q8_weight(const void* row, int64_t lower, int column, int cols, bool upper) {
+// One weight of q8, for bodies that are not for speed.
+inline SIRIUS_OUT_OF_LINE __device__ float q8_weight(const void* row, int64_t lower, int column, int cols) {
   const int group = column / q8::kGroup, place = column % q8::kGroup, shift = place / q8::kGroupBytes * 4;
   const uint8_t* const bytes = static_cast<const uint8_t*>(row) + group * q8::kGroupBytes + place % q8::kGroupBytes;
-  const float scale = to_float(static_cast<const f16_t*>(row)[group]),
-              code = float(16 * (bytes[q8::scale_bytes(cols)] >> shift & 15));
-  if (upper) return scale * (code - q8::kUpperZero);
-  return scale * (code + float(bytes[lower] >> shift & 15) - float(q8::kZero));
+  const int code = (bytes[q8::scale_bytes(cols)] >> shift & 15) * 16 + (bytes[lower] >> shift & 15);
+  return to_float(static_cast<const f16_t*>(row)[group]) * float(code - q8::kZero);
 }
 
 // One group of one row, as it lies in memory.
@@ -75,13 +73,8 @@ __device__ __forceinline__ uint32_t q8_numbers(uint32_t codes) {
       return fma_pair<T>((codes & 0x007f007fu) | 0x43004300u, one, (codes & 0x00800080u) ^ 0xc380c380u);
     }
   } else {
-    constexpr uint32_t one = 0x3c003c00u;
-    if constexpr (kUpper) {
-      const uint32_t less = fma_pair<T>((codes & 0x000f000fu) | 0x64006400u, one, 0xe408e408u);  // 1024 + code - 1032
-      return fma_pair<T>(less, 0x4c004c00u, 0x47804780u);                                        // * 16 + 7.5
-    } else {
-      return fma_pair<T>((codes & 0x00ff00ffu) | 0x64006400u, one, 0xe480e480u);  // 1024 + code - 1152
-    }
+    static_assert(!kUpper, "of q8_upper no one asks for numbers of fp16");
+    return fma_pair<T>((codes & 0x00ff00ffu) | 0x64006400u, 0x3c003c00u, 0xe480e480u);  // 1024 + code - 1152
   }
 }
 
@@ -117,13 +110,13 @@ struct alignas(16) Q8Codes {
     scales[group][row] = to_float(from.scale);
   }
 
-  // Weights 8 part .. 8 part + 7 of a group, without their scale.
-  template <class T, bool kUpper>
+  // Of q8, weights 8 part .. 8 part + 7 of a group, without their scale.
+  template <class T>
   __device__ __forceinline__ Vec<T> eight(int row, int group, int part) const {
     const auto two = *reinterpret_cast<const Pair*>(words[place(row, group, part / 2)] + part % 2 * 2);
     Vec<T> out;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out.words[i] = q8_numbers<T, kUpper>(__byte_perm(two.w[i / 2], 0, i % 2 ? 0x0302 : 0x0100));
+    for (int i = 0; i < 4; ++i) out.words[i] = q8_numbers<T, false>(__byte_perm(two.w[i / 2], 0, i % 2 ? 0x0302 : 0x0100));
     return out;
   }
 

@@ -27,21 +27,22 @@ struct Place {
   }
 };
 
-// grid: [pairs / 8, rows of input / 16]. The tile's rows r and r + 8 are a pair, which is rotated as soon as it is summed up.
+// grid: [pairs of some parts / 8, rows of input / 16]. The tile's rows r and r + 8 are a pair, which is rotated as soon as it is
+// summed up.
 template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
-    qkv_kernel(const LinearParams p, const RopeParams rope, const Norm norm) {
+    qkv_kernel(const LinearParams p, const RopeParams rope, const Norm norm, int first_pair, int pairs, Format format) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const int head_dim = rope.cache.head_dim, width = p.parts[0].weight.cols;
-  const int first = int(blockIdx.x) * kPairs, pairs = (rope.heads + 2 * rope.cache.kv_heads) * (head_dim / 2);
-  const Input in{p.x, norm, p.num_rows, width};
+  const int first = first_pair + int(blockIdx.x) * kPairs, end = first_pair + pairs;
+  const Input in{p.x, norm, p.num_rows, width, format};
   const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int, int row) {
     const int pair = first + row % kPairs;
-    const Place at(rope, pair < pairs ? pair : pairs - 1);
+    const Place at(rope, pair < end ? pair : end - 1);
     return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight,
                                     at.line(rope) + (row < kPairs ? at.first : at.second));
   });
-  for_each_sum<Columns>(pairs - first < kPairs ? pairs - first : kPairs, input_rows, [&](int row, int column) {
+  for_each_sum<Columns>(end - first < kPairs ? end - first : kPairs, input_rows, [&](int row, int column) {
     const Place at(rope, first + row);
     const int m = int(blockIdx.y) * kTileRows + column;
     Pair sum{shared.sum(0, row, column), shared.sum(0, row + kPairs, column)};
@@ -63,15 +64,18 @@ __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Colu
 }  // namespace
 
 void qkv_rope_kv_write(const LinearParams& p, const RopeParams& rope, const Norm& norm, Workspace, StreamHandle stream) {
-  const int pairs = (rope.heads + 2 * rope.cache.kv_heads) * (rope.cache.head_dim / 2);
-  with_body(p.dtype, p.x, {&p.parts[0].weight, &p.parts[1].weight, &p.parts[2].weight}, norm, p.num_rows,
-            [&](auto type, auto format, auto aligned, auto columns) {
-              using T = typename decltype(type)::type;
-              using W = typename decltype(format)::type;
-              launch<qkv_kernel<T, W, aligned.value, columns.value>>(
-                  "qkv_rope_kv_write", dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
-                  DotShared<T, W, columns.value, 1>::bytes(p.parts[0].weight.cols), stream, p, rope, norm);
-            });
+  int done = 0;
+  with_bodies(p, norm, [&](auto type, auto format, auto aligned, auto columns, int begin, int end) {
+    using T = typename decltype(type)::type;
+    using W = typename decltype(format)::type;
+    int pairs = 0;
+    for (int i = begin; i < end; ++i) pairs += p.parts[i].weight.rows / 2;
+    launch<qkv_kernel<T, W, aligned.value, columns.value>>(
+        "qkv_rope_kv_write", dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
+        DotShared<T, W, columns.value, 1>::bytes(p.parts[0].weight.cols), stream, p, rope, norm, done, pairs,
+        p.parts[begin].weight.format);
+    done += pairs;
+  });
 }
 
 }  // namespace sirius::cuda

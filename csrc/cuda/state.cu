@@ -23,17 +23,15 @@ __global__ void embed_kernel(const EmbedParams p) {
   }
 }
 
-// grid: [num_rows]; one block a row, one thread a weight at a time. The same of a table in eight bits.
+// grid: [num_rows]; one block a row, one thread a weight at a time. The same of a packed table.
 template <class T>
-__global__ void embed_q8_kernel(const EmbedParams p) {
+__global__ void embed_packed_kernel(const EmbedParams p) {
   wait_for_kernel_before();
   const int hidden = p.table.cols;
   const int token = max(p.tokens[blockIdx.x], 0);
-  const void* from = p.table.row(token);
-  const int64_t lower = lower_distance(p.table, token);
   T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
   for (int c = int(threadIdx.x); c < hidden; c += kEmbedThreads)
-    to[c] = from_float<T>(p.scale * q8_weight(from, lower, c, hidden, p.table.format == Format::q8_upper));
+    to[c] = from_float<T>(p.scale * packed_weight(p.table, token, c));
 }
 
 // One warp; one lane a new node. A node sees its parent's ancestors, its parent and itself.
@@ -68,7 +66,7 @@ __global__ void advance_kernel(const AdvanceParams p) {
 void embed(const EmbedParams& p, Workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (is_q8(p.table)) return launch<embed_q8_kernel<T>>("embed", p.num_rows, kEmbedThreads, 0, stream, p);
+    if (!is_plain(p.table.format)) return launch<embed_packed_kernel<T>>("embed", p.num_rows, kEmbedThreads, 0, stream, p);
     with_flag(weights_aligned<T>(p.table) && aligned16(p.out),
               [&](auto flag) { launch<embed_kernel<T, flag.value>>("embed", p.num_rows, kEmbedThreads, 0, stream, p); });
   });

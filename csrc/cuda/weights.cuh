@@ -1,15 +1,23 @@
 // How kernels read a weight matrix: whatever depends on its format.
 #pragma once
 
+#include "nibbles.cuh"
 #include "q8.cuh"
 
 namespace sirius::cuda {
 
-// A matrix's format, as a kernel's template parameter.
+// How a kernel reads a matrix, as its template parameter. Formats that differ in little have one in common.
 struct Plain {};  // an array of T
 template <bool kUpper>
-struct Q8 {};         // q8 or q8_upper, for tensor cores
-struct Q8Numbers {};  // either of them, number by number in float32
+struct Q8 {};       // q8 or q8_upper, for tensor cores
+struct Nibbles {};  // q8_upper, q4 or q4_k, whose rows are multiplied, for tensor cores
+struct Across {};   // q4_across or q4_k_across, for tensor cores
+struct Numbers {};  // any of them, number by number in float32
+
+// As Matrix::row: a stride has 32 bits, which makes one multiplication of it.
+__device__ __forceinline__ const void* row_at(const Matrix& matrix, int row) {
+  return static_cast<const char*>(matrix.data) + uint64_t(uint32_t(row)) * uint32_t(matrix.stride);
+}
 
 // What a warp needs in shared memory to read a matrix, if anything.
 struct NoScratch {};
@@ -24,7 +32,7 @@ class WeightRow<T, Plain, Aligned> {
   using Scratch = NoScratch;
 
   WeightRow() = default;
-  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : elements_(static_cast<const T*>(matrix.row(row))) {}
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : elements_(static_cast<const T*>(row_at(matrix, row))) {}
 
   // Elements [begin, begin + Vec::size) of n, zero from n on; begin is a multiple of Vec::size.
   __device__ __forceinline__ Vec<T> load(int begin, int n) const { return load_part_streaming<Aligned>(elements_, begin, n); }
@@ -40,7 +48,7 @@ class WeightRow<T, Q8<kUpper>, Aligned> {
   using Scratch = Q8Codes;
 
   WeightRow() = default;
-  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(matrix.row(row)) {
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(row_at(matrix, row)) {
     if constexpr (!kUpper) lower_ = uint32_t(lower_distance(matrix, row) / 16);
   }
 
@@ -54,44 +62,74 @@ class WeightRow<T, Q8<kUpper>, Aligned> {
   uint32_t lower_;  // bytes to the lower nibbles / 16: half of a register that the address of another row would take
 };
 
-template <bool Aligned>
-class WeightRow<float, Q8Numbers, Aligned> {
+template <class T, bool Aligned>
+class WeightRow<T, Nibbles, Aligned> {
  public:
-  using Scratch = NoScratch;
+  using Scratch = NibbleCodes;
 
   WeightRow() = default;
-  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
-      : row_(matrix.row(row)), lower_(lower_distance(matrix, row)), upper_(matrix.format == Format::q8_upper) {}
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(row_at(matrix, row)) {}
 
-  __device__ __forceinline__ Vec<float> load(int begin, int n) const {
-    float out[Vec<float>::size];
-#pragma unroll
-    for (int i = 0; i < Vec<float>::size; ++i) out[i] = begin + i < n ? q8_weight(row_, lower_, begin + i, n, upper_) : 0.0f;
-    return Vec<float>::rounded(out);
+  __device__ __forceinline__ void load(NibbleGroups& to, Format format, int step, int cols) const {
+    to.load(format, row_, step, cols);
   }
 
  private:
   const void* row_;
-  int64_t lower_;
-  bool upper_;
 };
 
-inline bool is_q8(const Matrix& matrix) { return matrix.format == Format::q8 || matrix.format == Format::q8_upper; }
+// Without its scales.
+template <class T, bool Aligned>
+class WeightRow<T, Across, Aligned> {
+ public:
+  using Scratch = AcrossCodes;
+
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
+      : nibbles_(static_cast<const uint32_t*>(row_at(matrix, row))) {}
+
+  __device__ __forceinline__ Vec<uint32_t> load(int group, bool there) const {
+    return load_streaming(nibbles_ + group * (q4::kGroupBytes / 4), there);
+  }
+
+ private:
+  const uint32_t* nibbles_;
+};
+
+// One weight, for bodies that are not for speed. neuron: the row's number, by which rows of q4_across find their scales.
+__device__ __forceinline__ float packed_weight(const Matrix& matrix, int neuron, int column) {
+  const void* const row = matrix.row(neuron);
+  switch (matrix.format) {
+    case Format::q8: return q8_weight(row, lower_distance(matrix, neuron), column, matrix.cols);
+    case Format::q4_across:
+    case Format::q4_k_across: return across_weight(matrix.format, row, matrix.shared, neuron / q4::kGroup, column, matrix.cols);
+    default: return nibble_weight(matrix.format, row, column, matrix.cols);
+  }
+}
+
+template <bool Aligned>
+class WeightRow<float, Numbers, Aligned> {
+ public:
+  using Scratch = NoScratch;
+
+  WeightRow() = default;
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : matrix_(matrix), row_(row) {}
+
+  __device__ __forceinline__ Vec<float> load(int begin, int n) const {
+    float out[Vec<float>::size];
+#pragma unroll
+    for (int i = 0; i < Vec<float>::size; ++i) out[i] = begin + i < n ? packed_weight(matrix_, row_, begin + i) : 0.0f;
+    return Vec<float>::rounded(out);
+  }
+
+ private:
+  Matrix matrix_;
+  int row_;
+};
 
 // Whether the matrix's rows may be read by 16 bytes.
 template <class T>
 bool weights_aligned(const Matrix& matrix) {
-  return is_q8(matrix) || (aligned16(matrix.data) && matrix.stride % 16 == 0 && matrix.cols % Vec<T>::size == 0);
-}
-
-// body(Type<W>()) for a matrix's format and input of T.
-template <class T, class Body>
-void with_format(const Matrix& matrix, Body&& body) {
-  if (!is_q8(matrix)) return body(Type<Plain>());
-  if constexpr (sizeof(T) == 4)
-    body(Type<Q8Numbers>());
-  else
-    with_flag(matrix.format == Format::q8_upper, [&](auto upper) { body(Type<Q8<upper.value>>()); });
+  return !is_plain(matrix.format) || (aligned16(matrix.data) && matrix.stride % 16 == 0 && matrix.cols % Vec<T>::size == 0);
 }
 
 // The steps of a warp over what it multiplies: every `stride`, from `begin` to `end`. load(step) has what a step needs put on its

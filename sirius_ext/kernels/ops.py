@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -153,9 +153,12 @@ def _check_matrix(name: str, weight: torch.Tensor | Matrix, dtype: torch.dtype, 
         if weight.data.stride(-1) == 1:
             data = torch.empty(weight.data.shape, dtype=weight.data.dtype, device="meta")
         _check(name, data, torch.uint8, *planes, None, weight.format.row_bytes(weight.cols))
-        _check_four_bits(name, weight)
-        if is_cuda(weight.device) and any(place % 16 for place in _alignments(weight)):
-            raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
+        _check_shared(name, weight)
+        if is_cuda(weight.device):
+            if any(place % 16 for place in _alignments(weight)):
+                raise ValueError(f"{name}: expected rows that begin at multiples of 16 bytes, got a stride of {weight.stride}")
+            if weight.shared is not None and (place := weight.shared.data_ptr() % 16):
+                raise ValueError(f"{name}: shared: expected to begin at a multiple of 16 bytes, got {place} bytes after one")
         data = torch.empty(weight.shape, dtype=dtype, device="meta")
     _check(name, data, dtype, *shape)
     return weight
@@ -167,17 +170,12 @@ def _alignments(weight: Matrix) -> tuple[int, ...]:
     return tuple(place for part in parts for place in (part.data_ptr(), part.stride(0)))
 
 
-def _check_four_bits(name: str, weight: Matrix) -> None:
-    """What a matrix of four bits has beside its rows, and where it may be."""
+def _check_shared(name: str, weight: Matrix) -> None:
+    """The scales that a matrix of four bits has beside its rows."""
     if weight.format.across:
         if weight.shared is None:
             raise ValueError(f"{name}: expected a matrix of the format {weight.format.name} with its shared scales, got none")
         _check(f"{name}: shared", weight.shared, torch.uint8, q4.shared_bytes(weight.rows, weight.cols, weight.format.supers))
-    if weight.format.four_bits and is_cuda(weight.device):
-        raise ValueError(
-            f"{name}: expected a format that the CUDA kernels read (plain, Q8, Q8_UPPER), got {weight.format.name}: "
-            "four bits are for the CPU"
-        )
 
 
 def _check_lies(name: str, weight: Matrix, across: bool) -> None:
@@ -269,24 +267,18 @@ def gate_up(
     px, gates, m, intermediate = _check_product(x, gate, "gate")
     ups = _check_matrix("up", up, x.dtype, intermediate, gates.cols)
     _check_lies("up", ups, across=False)
-    if ups.format != gates.format and (gates.plain or ups.plain or is_cuda(x.device)):
+    if ups.format != gates.format and (gates.plain or ups.plain):
         raise ValueError(f"up: expected a matrix of the format {gates.format.name}, as gate's, got {ups.format.name}")
     pn, kept = _check_neurons(neurons, intermediate)
     act = _check_activation(activation)
     out, po = _output(out, x.device, x.dtype, m, kept)
-    run(
-        x.device,
-        "gate_up",
-        dtype=DTYPES[x.dtype],
-        x=px,
-        gate=gates.raw,
-        up=ups.raw,
-        neurons=pn,
-        out=po,
-        activation=act,
-        num_rows=m,
-        num_neurons=kept,
-    )
+    shared: dict[str, Any] = {"dtype": DTYPES[x.dtype], "x": px, "neurons": pn, "num_rows": m, "num_neurons": kept}
+    if ups.format == gates.format or not is_cuda(x.device):
+        run(x.device, "gate_up", **shared, gate=gates.raw, up=ups.raw, out=po, activation=act)
+        return out
+    values = torch.empty(m, intermediate, device=x.device)  # no kernel reads two formats
+    run(x.device, "gate", **shared, gate=gates.raw, out=values.data_ptr(), activation=act)
+    run(x.device, "up", **shared, up=ups.raw, gates=values.data_ptr(), out=po)
     return out
 
 

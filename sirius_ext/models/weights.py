@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..kernels import products
-from ..kernels.dispatch import check_device, is_cuda
+from ..kernels.dispatch import check_device
 from ..kernels.matrix import Format, Matrix
 from ..kernels.ops import DTYPES
 from .families import Family, check_supported, describe
@@ -403,8 +403,6 @@ def _matrix(module: Any, rows: int, cols: int) -> Matrix:
     form: Format | None = getattr(module, "packed_format", None)
     if form is None:
         return Matrix(data)
-    if form.four_bits and is_cuda(data.device):
-        raise ValueError("model: weights in four bits (q4) are for the CPU; on a CUDA device load them with weights='q8'")
     return Matrix.of_bytes(data, form, rows, cols)
 
 

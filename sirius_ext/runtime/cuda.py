@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import dispatch, products
+from ..kernels import dispatch, ops
 from ..models.device_tiers import DeviceTiers
 from ..models.weights import Weights
 from .cache import Cache
@@ -259,16 +259,16 @@ class CudaModel(Model):
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
         normed, head, out = norm(d, x, w.final_norm), w.lm_head, cache.logits[:m]
         if not head.plain:
-            out.copy_(products.dot(normed.float(), head))
+            ops.linear(normed, head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32, out=out)
         elif w.dtype == torch.float32:
             torch.mm(normed, head.data.t(), out=out)
         elif self.device.type == "cuda":
             torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=out)
         else:
             torch.mm(normed.float(), head.data.float().t(), out=out)
-        if d.logit_scale != 1.0:
+        if head.plain and d.logit_scale != 1.0:
             out *= d.logit_scale
-        if d.logit_softcap:
+        if head.plain and d.logit_softcap:
             out.div_(d.logit_softcap).tanh_().mul_(d.logit_softcap)
         if argmax is not None:
             self.launch("argmax", logits=out, argmax=argmax, num_rows=m, vocab=w.vocab)
