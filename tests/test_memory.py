@@ -287,6 +287,17 @@ def test_free_memory(monkeypatch, tmp_path, files, free):
     assert free_memory() == free * 9 // 10
 
 
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_what_a_group_has_of_files_is_free(kind, monkeypatch, tmp_path):
+    names, stat = (V1_NAMES, "cache 5\ntotal_cache 9\ntotal_inactive_file 300\ntotal_active_file 50\ninactive_file 7\n")
+    if kind == "v2":
+        names, stat = ("memory.max", "memory.current"), "anon 5\ninactive_file 300\nactive_file 50\n"
+    folder = "memory/x/" if kind == "v1" else "a/b/"
+    files = {**(V1 if kind == "v1" else V2), **group(folder, 1000, 900, names), f"sys/fs/cgroup/{folder}memory.stat": stat}
+    fake_machine(monkeypatch, tmp_path, files)
+    assert free_memory() == 450 * 9 // 10
+
+
 def test_free_memory_of_this_machine():
     assert 0 < free_memory() < 1 << 62
 
