@@ -14,6 +14,7 @@ DRAFT_WEIGHTS = ("auto", "same", "q4")
 OFFLOAD = ("auto", "never")
 MAX_PERIOD = 256
 MAX_AUTO_PERIOD = 32
+MAX_AUTO_PERIOD_FROM_DISK = 64  # where F comes from a disk, and S costs next to nothing beside it
 MAX_WIDTH = 16
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
 DENSITY, DENSITY_IN_FOUR_BITS = 0.5, 0.7  # of "auto"

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ..config import SiriusConfig
+from ..config import MAX_AUTO_PERIOD_FROM_DISK, SiriusConfig
 from ..runtime.cache import Cache
 from ..runtime.graphs import profiled
 from ..runtime.model import Model, not_finite
@@ -38,9 +38,6 @@ class Streamer(Protocol):
 
     def end(self) -> None:
         """There are no more."""
-
-
-FROM_DISK = 2  # periods that "auto" chooses may be so much longer where F comes from a disk: S costs next to nothing there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Request:
         """The period, or the longest that "auto" may choose. ValueError if a layer of the model does not see so far back."""
         longest, window = self.config.longest_period, model.weights.description.narrowest
         if self.config.period == "auto" and model.weights.streams:
-            longest *= FROM_DISK
+            longest = MAX_AUTO_PERIOD_FROM_DISK
         if window and longest > window:
             if self.config.period == "auto":
                 return window

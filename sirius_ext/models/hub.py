@@ -36,7 +36,7 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
-from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use
+from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use, work_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -234,7 +234,7 @@ def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, 
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
     if is_cuda(device):
         return DeviceSizes(layout, cache_bytes(model), device)
-    return Sizes(layout, cache_bytes(model), memory_in_use())
+    return Sizes(layout, cache_bytes(model), memory_in_use(), work_bytes(model))
 
 
 def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> bool:

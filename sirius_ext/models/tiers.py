@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..config import MAX_AUTO_PERIOD_FROM_DISK
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
 from .families import describe
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
 _OWN = 200_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
-_WORK = 64_000_000  # bytes of activations, logits and what else passes need
+_WORK = 48_000_000  # bytes of activations and what else passes need, whatever the model
 _SLACK = 8  # one slot more for each so many, for neurons that are about to enter the set
 
 
@@ -88,14 +89,21 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return 2 * len(d.windows) * d.kv_heads * d.head_dim * model.dtype.itemsize * min(d.context, CACHE_TOKENS)
 
 
+def work_bytes(model: PreTrainedModel) -> int:
+    """Of what passes need: mostly logits, and what the longest verification leaves of every neuron."""
+    config = model.config
+    row: int = 4 * config.vocab_size + config.num_hidden_layers * config.intermediate_size * model.dtype.itemsize
+    return _WORK + MAX_AUTO_PERIOD_FROM_DISK * row
+
+
 class Sizes:
-    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model."""
+    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. work: of what passes need."""
 
     rest_may_stream = True  # what is beside the MLPs, attention and LM head
 
-    def __init__(self, files: Layout, caches: int, own: int = 0) -> None:
+    def __init__(self, files: Layout, caches: int, own: int = 0, work: int | None = None) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
-        self.work = _WORK
+        self.work = _WORK if work is None else work
         self.own = max(0, own - _OWN)  # of what was asked for
 
     def fast(self, rest: bool) -> int:
