@@ -472,7 +472,7 @@ from sirius_ext.models import tiers
 import test_stream
 
 torch.set_num_threads(1)
-tiers._WORK, tiers._OWN = 0, 1 << 50
+tiers._WORK, tiers._OWN, tiers.MAX_AUTO_PERIOD_FROM_DISK = 0, 1 << 50, 0
 disk = ctypes.CDLL(sys.argv[2])
 config = SiriusConfig(density=0.4, period=5, lookup=False, draft_weights="same")
 engine = Engine.from_pretrained(sys.argv[3], config, "cpu", torch.float32, progress=False, memory=int(sys.argv[4]))
@@ -709,7 +709,7 @@ def large_checkpoint(folder):
         vocab_size=512,
         hidden_size=1024,
         intermediate_size=6144,
-        num_hidden_layers=12,
+        num_hidden_layers=16,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -736,7 +736,7 @@ def test_a_process_stays_within_its_memory(tmp_path, cache):
         confined.Cgroup(None).close()
     except confined.NoCgroup as error:
         pytest.skip(f"no memory cgroup can be made here: {error}")
-    size, memory, own = large_checkpoint(tmp_path / "model"), 450 * MB, 300 * MB
+    size, memory, own = large_checkpoint(tmp_path / "model"), 560 * MB, 300 * MB
     hub.prepare_tiers(tmp_path / "model", tmp_path / "tiers", progress=False)
     job = json.dumps({"model": str(tmp_path / "tiers"), "memory": memory})
     outcome = confined.run([sys.executable, "-c", CHILD], job, confined.Cgroup(memory + own), 120.0)
