@@ -1,7 +1,9 @@
 """`memory=`: how it is divided, what is decoded with it, what is said of it, and that it suffices."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -322,7 +324,8 @@ SIZES = {"num_hidden_layers": 8, "intermediate_size": 330, "max_position_embeddi
 @functools.cache
 def checkpoint():
     """A tiny model's folder, without a tokenizer."""
-    tiny("llama3", **SIZES).save_pretrained(MODEL.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar, which is no command's
+        tiny("llama3", **SIZES).save_pretrained(MODEL.name)
     return Path(MODEL.name)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import statistics
 import threading
 import time
 from pathlib import Path
 
 import torch
 
-_ARENA = 512 << 20  # bytes, more than processors have of caches
+_ARENA = 1 << 30  # bytes: twice the largest caches that there are
 
 
 def direct_read_speed(file: Path, seconds: float = 2.0, block: int = 1 << 20, threads: int = 4) -> float | None:
@@ -42,10 +43,11 @@ def direct_read_speed(file: Path, seconds: float = 2.0, block: int = 1 << 20, th
 
 
 def memory_read_speed(seconds: float = 0.5) -> float:
-    """Bytes a second at which torch's threads add up an array that no cache holds: the best of some reads."""
+    """Bytes a second at which torch's threads add up an array that no cache holds: the median of some reads."""
     arena = torch.ones(_ARENA // 8, dtype=torch.int64)  # written, so that each page is one of its own
-    best, deadline = float("inf"), time.perf_counter() + seconds
-    while (begun := time.perf_counter()) < deadline or best == float("inf"):
+    deadline = time.perf_counter() + seconds
+    taken: list[float] = []
+    while (begun := time.perf_counter()) < deadline or not taken:
         arena.sum()
-        best = min(best, time.perf_counter() - begun)
-    return arena.nbytes / best
+        taken.append(time.perf_counter() - begun)
+    return arena.nbytes / statistics.median(taken)
