@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_batched import decode as told_alone
+from test_batched import side_by_side
 from tiny import FAMILY_NAMES, NAMES, prompt, seeded, tiny
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +17,7 @@ from sirius_ext.models import tier_files
 from sirius_ext.models.packed import Checkpoint, load_packed
 from sirius_ext.models.tier_files import TierFiles, prepare
 from sirius_ext.models.tiers import Plan, Tiers
+from sirius_ext.runtime import cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 40
@@ -140,13 +143,22 @@ def test_drawn_texts():
         assert texts[0] == texts[1]
 
 
-def test_prompts_of_many_chunks_and_texts_that_go_on():
+def test_prompts_of_many_chunks_and_texts_that_go_on(monkeypatch):
     """A prompt's chunks go through each layer together, and what is kept of a text serves the next one."""
+    monkeypatch.setattr(cache, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr(cache, "TOGETHER", 3)
     first, second = whole("llama", torch.bfloat16), tiered(files_of("llama", torch.bfloat16), (64, 0), 60)
     config = CONFIGS["threshold"]
     context = torch.cat([prompt(length) for length in (83, 71)], 1)
     for ids in (context, torch.cat((context, prompt(9)), 1), prompt(3)):
         same(first, second, config, ids, 8)
+
+
+def test_texts_side_by_side_read_a_prompt_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(cache, "PREFILL_CHUNK", 32)
+    engine, ids = tiered(files_of(), (64, 0), slots_of(files_of())), prompt(110)
+    alone = told_alone(whole(), ids, CONFIGS["threshold"], 12)
+    assert side_by_side(engine, [(ids, 12)], [CONFIGS["threshold"]], 2) == {(0, 0): alone}
 
 
 def test_two_texts_in_turn_share_the_slots():

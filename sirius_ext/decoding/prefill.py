@@ -14,8 +14,6 @@ from ..runtime.model import Model, not_finite
 from ..runtime.passes import Fault, Pass, Prefill, Result
 from .sparsity import CSparse, FSparse, Usage
 
-# Chunks that go through a layer together where layers come from a disk: their activations take memory.
-TOGETHER = 16
 T = TypeVar("T")
 # What computes something out of passes: it yields what it asks for, and is sent what comes of it.
 Passes = Generator[Prefill | Pass | Fault, Result, T]
@@ -50,11 +48,10 @@ def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None 
         known = start < held  # the last token, which has been observed
         observer = None if usage is None or known else Usage(len(usage.squares), usage.squares.shape[1], usage.squares.device)
         asked.append(Prefill(prompt, start, stop, observer))
-    together = 1 if cache.weights.tiers is None else TOGETHER
     # Zeros, and the logits after the last chunk; NaN stays NaN.
     logits = torch.zeros((), device=cache.weights.device)
-    for first in range(0, len(asked), together):
-        some = tuple(asked[first : first + together])
+    for first in range(0, len(asked), cache.chunks_together):
+        some = tuple(asked[first : first + cache.chunks_together])
         keep = None
         if isinstance(sparsity, CSparse) and some[-1].stop == len(tokens):
             keep = functools.partial(sparsity.likely, [each.observer for each in some if isinstance(each.observer, Usage)])

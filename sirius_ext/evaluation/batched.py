@@ -79,6 +79,8 @@ class _Chunk:
 class _Tail(Cache):
     """A text's cache after the batch's prefix: slot i holds the token at position `first` + i."""
 
+    chunks_together = 1  # a chunk that several texts ask for is read once
+
     def __init__(self, weights: Weights, first: int) -> None:
         super().__init__(weights)
         self.first = first

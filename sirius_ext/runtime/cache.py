@@ -16,6 +16,8 @@ CACHE_GRAIN = 256  # slots; the capacity grows in these steps
 # Tokens in a pass of a prefill, which begins at multiples of it: the bits of what a prompt begins with then do not depend on what
 # follows. It bounds the activations, too.
 PREFILL_CHUNK = 256
+# Chunks that go through a layer together where layers come from a disk: their activations take memory.
+TOGETHER = 16
 # What is kept of finished sequences, where nobody says otherwise.
 KEPT_CACHES = 4
 KEPT_BYTES = 1 << 30
@@ -58,6 +60,11 @@ class Cache:
         self.stretches: list[Stretch] = []
         self.in_use = False
         self._release()
+
+    @property
+    def chunks_together(self) -> int:
+        """Chunks of a prompt that whoever computes passes over this cache reads together (`Prefill.later`)."""
+        return 1 if self.weights.tiers is None else TOGETHER
 
     def _release(self) -> None:
         w = self.weights

@@ -41,7 +41,6 @@ class Model:
         if sparsity is not None and tiers is not None and tiers.are_placed(four_bits):
             assert sparsity.neurons is not None
             tiers.stream.hold(sparsity.neurons)
-            return self._handle_with(four_bits, drafting=True)
         return self._handle_with(four_bits, drafting=sparsity is not None and tiers is not None)
 
     def _handle_with(self, four_bits: bool, drafting: bool = False) -> Any:
