@@ -33,6 +33,15 @@ class Image(NamedTuple):
     resident: int
 
 
+def memory_at(address: int, size: int, owner: object) -> torch.Tensor:
+    """The host's memory from an address on: uint8 [size]. owner: whose it is, which lives as long as the tensor."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    memory: Any = (ctypes.c_uint8 * size).from_address(address)
+    memory.owner = owner
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 class Statistics(NamedTuple):
     """What has been read since the stream was made.
 
@@ -99,9 +108,7 @@ class Stream:
 
     def memory(self, layer: int, number: int, size: int) -> torch.Tensor:
         """Bytes from where an image begins: uint8 [size]."""
-        memory: Any = (ctypes.c_uint8 * size).from_address(self._raw.image(layer, number))
-        memory.owner = self._raw  # which lives as long as the tensor
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return memory_at(self._raw.image(layer, number), size, self._raw)
 
     def places(self, layer: int) -> int:
         """The address of a table of addresses: where the neurons of the first image are that are resident or have a slot."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import dispatch
+from .stream import memory_at
 
 
 class StreamedImage(NamedTuple):
@@ -56,20 +56,13 @@ class WeightStream:
         """An image, uint8 [nbytes] on the device."""
         size = self._layers[layer][number].nbytes
         if self._device.type == "cpu":  # the emulated device's memory is the host's
-            return self._in_host_memory(self._raw.image(layer, number), size)
+            return memory_at(self._raw.image(layer, number), size, self._raw)
         return torch.as_tensor(_OnDevice(self._raw, self._raw.image(layer, number), size), device=self._device)
 
     def host(self, layer: int, number: int) -> torch.Tensor:
         """What of an image is not resident, uint8 in pinned host memory. To be filled before anything else."""
         nbytes, resident = self._layers[layer][number]
-        return self._in_host_memory(self._raw.host(layer, number), nbytes - resident)
-
-    def _in_host_memory(self, address: int, size: int) -> torch.Tensor:
-        if size == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        memory: Any = (ctypes.c_uint8 * size).from_address(address)
-        memory.owner = self._raw  # which lives as long as the tensor
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return memory_at(self._raw.host(layer, number), nbytes - resident, self._raw)
 
     def ahead(self) -> None:
         """The first layers of the pass that comes next are copied from here on."""

@@ -166,12 +166,14 @@ def load_within(
     found = _find(name, dtype, weights, progress)
     on_device = is_cuda(device)
     room = (free_on(device) if on_device else free_memory()) if memory is None else memory
-    if not found.prepared and _fits(found, weights, room, memory is None, progress, device):
-        return _load(found, weights, progress, None)
-    if not found.prepared:
-        source = _readable(found, weights, progress)
+    if found.prepared:
+        files = _opened(found, weights)
+    else:
+        source = _larger(found, weights, room, memory is None, progress, device)
+        if source is None:
+            return _load(found, weights, progress, None)
         _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
-    files = tiers_of(found.name, found.dtype, weights, progress) if not found.prepared else _opened(found, weights)
+        files = _in_cache(source, found, progress)
     plan = _planned(files, files.skeleton, room, drafts, device)
     model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest)
     with reporting("reading what stays in memory", progress) as report:
@@ -237,18 +239,18 @@ def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) 
     return Sizes(layout, cache_bytes(model), memory_in_use(), work_bytes(model))
 
 
-def _fits(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> bool:
-    """Whether the whole model fits on a device. unasked: nobody has said how much memory there is; a model that cannot be read
-    tensor by tensor is then loaded as it always was."""
+def _larger(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> Source | None:
+    """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole. unasked: nobody has said
+    how much memory there is; a model that cannot be read tensor by tensor is then loaded as it always was."""
     if unasked and _size_of_files(found) < room:
-        return True  # whatever it becomes, it does not become larger
+        return None  # whatever it becomes, it does not become larger
     try:
         source = _readable(found, weights, progress)
     except ModelLoadError:
         if unasked:
-            return True
+            return None
         raise
-    return everything(_sizes(Layout.of(source), source.model, device), room).used <= room
+    return None if everything(_sizes(Layout.of(source), source.model, device), room).used <= room else source
 
 
 def _size_of_files(found: _Found) -> int:
@@ -305,7 +307,11 @@ def tiers_of(
     found = _find(name, parse_dtype(dtype), parse_weights(weights), progress)
     if found.prepared:
         return _opened(found, weights)
-    source = _readable(found, weights, progress)
+    return _in_cache(_readable(found, weights, progress), found, progress)
+
+
+def _in_cache(source: Source, found: _Found, progress: bool) -> TierFiles:
+    """A model's tiers in the cache folder, made if they are not there or damaged."""
     kept = _kept(source)
     with contextlib.suppress(ValueError):
         if is_prepared(kept):

@@ -4,7 +4,7 @@ The MLPs' weights of every layer are on the disk as *images*. An image is an arr
 order: its gate, up and down row one after the other, in the bytes that the kernels read, so that what is read from the disk is
 where it must be. Image 0 has what a sparse model reads that takes four bits of packed weights: all of plain matrices and of those
 in four bits, the upper planes of those in eight. Their lower nibbles are in image 1, if the layer has such a matrix. Everything
-else is small, and is for the memory.
+else is for the memory; of plain weights attention and LM head are in images, too, for memory that is short.
 
 A folder of such files is a model. `tiers.json` says how they are made. It comes last, so that a folder that has it is whole.
 """
@@ -32,6 +32,7 @@ import torch
 from ..kernels import q4, q8
 from ..kernels.checks import checksums
 from ..kernels.matrix import Format, Matrix
+from ..kernels.stream import PAGE
 from .families import check_supported
 from .gguf_files import CONVERTED
 from .packed import Progress, Source, empty, fill, is_down, load, save
@@ -46,8 +47,8 @@ _NOTES = "preparing.bin"  # and what of the layers that are done comes into FAST
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SQUARES = "down_squares"  # among the tensors of FAST, beside those of the model's own names
 
-# At whose multiples images begin in the file, of which bundles have a multiple, and at whose multiples rows begin in these.
-_PAGE, _BUNDLE, _ROW = 4096, 64, 16
+# Images begin at multiples of PAGE. Bytes of which bundles have a multiple, and at whose multiples rows begin in these.
+_BUNDLE, _ROW = 64, 16
 BLOCK = 1 << 14  # of what is not neurons: bytes that have a checksum
 _PART = 1 << 26  # bytes of the head that are read together
 _BLOCK, _BLOCKS = 1 << 20, 16  # of a file that is summed: bytes of each, and how many at once
@@ -603,7 +604,7 @@ def _layout(formats: Sequence[Sequence[Format]], hidden: int, intermediate: int)
         images = []
         for size in filter(None, (upper, lower)):
             bundle = _next(size, _BUNDLE)
-            images.append(Image(at, bundle, _next(bundle * intermediate, _PAGE)))
+            images.append(Image(at, bundle, _next(bundle * intermediate, PAGE)))
             at += images[-1].nbytes
         layers.append(LayerFiles(tuple(images), *parts))
     return layers, at

@@ -1,8 +1,9 @@
 """A model that is larger than the memory it may have: which of its neurons stay there, and where the others come from.
 
-Everything but the MLPs stays. Of the MLPs' neurons those stay that the sparse model reads, and of the others the first ones of
-every layer, as many as there is room for; what is left arrives from the file, layer by layer, whenever the full model reads
-(`kernels.stream`). Neighbours stay and neighbours stream, because a disk reads far more in large pieces than in small ones.
+Everything but the MLPs stays, unless the sparse model has a copy of all and memory is short. Of the MLPs' neurons those stay that
+the sparse model reads, and of the others the first ones of every layer, as many as there is room for; what is left arrives from
+the file, layer by layer, whenever the full model reads (`kernels.stream`). Neighbours stay and neighbours stream, because a disk
+reads far more in large pieces than in small ones.
 """
 
 from __future__ import annotations
