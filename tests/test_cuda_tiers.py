@@ -4,7 +4,6 @@ whenever the copies run."""
 import contextlib
 import dataclasses
 import functools
-import tempfile
 from pathlib import Path
 
 import backends
@@ -14,6 +13,7 @@ import torch
 from backends import SIMT_ORDERS, assert_same_bits, emulated
 from capture_lint import CaptureLint
 from simt_builds import Mutation
+from tier_models import FOLDERS, files_of, source_of
 from tiny import prompt, tiny
 from transformers import AutoModelForCausalLM
 
@@ -24,16 +24,14 @@ from sirius_ext.engine import GREEDY, prepare
 from sirius_ext.kernels.weight_stream import StreamedImage, WeightStream
 from sirius_ext.models import device_tiers, hub
 from sirius_ext.models.device_tiers import DeviceSizes, DeviceTiers, device_plan
-from sirius_ext.models.packed import Checkpoint, load_packed
+from sirius_ext.models.packed import load_packed
 from sirius_ext.models.tier_files import TierFiles
-from sirius_ext.models.tier_files import prepare as prepare_files
 from sirius_ext.models.tiers import Draft, Plan, cache_bytes
 from sirius_ext.runtime.graphs import Replay
 from sirius_ext.runtime.passes import Pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = torch.device("cpu")  # whose memory is the emulated one's
-FOLDERS = tempfile.TemporaryDirectory(prefix="sirius-cuda-tiers-")
 TOKENS = 9
 BF16 = torch.bfloat16
 
@@ -53,18 +51,6 @@ def in_order(name):
             yield
     finally:
         _simt.set_order(0)
-
-
-def source_of(name, dtype, weights):
-    folder = Path(FOLDERS.name) / f"{name}-{dtype}"
-    if not folder.is_dir():
-        tiny(name, dtype).save_pretrained(folder)
-    return Checkpoint(folder, tiny(name, dtype).config, dtype, weights)
-
-
-@functools.cache
-def files_of(name="llama3", dtype=torch.float32, weights="plain"):
-    return prepare_files(source_of(name, dtype, weights), Path(FOLDERS.name) / f"{name}-{dtype}-{weights}-tiers")
 
 
 def moved(model):
@@ -118,6 +104,12 @@ def test_passes_have_the_same_bits(order, name, dtype):
     expected = passes(whole(name, dtype))
     for resident in (0, 70, 1 << 30):
         same_bits(passes(tiered(files_of(name, dtype), (resident, 0))), expected)
+
+
+def test_chunks_of_a_prompt_that_go_through_layers_together(order, monkeypatch):
+    monkeypatch.setattr("sirius_ext.runtime.cache.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("sirius_ext.runtime.cache.TOGETHER", 2)
+    same_bits(passes(tiered(files_of(dtype=BF16), (70, 0))), passes(whole(dtype=BF16)))
 
 
 def test_passes_over_two_images_have_the_same_bits(order):

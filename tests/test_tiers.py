@@ -9,31 +9,19 @@ import pytest
 import torch
 from test_batched import decode as told_alone
 from test_batched import side_by_side
-from tiny import FAMILY_NAMES, NAMES, prompt, seeded, tiny
+from tier_models import FOLDERS, files_of, source_of
+from tiny import FAMILY_NAMES, NAMES, prompt, seeded
 from transformers import AutoModelForCausalLM
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.models import tier_files
-from sirius_ext.models.packed import Checkpoint, load_packed
+from sirius_ext.models.packed import load_packed
 from sirius_ext.models.tier_files import TierFiles, prepare
 from sirius_ext.models.tiers import Plan, Tiers
 from sirius_ext.runtime import cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 40
-FOLDERS = tempfile.TemporaryDirectory(prefix="sirius-tiers-")
-
-
-def source_of(name, dtype, weights):
-    folder = Path(FOLDERS.name) / f"{name}-{dtype}"
-    if not folder.is_dir():
-        tiny(name, dtype).save_pretrained(folder)
-    return Checkpoint(folder, tiny(name, dtype).config, dtype, weights)
-
-
-@functools.cache
-def files_of(name="llama3", dtype=torch.float32, weights="plain"):
-    return prepare(source_of(name, dtype, weights), Path(FOLDERS.name) / f"{name}-{dtype}-{weights}-tiers")
 
 
 @functools.cache
