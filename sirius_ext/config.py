@@ -32,7 +32,8 @@ class SiriusConfig:
     follow: the set of csparse and of the cascade follows the text: every verification shows which neurons its tokens used, and
         the set is chosen anew. With False it stays as the prompt chose it, which is the paper's rule.
     density: fraction of MLP neurons kept in every layer, in (0, 1]; of the cascade, the share of gate, up and down that is read.
-        "auto" is 0.7 for csparse that reads four bits of a weight of more, which makes neurons cheap, and 0.5 elsewhere.
+        "auto" is 0.7 for csparse that reads four bits of a weight of more, which makes neurons cheap, and 0.5 elsewhere; where
+        the full model comes from a disk it is 1 in four bits if there is room, and less where there is room for no more.
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
     period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts

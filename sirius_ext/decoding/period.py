@@ -14,12 +14,21 @@ from collections.abc import Sequence
 from ..config import MAX_AUTO_PERIOD
 from .lookup import COST
 
-# Confidences are told apart by these upper edges. Of each class: the share of tokens that F accepts by each rule, and the share
-# of all tokens that fall into it, before anything is known of a text. Rounded from what bench/traces.py found for two models.
+# Confidences are told apart by these upper edges. Of each class: the share of tokens that F accepts by each rule, by S's density,
+# and the share of all tokens that fall into it, before anything is known of a text. Rounded from what bench/traces.py found for
+# two models. (The more neurons S reads, the more an unsure S is unsure for F's own reasons.)
 EDGES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
 PRIOR_ACCEPTED = {
-    "match": (0.22, 0.36, 0.5, 0.6, 0.7, 0.8, 0.88, 0.92, 0.96, 0.99),
-    "threshold": (0.38, 0.52, 0.65, 0.72, 0.8, 0.87, 0.92, 0.95, 0.97, 0.99),
+    "match": {
+        0.5: (0.22, 0.36, 0.5, 0.6, 0.7, 0.8, 0.88, 0.92, 0.96, 0.99),
+        0.7: (0.25, 0.41, 0.61, 0.71, 0.8, 0.89, 0.93, 0.97, 0.98, 0.995),
+        1.0: (0.3, 0.6, 0.73, 0.91, 0.94, 0.98, 0.99, 0.995, 0.998, 0.999),
+    },
+    "threshold": {
+        0.5: (0.38, 0.52, 0.65, 0.72, 0.8, 0.87, 0.92, 0.95, 0.97, 0.99),
+        0.7: (0.55, 0.69, 0.84, 0.88, 0.93, 0.95, 0.97, 0.985, 0.99, 0.998),
+        1.0: (0.77, 0.96, 0.985, 0.99, 0.99, 0.995, 0.998, 0.998, 0.999, 0.999),
+    },
 }
 PRIOR_ACCEPTED["sample"] = PRIOR_ACCEPTED["match"]  # a draw is accepted about as often as the likeliest tokens are the same
 PRIOR_SHARE = (0.05, 0.08, 0.1, 0.06, 0.08, 0.07, 0.09, 0.07, 0.16, 0.24)
@@ -27,11 +36,13 @@ _PRIOR_TOKENS = 10.0  # what the prior of a class counts for
 _PRIOR_SHARES = 30.0  # and that of the shares
 _FORGET = 0.98  # what a token counts for after the next one of its class
 _FORGET_RATE = 0.95  # and a period, in the rate of the text
+_PRIOR_RATE = 20.0  # tokens that the rate a text begins with counts for
 
 # A text may cost this much more than F alone would, over its length so far or LEAST_TOKENS, whichever is more. The promise is
 # 2 %; the rest is for what is not in the costs.
 MOST_LOSS = 0.018
 LEAST_TOKENS = 64
+MOST_RISK = 0.75  # of what is left of that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +71,36 @@ class Costs:
         """A period with a draft of this depth; without one, F alone."""
         return depth * self.sparse + self.over(1 + depth * width) + (self.follow if depth else 0.0)
 
+    def best_rate(self, accepted: float, width: int = 1, longest: int = MAX_AUTO_PERIOD) -> float:
+        """Tokens per cost with the best fixed period, at least Full's one. accepted: how likely F is to accept a token."""
+        best, advance, reach = 1.0, 1.0, 1.0
+        for depth in range(1, longest):
+            reach *= accepted
+            advance += reach
+            best = max(best, advance / self.period(depth, width))
+        return best
+
+
+def _prior(rule: str, density: float) -> list[float]:
+    """Shares of accepted tokens by class: between two densities that were recorded by a straight line, and beyond as at the
+    nearest."""
+    recorded = PRIOR_ACCEPTED[rule]
+    low = max((each for each in recorded if each <= density), default=min(recorded))
+    high = min((each for each in recorded if each >= density), default=max(recorded))
+    way = (density - low) / (high - low) if high > low else 0.0
+    return [a + way * (b - a) for a, b in zip(recorded[low], recorded[high])]
+
 
 class Acceptance:
     """How likely F is to accept a token of S, by S's confidence in it; learnt from the tokens that F has judged.
 
     rule: `SiriusConfig.accept`.
+    density: the share of the neurons that S reads.
     """
 
-    def __init__(self, rule: str) -> None:
+    def __init__(self, rule: str, density: float = 0.5) -> None:
         self._judged = [_PRIOR_TOKENS] * len(PRIOR_SHARE)
-        self._accepted = [_PRIOR_TOKENS * share for share in PRIOR_ACCEPTED[rule]]
+        self._accepted = [_PRIOR_TOKENS * share for share in _prior(rule, density)]
         self._seen = [_PRIOR_SHARES * share for share in PRIOR_SHARE]
 
     def of(self, confidence: float) -> float:
@@ -97,21 +128,26 @@ class AdaptivePeriod:
 
     One more token is worth what it is likely to add to the accepted run: the product of the acceptances of those before it, times
     the mean acceptance of a token. It must be worth at least its passes' cost, at the rate of tokens per cost that the text has
-    otherwise, and at least at Full's, which is one. That is the best rule that looks one token ahead.
+    otherwise, and at least at Full's, which is one. That is the best rule that looks one token ahead. A text begins with the rate
+    that the best fixed period would have if every token were as likely to be accepted as the mean one.
 
-    Whatever is expected, a period begins no draft that could make the text dearer than F alone by more than MOST_LOSS.
+    Whatever is expected, a period begins no draft that could make the text dearer than F alone by more than MOST_LOSS. A draft of
+    more than one token risks no more than three quarters of that: a single bad period at the beginning would otherwise end
+    drafting for the whole text.
 
     costs: of this model's passes, in passes of F over one token.
     rule: `SiriusConfig.accept`.
     width: of the draft's tree.
     longest: period.
+    density: the share of the neurons that S reads.
     """
 
-    def __init__(self, costs: Costs, rule: str, width: int = 1, longest: int = MAX_AUTO_PERIOD) -> None:
-        self.acceptance = Acceptance(rule)
+    def __init__(self, costs: Costs, rule: str, width: int = 1, longest: int = MAX_AUTO_PERIOD, density: float = 0.5) -> None:
+        self.acceptance = Acceptance(rule, density)
         self._costs, self._width, self._longest = costs, width, longest
         self._tokens, self._spent = 0, 0.0  # of the text
-        self._recent_tokens = self._recent_cost = 20.0  # as if that many tokens had come by F alone
+        self._recent_tokens = _PRIOR_RATE
+        self._recent_cost = _PRIOR_RATE / costs.best_rate(self.acceptance.mean, width, longest)
         self._confidences: list[float] = []
         self._reach = 1.0
 
@@ -124,8 +160,8 @@ class AdaptivePeriod:
         depth = len(self._confidences) + ahead + 1
         if depth + 1 > min(self._longest, room):
             return False
-        allowed = self._tokens + 1 + MOST_LOSS * max(LEAST_TOKENS, self._tokens + 1)
-        if self._spent + self._cost(depth) > allowed:  # if nothing of the draft is accepted
+        left = self._tokens + MOST_LOSS * max(LEAST_TOKENS, self._tokens + 1) - self._spent
+        if self._cost(depth) - 1 > left * (1.0 if depth == 1 else MOST_RISK):  # lost if nothing of the draft is accepted
             return False
         rate = max(1.0, self._recent_tokens / self._recent_cost)
         return self._reach * self.acceptance.mean >= rate * (self._cost(depth) - self._cost(depth - 1))

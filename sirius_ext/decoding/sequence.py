@@ -22,7 +22,7 @@ from .period import AdaptivePeriod
 from .period_graph import PeriodGraph, Record, period_graph
 from .prefill import Passes, drive, read
 from .sampling import Logits, rule_of
-from .sparsity import CSparse, FSparse, sparse_density, sparsity_of
+from .sparsity import CSparse, FSparse, density_of, sparse_density, sparsity_of
 from .stats import Period, PromptStats
 from .tree import Tree
 
@@ -197,7 +197,8 @@ class Sequence:
         self._adaptive: AdaptivePeriod | None = None
         if corrects and config.period == "auto":
             costs, longest = costs_of(model, config, request.thresholds), request.longest_period(model)
-            self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest)
+            neurons = density_of(config, model.weights)
+            self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest, neurons)
             self.stats.sparse_cost = costs.sparse
             if self._lookup is not None:
                 self._lookup.cost = costs.copy

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..config import SiriusConfig
+from ..config import MAX_AUTO_PERIOD_FROM_DISK, SiriusConfig
 from ..kernels import ops
 from ..kernels.matrix import Format
 from ..models.tier_files import Layout
 from ..models.tiers import Draft, Plan
 from ..models.weights import Weights
 from ..runtime.passes import Kind
+from .lookup import MOST
 
 # Share of an MLP's parameters that a sparse model skips in a neuron left out: all three matrices, or two where gate is dense.
 # The cascade reads less of down than of gate, and as much as CSparse altogether.
@@ -73,9 +74,14 @@ def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
         if not less and config.draft_weights == "auto" and files.weights != "plain":
             return  # there S has four bits of every weight anyway
         draft = draft_of(config, files, less)
+        fewer_bits = less and not files.layers[0].gate.format.four_bits
+        if config.density == "auto" and config.sparsity == "csparse" and fewer_bits:
+            # A full model that comes from a disk is dear. What all neurons add to the tokens of a period is worth more than what
+            # S saves without some of them, if there is room for all.
+            yield dataclasses.replace(draft, neurons=files.intermediate if draft.neurons else 0, density=1.0)
         yield draft
         if config.density == "auto" and draft.neurons and config.sparsity != "fsparse":
-            usual = config.density_with(less and not files.layers[0].gate.format.four_bits)
+            usual = config.density_with(fewer_bits)
             for density in (each for each in DENSITIES if each < usual):
                 yield dataclasses.replace(draft_of(dataclasses.replace(config, density=density), files, less), density=density)
 
@@ -87,28 +93,43 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
     ValueError if that is not possible.
     """
     if config.mode == "full":
-        return Draft()
+        return Draft(rows=1 + MOST)
+    if config.mode == "sparse":
+        rows = 1
+    else:
+        longest = MAX_AUTO_PERIOD_FROM_DISK if config.period == "auto" else config.longest_period
+        rows = 1 + (longest - 1) * config.tree_width
     if four_bits and files.weights == "plain":
-        return Draft(copy=True)
+        return Draft(copy=True, rows=rows)
     if not four_bits and any(part.format == Format.Q8 for layer in files.layers for part in layer.parts):
         raise ValueError(
             'draft_weights: expected "auto" or "q4" where weights of eight bits are not all in memory, got "same": the sparse '
             "model's are their upper halves"
         )
     if config.sparsity == "fsparse":
-        return Draft(files.intermediate)
+        return Draft(files.intermediate, rows=rows)
     density = config.density_with(four_bits and not files.layers[0].gate.format.four_bits)
     if config.sparsity == "cascade":
-        return Draft(cascade_neurons(density, files.intermediate)[0])
-    return Draft(kept_neurons(density, files.intermediate))
+        return Draft(cascade_neurons(density, files.intermediate)[0], rows=rows)
+    return Draft(kept_neurons(density, files.intermediate), rows=rows)
+
+
+def _draft_reads_less(config: SiriusConfig, files: Layout, plan: Plan) -> bool:
+    """Whether S reads four bits of every weight where memory is divided like this."""
+    return config.draft_weights == "q4" or (config.draft_weights == "auto" and (files.weights != "plain" or plan.copy > 0))
+
+
+def draft_density(config: SiriusConfig, files: Layout, plan: Plan) -> float:
+    """The share of the neurons that S keeps where memory is divided like this."""
+    if plan.density is not None:
+        return plan.density
+    return config.density_with(_draft_reads_less(config, files, plan) and not files.layers[0].gate.format.four_bits)
 
 
 def draft_bytes(config: SiriusConfig, files: Layout, plan: Plan) -> int:
     """Of weights that a pass of S reads where memory is divided like this."""
-    less = config.draft_weights == "q4" or (config.draft_weights == "auto" and (files.weights != "plain" or plan.copy > 0))
-    density = config.density_with(less and not files.layers[0].gate.format.four_bits) if plan.density is None else plan.density
-    mlp, rest = files.read_bytes(less)
-    return round(mlp * (1 - (1 - density) * _SKIPPED[config.sparsity])) + rest
+    mlp, rest = files.read_bytes(_draft_reads_less(config, files, plan))
+    return round(mlp * (1 - (1 - draft_density(config, files, plan)) * _SKIPPED[config.sparsity])) + rest
 
 
 class Usage:

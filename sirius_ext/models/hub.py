@@ -36,7 +36,7 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
-from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use, work_bytes
+from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use, row_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -236,7 +236,7 @@ def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, 
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
     if is_cuda(device):
         return DeviceSizes(layout, cache_bytes(model), device)
-    return Sizes(layout, cache_bytes(model), memory_in_use(), work_bytes(model))
+    return Sizes(layout, cache_bytes(model), memory_in_use(), row_bytes(model))
 
 
 def _larger(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> Source | None:

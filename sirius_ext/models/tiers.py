@@ -43,11 +43,13 @@ class Draft:
         choice among all is made anew for every token; 0 if it reads none of that.
     copy: it reads a copy of all weights in four bits.
     density: the share of neurons that this is for, if nobody has said one.
+    rows: tokens of the longest pass of the full model over a draft.
     """
 
     neurons: int = 0
     copy: bool = False
     density: float | None = None
+    rows: int = MAX_AUTO_PERIOD_FROM_DISK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +92,27 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return 2 * len(d.windows) * d.kv_heads * d.head_dim * model.dtype.itemsize * min(d.context, CACHE_TOKENS)
 
 
-def work_bytes(model: PreTrainedModel) -> int:
-    """Of what passes need: mostly logits, and what the longest verification leaves of every neuron."""
+def row_bytes(model: PreTrainedModel) -> int:
+    """Of what a pass needs for a token: mostly logits, and what a verification leaves of every neuron."""
     config = model.config
     row: int = 4 * config.vocab_size + config.num_hidden_layers * config.intermediate_size * model.dtype.itemsize
-    return _WORK + MAX_AUTO_PERIOD_FROM_DISK * row
+    return row
 
 
 class Sizes:
-    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. work: of what passes need."""
+    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. row: of what passes need for
+    a token."""
 
     rest_may_stream = True  # what is beside the MLPs, attention and LM head
 
-    def __init__(self, files: Layout, caches: int, own: int = 0, work: int | None = None) -> None:
-        self.files, self.rows, self.caches = files, files.intermediate, caches
-        self.work = _WORK if work is None else work
+    def __init__(self, files: Layout, caches: int, own: int = 0, row: int = 0) -> None:
+        self.files, self.rows, self.caches, self.row = files, files.intermediate, caches, row
+        self.work = _WORK
         self.own = max(0, own - _OWN)  # of what was asked for
+
+    def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK) -> int:
+        """Of what passes need, with so many tokens in the longest one."""
+        return self.work + rows * self.row
 
     def fast(self, rest: bool) -> int:
         """Of all but the MLPs that is in memory, with attention and LM head or without."""
@@ -177,7 +184,8 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
     """With as much of the MLPs in memory as there is room for; if there is none even for the least, that, which uses more."""
     files, rows = sizes.files, sizes.rows
     copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
-    fixed = copy + kept + sizes.work + sizes.own + sizes.fast(not streams_rest)
+    work = sizes.passes(draft.rows)
+    fixed = copy + kept + work + sizes.own + sizes.fast(not streams_rest)
 
     def used(first: int, second: int, slots: int) -> int:
         return fixed + sizes.neurons((first, second), slots, streams_rest)
@@ -209,11 +217,12 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
         "the sparse model": copy + sizes.slots(slots),
         "neurons": sizes.resident((first, second)),
         "layers that come and go": sizes.ring((first, second), streams_rest),
-        "caches and activations": kept + sizes.work,
+        "caches and activations": kept + work,
         "the process itself": sizes.own,
     }
     streamed = sum(sizes.tails((first, second), streams_rest))
-    return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, draft.density, parts)
+    density = draft.density if streamed else None
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, density, parts)
 
 
 def everything(sizes: Sizes, memory: int) -> Plan:
@@ -222,7 +231,7 @@ def everything(sizes: Sizes, memory: int) -> Plan:
     parts = {
         "all but the MLPs": sum(each.nbytes for each in files.fast.values()),
         "neurons": sizes.resident((rows, rows)),
-        "caches and activations": sizes.caches + sizes.work,
+        "caches and activations": sizes.caches + sizes.passes(),
         "the process itself": sizes.own,
     }
     return Plan(memory, (rows, rows), 0, 0, False, sizes.caches, sum(parts.values()), 0, None, parts)
