@@ -1,10 +1,10 @@
 """What fewer bits cost: how far the next token's distribution is from that of the weights as they come, and perplexity.
 
-usage: python bench/quality.py --data FOLDER --out FILE [--model MODEL] [--tokens N]
+usage: python bench/quality.py --data FOLDER --out FILE [--model MODEL] [--q4 MODEL] [--tokens N]
 
-Texts are questions of gsm8k and prompts of humaneval. F with plain weights, F in eight bits, and the sparse models with some of
-the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of 16. Divergence is KL(plain ||
-other) in nats, averaged over the tokens.
+Texts are questions of gsm8k and prompts of humaneval. F with plain weights, F in eight bits and in four, and the sparse models
+with some of the neurons (chosen by the text's first half, as by a prompt) read the second half in windows of 16. Divergence is
+KL(plain || other) in nats, averaged over the tokens.
 """
 
 from __future__ import annotations
@@ -128,19 +128,23 @@ def report(readers: list[Reader]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
+    parser.add_argument("--q4", help="where weights in four bits are, if not to be rounded from --model: a GGUF file of it")
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' files")
     parser.add_argument("--tokens", type=int, default=10_000, help="that are judged")
     parser.add_argument("--densities", default="1,0.7,0.5", help="of the sparse models")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     header()
-    plain, packed = (Engine.from_pretrained(options.model, device="cpu", weights=weights) for weights in ("plain", "q8"))
-    models = prepare(plain.model), prepare(packed.model)
-    readers = [Reader("full, plain", models[0], None), Reader("full, q8", models[1], None)]
+    sources = {"plain": options.model, "q8": options.model, "q4": options.q4 or options.model}
+    engines = {weights: Engine.from_pretrained(name, device="cpu", weights=weights) for weights, name in sources.items()}
+    plain, models = engines["plain"], {weights: prepare(engine.model) for weights, engine in engines.items()}
+    readers = [Reader(f"full, {weights}", model, None) for weights, model in models.items()]
     for density in map(float, options.densities.split(",")):
         if density < 1:
-            readers.append(Reader(f"density {density}, plain", models[0], SiriusConfig(density=density)))
-        readers.append(Reader(f"density {density}, 4 bits of q8", models[1], SiriusConfig(density=density)))
+            readers.append(Reader(f"density {density}, plain", models["plain"], SiriusConfig(density=density)))
+        copy = SiriusConfig(density=density, draft_weights="q4")
+        readers.append(Reader(f"density {density}, 4-bit copy of plain", models["plain"], copy))
+        readers.append(Reader(f"density {density}, 4 bits of q8", models["q8"], SiriusConfig(density=density)))
     for ids in track(list(texts(options.data, plain.tokenizer, options.tokens)), "reading", console=console):
         measure(readers, ids)
     results = report(readers)
