@@ -221,7 +221,7 @@ def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advanc
     full = (others + mlp) * weights.dtype.itemsize + cache
     if config.mode == "full":
         return full
-    density = config.density_with(False)
+    density = config.density_with()
     share = (1 + 2 * density) / 3 if config.sparsity == "fsparse" else density
     sparse = (others + share * mlp) * weights.dtype.itemsize + cache
     if config.mode == "sparse":

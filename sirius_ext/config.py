@@ -17,7 +17,10 @@ MAX_AUTO_PERIOD = 32
 MAX_AUTO_PERIOD_FROM_DISK = 64  # where F comes from a disk, and S costs next to nothing beside it
 MAX_WIDTH = 16
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
-DENSITY, DENSITY_IN_FOUR_BITS = 0.5, 0.7  # of "auto"
+DENSITY = 0.5
+# What "auto" means for csparse, by the bits of a weight of which S reads four; None: it reads what F does. The less S costs
+# beside F, the more all of its neurons are worth (tests/test_period.py).
+DENSITIES = {None: DENSITY, 8: 0.7, 16: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,8 @@ class SiriusConfig:
     follow: the set of csparse and of the cascade follows the text: every verification shows which neurons its tokens used, and
         the set is chosen anew. With False it stays as the prompt chose it, which is the paper's rule.
     density: fraction of MLP neurons kept in every layer, in (0, 1]; of the cascade, the share of gate, up and down that is read.
-        "auto" is 0.7 for csparse that reads four bits of a weight of more, which makes neurons cheap, and 0.5 elsewhere; where
-        the full model comes from a disk it is 1 in four bits if there is room, and less where there is room for no more.
+        "auto" is 0.5, and of csparse that reads four bits of eight 0.7, of 16 all, since it is cheap beside the full model; where
+        that comes from a disk it is 1 in four bits of eight, too, if there is room, and less where there is room for no more.
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
     period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts
@@ -128,11 +131,11 @@ class SiriusConfig:
             return 'not with accept="sample", whose proposals are drawn'
         return ""
 
-    def density_with(self, four_bits: bool) -> float:
-        """The density of a sparse model that reads four bits of a weight of more, or all of them."""
+    def density_with(self, four_bits_of: int | None = None) -> float:
+        """The density of a sparse model that reads four bits of so many of a weight, 8 or 16; None: what the full one reads."""
         if isinstance(self.density, float):
             return self.density
-        return DENSITY_IN_FOUR_BITS if four_bits and self.sparsity == "csparse" else DENSITY
+        return DENSITIES[four_bits_of if self.sparsity == "csparse" else None]
 
     @property
     def copies(self) -> bool:

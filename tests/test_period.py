@@ -73,7 +73,7 @@ def test_in_four_bits_no_density_is_much_better_than_the_default(rule):
         policy = lambda rule: AdaptivePeriod(costs, rule, density=density)  # noqa: B023, E731
         found[density], each = tokens_per_cost(policy, "qwen2.5-coder-1.5b-packed", costs, density, rule)
         assert len(each) >= 30 and min(each) >= 0.98
-    default = SiriusConfig().density_with(four_bits=True)
+    default = SiriusConfig().density_with(8)
     assert found[default] >= 0.97 * max(found.values()) and found[default] > 1.5, found
 
 
@@ -106,6 +106,17 @@ def test_what_drafts_may_lose_is_bounded_whatever_is_said():
         for length in (LEAST_TOKENS, 200, 1000):
             tokens, spent = replay(AdaptivePeriod(costs, "threshold"), [1.0] * length, [False] * length, costs)
             assert spent <= 1.02 * tokens
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_in_four_bits_of_sixteen_all_neurons_are_the_best(rule):
+    found = {}
+    for density, share in ((1, 0.32), (0.7, 0.26), (0.5, 0.22)):
+        costs = Costs(share, ((4, 1.05), (16, 1.3)), 0.01)
+        policy = lambda rule: AdaptivePeriod(costs, rule, density=density)  # noqa: B023, E731
+        found[density], each = tokens_per_cost(policy, "qwen2.5-coder-1.5b-packed", costs, density, rule)
+        assert min(each) >= 0.98
+    assert found[SiriusConfig().density_with(16)] == max(found.values()) > 2, found
 
 
 # S in four bits beside a full model that comes from a disk, which more rows make no slower.

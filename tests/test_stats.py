@@ -230,7 +230,7 @@ def test_agrees_with_the_reference(config, eos):
     assert stats.branches == {branch: branches.count(branch) for branch in sorted(set(branches))}
     weights = sum(parameter.numel() for parameter in model.parameters())
     mlp = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
-    assert stats.density == pytest.approx(reference.density_of(config.sparsity, config.density_with(False), mlp, weights))
+    assert stats.density == pytest.approx(reference.density_of(config.sparsity, config.density_with(), mlp, weights))
 
 
 def test_times_are_of_this_text():

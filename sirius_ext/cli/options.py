@@ -179,7 +179,7 @@ def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:
     given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     config = SiriusConfig(**given | values)
     if "thresholds" in given:
-        read_thresholds(given["thresholds"], config.density_with(False))
+        read_thresholds(given["thresholds"], config.density_with())
     return config
 
 

@@ -491,13 +491,13 @@ def _prefill(
     z: list[torch.Tensor] = []
     decoder.reset(len(prompt_ids) + max_new_tokens * config.tree_width + config.tree_width)
     logits, intermediate = decoder.chain(prompt_ids, 0, z=z)[-1], z[0].shape[1]
-    kept = max(1, round(config.density_with(False) * intermediate))
+    kept = max(1, round(config.density_with() * intermediate))
     if thresholds is not None:
         return (lambda layer, gates: ops.select(gates, threshold=thresholds[layer])), None, logits
     if config.sparsity == "fsparse":
         return (lambda layer, gates: ops.select(gates, kept)), None, logits
     if config.sparsity == "cascade":
-        kept, up, down = cascade_shares(config.density_with(False), intermediate)
+        kept, up, down = cascade_shares(config.density_with(), intermediate)
     following = Following(decoder, z, kept) if config.follow else None
     if following:
         sets = following.neurons_after(torch.stack(z), [])

@@ -42,7 +42,12 @@ def density_of(config: SiriusConfig, weights: Weights) -> float:
     "auto" means elsewhere."""
     if config.density == "auto" and weights.tiers is not None and weights.tiers.plan.density is not None:
         return weights.tiers.plan.density
-    return config.density_with(four_bits(config, weights) and not weights.layers[0].gate.format.four_bits)
+    return config.density_with(_four_bits_of(four_bits(config, weights), weights.layers[0].gate.format))
+
+
+def _four_bits_of(four_bits: bool, gate: Format) -> int | None:
+    """Of how many bits of a weight S reads four; None if it reads what F does. gate: F's."""
+    return None if not four_bits or gate.four_bits else 8 if gate == Format.Q8 else 16
 
 
 def cascade_neurons(density: float, intermediate: int) -> tuple[int, int, int]:
@@ -74,14 +79,14 @@ def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
         if not less and config.draft_weights == "auto" and files.weights != "plain":
             return  # there S has four bits of every weight anyway
         draft = draft_of(config, files, less)
-        fewer_bits = less and not files.layers[0].gate.format.four_bits
-        if config.density == "auto" and config.sparsity == "csparse" and fewer_bits:
+        of_bits = _four_bits_of(less, files.layers[0].gate.format)
+        if config.density == "auto" and config.sparsity == "csparse" and of_bits and draft.neurons:
             # A full model that comes from a disk is dear. What all neurons add to the tokens of a period is worth more than what
             # S saves without some of them, if there is room for all.
-            yield dataclasses.replace(draft, neurons=files.intermediate if draft.neurons else 0, density=1.0)
+            yield dataclasses.replace(draft, neurons=files.intermediate, density=1.0)
         yield draft
         if config.density == "auto" and draft.neurons and config.sparsity != "fsparse":
-            usual = config.density_with(fewer_bits)
+            usual = config.density_with(of_bits)
             for density in (each for each in DENSITIES if each < usual):
                 yield dataclasses.replace(draft_of(dataclasses.replace(config, density=density), files, less), density=density)
 
@@ -108,7 +113,7 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
         )
     if config.sparsity == "fsparse":
         return Draft(files.intermediate, rows=rows)
-    density = config.density_with(four_bits and not files.layers[0].gate.format.four_bits)
+    density = config.density_with(_four_bits_of(four_bits, files.layers[0].gate.format))
     if config.sparsity == "cascade":
         return Draft(cascade_neurons(density, files.intermediate)[0], rows=rows)
     return Draft(kept_neurons(density, files.intermediate), rows=rows)
@@ -123,7 +128,7 @@ def draft_density(config: SiriusConfig, files: Layout, plan: Plan) -> float:
     """The share of the neurons that S keeps where memory is divided like this."""
     if plan.density is not None:
         return plan.density
-    return config.density_with(_draft_reads_less(config, files, plan) and not files.layers[0].gate.format.four_bits)
+    return config.density_with(_four_bits_of(_draft_reads_less(config, files, plan), files.layers[0].gate.format))
 
 
 def draft_bytes(config: SiriusConfig, files: Layout, plan: Plan) -> int:

@@ -77,7 +77,7 @@ class _Oracle:
             raise ValueError(
                 f"prompt: it has {len(prompt)} tokens; the model's context holds {weights.context}, one for the answer"
             )
-        thresholds = load_thresholds(config.thresholds, weights, config.density_with(False)) if config.thresholds else None
+        thresholds = load_thresholds(config.thresholds, weights, config.density_with()) if config.thresholds else None
         capacity = self.start + self.limit
         self.full, self.sparse = Reader(model, capacity), Reader(model, capacity)
         self.full.prefill(prompt)

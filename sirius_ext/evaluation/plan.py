@@ -101,7 +101,7 @@ class Plan:
             del settings["draft_weights"]
         four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights == "q8")
         if settings["density"] == "auto" and not four_bits:  # where it is the same in all modes
-            settings["density"] = self.base.density_with(False)
+            settings["density"] = self.base.density_with()
         weights = {"weights": self.weights} if self.weights != "plain" else {}
         source = {"source": "hub"} if self.data is None else {}
         batch = {"batch": self.batch} if self.batch > 1 else {}
@@ -122,7 +122,7 @@ class Plan:
             raise ValueError("--model: it has no tokenizer, so questions cannot be read")
         if self.base.thresholds is not None:
             # For this model? Otherwise every item would fail, one by one.
-            load_thresholds(self.base.thresholds, prepare(engine.model).weights, self.base.density_with(False))
+            load_thresholds(self.base.thresholds, prepare(engine.model).weights, self.base.density_with())
         return engine
 
     def left(self, items: list[Item], done: set[tuple[str, str]]) -> list[Item]:

@@ -72,7 +72,7 @@ def resolve(
         weights = weights_of(model)
         thresholds = None
         if config.thresholds is not None and config.mode != "full":
-            thresholds = load_thresholds(config.thresholds, weights, config.density_with(False))
+            thresholds = load_thresholds(config.thresholds, weights, config.density_with())
         prompts = _prompts(input_ids, mask, weights)
 
         def request(row: int, prompt: torch.Tensor) -> Request:

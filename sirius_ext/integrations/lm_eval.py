@@ -67,7 +67,7 @@ class SiriusLM(TemplateLM):
         if self.scorer not in SCORERS:
             raise ValueError(f"loglikelihood: expected one of {', '.join(SCORERS)}, got {loglikelihood!r}")
         if self.config.thresholds is not None:
-            read_thresholds(self.config.thresholds, self.config.density_with(False))
+            read_thresholds(self.config.thresholds, self.config.density_with())
         # lm-eval makes numbers and booleans of what looks like them.
         if pretrained is not None and not isinstance(pretrained, (str, os.PathLike, Engine)):
             raise TypeError(f"pretrained: expected a Hugging Face id, a folder or a GGUF file, got {pretrained!r}")
@@ -92,7 +92,7 @@ class SiriusLM(TemplateLM):
         self.weights = self._model.weights
         if self.config.thresholds is not None:
             # For this model? Otherwise every request would fail, one by one.
-            load_thresholds(self.config.thresholds, self.weights, self.config.density_with(False))
+            load_thresholds(self.config.thresholds, self.weights, self.config.density_with())
         self._stop = functools.lru_cache(self._stopping)  # making one takes seconds with a large vocabulary
         self.prompts: list[PromptStats] = []
         self.failed = self.truncated = 0
@@ -209,7 +209,7 @@ class SiriusLM(TemplateLM):
             fitted.append((key, self._fitting(context, self.max_length + 1 - len(continuation)), continuation))
         thresholds = None
         if self.scorer == "sparse" and self.config.thresholds is not None:
-            thresholds = load_thresholds(self.config.thresholds, self.weights, self.config.density_with(False))
+            thresholds = load_thresholds(self.config.thresholds, self.weights, self.config.density_with())
         reader = Reader(self._model, max((len(context) + len(rest) for _, context, rest in fitted), default=1))
         answers, before = [], None
         for key, context, continuation in tqdm(fitted, desc=f"loglikelihood, {self.scorer}", disable=disable_tqdm):
