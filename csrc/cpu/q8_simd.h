@@ -3,7 +3,7 @@
 // In `dot` a lane is a row of weights: as many rows as there are lanes are read side by side, 16 bytes of each at a time, and
 // turned so that a lane holds four weights of its row. The input is the same for all lanes, so that it comes from memory by
 // itself, and a group of 32 costs eight products of four and one conversion for any row of input. In `sum` a lane is a column,
-// and the four weights are those of four rows.
+// and the four weights are those of four rows. Of many rows of input AMX makes the products: such vectors are a tile.
 #pragma once
 
 #include "q8.h"
