@@ -46,8 +46,7 @@ bool has_avx512() {
 
 #ifdef SIRIUS_HAVE_AMX
 bool has_amx() {
-  // CPUID leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE, bit 25 AMX-INT8. Linux hands out the 8 KiB of tile state on request
-  // only.
+  // CPUID leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE, bit 25 AMX-INT8. Linux hands out 8 KiB of tile state on request only.
   const unsigned edx = Leaf7(0).edx;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return has_avx512() && (edx >> 22 & 1) && (edx >> 24 & 3) == 3 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -69,8 +68,8 @@ constexpr Isa kIsas[] = {
 #endif
     {"scalar", [] { return true; }, kernels_scalar, matrix_kernels_scalar},
 #ifdef SIRIUS_HAVE_AMX_SOFT
-    {"amx-soft", has_avx512, kernels_avx512,
-     matrix_kernels_amx_soft},  // for tests: the last, so that it is never chosen by itself
+    // For tests; the last, so that it is never chosen by itself.
+    {"amx-soft", has_avx512, kernels_avx512, matrix_kernels_amx_soft},
 #endif
 };
 
