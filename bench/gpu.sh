@@ -121,7 +121,7 @@ by_hand() {
   mkdir -p $objects/{cpu,cuda,simt}
   {
     for file in csrc/cpu/*.cpp; do
-      case $file in *_avx2.cpp | *_avx512.cpp | *_amx.cpp) continue ;; esac
+      case $file in *_avx2.cpp | *_avx512.cpp | *_amx*.cpp) continue ;; esac
       echo "g++ $flags -fopenmp -c $file -o $objects/cpu/$(basename "$file").o"
     done
     echo "g++ $flags -fopenmp -DSIRIUS_HAVE_CUDA $includes -c python/bindings.cpp -o $objects/cpu/bindings.o"

@@ -30,6 +30,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("sirius")
 
 
+def pytest_collection_modifyitems(config, items):
+    """amx-soft is avx512 but for products of bf16 and of packed weights: of cases by element type it takes those of bf16, and the
+    other ops' cases are avx512's alone."""
+
+    def needed(item):
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not any(isinstance(value, str) and value.removeprefix("cpu-") == "amx-soft" for value in values):
+            return True
+        dtypes = [value for value in values if isinstance(value, torch.dtype)]
+        return torch.bfloat16 in dtypes if dtypes else "isa" in item.callspec.params
+
+    config.hook.pytest_deselected(items=[item for item in items if not needed(item)])
+    items[:] = filter(needed, items)
+
+
 @pytest.fixture(autouse=True)
 def _same_everywhere():
     """The same random numbers in every test, and two threads unless a test says otherwise."""

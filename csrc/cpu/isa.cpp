@@ -46,10 +46,10 @@ bool has_avx512() {
 
 #ifdef SIRIUS_HAVE_AMX
 bool has_amx() {
-  // CPUID leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE. Linux hands out the 8 KiB of tile state on request only.
+  // CPUID leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE, bit 25 AMX-INT8. Linux hands out 8 KiB of tile state on request only.
   const unsigned edx = Leaf7(0).edx;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return has_avx512() && (edx >> 22 & 1) && (edx >> 24 & 1) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_avx512() && (edx >> 22 & 1) && (edx >> 24 & 3) == 3 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 
@@ -67,6 +67,10 @@ constexpr Isa kIsas[] = {
     {"avx2", has_avx2, kernels_avx2, matrix_kernels_avx2},
 #endif
     {"scalar", [] { return true; }, kernels_scalar, matrix_kernels_scalar},
+#ifdef SIRIUS_HAVE_AMX_SOFT
+    // For tests; the last, so that it is never chosen by itself.
+    {"amx-soft", has_avx512, kernels_avx512, matrix_kernels_amx_soft},
+#endif
 };
 
 const Isa& find(const std::string& name) {

@@ -87,5 +87,6 @@ const MatrixKernels& matrix_kernels_avx2(Format format, Dtype dtype);
 const MatrixKernels& matrix_kernels_avxvnni(Format format, Dtype dtype);
 const MatrixKernels& matrix_kernels_avx512(Format format, Dtype dtype);
 const MatrixKernels& matrix_kernels_amx(Format format, Dtype dtype);
+const MatrixKernels& matrix_kernels_amx_soft(Format format, Dtype dtype);
 
 }  // namespace sirius::cpu

@@ -1,35 +1,18 @@
-// bf16 products on AMX tiles: sixteen input rows cost what one costs. fp16 and fp32 are the AVX-512 bodies.
+// bf16 products on AMX tiles: sixteen input rows cost what one costs. Those of packed weights are in q8_simd.h, fp16 and fp32 are
+// the AVX-512 bodies.
 //
 // A weight tile is staged through a small buffer, which lets its sixteen rows come from anywhere. One input row uses the same
 // tile instructions as sixteen, in the same order: that is what makes a row's bits independent of the rows beside it.
 #include <cstring>
 
 #include "kernels_simd.h"
+#include "tiles.h"
 
 namespace sirius::cpu {
 namespace {
 
 constexpr int kTileRows = 16;
 constexpr int kDepth = 32;  // bf16 elements in a tile row of 64 bytes
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  void set(int tile, int num_rows, int bytes) {
-    rows[tile] = uint8_t(num_rows);
-    row_bytes[tile] = uint16_t(bytes);
-  }
-};
-
-struct Tiles {
-  explicit Tiles(const TileConfig& config) { _tile_loadconfig(&config); }
-  ~Tiles() { _tile_release(); }
-};
-
-// GCC's tile intrinsics do not tell the compiler which memory they read and write.
-inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -91,9 +74,9 @@ struct WeightBlock {
     constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
     const int target = c + ahead;
     if (target < k)
-      for (int r = 0; r < kTileRows; ++r) prefetch(rows[r] + target);
+      for (int r = 0; r < kTileRows; ++r) prefetch_now(rows[r] + target);
     else
-      for (int r = 0; r < kTileRows; ++r) prefetch(next[r] + (target - k < k ? target - k : c));
+      for (int r = 0; r < kTileRows; ++r) prefetch_now(next[r] + (target - k < k ? target - k : c));
   }
 
   // result: [16 weight rows, columns]
@@ -219,11 +202,11 @@ void amx_sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t 
           // A row past the end counts as zero: its coefficient is zero, but zero times an infinity would not be.
           __m512i even = _mm512_setzero_si512(), odd = even;
           if (r < depth) {
-            prefetch(rows[next + r] + column);
+            prefetch_now(rows[next + r] + column);
             even = _mm512_maskz_loadu_epi16(mask, rows[r] + c);
           }
           if (r + 1 < depth) {
-            prefetch(rows[next + r + 1] + column);
+            prefetch_now(rows[next + r + 1] + column);
             odd = _mm512_maskz_loadu_epi16(mask, rows[r + 1] + c);
           }
           _mm512_store_si512(stage[0] + r / 2 * kDepth, _mm512_permutex2var_epi16(even, order.low, odd));

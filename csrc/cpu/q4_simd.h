@@ -118,6 +118,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
     return value;
   }
   static int start(int, int) { return 0; }
+  const int8_t* inputs(int) const { return x_[0].values; }
+  static constexpr int input_stride = sizeof(Coefficients);
 
   struct Join {
     const Vec scale, total;
@@ -169,7 +171,9 @@ void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc,
     const int count = std::min(kRows, n - r);
     GroupSum<T, kSupers> block(all, r, count, form);
     for (int j = 0; j < m; j += kColumns) {
-      block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, std::min(kColumns, m - j), count);
+      const int inputs = std::min(kColumns, m - j);
+      const GroupTiles tiles(inputs);
+      block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, inputs, count);
       block.add(begin, end, j == 0, acc + j * lda, lda);
     }
   }

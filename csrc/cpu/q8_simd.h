@@ -3,10 +3,11 @@
 // In `dot` a lane is a row of weights: as many rows as there are lanes are read side by side, 16 bytes of each at a time, and
 // turned so that a lane holds four weights of its row. The input is the same for all lanes, so that it comes from memory by
 // itself, and a group of 32 costs eight products of four and one conversion for any row of input. In `sum` a lane is a column,
-// and the four weights are those of four rows.
+// and the four weights are those of four rows. Of many rows of input AMX makes the products: such vectors are a tile.
 #pragma once
 
 #include "q8.h"
+#include "tiles.h"
 
 namespace sirius::cpu {
 namespace {
@@ -21,6 +22,7 @@ constexpr int kSpan = kLanes / 4;  // rows of 16 bytes in a vector
 using Ints = __m512i;
 
 inline Ints set(int x) { return _mm512_set1_epi32(x); }
+inline Ints load(const int32_t* from) { return _mm512_load_si512(from); }
 inline void store(Ints x, int32_t* to) { _mm512_store_si512(to, x); }
 inline Vec floats(Ints x) { return {_mm512_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
@@ -244,20 +246,22 @@ Ints start_of(Ints total) {
   return kUpper ? halved(times(total, -241)) : times(total, -kZero);
 }
 
-// A prefetch that the compiler may not move: in a loop that is unrolled it otherwise drops or gathers them.
-inline void prefetch_now(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
-
-// Four vectors whose lanes are rows: lane r of turned[i] is dword i of the 16 bytes at at(r).
-template <class At>
-void turn(const At& at, Ints* turned) {
-  Ints x[4];
-  for (int i = 0; i < 4; ++i) x[i] = gather([&](int span) { return at(4 * span + i); });
+// Of every four lanes of four vectors: dword i of x[r] becomes dword r of turned[i].
+inline void turn_lanes(const Ints* x, Ints* turned) {
   const Ints a = unpack_low32(x[0], x[1]), b = unpack_high32(x[0], x[1]);
   const Ints c = unpack_low32(x[2], x[3]), d = unpack_high32(x[2], x[3]);
   turned[0] = unpack_low64(a, c);
   turned[1] = unpack_high64(a, c);
   turned[2] = unpack_low64(b, d);
   turned[3] = unpack_high64(b, d);
+}
+
+// Four vectors whose lanes are rows: lane r of turned[i] is dword i of the 16 bytes at at(r).
+template <class At>
+void turn(const At& at, Ints* turned) {
+  Ints x[4];
+  for (int i = 0; i < 4; ++i) x[i] = gather([&](int span) { return at(4 * span + i); });
+  turn_lanes(x, turned);
 }
 
 // While a tile of rows is multiplied, the next one is fetched, place by place: memory is so slow that anything nearer comes
@@ -289,9 +293,48 @@ struct Header<Planes<kUpper>> {
   }
 };
 
-// A block of kLanes rows of weights by M of input, added to sums. Meanwhile the block that comes after it is fetched.
+// What is read in a step of one group after this block. A line holds four groups: a quarter of the rows at each.
+template <class Form>
+void fetch_step(const Block& next, int step, int upper_at) {
+  if (step >= next.groups) return;
+  const int at = next.group * kGroupBytes + step / 4 * 64;
+  for (int r = step % 4; r < kLanes; r += 4) {
+    if (step < 4)  // their scales
+      for (int line = Form::header_at(next.group) / 64 * 64; line < std::min(Form::header_at(next.group + next.groups), upper_at);
+           line += 64)
+        prefetch_now(next.rows[r] + line);
+    prefetch_now(next.rows[r] + upper_at + at);
+    if (Form::has_lower) prefetch_now(next.lowers[r] + at);
+  }
+}
+
+// The codes of a group of all rows: four weights of each in every vector.
+template <class Form>
+void read_codes(const Block& now, int group, int upper_at, Codes* codes) {
+  Ints uppers[4], lowers[4] = {};
+  turn([&](int r) { return now.rows[r] + upper_at + group * kGroupBytes; }, uppers);
+  if constexpr (Form::has_lower) turn([&](int r) { return now.lowers[r] + group * kGroupBytes; }, lowers);
+  for (int i = 0; i < 4; ++i) split<!Form::has_lower>(uppers[i], lowers[i], codes + i, codes + 4 + i);
+}
+
+// acc and a group's sum of integers for one row of input. at: that row's place in the group's; place: the group's in the header.
+template <class Form>
+Vec add_scaled(Ints total, const Packed& x, int at, const Header<Form>& header, int place, Vec acc) {
+  acc = fma(floats(total) * Vec::set(x.scales[at]), header.scales[place], acc);
+  if constexpr (Form::has_minimum) acc = fma(header.minima[place], Vec::set(float_of(x.starts[at])), acc);
+  return acc;
+}
+
+template <class Form>
+Ints start_at(const Packed& x, int at) {
+  return set(Form::has_minimum ? 0 : x.starts[at]);
+}
+
+// A block of kLanes rows of weights by M of input, added to sums. Meanwhile the block that comes after it is fetched. Flat,
+// because GCC 12 otherwise calls what is the same for every M, and moves vectors through memory.
 template <class Form, int M>
-void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums, bool fetch) {
+__attribute__((flatten)) void dot_block(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sums,
+                                        bool fetch) {
   const int upper_at = Form::header_bytes(form.cols);
   Vec acc[M];
   for (int j = 0; j < M; ++j) acc[j] = sums[j];
@@ -299,36 +342,61 @@ void dot_block(const Block& now, const Block& next, const Packed& x, const RowFo
   for (int step = 0; step < now.groups; ++step) {
     const int g = now.group + step;
     if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
-    if (fetch && step < next.groups) {  // a line holds four groups: a quarter of the rows at each
-      const int at = next.group * kGroupBytes + step / 4 * 64;
-      for (int r = step % 4; r < kLanes; r += 4) {
-        if (step < 4)  // their scales
-          for (int line = Form::header_at(next.group) / 64 * 64;
-               line < std::min(Form::header_at(next.group + next.groups), upper_at); line += 64)
-            prefetch_now(next.rows[r] + line);
-        prefetch_now(next.rows[r] + upper_at + at);
-        if (Form::has_lower) prefetch_now(next.lowers[r] + at);
-      }
-    }
-    Ints uppers[4], lowers[4] = {};
-    turn([&](int r) { return now.rows[r] + upper_at + g * kGroupBytes; }, uppers);
-    if constexpr (Form::has_lower) turn([&](int r) { return now.lowers[r] + g * kGroupBytes; }, lowers);
+    if (fetch) fetch_step<Form>(next, step, upper_at);
     Codes codes[8];
-    for (int i = 0; i < 4; ++i) split<!Form::has_lower>(uppers[i], lowers[i], codes + i, codes + 4 + i);
-    const Vec scale = header.scales[step % 8];
+    read_codes<Form>(now, g, upper_at, codes);
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const int at = g * M + j;
-      Sum<!Form::has_lower> sum(set(Form::has_minimum ? 0 : x.starts[at]));
+      Sum<!Form::has_lower> sum(start_at<Form>(x, at));
       const int8_t* values = x.values + at * kGroup;
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) sum.add_four(codes[i], values + 4 * i);
-      acc[j] = fma(floats(sum.total()) * Vec::set(x.scales[at]), scale, acc[j]);
-      if constexpr (Form::has_minimum) acc[j] = fma(header.minima[step % 8], Vec::set(float_of(x.starts[at])), acc[j]);
+      acc[j] = add_scaled(sum.total(), x, at, header, step % 8, acc[j]);
     }
   }
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
 }
+
+#if defined(__AMX_INT8__)
+
+// The same for many rows of input by tiles, as many groups at a time as a header is for. The codes of the next ones are read
+// between the products of these and their sums: no tile waits for what was stored a moment ago, no sum for a tile.
+template <class Form, int M>
+__attribute__((flatten)) void dot_block_by_tiles(const Block& now, const Block& next, const Packed& x, const RowForm& form,
+                                                 Vec* sums, bool fetch) {
+  const int upper_at = Form::header_bytes(form.cols);
+  Codes codes[8][8];
+  alignas(64) int32_t totals[8][M][kLanes];
+  const auto read = [&](int first) {
+    for (int step = first; step < std::min(first + 8, now.groups); ++step) {
+      if (fetch) fetch_step<Form>(next, step, upper_at);
+      read_codes<Form>(now, now.group + step, upper_at, codes[step % 8]);
+    }
+  };
+  read(0);
+  for (int first = 0; first < now.groups; first += 8) {
+    const int count = std::min(8, now.groups - first), group = now.group + first;
+    memory_fence();
+    for (int i = 0; i < count; ++i)
+      GroupTiles::multiply(x.values + (group + i) * M * kGroup, kGroup, codes[i], sizeof(Codes), totals[i][0]);
+    memory_fence();
+    read(first + 8);
+    Header<Form> header;
+    header.read([&](int r) { return now.rows[r] + Form::header_at(group); });
+    Vec acc[M];
+    for (int j = 0; j < M; ++j) acc[j] = sums[j];
+    for (int i = 0; i < count; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < M; ++j) {
+        const int at = (group + i) * M + j;
+        acc[j] = add_scaled(add(start_at<Form>(x, at), load(totals[i][j])), x, at, header, i, acc[j]);
+      }
+    for (int j = 0; j < M; ++j) sums[j] = acc[j];
+  }
+}
+
+#endif
 
 // Up to kTiles * kLanes rows by M of input; what is read next stands after them.
 constexpr int kTiles = 64 / kLanes;
@@ -337,6 +405,7 @@ template <class Form, int M>
 void dot_rows(const uint8_t* const* rows, const uint8_t* const* lowers, int n, const Packed& x, const RowForm& form, bool fetch,
               float* out, ptrdiff_t ldo, int wanted) {
   const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
+  const GroupTiles group_tiles(M);
   Vec sums[kTiles][M];
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < M; ++j) sums[t][j] = Vec::set(0.0f);
@@ -347,7 +416,12 @@ void dot_rows(const uint8_t* const* rows, const uint8_t* const* lowers, int n, c
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
-      dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
+#if defined(__AMX_INT8__)
+      constexpr auto add_block = M < kTileInputs ? dot_block<Form, M> : dot_block_by_tiles<Form, M>;
+#else
+      constexpr auto add_block = dot_block<Form, M>;
+#endif
+      add_block(block(t, group), next, x, form, sums[t], fetch);
     }
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < wanted; ++j) store_upto(sums[t][j], out + j * ldo + t * kLanes, n - t * kLanes);
@@ -395,6 +469,7 @@ constexpr int kTogether = 1;
 //
 //   four(j, quad, lane)           for input row j, coefficients of rows 4 * quad and on, a byte each
 //   start(j, lane)                where the sum begins
+//   inputs(lane), input_stride    the coefficients of all rows for row 0, and how many bytes further on those for row 1 are
 //   Join(block, j, at, lane)      and with it operator()(sum, v, before): what vector v of a group's columns becomes
 //
 // at: the group's number among those that `read` was called for; lane: as `add_groups` was told.
@@ -417,7 +492,10 @@ class ColumnSums {
   }
 
   // All rows of input by the n groups that were read, from `group` on; the lane of the first.
-  void add_groups(int group, int n, int lane, int end, float* acc, ptrdiff_t lda) const {
+  void add_groups(int group, int n, int lane, int end, float* acc, ptrdiff_t lda) {
+#if defined(__AMX_INT8__)
+    if (m_ >= kTileInputs) multiply(n, lane);
+#endif
     for (int i = 0; i < n; ++i) {
       const int column = (group + i) * kGroup, columns = end - column;
       if (columns >= kGroup)
@@ -445,6 +523,9 @@ class ColumnSums {
   }
 
   void add_group(int at, int lane, float* to, ptrdiff_t lda) const {
+#if defined(__AMX_INT8__)
+    if (m_ >= kTileInputs) return add_totals(at, lane, to, lda);
+#endif
     int j = 0;
     for (; j + kTogether <= m_; j += kTogether) add_rows<kTogether>(j, at, lane, to + j * lda, lda);
     if constexpr (kTogether > 4)
@@ -490,9 +571,51 @@ class ColumnSums {
     }
   }
 
+#if defined(__AMX_INT8__)
+  // All rows of input by n groups, by tiles. Of quads that are not there the coefficients are zero.
+  void multiply(int n, int lane) {
+    const Block& block = static_cast<const Block&>(*this);
+    memory_fence();
+    for (int i = 0; i < n; ++i)
+      for (int v = 0; v < 2 * kHalf; ++v)
+        GroupTiles::multiply(block.inputs(lane + i), Block::input_stride, codes_[i][0] + v, sizeof(codes_[i][0]),
+                             totals_[i][v][0]);
+    memory_fence();
+  }
+
+  void add_totals(int at, int lane, float* to, ptrdiff_t lda) const {
+    const Block& block = static_cast<const Block&>(*this);
+    for (int j = 0; j < m_; ++j) {
+      const typename Block::Join join(block, j, at, lane);
+      const Ints start = set(block.start(j, lane));
+      for (int v = 0; v < 2 * kHalf; ++v) {
+        float* columns = to + j * lda + kLanes * v;
+        join(floats(add(start, load(totals_[at][v][j]))), v, Vec::load(columns)).store(columns);
+      }
+    }
+  }
+
+  alignas(64) int32_t totals_[kSpan][2 * kHalf][kColumns][kLanes];
+#endif
+
   const int quads_;
   Codes codes_[kSpan][kRows / 4][2 * kHalf];
 };
+
+#if defined(__AMX_INT8__)
+// Eight vectors of fours by their lanes: those of a lane side by side, and those of the next lane `stride` further on.
+inline void spread(const Ints* fours, int32_t* to, ptrdiff_t stride) {
+  for (int quad = 0; quad < kRows / 4; quad += 4) {
+    Ints turned[4];
+    turn_lanes(fours + quad, turned);
+    for (int i = 0; i < 4; ++i) {
+      alignas(64) int32_t lanes[kLanes];
+      store(turned[i], lanes);
+      for (int span = 0; span < kSpan; ++span) std::memcpy(to + (4 * span + i) * stride + quad, lanes + 4 * span, 16);
+    }
+  }
+}
+#endif
 
 // Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
 template <class T, bool kUpper>
@@ -547,6 +670,10 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
 
  private:
   int four(int j, int quad, int lane) const { return rounded_[j][quad][lane]; }
+#if defined(__AMX_INT8__)
+  const int8_t* inputs(int lane) const { return reinterpret_cast<const int8_t*>(inputs_[lane]); }
+  static constexpr int input_stride = kRows;
+#endif
   int start(int j, int lane) const { return starts_[j][lane]; }
 
   struct Join {
@@ -566,14 +693,17 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
     const Vec inverse = where_less(Vec::set(0.0f), largest, Vec::set(1.0f) / largest, Vec::set(0.0f));
     for (int r = 0; r < kRows; ++r) scale[r] = scale[r] * inverse;
     for (int j = 0; j < m_; ++j) {
-      Ints total = set(0);
+      Ints total = set(0), fours[kRows / 4];
       for (int quad = 0; quad < kRows / 4; ++quad) {
         const float* c = coefficients_[j] + 4 * quad;
         const Vec* s = scale + 4 * quad;
-        const Ints four = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
-        store(four, rounded_[j][quad]);
-        total = sum_bytes(total, four);
+        fours[quad] = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
+        store(fours[quad], rounded_[j][quad]);
+        total = sum_bytes(total, fours[quad]);
       }
+#if defined(__AMX_INT8__)
+      if (m_ >= kTileInputs) spread(fours, inputs_[0][j], kColumns * kRows / 4);
+#endif
       store(start_of<kUpper>(total), starts_[j]);
       (largest * Vec::set(scales_[j])).store(group_scales_[j]);
     }
@@ -598,6 +728,9 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
   // By groups: the coefficients as integers, four rows in one, and so on.
   alignas(64) int32_t rounded_[kColumns][kRows / 4][kLanes], starts_[kColumns][kLanes];
   alignas(64) float group_scales_[kColumns][kLanes];
+#if defined(__AMX_INT8__)
+  alignas(64) int32_t inputs_[kLanes][kColumns][kRows / 4];  // rounded_ as tiles read it: a row's eight side by side
+#endif
 };
 
 template <class T, bool kUpper>
@@ -606,7 +739,9 @@ void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc,
   for (int r = 0; r < n; r += kRows) {
     SumBlock<T, kUpper> block(all, r, std::min(kRows, n - r), form);
     for (int j = 0; j < m; j += kColumns) {
-      block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, std::min(kColumns, m - j));
+      const int inputs = std::min(kColumns, m - j);
+      const GroupTiles tiles(inputs);
+      block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, inputs);
       block.add(begin, end, j == 0, acc + j * lda, lda);
     }
   }

@@ -123,6 +123,12 @@ inline float reduce_max(Vec a) { return a.v; }
 
 #endif
 
+#if defined(__AVX2__)
+// A prefetch that the compiler may neither move nor drop: in a loop that is unrolled it gathers those of __builtin_prefetch, or
+// drops them, and a call of a function that does nothing else is dropped as a whole (GCC 12).
+inline void prefetch_now(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
+#endif
+
 // The first n < width elements; the others read as `fill` and are not written.
 template <class T>
 inline Vec load_part(const T* p, int n, float fill = 0.0f) {

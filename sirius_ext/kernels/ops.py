@@ -30,7 +30,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 def isa() -> str:
-    """The kernel bodies in use: "amx", "avx512", "avxvnni", "avx2" or "scalar"."""
+    """The kernel bodies in use: "amx", "avx512", "avxvnni", "avx2" or "scalar"; in a build for tests also "amx-soft"."""
     return _C.isa()
 
 
