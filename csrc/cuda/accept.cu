@@ -94,13 +94,12 @@ __global__ void __launch_bounds__(kLogitWarps* kWarp) argmax_kernel(const Argmax
   AcceptShared& shared = shared_memory<AcceptShared>();
   wait_for_kernel_before();
   const int num_parts = int(gridDim.x);
-  const float inverse_temperature = 1.0f / p.score_temperature;
   float x[kLogitsPerThread];
   load_logits<Aligned>(p.logits, p.vocab, true, x);
-  part_stats<Likelihoods>(x, inverse_temperature, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
+  part_stats<Likelihoods>(x, 1.0f / p.score_temperature, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
   if (!last_block(counter, int(gridDim.x * gridDim.y), &shared.last)) return;
   for (int i = int(threadIdx.x) / kWarp; i < p.num_rows; i += int(blockDim.x) / kWarp) {
-    const LogitStats stats = row_stats<Likelihoods>(parts + size_t(i) * num_parts, num_parts, inverse_temperature);
+    const LogitStats stats = row_stats<Likelihoods>(parts + size_t(i) * num_parts, num_parts, 1.0f / p.score_temperature);
     if (threadIdx.x % kWarp != 0) continue;
     p.argmax[i] = stats.argmax;
     if (Likelihoods) p.likelihoods[i] = 1.0f / stats.sum;
