@@ -177,6 +177,19 @@ def test_graphs_serve_every_prompt(place, monkeypatch):
     assert len(depths) == len(set(depths)) and set(depths) <= {0, 7, 15, 31}
 
 
+def test_where_the_full_model_is_alone_the_device_is_ahead(place, monkeypatch):
+    """By one period, and with none after the text's end."""
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: DEAR)
+    started, start = [], PeriodGraph.start
+    monkeypatch.setattr(PeriodGraph, "start", lambda graph, stops=None: started.append(graph.depth) or start(graph, stops))
+    engine = cuda_engine(place, "qwen2")
+    text, counts = engine.start(prompt(9).to(engine.model.device), config=config_of(), max_new_tokens=6, do_sample=False), []
+    while not text.ended:
+        text.step()
+        counts.append(len(started))
+    assert counts == [0, 2, 3, 4, 5, 5] and not any(started)
+
+
 def test_what_the_host_must_decide(place, monkeypatch):
     """Copies, processed logits and graphs of single passes: as before, with the same text."""
     monkeypatch.setattr(sequence, "costs_of", lambda *_: CHEAP)

@@ -126,6 +126,25 @@ class Stops:
         return [self.mean, *EDGES, *self.accepted, *self.worth, *[math.inf] * (depths - len(self.worth))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What a text has cost.
+
+    tokens, spent: all of them.
+    recent_tokens, recent_cost: of late; to begin with, as if that many tokens had come by F alone.
+    """
+
+    tokens: int = 0
+    spent: float = 0.0
+    recent_tokens: float = 20.0
+    recent_cost: float = 20.0
+
+    def after(self, committed: int, cost: float) -> Ledger:
+        """With one more period."""
+        recent_tokens, recent_cost = _FORGET_RATE * self.recent_tokens, _FORGET_RATE * self.recent_cost
+        return Ledger(self.tokens + committed, self.spent + cost, recent_tokens + committed, recent_cost + cost)
+
+
 class AdaptivePeriod:
     """Says before each pass of S whether there shall be one more, for one text.
 
@@ -145,8 +164,7 @@ class AdaptivePeriod:
         self.acceptance = Acceptance(rule)
         self._costs, self.longest = costs, longest
         self._cost = [costs.period(depth, width) for depth in range(max(longest, 1))]  # of a period with a draft of each depth
-        self._tokens, self._spent = 0, 0.0  # of the text
-        self._recent_tokens = self._recent_cost = 20.0  # as if that many tokens had come by F alone
+        self.ledger = Ledger()
         self._confidences: list[float] = []
         self._reach = 1.0
 
@@ -173,10 +191,11 @@ class AdaptivePeriod:
         """Tokens that the last one of a draft of this depth must be expected to bring; inf where there may be no such draft."""
         if depth + 1 > min(self.longest, room):
             return math.inf
-        allowed = self._tokens + 1 + MOST_LOSS * max(LEAST_TOKENS, self._tokens + 1)
-        if self._spent + self._cost[depth] > allowed:  # if nothing of the draft is accepted
+        ledger = self.ledger
+        allowed = ledger.tokens + 1 + MOST_LOSS * max(LEAST_TOKENS, ledger.tokens + 1)
+        if ledger.spent + self._cost[depth] > allowed:  # if nothing of the draft is accepted
             return math.inf
-        rate = max(1.0, self._recent_tokens / self._recent_cost)
+        rate = max(1.0, ledger.recent_tokens / ledger.recent_cost)
         return rate * (self._cost[depth] - self._cost[depth - 1])
 
     def cost_of_rows(self, rows: int) -> float:
@@ -190,11 +209,7 @@ class AdaptivePeriod:
 
     def judged(self, accepted: int, committed: int) -> None:
         """The period has ended: F accepted so many of its tokens one after the other, and so many joined the text."""
-        cost = self._cost[len(self._confidences)]
-        self._tokens += committed
-        self._spent += cost
-        self._recent_tokens = _FORGET_RATE * self._recent_tokens + committed
-        self._recent_cost = _FORGET_RATE * self._recent_cost + cost
+        self.ledger = self.ledger.after(committed, self._cost[len(self._confidences)])
         # What comes after a rejected token was never judged.
         for index, confidence in enumerate(self._confidences[: accepted + 1]):
             self.acceptance.observe(confidence, index < accepted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,7 +15,7 @@ from ..runtime.cache import Cache
 from ..runtime.cuda import Chosen, CudaCache, CudaModel
 from ..runtime.graphs import Nodes, Replay, has_conditions, profiled
 from ..runtime.model import Model
-from .period import EDGES, AdaptivePeriod, Stops
+from .period import EDGES, AdaptivePeriod, Ledger, Stops
 from .sampling import PRUNE
 from .sparsity import DECAY, CSparse, FSparse
 from .stats import Period
@@ -102,7 +104,8 @@ class PeriodGraph:
             model.inner_stream,
         )
         # Two, since the next period runs while the host reads the last one's record.
-        self._copies = [torch.zeros_like(self.record.memory, device="cpu", pin_memory=pinned) for _ in range(2)]
+        copies = [torch.zeros_like(self.record.memory, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._copies = itertools.cycle(copies)
 
     def begin(self, token: int, length: int, remaining: int) -> None:
         """A text whose last committed token, x0, will stand at slot `length`, and that may take so many more tokens."""
@@ -114,19 +117,22 @@ class PeriodGraph:
 
     def periods(self) -> Iterator[Record]:
         """The record of each period, one after the other; never ends. The device is always one period ahead."""
-        copies = self._copies
-        ready = self._start(copies[0])
-        for count in range(1, 1 << 62):
-            following = self._start(copies[count % 2])
-            yield self._read(copies[(count - 1) % 2], ready)
-            ready = following
+        record_of = self.start()
+        while True:
+            following = self.start()
+            yield record_of()
+            record_of = following
 
-    def start(self, stops: Stops) -> Callable[[], Record]:
-        """Have one period run, whose draft ends by `stops`; the one before has been read. Returns what waits for its record."""
+    def start(self, stops: Stops | None = None) -> Callable[[], Record]:
+        """Have one period run; the one before the last has been read. Returns what waits for its record.
+
+        stops: by which its draft ends, if drafts may stop early; the last one has been read, too, then.
+        """
         if self._stops:
+            assert stops is not None
             self._rule_given.copy_(torch.tensor(stops.numbers(self.depth), dtype=torch.float64))
             self._rule.copy_(self._rule_given, non_blocking=True)
-        copy = self._copies[0]
+        copy = next(self._copies)
         return functools.partial(self._read, copy, self._start(copy))
 
     def _read(self, copy: torch.Tensor, ready: torch.cuda.Event | None) -> Record:
@@ -370,36 +376,47 @@ def _until_they_stop(
     graph_of: Callable[[int], PeriodGraph], adaptive: AdaptivePeriod, width: int, token: int, length: int, remaining: int
 ) -> Iterator[Replayed]:
     """Periods whose drafts stop early, each by what the one before has taught. Of few graphs each period takes the smallest one
-    that has places for all that might be drafted. The next one runs while the host looks at what this one has committed."""
+    that has places for all that might be drafted. The next one runs while the host looks at what this one has committed. Where F
+    decodes alone what a period teaches is known before it runs, and the device is one ahead, as with periods of one length."""
     current: PeriodGraph | None = None
+    running: deque[tuple[PeriodGraph, Callable[[], Record], int, Ledger]] = deque()
 
-    def start() -> Callable[[], Record]:
-        nonlocal current
-        stops = adaptive.stops(remaining)
+    def start(stops: Stops) -> None:
+        nonlocal current, remaining
         graph = graph_of(depth_with(stops.longest, width, adaptive.longest))
         if graph is not current:
+            assert not running
             graph.begin(token, length, remaining)
             current = graph
-        return graph.start(stops)
+        running.append((graph, graph.start(stops), remaining, adaptive.ledger))
+        if not graph.depth:
+            adaptive.judged(0, 1)
+            remaining -= 1
 
-    record_of = start()
-    while True:
+    start(adaptive.stops(remaining))
+    while running:
+        graph, record_of, room, ledger = running[0]
+        if not graph.depth and remaining > 0:
+            stops = adaptive.stops(remaining)
+            if not stops.longest:
+                start(stops)
+        running.popleft()
         record = record_of()
         if record.fault:
+            adaptive.ledger = ledger
             yield None
             return
-        assert current is not None
-        period, tokens = current.read(record)
-        period.cut = period.drafted + 1 == remaining
-        for confidence in record.confidences[: period.drafted].tolist():
-            adaptive.drafted(confidence)
-        adaptive.judged(period.accepted, len(tokens))
-        token, length, remaining = tokens[-1], length + len(tokens), remaining - len(tokens)
-        if remaining > 0:
-            record_of = start()
+        period, tokens = graph.read(record)
+        period.cut = period.drafted + 1 == room
+        token, length = tokens[-1], length + len(tokens)
+        if graph.depth:
+            for confidence in record.confidences[: period.drafted].tolist():
+                adaptive.drafted(confidence)
+            adaptive.judged(period.accepted, len(tokens))
+            remaining -= len(tokens)
+        if not running and remaining > 0:
+            start(adaptive.stops(remaining))
         yield period, tokens
-        if remaining <= 0:
-            return
 
 
 def depth_with(drafts: int, width: int, longest: int) -> int:
