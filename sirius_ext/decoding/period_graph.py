@@ -336,14 +336,13 @@ def replayed_periods(
     text: tuple[int, int, int],
 ) -> Iterator[Replayed] | None:
     """The periods of a sequence, after its prefill, without asking the host within them: a greedy rule's, on a CUDA device; None
-    elsewhere, and where drafts stop early but graphs have no conditions.
+    elsewhere, and where drafts stop early but graphs have no conditions, whose kernel an older driver cannot load.
 
     text: as `PeriodGraph.begin` takes it.
     """
     if not isinstance(model, CudaModel) or not isinstance(cache, CudaCache) or model.graph_mode == "step":
         return None
-    captured = model.device.type == "cuda" and model.graph_mode == "period"
-    if adaptive is not None and captured and not has_conditions(model.device):
+    if adaptive is not None and model.device.type == "cuda" and not has_conditions(model.device):
         return None
     draft = cache.take(sparsity)
     judge = draft if config.mode == "sparse" else cache.take(None)
