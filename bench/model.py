@@ -11,6 +11,7 @@ and one bandwidth say how long that takes.
 
 python bench/model.py            writes bench/results/predicted.json
 python bench/model.py --tiers    prints what the predictions for larger models are made of, byte for byte
+python bench/model.py --stops    prints what a draft costs that is left out of a period's graph
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ INSTRUCTIONS = {
 # Seconds that a kernel takes which reads no weights, beside `step`: of attention what its chunks' dependent steps take, of the
 # selection its three histograms.
 OTHERS = {"attention": 4e-6, "select": 8e-6}
+# Seconds of a conditional node in a graph with the kernel before it that decides, whether the node's part runs or not. No
+# published figure is known, so this is an assumption on the dear side: kernels before and after it do not overlap with it.
+CONDITION = 10e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +285,25 @@ def predict(card: Card, name: str, context: int) -> list[dict]:
         variant = f"q4: Sirius, CSparse {density}, period {period}, AAL {length}"
         records.append(record(variant, sirius(period, length), verify))
     return records
+
+
+def left_out(card: Card, name: str, context: int, sparsity: str = "listed", weights: str = "bf16") -> dict[str, float]:
+    """Seconds that a draft takes which a period's graph has, and does not run: as a conditional part; and if its kernels, which
+    read a flag after they have waited for the kernel before, return at once. sparse: those of a draft that runs."""
+    shape, density = SHAPES[name], 0.5
+    kernels = len(launches(shape, 1, context, sparsity, density, card.processors, weights))
+    sparse = sum(pass_seconds(card, shape, 1, context, sparsity, density, weights).values())
+    return {"condition": CONDITION, "flag": kernels * card.step, "sparse": sparse, "kernels": kernels}
+
+
+def show_left_out() -> None:
+    """Print it for every card."""
+    name, context = "llama-3-8b", 1024
+    print(f"{name}, CSparse 0.5, {context} tokens of context; microseconds of a draft that is left out, predicted")
+    for weights, card in itertools.product(WEIGHTS, CARDS):
+        found = left_out(card, name, context, weights=weights)
+        times = ", ".join(f"{way} {1e6 * found[way]:.0f}" for way in ("condition", "flag"))
+        print(f"{weights} {card.name}: {times} ({found['kernels']} kernels); one that runs takes {1e6 * found['sparse']:.0f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiers
@@ -483,8 +506,10 @@ def predictions() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiers", action="store_true", help="print what is predicted of models larger than the memory")
-    if parser.parse_args().tiers:
-        show_tiers()
+    parser.add_argument("--stops", action="store_true", help="print what a draft costs that a graph leaves out")
+    asked = parser.parse_args()
+    if asked.tiers or asked.stops:
+        (show_tiers if asked.tiers else show_left_out)()
         return
     OUT.write_text(json.dumps(predictions(), indent=1) + "\n")
     print(f"written to {OUT}")

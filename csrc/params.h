@@ -269,8 +269,10 @@ struct AcceptParams {
 
 // argmax[i] of logits[i, :], the first of equals; -1 where a logit is not finite.
 struct ArgmaxParams {
-  const float* logits;  // [num_rows, vocab]
-  int32_t* argmax;      // [num_rows]
+  const float* logits;           // [num_rows, vocab]
+  int32_t* argmax;               // [num_rows]
+  float* likelihoods = nullptr;  // [num_rows] (CUDA): softmax(logits / score_temperature) of the argmax; NaN where that is -1
+  float score_temperature = 1.0f;
   int num_rows, vocab;
 };
 

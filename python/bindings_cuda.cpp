@@ -3,6 +3,7 @@
 #include "bindings_cuda.h"
 
 #include "../csrc/cuda/ops.h"
+#include "../csrc/cuda/stop.h"
 #include "../csrc/cuda/weight_stream.h"
 #include "weights.h"
 
@@ -53,10 +54,31 @@ struct Fields<cuda::GrowParams> {
     v("rows", &P::rows);
     v("parents", &P::parents);
     v("mask", &P::mask);
+    v("scores", &P::scores);
+    v("confidence", &P::confidence, optional);
     v("first", &P::first);
     v("leaves", &P::leaves);
     v("width", &P::width);
     v("mask_words", &P::mask_words);
+  }
+};
+
+template <>
+struct Fields<cuda::StopParams> {
+  template <class V>
+  static void visit(V& v) {
+    using P = cuda::StopParams;
+    v("rule", &P::rule);
+    v("confidences", &P::confidences);
+    v("reach", &P::reach);
+    v("goes_on", &P::goes_on);
+    v("counts", &P::counts);
+    v("scores", &P::scores);
+    v("condition", &P::condition, optional);
+    v("edges", &P::edges);
+    v("depth", &P::depth);
+    v("depths", &P::depths);
+    v("width", &P::width);
   }
 };
 
@@ -146,6 +168,19 @@ class Model : public Weights {
   size_t workspace(int num_rows, int capacity) const { return cuda::decode_workspace(get(), num_rows, capacity); }
 };
 
+// Streams and flags are addresses.
+void bind_conditions(py::module_& m) {
+  const auto on = [](size_t stream) { return reinterpret_cast<cuda::StreamHandle>(stream); };
+  m.def("has_conditions", &cuda::has_conditions);
+  m.def("new_condition", [=](size_t stream) { return cuda::new_condition(on(stream)); });
+  m.def("begin_if", [=](int64_t condition, size_t stream, size_t body) { cuda::begin_if(condition, on(stream), on(body)); });
+  m.def("end_if", [=](size_t body) { cuda::end_if(on(body)); });
+  m.def("is_set", [=](size_t flag, size_t stream) {
+    const py::gil_scoped_release unlocked;
+    return cuda::is_set(reinterpret_cast<const int32_t*>(flag), on(stream));
+  });
+}
+
 // layers: lists of StreamedImage.
 std::unique_ptr<cuda::WeightStream> make_weight_stream(const py::list& layers, int buffers) {
   const Where where{nullptr, "WeightStream"};
@@ -221,7 +256,8 @@ void bind_cuda(pybind11::module_& m) {
   define_op(m, "kv_rewrite", cuda::kv_rewrite);
   define_op(m, "grow", cuda::grow);
   define_op(m, "advance", cuda::advance);
-
+  define_op(m, "stop", cuda::stop);
+  bind_conditions(m);
   bind_weight_stream(m);
 
   py::class_<Model> model(m, "Model", py::module_local());

@@ -360,6 +360,8 @@ struct Fields<ArgmaxParams> {
     using P = ArgmaxParams;
     v("logits", &P::logits);
     v("argmax", &P::argmax);
+    v("likelihoods", &P::likelihoods, optional);
+    v("score_temperature", &P::score_temperature, optional);
     v("num_rows", &P::num_rows);
     v("vocab", &P::vocab);
   }

@@ -43,6 +43,16 @@ def test_weights_are_read_by_16_bytes_at_every_density(name, rows):
             assert launch.kernel.endswith(f", {columns}>")
 
 
+@pytest.mark.parametrize("weights", model.WEIGHTS)
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "llama-3-8b"])
+def test_a_draft_that_is_left_out_costs_least_as_a_conditional_part(name, weights):
+    """On every card, by far: what a conditional node costs is assumed."""
+    for card in model.CARDS:
+        found = model.left_out(card, name, 1024, weights=weights)
+        assert 5 * found["condition"] < found["flag"] < found["sparse"]
+        assert found["condition"] < 0.05 * found["sparse"]
+
+
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("name", PUBLISHED[1:])
 def test_all_multiprocessors_have_equally_much_to_read(name, rows):

@@ -18,6 +18,8 @@ from tiny import prompt, tiny
 from transformers import AutoModelForCausalLM
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.decoding import sequence
+from sirius_ext.decoding.period import Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.engine import GREEDY, prepare
@@ -185,6 +187,15 @@ def test_copies_run_beside_the_drafts(order, monkeypatch):
     monkeypatch.setattr(PeriodGraph, "_launch", at_once)
     assert decoded(tiered(files_of(dtype=BF16), (0, 0), copy=True), config) == apart
     assert pending and all(pending)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_drafts_that_stop_early(order, monkeypatch, width):
+    """The first layers are on their way when the host asks whether S drafts on."""
+    costs = Costs(0.1, ((4, 1.0), (16, 1.05)))
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: costs)
+    config = SiriusConfig(**FIXED | {"period": "auto"}, tree_width=width)
+    assert decoded(tiered(files_of(dtype=BF16), (0, 0), copy=True), config) == decoded(whole(dtype=BF16), config)
 
 
 @pytest.mark.parametrize("mode", ["off", "step", "period"])

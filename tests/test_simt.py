@@ -10,6 +10,7 @@ import test_accept
 import test_cascade
 import test_decode_step
 import test_down
+import test_early_stop
 import test_fsparse_ops
 import test_linear
 import test_q4
@@ -193,6 +194,14 @@ MUTATIONS = {
     "select takes values before the neurons are listed": (
         without_barrier("select.cu", "if (!p.among && !p.taken) return;", "select.cu"),
         lambda: test_cascade.test_select_from_a_long_list(ops, 16, 9000, 8193),
+    ),
+    "a draft does not stop": (
+        Mutation("stop.cu", "goes_on && reach * p.rule[0] >= worth[p.depth]", "goes_on", "stop.cu"),
+        lambda: test_early_stop.check_a_stop(backends._simt),
+    ),
+    "what was not drafted may be accepted": (
+        Mutation("stop.cu", "p.scores[1 + i] = -INFINITY", "p.scores[1 + i] = 0.0f", "stop.cu"),
+        lambda: test_early_stop.check_a_stop(backends._simt),
     ),
     "tree_expand chooses before all leaves have proposed": (
         without_barrier("tree_expand.cu", "keys, tokens);", "tree_expand.cu"),

@@ -89,18 +89,20 @@ __global__ void __launch_bounds__(kLogitWarps* kWarp) accept_kernel(const Accept
 }
 
 // grid: [parts of a row, rows]; a block reads one part, kLogitsPerPart * 4 bytes, and the last one finds the rows' largest
-template <bool Aligned>
+template <bool Aligned, bool Likelihoods>
 __global__ void __launch_bounds__(kLogitWarps* kWarp) argmax_kernel(const ArgmaxParams p, LogitStats* parts, int32_t* counter) {
   AcceptShared& shared = shared_memory<AcceptShared>();
   wait_for_kernel_before();
   const int num_parts = int(gridDim.x);
   float x[kLogitsPerThread];
   load_logits<Aligned>(p.logits, p.vocab, true, x);
-  part_stats<false>(x, 1.0f, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
+  part_stats<Likelihoods>(x, 1.0f / p.score_temperature, shared.warps, parts + blockIdx.y * gridDim.x + blockIdx.x);
   if (!last_block(counter, int(gridDim.x * gridDim.y), &shared.last)) return;
   for (int i = int(threadIdx.x) / kWarp; i < p.num_rows; i += int(blockDim.x) / kWarp) {
-    const LogitStats stats = row_stats<false>(parts + size_t(i) * num_parts, num_parts, 1.0f);
-    if (threadIdx.x % kWarp == 0) p.argmax[i] = stats.argmax;
+    const LogitStats stats = row_stats<Likelihoods>(parts + size_t(i) * num_parts, num_parts, 1.0f / p.score_temperature);
+    if (threadIdx.x % kWarp != 0) continue;
+    p.argmax[i] = stats.argmax;
+    if (Likelihoods) p.likelihoods[i] = 1.0f / stats.sum;
   }
 }
 
@@ -119,10 +121,12 @@ void accept(const AcceptParams& p, Workspace workspace, StreamHandle stream) {
 }
 
 void argmax(const ArgmaxParams& p, Workspace workspace, StreamHandle stream) {
-  with_flag(aligned_logits(p.logits, p.vocab), [&](auto flag) {
-    launch<argmax_kernel<flag.value>>("argmax", dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab),
-                                      sizeof(AcceptShared), stream, p, reinterpret_cast<LogitStats*>(workspace.floats),
-                                      workspace.counters);
+  with_flag(aligned_logits(p.logits, p.vocab), [&](auto aligned) {
+    with_flag(p.likelihoods != nullptr, [&](auto likelihoods) {
+      launch<argmax_kernel<aligned.value, likelihoods.value>>(
+          "argmax", dim3(logit_parts(p.vocab), p.num_rows), logit_threads(p.vocab), sizeof(AcceptShared), stream, p,
+          reinterpret_cast<LogitStats*>(workspace.floats), workspace.counters);
+    });
   });
 }
 

@@ -82,9 +82,11 @@ void embed(const EmbedParams& p, Workspace workspace, StreamHandle stream);
 
 // A tree's new depth: nodes first .. first + width - 1, whose parents are the leaves leaves + rows[i].
 struct GrowParams {
-  const int32_t* rows;  // [width]
-  int32_t* parents;     // [nodes]
-  uint64_t* mask;       // [nodes, mask_words]; see TreeMaskParams
+  const int32_t* rows;          // [width]
+  int32_t* parents;             // [nodes]
+  uint64_t* mask;               // [nodes, mask_words]; see TreeMaskParams
+  const float* scores;          // [nodes]: tree_expand's, -inf where a place stays empty
+  float* confidence = nullptr;  // [1]: the largest likelihood of a new node after its parent, 0 if there is none; or null
   int first, leaves, width, mask_words;
 };
 void grow(const GrowParams& p, Workspace workspace, StreamHandle stream);
@@ -104,6 +106,21 @@ struct AdvanceParams {
   int depth;
 };
 void advance(const AdvanceParams& p, Workspace workspace, StreamHandle stream);
+
+// Whether S drafts on: asked before each of a period's passes of S, from the first on, which empties the tree. A token more must
+// be expected to bring what it must be worth: `reach`, how likely all drafts before arrive, times `mean`, against `worth[depth]`
+// (decoding/period.py, which draws the same conclusions from the same numbers). Once the answer is no it stays so.
+struct StopParams {
+  const double* rule;        // [1 + edges + (edges + 1) + depths]: mean; edges of confidence; acceptances between them; worth
+  const float* confidences;  // [depths]: S's, of the depths before
+  double* reach;             // [1]
+  int32_t* goes_on;          // [1]: the answer
+  int32_t* counts;           // [depths]: nodes that were drafted; a chain's are written here
+  float* scores;             // [1 + depths * width]: -inf where nothing is drafted; of a chain 0 elsewhere
+  int64_t condition = 0;     // takes the answer too, if it is not 0: see stop.h
+  int edges, depth, depths, width;
+};
+void stop(const StopParams& p, Workspace workspace, StreamHandle stream);
 
 class WeightStream;
 

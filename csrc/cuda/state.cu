@@ -38,6 +38,12 @@ __global__ void embed_packed_kernel(const EmbedParams p) {
 __global__ void grow_kernel(const GrowParams p) {
   wait_for_kernel_before();
   const int i = int(threadIdx.x);
+  if (p.confidence) {
+    // Empty places stand in row 0.
+    const float likelihood = i < p.width ? expf(p.scores[p.first + i] - p.scores[p.leaves + p.rows[i]]) : 0.0f;
+    const float best = warp_max(likelihood);
+    if (i == 0) *p.confidence = best;
+  }
   if (i >= p.width) return;
   const int node = p.first + i, parent = p.leaves + p.rows[i];
   p.parents[node] = parent;

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 
 from ..config import MAX_AUTO_PERIOD
@@ -109,10 +111,14 @@ class Acceptance:
         return self._accepted[index] / self._judged[index]
 
     @property
+    def of_classes(self) -> list[float]:
+        """For the classes between EDGES."""
+        return [accepted / judged for accepted, judged in zip(self._accepted, self._judged)]
+
+    @property
     def mean(self) -> float:
         """For a token that S has not proposed yet."""
-        rates = (accepted / judged for accepted, judged in zip(self._accepted, self._judged))
-        return sum(seen * rate for seen, rate in zip(self._seen, rates)) / sum(self._seen)
+        return sum(seen * rate for seen, rate in zip(self._seen, self.of_classes)) / sum(self._seen)
 
     def observe(self, confidence: float, accepted: bool) -> None:
         """F has judged a token of this confidence."""
@@ -121,6 +127,53 @@ class Acceptance:
         self._accepted[index] = _FORGET * self._accepted[index] + accepted
         self._seen = [_FORGET * seen for seen in self._seen]
         self._seen[index] += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """All by which the draft of one period ends, for a device that asks nobody while it drafts. After k tokens S drafts one more
+    if reach * mean >= worth[k], where reach is the product of the acceptances of these tokens, in order, all in float64.
+
+    mean, accepted: `Acceptance.mean` and `Acceptance.of_classes`.
+    worth: of every token that may be drafted at all, whatever S's confidence turns out to be.
+    """
+
+    mean: float
+    accepted: list[float]
+    worth: list[float]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the draft has at most."""
+        return len(self.worth)
+
+    @staticmethod
+    def size(depths: int) -> int:
+        """Of `numbers`."""
+        return 1 + len(EDGES) + len(PRIOR_SHARE) + depths
+
+    def numbers(self, depths: int) -> list[float]:
+        """As a device has them (`StopParams` in csrc/cuda/ops.h), with room for a draft of so many tokens."""
+        return [self.mean, *EDGES, *self.accepted, *self.worth, *[math.inf] * (depths - len(self.worth))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What a text has cost.
+
+    tokens, spent: all of them.
+    recent_tokens, recent_cost: of late; to begin with, as if that many tokens had come at some rate.
+    """
+
+    recent_tokens: float
+    recent_cost: float
+    tokens: int = 0
+    spent: float = 0.0
+
+    def after(self, committed: int, cost: float) -> Ledger:
+        """With one more period."""
+        recent_tokens, recent_cost = _FORGET_RATE * self.recent_tokens, _FORGET_RATE * self.recent_cost
+        return Ledger(recent_tokens + committed, recent_cost + cost, self.tokens + committed, self.spent + cost)
 
 
 class AdaptivePeriod:
@@ -144,10 +197,10 @@ class AdaptivePeriod:
 
     def __init__(self, costs: Costs, rule: str, width: int = 1, longest: int = MAX_AUTO_PERIOD, density: float = 0.5) -> None:
         self.acceptance = Acceptance(rule, density)
-        self._costs, self._width, self._longest = costs, width, longest
-        self._tokens, self._spent = 0, 0.0  # of the text
-        self._recent_tokens = _PRIOR_RATE
-        self._recent_cost = _PRIOR_RATE / costs.best_rate(self.acceptance.mean, width, longest)
+        self._costs, self.longest = costs, longest
+        self._cost = [costs.period(depth, width) for depth in range(max(longest, 1))]  # of a period with a draft of each depth
+        rate = costs.best_rate(self.acceptance.mean, width, longest)
+        self.ledger = Ledger(recent_tokens=_PRIOR_RATE, recent_cost=_PRIOR_RATE / rate)
         self._confidences: list[float] = []
         self._reach = 1.0
 
@@ -157,14 +210,29 @@ class AdaptivePeriod:
         room: tokens that the text may still take.
         ahead: so many more are drafted before, of which F accepts all.
         """
-        depth = len(self._confidences) + ahead + 1
-        if depth + 1 > min(self._longest, room):
-            return False
-        left = self._tokens + MOST_LOSS * max(LEAST_TOKENS, self._tokens + 1) - self._spent
-        if self._cost(depth) - 1 > left * (1.0 if depth == 1 else MOST_RISK):  # lost if nothing of the draft is accepted
-            return False
-        rate = max(1.0, self._recent_tokens / self._recent_cost)
-        return self._reach * self.acceptance.mean >= rate * (self._cost(depth) - self._cost(depth - 1))
+        return self._reach * self.acceptance.mean >= self._worth(len(self._confidences) + ahead + 1, room)
+
+    def stops(self, room: int) -> Stops:
+        """What `goes_on` says in a period that has not begun, whatever S proposes in it. room: as there."""
+        mean, accepted = self.acceptance.mean, self.acceptance.of_classes
+        worth, reach = [], 1.0
+        for depth in itertools.count(1):
+            worth.append(self._worth(depth, room))
+            if not reach * mean >= worth[-1]:
+                break
+            reach *= max(accepted)  # no token is likelier to be accepted
+        return Stops(mean, accepted, worth[:-1])
+
+    def _worth(self, depth: int, room: int) -> float:
+        """Tokens that the last one of a draft of this depth must be expected to bring; inf where there may be no such draft."""
+        if depth + 1 > min(self.longest, room):
+            return math.inf
+        ledger = self.ledger
+        left = ledger.tokens + MOST_LOSS * max(LEAST_TOKENS, ledger.tokens + 1) - ledger.spent
+        if self._cost[depth] - 1 > left * (1.0 if depth == 1 else MOST_RISK):  # lost if nothing of the draft is accepted
+            return math.inf
+        rate = max(1.0, ledger.recent_tokens / ledger.recent_cost)
+        return rate * (self._cost[depth] - self._cost[depth - 1])
 
     def cost_of_rows(self, rows: int) -> float:
         """So many more than one in a pass of F."""
@@ -177,19 +245,11 @@ class AdaptivePeriod:
 
     def judged(self, accepted: int, committed: int) -> None:
         """The period has ended: F accepted so many of its tokens one after the other, and so many joined the text."""
-        cost = self._cost(len(self._confidences))
-        self._tokens += committed
-        self._spent += cost
-        self._recent_tokens = _FORGET_RATE * self._recent_tokens + committed
-        self._recent_cost = _FORGET_RATE * self._recent_cost + cost
+        self.ledger = self.ledger.after(committed, self._cost[len(self._confidences)])
         # What comes after a rejected token was never judged.
         for index, confidence in enumerate(self._confidences[: accepted + 1]):
             self.acceptance.observe(confidence, index < accepted)
         self._confidences, self._reach = [], 1.0
-
-    def _cost(self, depth: int) -> float:
-        """Of a period with a draft of this depth."""
-        return self._costs.period(depth, self._width)
 
 
 def replay(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -10,11 +13,17 @@ from ..config import SiriusConfig
 from ..kernels import dispatch
 from ..runtime.cache import Cache
 from ..runtime.cuda import Chosen, CudaCache, CudaModel
-from ..runtime.graphs import Nodes, Replay, profiled
+from ..runtime.graphs import Nodes, Replay, has_conditions, profiled
 from ..runtime.model import Model
+from .period import EDGES, AdaptivePeriod, Ledger, Stops
 from .sampling import PRUNE
 from .sparsity import DECAY, CSparse, FSparse
 from .stats import Period
+
+# A period that was replayed, and the tokens that it commits; None where logits were not finite: then nothing is known of it.
+Replayed = tuple[Period, list[int]] | None
+
+ROWS = 8  # of F's pass in the smallest graph that drafts until it stops; each further one has twice as many
 
 
 class Record:
@@ -22,14 +31,16 @@ class Record:
 
     accepted, limit: [1], the accepted run and the longest that there could be. fault: [1], not 0 once logits of S or F were not
     finite; the rest then says nothing. counts: [depth], nodes of each depth that were drafted. path: [depth + 1], the accepted
-    nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32 [nodes - 1].
+    nodes, root first. tokens: [nodes]; the first is F's own token. likelihoods: float32 [nodes - 1]. confidences: float32
+    [depth], where drafts stop by them: S's, in the best node of each depth.
     """
 
     def __init__(self, depth: int, nodes: int, device: torch.device) -> None:
-        sizes = (1, 1, 1, depth, depth + 1, nodes, nodes - 1)
+        sizes = (1, 1, 1, depth, depth + 1, nodes, nodes - 1, depth)
         self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.accepted, self.limit, self.fault, self.counts, self.path, self.tokens, likelihoods = self.memory.split(sizes)
-        self.likelihoods = likelihoods.view(torch.float32)
+        *integers, likelihoods, confidences = self.memory.split(sizes)
+        self.accepted, self.limit, self.fault, self.counts, self.path, self.tokens = integers
+        self.likelihoods, self.confidences = likelihoods.view(torch.float32), confidences.view(torch.float32)
 
 
 class PeriodGraph:
@@ -38,6 +49,9 @@ class PeriodGraph:
 
     Node 0 is x0; the nodes of depth d are 1 + (d - 1) * width ... Every depth has all its places; one that stays empty has a
     score of -inf, and counts for nothing.
+
+    stops: drafts may stop early, by what `start` is given; each pass of S is then a part of the graph that runs only if the ones
+        before it say so. F reads all places in any case.
     """
 
     def __init__(
@@ -49,8 +63,9 @@ class PeriodGraph:
         draft: Chosen,
         judge: Chosen,
         follows: bool,
+        stops: bool = False,
     ) -> None:
-        self._model, self._cache, self._config, self.depth = model, cache, config, depth
+        self._model, self._cache, self._config, self.depth, self._stops = model, cache, config, depth, stops
         self._prune = PRUNE if config.prune else 1.0
         self._draft_by, self._judge_by, self._follows = draft, judge, follows
         self.width = config.tree_width if depth else 1
@@ -73,6 +88,12 @@ class PeriodGraph:
         self._state: tuple[torch.Tensor, ...] = (self.record.tokens, self.record.fault, cache.base, self._remaining, self._limit)
         if follows:
             self._state += cache.followed(draft[0].kept)
+        pinned = device.type == "cuda"
+        if stops:
+            self._reach = torch.zeros(1, dtype=torch.float64, device=device)
+            self._goes_on = torch.zeros_like(places[:1])
+            self._rule = torch.zeros(Stops.size(depth), dtype=torch.float64, device=device)
+            self._rule_given = torch.zeros_like(self._rule, device="cpu", pin_memory=pinned)
         self._replay = Replay(
             self._launch,
             device,
@@ -80,10 +101,11 @@ class PeriodGraph:
             f"a period of {depth + 1} and width {self.width}",
             self._state,
             model.capture_stream,
+            model.inner_stream,
         )
         # Two, since the next period runs while the host reads the last one's record.
-        pinned = device.type == "cuda"
-        self._copies = [torch.zeros_like(self.record.memory, device="cpu", pin_memory=pinned) for _ in range(2)]
+        copies = [torch.zeros_like(self.record.memory, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._copies = itertools.cycle(copies)
 
     def begin(self, token: int, length: int, remaining: int) -> None:
         """A text whose last committed token, x0, will stand at slot `length`, and that may take so many more tokens."""
@@ -95,21 +117,36 @@ class PeriodGraph:
 
     def periods(self) -> Iterator[Record]:
         """The record of each period, one after the other; never ends. The device is always one period ahead."""
-        copies = self._copies
-        ready = self._start(copies[0])
-        for count in range(1, 1 << 62):
-            following = self._start(copies[count % 2])
-            if ready is not None:
-                ready.synchronize()
-            record = Record(self.depth, len(self.record.tokens), torch.device("cpu"))
-            record.memory.copy_(copies[(count - 1) % 2])
-            yield record
-            ready = following
+        record_of = self.start()
+        while True:
+            following = self.start()
+            yield record_of()
+            record_of = following
+
+    def start(self, stops: Stops | None = None) -> Callable[[], Record]:
+        """Have one period run; the one before the last has been read. Returns what waits for its record.
+
+        stops: by which its draft ends, if drafts may stop early; the last one has been read, too, then.
+        """
+        if self._stops:
+            assert stops is not None
+            self._rule_given.copy_(torch.tensor(stops.numbers(self.depth), dtype=torch.float64))
+            self._rule.copy_(self._rule_given, non_blocking=True)
+        copy = next(self._copies)
+        return functools.partial(self._read, copy, self._start(copy))
+
+    def _read(self, copy: torch.Tensor, ready: torch.cuda.Event | None) -> Record:
+        """What the device has copied once it is ready."""
+        if ready is not None:
+            ready.synchronize()
+        record = Record(self.depth, len(self.record.tokens), torch.device("cpu"))
+        record.memory.copy_(copy)
+        return record
 
     def read(self, record: Record) -> tuple[Period, list[int]]:
         """What happened in a period, and the tokens that it commits."""
         accepted, depth, width = int(record.accepted), int(record.limit), self.width
-        counts = [1] * depth if width == 1 else record.counts[:depth].tolist()
+        counts = [1] * depth if width == 1 and not self._stops else record.counts[:depth].tolist()
         drafted = counts.index(0) if 0 in counts else depth
         likelihoods = [value for d in range(drafted) for value in record.likelihoods[d * width :][: counts[d]].tolist()]
         path = record.path[1 : 1 + accepted].tolist()
@@ -132,7 +169,11 @@ class PeriodGraph:
         with self._model.ahead(self._judge_by):
             with profiled(self._model.device, "draft"):
                 for depth in range(self.depth):
-                    self._draft(depth)
+                    draft = functools.partial(self._draft, depth)
+                    if not self._stops:
+                        draft()
+                    elif not self._replay.only_if(functools.partial(self._decide, depth), self._goes_on, draft):
+                        break
             with profiled(self._model.device, "verify"):
                 nodes = self._nodes(0, len(self.record.tokens))
                 logits = self._model.run(self._cache, nodes, self._judge_by, keep_z=self._follows)
@@ -144,14 +185,42 @@ class PeriodGraph:
     def _nodes(self, start: int, stop: int) -> Nodes:
         return Nodes(self.record.tokens[start:stop], self._offsets[start:stop], self._mask[start:stop], start)
 
+    def _decide(self, depth: int, condition: int) -> None:
+        """Whether the leaves at `depth` go through S."""
+        self._model.launch(
+            "stop",
+            rule=self._rule,
+            confidences=self.record.confidences,
+            reach=self._reach,
+            goes_on=self._goes_on,
+            counts=self.record.counts,
+            scores=self._scores,
+            condition=condition,
+            edges=len(EDGES),
+            depth=depth,
+            depths=self.depth,
+            width=self.width,
+        )
+
     def _draft(self, depth: int) -> None:
         """The leaves at `depth` through S, and their children."""
         model, cache, width, record = self._model, self._cache, self.width, self.record
         start = 1 + (depth - 1) * width if depth else 0
         stop = new = 1 + depth * width
-        nodes = self._nodes(start, stop)
+        nodes, confidence = self._nodes(start, stop), record.confidences[depth:] if self._stops else None
         if width == 1:
-            model.run(cache, nodes, self._draft_by, argmax=record.tokens[new : new + 1])
+            token = record.tokens[new : new + 1]
+            logits = model.run(cache, nodes, self._draft_by, argmax=None if self._stops else token)
+            if self._stops:
+                model.launch(
+                    "argmax",
+                    logits=logits,
+                    argmax=token,
+                    likelihoods=confidence,
+                    score_temperature=self._config.score_temperature,
+                    num_rows=1,
+                    vocab=model.weights.vocab,
+                )
             return
         logits = model.run(cache, nodes, self._draft_by, alive=record.counts[depth - 1 : depth] if depth else None)
         grown = slice(new, new + width)
@@ -175,6 +244,8 @@ class PeriodGraph:
             rows=self._rows,
             parents=self._parents,
             mask=self._mask,
+            scores=self._scores,
+            confidence=confidence,
             first=new,
             leaves=start,
             width=width,
@@ -184,12 +255,13 @@ class PeriodGraph:
     def _accept(self, logits: torch.Tensor) -> None:
         """SPEC section 3, step 4."""
         model, record, config, tree = self._model, self.record, self._config, self.width > 1
+        empty = tree or self._stops  # there may be places that stay so
         model.launch(
             "accept",
             logits=logits,
             drafts=record.tokens[1:],
             parents=self._parents if tree else None,
-            scores=self._scores if tree else None,
+            scores=self._scores if empty else None,
             threshold=config.threshold,
             score_temperature=config.score_temperature,
             match=config.accept == "match",
@@ -255,23 +327,105 @@ class PeriodGraph:
             )
 
 
-def period_graph(
-    model: Model, cache: Cache, config: SiriusConfig, width: int, sparsity: CSparse | FSparse | None
-) -> PeriodGraph | None:
-    """What decodes a sequence, after its prefill, without asking the host between its periods: a greedy rule's, on a CUDA
-    device; None elsewhere."""
+def replayed_periods(
+    model: Model,
+    cache: Cache,
+    config: SiriusConfig,
+    sparsity: CSparse | FSparse | None,
+    adaptive: AdaptivePeriod | None,
+    text: tuple[int, int, int],
+) -> Iterator[Replayed] | None:
+    """The periods of a sequence, after its prefill, without asking the host within them: a greedy rule's, on a CUDA device; None
+    elsewhere, and where drafts stop early but graphs have no conditions, whose kernel an older driver cannot load.
+
+    text: as `PeriodGraph.begin` takes it.
+    """
     if not isinstance(model, CudaModel) or not isinstance(cache, CudaCache) or model.graph_mode == "step":
         return None
-    depth = int(config.period) - 1 if config.mode == "sirius" else 0
+    if adaptive is not None and model.device.type == "cuda" and not has_conditions(model.device):
+        return None
     draft = cache.take(sparsity)
     judge = draft if config.mode == "sparse" else cache.take(None)
     follows = config.mode == "sirius" and sparsity is not None and sparsity.follows
-    key = depth, width, config.prune, config.accept, config.threshold, config.score_temperature, draft, judge, follows
-    if key not in cache.periods:
-        cache.periods[key] = PeriodGraph(model, cache, config, depth, draft, judge, follows)
-    found = cache.periods[key]
-    assert isinstance(found, PeriodGraph)
-    return found
+    rule = config.prune, config.accept, config.threshold, config.score_temperature
+
+    def graph_of(depth: int) -> PeriodGraph:
+        drafts = depth > 0
+        stops = drafts and adaptive is not None
+        following = follows and (drafts or adaptive is None)  # the set stands still where an adaptive period drafts nothing
+        key = depth, config.tree_width, rule, draft, judge, following, stops
+        if key not in cache.periods:
+            cache.periods[key] = PeriodGraph(model, cache, config, depth, draft, judge, following, stops)
+        found = cache.periods[key]
+        assert isinstance(found, PeriodGraph)
+        return found
+
+    if adaptive is not None:
+        return _until_they_stop(graph_of, adaptive, config.tree_width, *text)
+    return _of_one_length(graph_of(int(config.period) - 1 if config.mode == "sirius" else 0), *text)
+
+
+def _of_one_length(graph: PeriodGraph, token: int, length: int, remaining: int) -> Iterator[Replayed]:
+    graph.begin(token, length, remaining)
+    for record in graph.periods():
+        yield None if record.fault else graph.read(record)
+
+
+def _until_they_stop(
+    graph_of: Callable[[int], PeriodGraph], adaptive: AdaptivePeriod, width: int, token: int, length: int, remaining: int
+) -> Iterator[Replayed]:
+    """Periods whose drafts stop early, each by what the one before has taught. Of few graphs each period takes the smallest one
+    that has places for all that might be drafted. The next one runs while the host looks at what this one has committed. Where F
+    decodes alone what a period teaches is known before it runs, and the device is one ahead, as with periods of one length."""
+    current: PeriodGraph | None = None
+    running: deque[tuple[PeriodGraph, Callable[[], Record], int, Ledger]] = deque()
+
+    def start(stops: Stops) -> None:
+        nonlocal current, remaining
+        graph = graph_of(depth_with(stops.longest, width, adaptive.longest))
+        if graph is not current:
+            assert not running
+            graph.begin(token, length, remaining)
+            current = graph
+        running.append((graph, graph.start(stops), remaining, adaptive.ledger))
+        if not graph.depth:
+            adaptive.judged(0, 1)
+            remaining -= 1
+
+    start(adaptive.stops(remaining))
+    while running:
+        graph, record_of, room, ledger = running[0]
+        if not graph.depth and remaining > 0:
+            stops = adaptive.stops(remaining)
+            if not stops.longest:
+                start(stops)
+        running.popleft()
+        record = record_of()
+        if record.fault:
+            adaptive.ledger = ledger
+            yield None
+            return
+        period, tokens = graph.read(record)
+        period.cut = period.drafted + 1 == room
+        token, length = tokens[-1], length + len(tokens)
+        if graph.depth:
+            for confidence in record.confidences[: period.drafted].tolist():
+                adaptive.drafted(confidence)
+            adaptive.judged(period.accepted, len(tokens))
+            remaining -= len(tokens)
+        if not running and remaining > 0:
+            start(adaptive.stops(remaining))
+        yield period, tokens
+
+
+def depth_with(drafts: int, width: int, longest: int) -> int:
+    """That of the graph for so many drafts at most. longest: period."""
+    if not drafts:
+        return 0
+    rows = ROWS
+    while (depth := max(1, (rows - 1) // width)) < drafts:
+        rows *= 2
+    return min(depth, longest - 1)
 
 
 def _bit(index: int) -> int:

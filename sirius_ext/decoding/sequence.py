@@ -19,7 +19,7 @@ from ..runtime.passes import Fault, Pass, Result
 from .costs import costs_of
 from .lookup import MOST, Lookup
 from .period import AdaptivePeriod
-from .period_graph import PeriodGraph, Record, period_graph
+from .period_graph import Replayed, replayed_periods
 from .prefill import Passes, drive, read
 from .sampling import Logits, rule_of
 from .sparsity import CSparse, FSparse, density_of, sparse_density, sparsity_of
@@ -204,8 +204,7 @@ class Sequence:
                 self._lookup.cost = costs.copy
         # The text so far, for who wants to see it: logits processors.
         self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
-        self._graph: PeriodGraph | None = None  # replayed for every step, where there is one
-        self._records: Iterator[Record] = iter(())
+        self._replayed: Iterator[Replayed] | None = None  # one for every step, where a device decodes whole periods
         self._give_back = weakref.finalize(self, give_back, cache)
         self._give_back.atexit = False
 
@@ -244,12 +243,12 @@ class Sequence:
         try:
             if not self.tokens:
                 return (yield from self._begin(started))
-            if self._graph is not None:
-                record = next(self._records)
-                if not record.fault:
-                    return self._replayed(self._graph, record, started)
+            if self._replayed is not None:
+                replayed = next(self._replayed)
+                if replayed is not None:
+                    return self._replay(*replayed, started)
                 # The host goes over this period again, pass by pass, and says where the fault is.
-                self._graph, self._records = None, iter(())
+                self._replayed = None
             if self.request.config.mode == "sirius":
                 return (yield from self._period(started))
             return (yield from self._plain_step(started))
@@ -271,13 +270,10 @@ class Sequence:
         token = self._rule.choose(logits)
         step = self._commit([token], started, logits=raw[None])
         # A replayed period leaves no logits.
-        needs_host = request.process is not None or self._adaptive is not None or self._lookup is not None
-        needs_host |= request.scored is not None
+        needs_host = request.process is not None or self._lookup is not None or request.scored is not None
         if not self.ended and not needs_host and self._rule.takes_argmax:
-            self._graph = period_graph(self.model, self.cache, request.config, self._tree.width, self._sparsity)
-            if self._graph is not None:
-                self._graph.begin(token, self._length, request.limit - 1)
-                self._records = self._graph.periods()
+            text = token, self._length, request.limit - 1
+            self._replayed = replayed_periods(self.model, self.cache, request.config, self._sparsity, self._adaptive, text)
         return step
 
     def _commit(
@@ -334,14 +330,13 @@ class Sequence:
 
     def _end(self, finish: str) -> None:
         self.finish = self.stats.finish = finish
-        self._graph, self._records = None, iter(())
+        self._replayed = None
         self._give_back()
         if self.request.streamer is not None:
             self.request.streamer.end()
 
-    def _replayed(self, graph: PeriodGraph, record: Record, started: float) -> Step:
+    def _replay(self, period: Period, tokens: list[int], started: float) -> Step:
         """A period that needed the host only for its record."""
-        period, tokens = graph.read(record)
         period.seconds = time.perf_counter() - started
         return self._commit(tokens, started, period if self.request.config.mode == "sirius" else None)
 

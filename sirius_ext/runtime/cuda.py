@@ -131,7 +131,10 @@ class CudaModel(Model):
         tiers = weights.tiers
         self._streamed = tiers if isinstance(tiers, DeviceTiers) else None
         self.graph_mode = graph_mode()
-        self.capture_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # What a graph's conditional parts are captured on is another stream than what the graph is.
+        self.capture_stream, self.inner_stream = (
+            torch.cuda.Stream(self.device) if self.device.type == "cuda" else None for _ in range(2)
+        )
         self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._outgrown: list[torch.Tensor] = []  # graphs that were captured with them go on with them
         # Its own: what is made while a graph is captured belongs to that graph.

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import os
 from collections.abc import Callable, Iterator
 
 import torch
+
+from ..kernels import dispatch
 
 GRAPH_MODES = ("period", "step", "off")
 
@@ -35,12 +38,27 @@ def profiled(device: torch.device, name: str) -> Iterator[None]:
         yield
 
 
+def has_conditions(device: torch.device) -> bool:
+    """Whether a graph for this device may have parts that run only if a kernel before them says so."""
+    found: bool = dispatch.cuda_functions(device).has_conditions()
+    return found
+
+
+class _Run(enum.Enum):
+    """What a body is called for."""
+
+    DIRECT = enum.auto()
+    BEFORE_CAPTURE = enum.auto()
+    CAPTURE = enum.auto()
+
+
 class Replay:
     """Something that only launches kernels: at the first call captured as a graph, then replayed.
 
     captured: whether to; otherwise, and where there is no CUDA device, it is called every time.
     stream: what it is captured on, one of its device; None where there is no CUDA device. torch's own is of the device that
         captured first, for all devices alike.
+    inner: another one, for what `only_if` captures.
     state: what it changes and reads again. The run before the capture, which loads the kernels and a library's plans, must leave
         no trace there.
     what: for the error if the capture fails.
@@ -54,8 +72,10 @@ class Replay:
         what: str,
         state: tuple[torch.Tensor, ...] = (),
         stream: torch.cuda.Stream | None = None,
+        inner: torch.cuda.Stream | None = None,
     ) -> None:
         self._body, self._device, self._what, self._state, self._stream = body, device, what, state, stream
+        self._inner, self._run = inner, _Run.DIRECT
         self._captured = captured and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -68,6 +88,32 @@ class Replay:
         with torch.cuda.device(self._device):
             self._graph.replay()
 
+    def only_if(self, decide: Callable[[int], object], flag: torch.Tensor, part: Callable[[], object]) -> bool:
+        """Within the body: a part of it that a replay runs only if the device says so. Outside of a graph the host asks for that,
+        and so waits.
+
+        decide: launches the kernel that sets the flag, int32 [1]; and, if what it gets is not 0, that condition.
+        part: only launches kernels, and has torch make nothing.
+        Returns whether it runs, or may.
+        """
+        functions = dispatch.cuda_functions(self._device)
+        if self._run is _Run.CAPTURE:
+            assert self._inner is not None
+            stream = dispatch.stream(self._device)
+            condition = functions.new_condition(stream)
+            decide(condition)
+            functions.begin_if(condition, stream, self._inner.cuda_stream)
+            with torch.cuda.stream(self._inner):
+                part()
+            functions.end_if(self._inner.cuda_stream)
+            return True
+        decide(0)
+        # Before a capture all kernels must have been loaded.
+        runs = self._run is _Run.BEFORE_CAPTURE or functions.is_set(flag.data_ptr(), dispatch.stream(self._device))
+        if runs:
+            part()
+        return runs
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self._state]
         graph = torch.cuda.CUDAGraph()
@@ -75,11 +121,13 @@ class Replay:
             with torch.cuda.device(self._device):
                 torch.cuda.synchronize(self._device)
                 with torch.cuda.stream(self._stream):  # libraries keep memory by stream
+                    self._run = _Run.BEFORE_CAPTURE
                     self._body()
                     for tensor, value in zip(self._state, before):
                         tensor.copy_(value)
                 torch.cuda.synchronize(self._device)
                 # Other threads may go on meanwhile: what they ask of the device does not concern this graph.
+                self._run = _Run.CAPTURE
                 with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                     self._body()
         except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -87,6 +135,8 @@ class Replay:
                 f"cuda: {self._what} could not be captured as a graph ({error}); lower period, tree_width or max_new_tokens, or "
                 "set SIRIUS_GRAPHS=off"
             ) from error
+        finally:
+            self._run = _Run.DIRECT
         return graph
 
 
