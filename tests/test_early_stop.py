@@ -212,12 +212,33 @@ def test_graphs_without_conditions_leave_it_to_the_host(monkeypatch):
         model, config = cuda_engine("simt", "mistral"), config_of()
         model = prepare(model.model)
         cache, policy = model.new_cache(), AdaptivePeriod(CHEAP, "threshold")
-        assert not graphs.has_conditions(model.device)
         asked = model, cache, config, None, policy, (1, 5, 9)
-        assert period_graph.replayed_periods(*asked) is not None  # no graph is captured here
-        monkeypatch.setattr(model, "device", torch.device("cuda"))
-        monkeypatch.setattr(period_graph, "has_conditions", lambda _: False)
+        assert not graphs.has_conditions(model.device) and model.conditions  # no graph is captured here
+        assert period_graph.replayed_periods(*asked) is not None
+        monkeypatch.setattr(model, "conditions", False)
         assert period_graph.replayed_periods(*asked) is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_cannot_be_captured_is_left_to_the_host(monkeypatch, count):
+    """With a warning, once, and the same text: at its beginning and on the way, after periods of F alone or not."""
+    start, left = PeriodGraph.start, [count]
+
+    def refused(graph, stops=None):
+        left[0] -= graph.depth > 0
+        if graph.depth and left[0] <= 0:
+            raise graphs.ConditionsError("cuda: a period of 8 could not be captured as a graph (not supported)")
+        return start(graph, stops)
+
+    monkeypatch.setattr(PeriodGraph, "start", refused)
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: SOMETIMES)
+    expected = decode(cpu_engine("mistral"), config_of(density=0.8))
+    with emulated(_simt):
+        engine = Engine(tiny("mistral"))
+        with pytest.warns(RuntimeWarning, match="^cuda: a period of 8 could not .*; the host decides instead") as warned:
+            tokens, stats = decode(engine, config_of(density=0.8))
+        assert tokens == expected[0] and rows(stats.periods) == rows(expected[1].periods) and len(warned) == 1
+        assert decode(engine, config_of(density=0.8))[0] == tokens and left[0] == 0
 
 
 def test_a_fault_is_found(monkeypatch):
@@ -437,3 +458,11 @@ def test_a_part_is_captured_on_a_stream_of_its_own(monkeypatch):
     replay = Replay(body, device, False, "a period")  # SIRIUS_GRAPHS=off
     replay()
     assert log == [("decide", 0, 0), ("is set", 0), ("runs", False)] * 2 + [("after", 0)]
+
+    def refused(body):
+        raise RuntimeError("cudaStreamEndCapture: not supported")
+
+    functions.end_if = refused
+    replay = Replay(body, device, True, "a period", stream=outer, inner=inner)
+    with pytest.raises(graphs.ConditionsError, match="^cuda: a period could not be captured .*not supported.*; lower"):
+        replay()

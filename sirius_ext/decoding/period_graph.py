@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -13,14 +14,15 @@ from ..config import SiriusConfig
 from ..kernels import dispatch
 from ..runtime.cache import Cache
 from ..runtime.cuda import Chosen, CudaCache, CudaModel
-from ..runtime.graphs import Nodes, Replay, has_conditions, profiled
+from ..runtime.graphs import ConditionsError, Nodes, Replay, profiled
 from ..runtime.model import Model
 from .period import EDGES, AdaptivePeriod, Ledger, Stops
 from .sampling import PRUNE
 from .sparsity import DECAY, CSparse, FSparse
 from .stats import Period
 
-# A period that was replayed, and the tokens that it commits; None where logits were not finite: then nothing is known of it.
+# A period that was replayed, and the tokens that it commits; None where nothing is known of it, since logits were not finite or
+# it could not be captured: then the host goes on.
 Replayed = tuple[Period, list[int]] | None
 
 ROWS = 8  # of F's pass in the smallest graph that drafts until it stops; each further one has twice as many
@@ -342,7 +344,7 @@ def replayed_periods(
     """
     if not isinstance(model, CudaModel) or not isinstance(cache, CudaCache) or model.graph_mode == "step":
         return None
-    if adaptive is not None and model.device.type == "cuda" and not has_conditions(model.device):
+    if adaptive is not None and not model.conditions:
         return None
     draft = cache.take(sparsity)
     judge = draft if config.mode == "sparse" else cache.take(None)
@@ -361,7 +363,7 @@ def replayed_periods(
         return found
 
     if adaptive is not None:
-        return _until_they_stop(graph_of, adaptive, config.tree_width, *text)
+        return _until_they_stop(model, graph_of, adaptive, config.tree_width, *text)
     return _of_one_length(graph_of(int(config.period) - 1 if config.mode == "sirius" else 0), *text)
 
 
@@ -372,7 +374,13 @@ def _of_one_length(graph: PeriodGraph, token: int, length: int, remaining: int) 
 
 
 def _until_they_stop(
-    graph_of: Callable[[int], PeriodGraph], adaptive: AdaptivePeriod, width: int, token: int, length: int, remaining: int
+    model: CudaModel,
+    graph_of: Callable[[int], PeriodGraph],
+    adaptive: AdaptivePeriod,
+    width: int,
+    token: int,
+    length: int,
+    remaining: int,
 ) -> Iterator[Replayed]:
     """Periods whose drafts stop early, each by what the one before has taught. Of few graphs each period takes the smallest one
     that has places for all that might be drafted. The next one runs while the host looks at what this one has committed. Where F
@@ -387,7 +395,13 @@ def _until_they_stop(
             assert not running
             graph.begin(token, length, remaining)
             current = graph
-        running.append((graph, graph.start(stops), remaining, adaptive.ledger))
+        try:
+            record_of = graph.start(stops)
+        except ConditionsError as error:
+            model.conditions = False
+            warnings.warn(f"{error}; the host decides instead when drafts stop, which takes longer", RuntimeWarning, stacklevel=2)
+            return
+        running.append((graph, record_of, remaining, adaptive.ledger))
         if not graph.depth:
             adaptive.judged(0, 1)
             remaining -= 1
@@ -416,6 +430,8 @@ def _until_they_stop(
         if not running and remaining > 0:
             start(adaptive.stops(remaining))
         yield period, tokens
+    if remaining > 0:
+        yield None
 
 
 def depth_with(drafts: int, width: int, longest: int) -> int:

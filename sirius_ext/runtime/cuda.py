@@ -12,7 +12,7 @@ from ..kernels import dispatch, ops
 from ..models.device_tiers import DeviceTiers
 from ..models.weights import Weights
 from .cache import Cache
-from .graphs import Nodes, Replay, graph_mode
+from .graphs import Nodes, Replay, graph_mode, has_conditions
 from .layers import Attend, Neurons, decoder_layer, embed, norm
 from .model import Arguments, Model, arguments_of
 from .passes import Kind, Pass, Sparsity
@@ -135,6 +135,7 @@ class CudaModel(Model):
         self.capture_stream, self.inner_stream = (
             torch.cuda.Stream(self.device) if self.device.type == "cuda" else None for _ in range(2)
         )
+        self.conditions = self.device.type != "cuda" or has_conditions(self.device)  # whether parts of graphs need not run
         self._workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._outgrown: list[torch.Tensor] = []  # graphs that were captured with them go on with them
         # Its own: what is made while a graph is captured belongs to that graph.

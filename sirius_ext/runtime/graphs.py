@@ -44,6 +44,10 @@ def has_conditions(device: torch.device) -> bool:
     return found
 
 
+class ConditionsError(RuntimeError):
+    """A graph with parts that need not run could not be captured."""
+
+
 class _Run(enum.Enum):
     """What a body is called for."""
 
@@ -75,7 +79,7 @@ class Replay:
         inner: torch.cuda.Stream | None = None,
     ) -> None:
         self._body, self._device, self._what, self._state, self._stream = body, device, what, state, stream
-        self._inner, self._run = inner, _Run.DIRECT
+        self._inner, self._run, self._conditional = inner, _Run.DIRECT, False
         self._captured = captured and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -96,7 +100,7 @@ class Replay:
         part: only launches kernels, and has torch make nothing.
         Returns whether it runs, or may.
         """
-        functions = dispatch.cuda_functions(self._device)
+        functions, self._conditional = dispatch.cuda_functions(self._device), True
         if self._run is _Run.CAPTURE:
             assert self._inner is not None
             stream = dispatch.stream(self._device)
@@ -131,7 +135,7 @@ class Replay:
                 with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                     self._body()
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            raise RuntimeError(
+            raise (ConditionsError if self._conditional else RuntimeError)(
                 f"cuda: {self._what} could not be captured as a graph ({error}); lower period, tree_width or max_new_tokens, or "
                 "set SIRIUS_GRAPHS=off"
             ) from error
