@@ -20,17 +20,21 @@ def numbers(kind: Callable) -> Callable[[str], list]:
     return lambda text: [kind(part) for part in text.split(",") if part]
 
 
+def or_auto(kind: Callable) -> Callable[[str], object]:
+    """Of a part: "auto", or a number."""
+    return lambda text: text if text == "auto" else kind(text)
+
+
 def own_arguments(parser: argparse.ArgumentParser, default: Callable[[str], str], limits: str = "") -> None:
     """Add the flags that `own_variants` reads. default: what to say of a flag's default, where the benchmark fills it in. limits:
     what to say of those that a benchmark does not take in all of its ways."""
-    period = lambda text: text if text == "auto" else int(text)  # noqa: E731
     parser.add_argument("--weights", type=words, default="plain", help="of plain, q8, q4" + limits)
     parser.add_argument("--draft-weights", type=words, default="auto", help="of auto, same, q4" + limits)
-    parser.add_argument("--densities", type=numbers(float), default="0.5")
+    parser.add_argument("--densities", type=numbers(or_auto(float)), default="0.5", help="or auto")
     parser.add_argument(
         "--sparsities", type=words, help=f"of csparse, csparse-fixed, fsparse, cascade {default('sparsities')}{limits}"
     )
-    parser.add_argument("--periods", type=numbers(period), help=default("periods"))
+    parser.add_argument("--periods", type=numbers(or_auto(int)), help=default("periods"))
     parser.add_argument("--widths", type=numbers(int), help=f"of the tree {default('widths')}")
     parser.add_argument("--accepts", type=words, default="threshold,match", help="of threshold, match" + limits)
     parser.add_argument("--lookup", action="store_true", help="also with copies from the text" + limits)
