@@ -171,6 +171,7 @@ struct WeightStream::State {
   struct Image {
     char* data;
     HostMemory host;
+    char* slots;
   };
 
   State(std::vector<std::vector<StreamedImage>> layers, int buffers) : sizes(std::move(layers)), buffers(buffers) {
@@ -197,10 +198,16 @@ struct WeightStream::State {
       auto& own = images.emplace_back();
       for (size_t number = 0; number < longest.size(); ++number) {
         const StreamedImage& image = sizes[layer][number];
-        const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident);
-        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident))});
-        at.append(Piece(memory, resident), resident);
+        const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident), slots = whole(image.slots);
+        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident)), nullptr});
+        const Piece stays(memory, resident);
+        at.append(stays, resident);
         at.append(ring[number][layer % buffers], tail);
+        if (!slots) continue;
+        Addresses& again = held.emplace_back(memory, resident + slots);
+        own.back().slots = again.end();
+        again.append(stays, resident);
+        again.append(Piece(memory, slots), slots);
       }
     }
   }
@@ -221,7 +228,14 @@ struct WeightStream::State {
     for (size_t number = 0; number < images[layer].size(); ++number) {
       const StreamedImage& size = sizes[layer][number];
       const Image& image = images[layer][number];
-      if (size.resident < size.nbytes)
+      if (image.slots)
+        fill({.held = held_layers + layer,
+              .row_of = row_of + size_t(layer) * intermediate,
+              .image = image.data,
+              .resident = size.resident,
+              .intermediate = intermediate},
+             copies.handle);
+      else if (size.resident < size.nbytes)
         check(cudaMemcpyAsync(image.data + size.resident, image.host.get(), size_t(size.nbytes - size.resident),
                               cudaMemcpyHostToDevice, copies.handle),
               "cudaMemcpyAsync");
@@ -233,9 +247,13 @@ struct WeightStream::State {
   const std::vector<std::vector<StreamedImage>> sizes;
   const int buffers;
   std::vector<Addresses> addresses;  // of a layer
+  std::vector<Addresses> held;       // of an image that has slots
   std::vector<std::vector<Image>> images;
   CopyStream copies;
   std::vector<Buffer> in_ring = std::vector<Buffer>(buffers);
+  const HeldLayer* held_layers = nullptr;  // and the next two: as `share` got them
+  const int32_t* row_of = nullptr;
+  int intermediate = 0;
   Event begun;
   int next = -1;  // the layer that the pass will need next; -1: there is no pass
 };
@@ -249,6 +267,13 @@ int64_t WeightStream::granularity() { return int64_t(Memory().granularity()); }
 
 char* WeightStream::image(int layer, int number) const { return state_->images.at(layer).at(number).data; }
 char* WeightStream::host(int layer, int number) const { return state_->images.at(layer).at(number).host.get(); }
+char* WeightStream::slots(int layer, int number) const { return state_->images.at(layer).at(number).slots; }
+
+void WeightStream::share(const HeldLayer* held, const int32_t* row_of, int intermediate) {
+  state_->held_layers = held;
+  state_->row_of = row_of;
+  state_->intermediate = intermediate;
+}
 
 void WeightStream::ahead(StreamHandle stream) {
   State& s = *state_;

@@ -1,10 +1,11 @@
 """A model that is larger than its CUDA device's memory: what stays there, and what comes from the host's whenever the full model
 reads.
 
-The sparse model reads four bits of every weight, and all of those stay: the upper planes of weights in eight bits, or a copy of
-plain ones. Of what the full model reads besides, the first bytes of every layer stay, and the others come layer by layer from
-pinned host memory (`kernels.weight_stream`). The neurons of the full model's matrices are where they always are: nothing that
-reads them knows where they came from.
+What the sparse model reads stays: of weights in eight bits their upper planes, of plain ones a copy in four bits or themselves,
+of all neurons or of those of its set, which have slots. Of what the full model reads besides, the first bytes of every layer
+stay, and the others come layer by layer from pinned host memory (`kernels.weight_stream`). The neurons of the full model's
+matrices are where they always are: nothing that reads them knows where they came from. Where its set has slots, the sparse model
+has matrices of its own, of fewer rows; what enters the set comes from pinned host memory before its next pass.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ..kernels.weight_stream import StreamedImage, WeightStream, granularity
-from .tier_files import Image, LayerFiles, Layout, TierFiles
-from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, free_memory, plan
+from ..kernels.matrix import Format, Matrix
+from ..kernels.weight_stream import Slots, StreamedImage, WeightStream, granularity
+from .tier_files import LayerFiles, Layout, TierFiles, matrix_in
+from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, best_plan, free_memory
 
 _CHUNK = 1 << 24  # numbers of a packed matrix that a prefill writes out at a time
 _OF_A_NUMBER = 16  # bytes that one takes meanwhile
+_OF_A_TABLE = 4  # bytes of an entry of the tables of `kernels.weight_stream.Slots`
 
 
 def free_on(device: torch.device) -> int:
@@ -46,49 +49,51 @@ class DeviceSizes(Sizes):
         """As `Sizes.fast`, with all of the embedding, whose rows kernels read."""
         return super().fast(rest) + self.files.embedding_bytes
 
-    def image(self, image: Image, count: int) -> StreamedImage:
-        """One of a layer's, of which so many neurons may stay: bytes do, in pieces that the device has."""
-        nbytes = self.rows * image.bundle
-        return StreamedImage(nbytes, nbytes if count == self.rows else count * image.bundle // self.grain * self.grain)
+    def spare(self, neurons: int) -> int:
+        """None: what enters a set comes when it is known to."""
+        return 0
 
-    def _images(self, layer: LayerFiles, resident: tuple[int, int]) -> list[StreamedImage]:
-        return [self.image(image, count) for image, count in zip(layer.images, resident)]
+    def images(self, layer: LayerFiles, resident: tuple[int, int], slots: int = 0) -> list[StreamedImage]:
+        """A layer's, of which so many neurons may stay: bytes do, in pieces that the device has. What of the first image's
+        neurons does not stay because of that has slots, too."""
+        found = []
+        for image, count, more in zip(layer.images, resident, (slots, 0)):
+            nbytes = self.rows * image.bundle
+            stays = nbytes if count == self.rows else count * image.bundle // self.grain * self.grain
+            found.append(StreamedImage(nbytes, stays, (count + more) * image.bundle - stays if more else 0))
+        return found
 
     def tails(self, resident: tuple[int, int], rest: bool) -> list[int]:
         """As `Sizes.tails`."""
-        return [sum(nbytes - stay for nbytes, stay in self._images(layer, resident)) for layer in self.files.layers]
+        return [sum(each.nbytes - each.resident for each in self.images(layer, resident)) for layer in self.files.layers]
 
     def resident(self, resident: tuple[int, int]) -> int:
         """As `Sizes.resident`."""
-        return sum(self._whole(image.resident) for layer in self.files.layers for image in self._images(layer, resident))
+        return sum(self._whole(image.resident) for layer in self.files.layers for image in self.images(layer, resident))
 
     def ring(self, resident: tuple[int, int], rest: bool) -> int:
         """As `Sizes.ring`, of each image by itself."""
-        layers = [self._images(layer, resident) for layer in self.files.layers]
-        return BUFFERS * sum(max(self._whole(nbytes - stay) for nbytes, stay in images) for images in zip(*layers))
+        layers = [self.images(layer, resident) for layer in self.files.layers]
+        return BUFFERS * sum(max(self._whole(each.nbytes - each.resident) for each in images) for images in zip(*layers))
 
-    def slots(self, slots: int) -> int:
-        """There are none."""
-        return 0
+    def slots(self, first: int, slots: int) -> int:
+        """As `Sizes.slots`, with the tables that say who is where."""
+        if not slots:
+            return 0
+        tables = len(self.files.layers) * (self.rows + 4 * (first + slots)) * _OF_A_TABLE
+        return tables + sum(self._whole(self.images(layer, (first, 0), slots)[0].slots) for layer in self.files.layers)
 
     def _whole(self, nbytes: int) -> int:
         return -(-nbytes // self.grain) * self.grain
 
 
 def device_plan(sizes: DeviceSizes, memory: int, drafts: Iterable[Draft], device: torch.device) -> Plan:
-    """For the first of some sparse models, which reads nothing that does not stay. ValueError that names the least if the memory
-    does not suffice, of the device or of the host."""
-    draft = next(iter(drafts))
+    """As `best_plan`. ValueError that names the least if the memory does not suffice, of the device or of the host."""
     files = sizes.files
-    try:
-        found = plan(sizes, memory, dataclasses.replace(draft, neurons=files.intermediate if draft.neurons else 0))
-    except ValueError as error:
-        if draft.neurons and files.weights == "plain":
-            raise ValueError(
-                f'draft_weights: expected "auto" or "q4" on {device} where 16-bit weights are not all in its memory, got "same": '
-                f"what the sparse model reads has to stay there ({error})"
-            ) from error
-        raise
+    if any(part.format.across for layer in files.layers for part in layer.parts):
+        # Rows that share scales find them by their numbers: all of what the sparse model reads stays where it is.
+        drafts = (dataclasses.replace(each, neurons=files.intermediate if each.neurons else 0) for each in drafts)
+    found = best_plan(sizes, memory, drafts)
     if found.streamed > (free := free_memory()):
         raise ValueError(
             f"memory: of the weights {found.streamed / 1e9:.2f} GB would not be on {device} and must be in host memory that is "
@@ -108,7 +113,7 @@ class DeviceTiers(Tiers):
     ) -> None:
         self.files, self.plan = files, plan  # there is no `stream`: nothing comes from the disk
         sizes = DeviceSizes(files, 0, device)
-        layers = [[sizes.image(image, count) for image, count in zip(each.images, plan.resident)] for each in files.layers]
+        layers = [sizes.images(each, plan.resident, plan.slots) for each in files.layers]
         self.weights, self._device = WeightStream(device, layers, BUFFERS), device
         for layer, images in enumerate(layers):
             for number, image in enumerate(images):
@@ -117,21 +122,27 @@ class DeviceTiers(Tiers):
                 self.weights.host(layer, number).copy_(read[image.resident :])
             if on_progress:
                 on_progress(len(layers), layer + 1)
+        self.slots: Slots | None = None
+        if plan.slots:
+            bundles = [each.images[0].bundle for each in files.layers]
+            first, rows = [images[0] for images in layers], plan.resident[0] + plan.slots
+            self.slots = Slots(device, self.weights, first, bundles, rows, files.intermediate)
 
     address = 0  # a compiled model takes none; its passes take that of `weights`
 
-    def check(self, draft: Draft) -> None:
-        """As `Tiers.check`."""
-        if draft.neurons and not self.all_resident:
-            raise ValueError(
-                f"draft_weights, mode: on {self._device} all that the sparse model reads has to be in memory, which was divided "
-                'without this one; load the model with these settings, and draft_weights="auto" or "q4"'
-            )
-        super().check(draft)
+    def keep(self, layer: int, neurons: Callable[[], torch.Tensor]) -> None:
+        """As `Tiers.keep`: nothing is, since what a set needs comes before the pass that reads it."""
 
-    def are_placed(self, four_bits: bool) -> bool:
-        """As `Tiers.are_placed`: none is."""
-        return False
+    def placed(self, layer: int) -> tuple[Matrix, Matrix, Matrix]:
+        """As `Tiers.placed`: matrices of the rows that the op `hold` has filled."""
+        assert self.slots is not None
+        files, bundles = self.files.layers[layer], self.slots.bundles(layer)
+        upper = (
+            dataclasses.replace(part, format=Format.Q8_UPPER, lower_at=None) if part.format == Format.Q8 else part
+            for part in files.parts
+        )
+        gate, up, down = (matrix_in(part, [bundles], self.files.hidden) for part in upper)
+        return gate, up, down
 
     def _bundles(self, layer: int, number: int) -> torch.Tensor:
         return self.weights.image(layer, number).view(self.files.intermediate, -1)

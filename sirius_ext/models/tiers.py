@@ -139,13 +139,17 @@ class Sizes:
         """Of the layers that come and go."""
         return BUFFERS * max(self.tails(resident, rest))
 
-    def slots(self, slots: int) -> int:
-        """Of so many in every layer."""
+    def spare(self, neurons: int) -> int:
+        """Slots beside those of a set of so many, for neurons that are about to enter it."""
+        return -(-neurons // _SLACK)
+
+    def slots(self, first: int, slots: int) -> int:
+        """Of so many in every layer, whose first neurons stay."""
         return slots * sum(layer.images[0].bundle for layer in self.files.layers)
 
     def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
         """Of all that stays of the MLPs, and the ring."""
-        return self.resident(resident) + self.ring(resident, rest) + self.slots(slots)
+        return self.resident(resident) + self.ring(resident, rest) + self.slots(resident[0], slots)
 
 
 class TooLittle(ValueError):
@@ -192,7 +196,7 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
             low, high = (middle, high) if fits(middle * GRAIN) else (low, middle - 1)
         return low * GRAIN
 
-    slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
+    slots = min(rows, draft.neurons + sizes.spare(draft.neurons)) if draft.neurons else 0
     # With all of the first image in memory the sparse model needs no slots, and the ring is for the second one.
     ends = [(rows, 0, 0), (rows, rows, 0)] + ([(0, 0, slots)] if draft.neurons < rows else [])
     if min(used(*end) for end in ends[:2]) <= memory:
@@ -206,7 +210,7 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
         first, second, slots = min(ends, key=lambda end: used(*end))
     parts = {
         "all but the MLPs": sizes.fast(not streams_rest),
-        "the sparse model": copy + sizes.slots(slots),
+        "the sparse model": copy + sizes.slots(first, slots),
         "neurons": sizes.resident((first, second)),
         "layers that come and go": sizes.ring((first, second), streams_rest),
         "caches and activations": kept + sizes.work,
@@ -430,6 +434,12 @@ class Tiers:
             for matrix, part in zip(self.matrices(layer), files.parts)
         )
         return gate, up, down
+
+    def keep(self, layer: int, neurons: Callable[[], torch.Tensor]) -> None:
+        """Of a layer that is there right now, keep what `neurons` says that a sparse model will want, int32 [count], if there are
+        slots."""
+        if self.plan.slots:
+            self.stream.keep(layer, neurons())
 
     def each(self, first: int, last: int) -> Iterator[int]:
         """Layers in order, each while it is there."""

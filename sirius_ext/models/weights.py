@@ -339,6 +339,7 @@ class Weights:
         ]
         return {
             **{name: getattr(d, name) for name in _DESCRIBED},
+            "intermediate": view.layers[0].gate.rows,  # fewer where only some neurons have a place
             "dtype": self.dtype_code,
             "embedding": self.embedding.raw,
             "final_norm": norm(self.final_norm),

@@ -213,8 +213,11 @@ class CudaModel(Model):
         if m > FEW_ROWS:
             return self._run_many(cache, nodes, argmax, keep_z)
         arguments, four_bits = sparsity
+        drafting = self._streamed is not None and arguments.kind != Kind.DENSE
+        if drafting:
+            arguments = self._held(arguments, four_bits)
         with dispatch.guard(self.device):
-            self._handle_with(four_bits).step(
+            self._handle_with(four_bits, drafting).step(
                 tokens=nodes.tokens.data_ptr(),
                 positions=nodes.offsets.data_ptr(),
                 cos=cache.cos.data_ptr(),
@@ -240,11 +243,25 @@ class CudaModel(Model):
             )
         return cache.logits[:m]
 
-    def ahead(self, sparsity: Chosen) -> contextlib.AbstractContextManager[None]:
-        """Around launches that end with such a pass: where F's weights are not all on the device, the first of them are copied
-        meanwhile."""
+    def _held(self, arguments: Arguments, four_bits: bool) -> Arguments:
+        """Launch what has all that S will read on the device. Returns what a pass takes then."""
+        assert self._streamed is not None
+        if not self._streamed.are_placed(four_bits):
+            return arguments
+        slots = self._streamed.slots
+        assert slots is not None  # `Tiers.check` has seen to that
+        weights = self.weights.down_norms if arguments.down_norms else None
+        self.launch("hold", **slots.fields(arguments.neurons, arguments.kept, weights))
+        norms = slots.row_weights.data_ptr() if arguments.down_norms else 0
+        return arguments._replace(neurons=slots.listed_rows.data_ptr(), down_norms=norms)
+
+    def ahead(self, sparsity: Chosen, draft: Chosen) -> contextlib.AbstractContextManager[None]:
+        """Around launches that end with such a pass, after passes of `draft` or none: where F's weights are not all on the
+        device, the first of them are copied meanwhile."""
         if self._streamed is None or sparsity[0].kind != Kind.DENSE:
             return contextlib.nullcontext()
+        if draft[0].kind != Kind.DENSE:
+            self._held(*draft)  # before anything is copied: it may come from the slots that this changes
         return self._streamed.ahead()
 
     def _run_many(self, cache: CudaCache, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
