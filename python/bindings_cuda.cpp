@@ -122,6 +122,7 @@ struct Fields<cuda::Pass> {
     v("alive", &P::alive, optional);
     v("counters", &P::counters);
     v("weights", &P::weights, optional);
+    v("all_streams", &P::all_streams, optional);
   }
 };
 
@@ -196,8 +197,8 @@ void bind_weight_stream(py::module_& m) {
              s.share(reinterpret_cast<const cuda::HeldLayer*>(held), reinterpret_cast<const int32_t*>(row_of), intermediate);
            })
       .def("ahead",
-           [=](WeightStream& s, size_t stream) {
-             s.ahead(on(stream));
+           [=](WeightStream& s, int first, int last, size_t stream) {
+             s.ahead(first, last, on(stream));
              launched();
            })
       .def("need",

@@ -23,11 +23,11 @@ from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.engine import GREEDY, prepare
 from sirius_ext.kernels import dispatch
 from sirius_ext.kernels.weight_stream import Slots, StreamedImage, WeightStream
-from sirius_ext.models import device_tiers, hub
+from sirius_ext.models import device_tiers, hub, tier_files
 from sirius_ext.models.device_tiers import DeviceSizes, DeviceTiers, device_plan
 from sirius_ext.models.packed import load_packed
 from sirius_ext.models.tier_files import TierFiles
-from sirius_ext.models.tiers import Draft, Plan, TooLittle, cache_bytes
+from sirius_ext.models.tiers import Draft, Plan, TooLittle, cache_bytes, work_bytes
 from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Replay
 from sirius_ext.runtime.passes import Pass
@@ -69,11 +69,13 @@ def whole(name="llama3", dtype=torch.float32, weights="plain"):
     return Engine(moved(load_packed(source_of(name, dtype, weights), Path(FOLDERS.name))))
 
 
-def tiered(files, resident, copy=False, slots=0):
+def tiered(files, resident, copy=False, slots=0, streams_rest=False):
     """resident: neurons of each image that stay, at most all."""
-    model = moved(TierFiles.open(files.folder).model())
+    model = moved(TierFiles.open(files.folder).model(not streams_rest))
     resident = tuple(min(count, files.intermediate) for count in resident)
-    plan = Plan(memory=0, resident=resident, slots=slots, copy=int(copy), streams_rest=False, caches=1 << 30, used=0, streamed=0)
+    plan = Plan(
+        memory=0, resident=resident, slots=slots, copy=int(copy), streams_rest=streams_rest, caches=1 << 30, used=0, streamed=0
+    )
     model.tiers = DeviceTiers(model.tier_files, plan, DEVICE)
     return Engine(model)
 
@@ -119,6 +121,41 @@ def test_passes_over_two_images_have_the_same_bits(order):
     expected = passes(whole(*form))
     for resident in ((0, 0), (70, 0), (1 << 30, 0), (1 << 30, 70), (1 << 30, 1 << 30)):
         same_bits(passes(tiered(files_of(*form), resident)), expected)
+
+
+REST = [
+    ("llama3", BF16, "plain"),
+    ("gemma2", BF16, "plain"),
+    ("phi3", BF16, "plain"),
+    ("mistral", BF16, "q8"),
+    ("llama", BF16, "q8"),
+]
+
+
+@pytest.mark.parametrize("form", REST, ids=str)
+def test_passes_of_attention_and_head_that_stream(order, form, monkeypatch):
+    """Of plain weights all of them, of eight bits the lower nibbles; a head that is not the embedding in parts."""
+    monkeypatch.setattr(tier_files, "_PART", 1)
+    files = files_of(*form)
+    for resident in ((0, 0), (1 << 30, 1 << 30)):
+        engine = tiered(files, resident, copy=form[2] == "plain", streams_rest=True)
+        tiers = engine.model.tiers
+        assert (files.beside[1] is None) == (form[0] in ("llama", "gemma2")) and len(tiers.weights._layers) >= len(files.layers)
+        assert form[0] not in ("llama3", "mistral") or len(tiers.weights._layers) > len(files.layers) + 1
+        same_bits(passes(engine), passes(whole(*form)))
+
+
+def test_texts_while_attention_and_head_stream(monkeypatch):
+    monkeypatch.setattr(tier_files, "_PART", 1)
+    cases = (
+        (("llama3", BF16, "plain"), SiriusConfig(**FIXED), {"copy": True}),
+        (("llama3", BF16, "plain"), SiriusConfig(**FIXED | {"period": 7}, tree_width=3), {"copy": True}),
+        (("mistral", BF16, "q8"), SiriusConfig(**FIXED, accept="match"), {"slots": 45}),
+    )
+    for name, (form, config, kinds) in zip(SIMT_ORDERS, cases):
+        with in_order(name):
+            engine = tiered(files_of(*form), (0, 0), streams_rest=True, **kinds)
+            assert decoded(engine, config, 6) == decoded(whole(*form), config, 6)
 
 
 FIXED = {"period": 4, "lookup": False, "density": 0.5, "draft_weights": "q4"}
@@ -496,6 +533,25 @@ def fails_with_all_waits():
     return test_simt.fails(None, two_passes)
 
 
+def two_passes_of_all():
+    same_bits(queued_passes(tiered(files_of(), (0, 0), copy=True, streams_rest=True)), queued_passes(whole()))
+
+
+ALL_STREAMS = {
+    "attention is read before it has arrived": (
+        "      if (pass_.all_streams) arrived(layer);\n      attention_block(layer);\n",
+        "      attention_block(layer);\n      if (pass_.all_streams) arrived(layer);\n",
+    ),
+    "the head is read before it has arrived": ("      if (m_.head_rows) arrived(layer);\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", ALL_STREAMS)
+def test_a_pass_that_does_not_wait_for_all_is_found(name):
+    assert not test_simt.fails(None, two_passes_of_all)
+    assert test_simt.fails(Mutation("decode_step.cpp", *ALL_STREAMS[name], "decode_step.cpp").build(), two_passes_of_all)
+
+
 @pytest.mark.parametrize("name", WAITS)
 def test_a_wait_that_is_missing_is_found(name):
     mutation = Mutation("weight_stream.cu", WAITS[name], "", "weight_stream.cu")
@@ -592,7 +648,7 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
     config, folder = SiriusConfig(**FIXED | {"draft_weights": "auto"}), str(source_of("llama3", BF16, "plain").folder)
     load = functools.partial(Engine.from_pretrained, folder, config, device="cpu", progress=False)
     with emulated(_simt):
-        sizes = DeviceSizes(files_of(dtype=BF16), cache_bytes(tiny("llama3", BF16)), DEVICE)
+        sizes = DeviceSizes(files_of(dtype=BF16), cache_bytes(tiny("llama3", BF16)), DEVICE, work_bytes(tiny("llama3", BF16)))
         memory = device_plan(sizes, 1 << 40, [Draft(copy=True)], DEVICE).used - 2 * 4096
         monkeypatch.setattr(hub, "_larger", lambda found, weights, *_: hub._readable(found, weights, False))  # whatever fits
         engines = [load(memory=memory)]

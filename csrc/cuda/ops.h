@@ -145,12 +145,13 @@ void fill(const FillParams& p, StreamHandle stream);
 class WeightStream;
 
 // What a pass reads from device memory when it is replayed, and where gate, up and down come from as it reads them; null: they
-// are there.
+// are there. So does the head, if the model says so (head_rows).
 struct Pass {
   const int32_t* base = nullptr;   // [1], added to positions, first_slot and prefix; or null
   const int32_t* alive = nullptr;  // [1], rows that count where a pass chooses its neurons; or null for all
   int32_t* counters;               // [kCounters]
   WeightStream* weights = nullptr;
+  bool all_streams = false;  // those of attention come from there, too
 };
 // p.num_rows at most 16. p.argmax may be null. p.workspace: bytes.
 void decode_step(const DecodeStepParams& p, const Pass& pass, StreamHandle stream);

@@ -191,10 +191,11 @@ struct WeightStream::State {
     for (size_t number = 0; number < longest.size(); ++number)
       for (int i = 0; i < buffers; ++i) ring[number].emplace_back(memory, longest[number]);
 
+    size_t nbytes = 0;
+    for (const auto& layer : sizes)
+      for (const StreamedImage& image : layer) nbytes += whole(image.resident) + whole(image.nbytes - image.resident);
+    Addresses& at = *(all = std::make_unique<Addresses>(memory, nbytes));
     for (size_t layer = 0; layer < sizes.size(); ++layer) {
-      size_t nbytes = 0;
-      for (const StreamedImage& image : sizes[layer]) nbytes += whole(image.resident) + whole(image.nbytes - image.resident);
-      Addresses& at = addresses.emplace_back(memory, nbytes);
       auto& own = images.emplace_back();
       for (size_t number = 0; number < longest.size(); ++number) {
         const StreamedImage& image = sizes[layer][number];
@@ -246,8 +247,8 @@ struct WeightStream::State {
   const Memory memory;
   const std::vector<std::vector<StreamedImage>> sizes;
   const int buffers;
-  std::vector<Addresses> addresses;  // of a layer
-  std::vector<Addresses> held;       // of an image that has slots
+  std::unique_ptr<Addresses> all;  // of all images
+  std::vector<Addresses> held;     // of each that has slots
   std::vector<std::vector<Image>> images;
   CopyStream copies;
   std::vector<Buffer> in_ring = std::vector<Buffer>(buffers);
@@ -255,7 +256,7 @@ struct WeightStream::State {
   const int32_t* row_of = nullptr;
   int intermediate = 0;
   Event begun;
-  int next = -1;  // the layer that the pass will need next; -1: there is no pass
+  int next = -1, last = 0;  // the layer that the pass will need next, and the one that it ends before; -1: there is no pass
 };
 
 WeightStream::WeightStream(std::vector<std::vector<StreamedImage>> layers, int buffers)
@@ -275,18 +276,21 @@ void WeightStream::share(const HeldLayer* held, const int32_t* row_of, int inter
   state_->intermediate = intermediate;
 }
 
-void WeightStream::ahead(StreamHandle stream) {
+int WeightStream::num_layers() const { return int(state_->sizes.size()); }
+
+void WeightStream::ahead(int first, int last, StreamHandle stream) {
   State& s = *state_;
-  if (s.next == 0) return;
+  if (s.next == first) return;
   s.begun.record(static_cast<cudaStream_t>(stream));
   s.begun.precede(s.copies.handle);
-  for (int layer = 0; layer < std::min(s.buffers, int(s.sizes.size())); ++layer) s.copy(layer);
-  s.next = 0;
+  for (int layer = first; layer < std::min(first + s.buffers, last); ++layer) s.copy(layer);
+  s.next = first;
+  s.last = last;
 }
 
 void WeightStream::need(int layer, StreamHandle stream) {
   State& s = *state_;
-  if (layer == 0) ahead(stream);
+  if (s.next < 0) ahead(layer, num_layers(), stream);
   if (layer != s.next)
     throw std::logic_error("WeightStream: expected layer " + std::to_string(s.next) + ", got " + std::to_string(layer));
   s.buffer(layer).arrived.precede(static_cast<cudaStream_t>(stream));
@@ -294,13 +298,13 @@ void WeightStream::need(int layer, StreamHandle stream) {
 
 void WeightStream::done(int layer, StreamHandle stream) {
   State& s = *state_;
-  const int layers = int(s.sizes.size()), later = layer + s.buffers;
-  if (later < layers) {
+  const int later = layer + s.buffers;
+  if (later < s.last) {
     s.buffer(layer).free.record(static_cast<cudaStream_t>(stream));
     s.buffer(layer).free.precede(s.copies.handle);
     s.copy(later);
   }
-  s.next = layer + 1 < layers ? layer + 1 : -1;
+  s.next = layer + 1 < s.last ? layer + 1 : -1;
 }
 
 void WeightStream::end(StreamHandle stream) {

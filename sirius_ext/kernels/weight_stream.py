@@ -78,9 +78,13 @@ class WeightStream:
             return memory_at(address, size, self._raw)
         return torch.as_tensor(_OnDevice(self._raw, address, size), device=self._device)
 
-    def ahead(self) -> None:
-        """The first layers of the pass that comes next are copied from here on."""
-        self._call("ahead")
+    def memory(self, layer: int, number: int, size: int) -> torch.Tensor:
+        """Bytes from where an image begins, which may go on in the images of the next layers: uint8 [size] on the device."""
+        return self._memory(self._raw.image(layer, number), size)
+
+    def ahead(self, first: int = 0, last: int | None = None) -> None:
+        """The first layers of the pass that comes next, which is of layers `first` to `last` - 1, are copied from here on."""
+        self._call("ahead", first, len(self._layers) if last is None else last)
 
     def need(self, layer: int) -> None:
         """What is launched after this finds all of a layer. Layers come in order."""

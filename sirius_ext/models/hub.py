@@ -235,7 +235,7 @@ def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, 
 
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
     if is_cuda(device):
-        return DeviceSizes(layout, cache_bytes(model), device)
+        return DeviceSizes(layout, cache_bytes(model), device, work_bytes(model))
     return Sizes(layout, cache_bytes(model), memory_in_use(), work_bytes(model))
 
 

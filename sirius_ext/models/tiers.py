@@ -62,7 +62,7 @@ class Plan:
     streams_rest: attention and LM head of the full model come from the file, too.
     caches: bytes left for keys and values.
     used: bytes of all together.
-    streamed: bytes that a pass of the full model reads from the file.
+    streamed: bytes that a pass of the full model reads from the file, or from a device's host.
     parts: what `used` is made of, by words.
     """
 
@@ -100,12 +100,14 @@ def work_bytes(model: PreTrainedModel) -> int:
 class Sizes:
     """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. work: of what passes need."""
 
-    rest_may_stream = True  # what is beside the MLPs, attention and LM head
-
     def __init__(self, files: Layout, caches: int, own: int = 0, work: int | None = None) -> None:
         self.files, self.rows, self.caches = files, files.intermediate, caches
         self.work = _WORK if work is None else work
         self.own = max(0, own - _OWN)  # of what was asked for
+
+    def rest_may_stream(self, draft: Draft) -> bool:
+        """Whether what is beside the MLPs, attention and LM head, may: a sparse model that has a copy needs nothing of it."""
+        return draft.copy
 
     def fast(self, rest: bool) -> int:
         """Of all but the MLPs that is in memory, with attention and LM head or without."""
@@ -147,6 +149,10 @@ class Sizes:
         """Of so many in every layer, whose first neurons stay."""
         return slots * sum(layer.images[0].bundle for layer in self.files.layers)
 
+    def spared(self, slots: int) -> int:
+        """Bytes that a pass of the full model takes from slots for sure, so that they are not read."""
+        return 0
+
     def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
         """Of all that stays of the MLPs, and the ring."""
         return self.resident(resident) + self.ring(resident, rest) + self.slots(resident[0], slots)
@@ -166,8 +172,7 @@ class TooLittle(ValueError):
 
 def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory: the one that leaves least to read. TooLittle if there is none."""
-    # A sparse model that has a copy needs nothing of what the full model reads.
-    ways = (False, True) if draft.copy and sizes.rest_may_stream else (False,)
+    ways = (False, True) if sizes.rest_may_stream(draft) else (False,)
     tried = [_divided(sizes, memory, draft, streams_rest) for streams_rest in ways]
     if fitting := [each for each in tried if each.used <= memory]:
         return min(fitting, key=lambda each: each.streamed)
@@ -216,7 +221,7 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
         "caches and activations": kept + sizes.work,
         "the process itself": sizes.own,
     }
-    streamed = sum(sizes.tails((first, second), streams_rest))
+    streamed = sum(sizes.tails((first, second), streams_rest)) - sizes.spared(slots)
     return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, draft.density, parts)
 
 
@@ -392,7 +397,7 @@ class Tiers:
     def _shared(self, layer: int) -> torch.Tensor | None:
         return self.files.shared(layer)
 
-    def projection(self, layer: int, name: str) -> Matrix | None:
+    def projection(self, layer: int, name: str, cols: int) -> Matrix | None:
         """A matrix of a layer's attention, as the full model reads it between `need` and `done`; None if it is in memory."""
         if not self.plan.streams_rest:
             return None

@@ -238,7 +238,8 @@ class CudaModel(Model):
                 base=cache.base.data_ptr(),
                 alive=0 if alive is None else alive.data_ptr(),
                 counters=self.counters.data_ptr(),
-                weights=0 if self._streamed is None or arguments.kind != Kind.DENSE else self._streamed.weights.address,
+                weights=0 if self._streamed is None or drafting else self._streamed.weights.address,
+                all_streams=self._streamed is not None and self._streamed.plan.streams_rest,
                 stream=dispatch.stream(self.device),
             )
         return cache.logits[:m]
@@ -274,15 +275,21 @@ class CudaModel(Model):
         for index, layer in enumerate(w.each_layer()):
             neurons = _keeping(cache.z(m)[index]) if keep_z else None
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
-        normed, head, out = norm(d, x, w.final_norm), w.lm_head, cache.logits[:m]
-        if not head.plain:
-            ops.linear(normed, head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32, out=out)
-        elif w.dtype == torch.float32:
-            torch.mm(normed, head.data.t(), out=out)
-        elif self.device.type == "cuda":
-            torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(normed.float(), head.data.float().t(), out=out)
+        normed, out, first = norm(d, x, w.final_norm), cache.logits[:m], 0
+        for head in w.each_part_of_head():
+            # Products are written side by side: of a part of the columns first to memory of their own.
+            part = out if head.rows == w.vocab else torch.empty(m, head.rows, device=self.device)
+            if not head.plain:
+                ops.linear(normed, head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32, out=part)
+            elif w.dtype == torch.float32:
+                torch.mm(normed, head.data.t(), out=part)
+            elif self.device.type == "cuda":
+                torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=part)
+            else:
+                torch.mm(normed.float(), head.data.float().t(), out=part)
+            if part is not out:
+                out[:, first : first + head.rows] = part
+            first += head.rows
         if head.plain and d.logit_scale != 1.0:
             out *= d.logit_scale
         if head.plain and d.logit_softcap:
