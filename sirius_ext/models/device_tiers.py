@@ -49,8 +49,9 @@ class DeviceSizes(Sizes):
         self.work += 4 * (_ROWS * 3 * files.intermediate + parts)
 
     def rest_may_stream(self, draft: Draft) -> bool:
-        """As `Sizes.rest_may_stream`; so may the lower nibbles of eight bits, of which no sparse model reads any."""
-        return draft.copy or self.files.weights == "q8"
+        """As `Sizes.rest_may_stream`; so it may where there is no sparse model that reads any of it, and of eight bits the lower
+        nibbles may in any case."""
+        return self.files.weights != "q4" and (draft.copy or not draft.neurons or self.files.weights == "q8")
 
     def streamed(self, name: str) -> int:
         """Bytes of a matrix beside the MLPs that may stream: all, or of eight bits the lower nibbles' plane."""
