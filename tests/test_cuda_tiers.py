@@ -18,6 +18,7 @@ from tiny import prompt, tiny
 from transformers import AutoModelForCausalLM
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.cli.main import main as cli
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.engine import GREEDY, prepare
@@ -669,3 +670,16 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
         assert decoded(engine, config, 5) == decoded(whole(dtype=BF16), config, 5)
         with pytest.raises(ValueError, match='^memory: with offload="never"'):
             Engine.from_pretrained(folder, dataclasses.replace(config, offload="never"), device="cpu", memory="1GB")
+
+
+def test_info_says_what_a_device_would_hold(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
+    files, folder = files_of(dtype=BF16), str(files_of(dtype=BF16).folder)
+    with emulated(_simt):
+        sizes = DeviceSizes(files, cache_bytes(tiny("llama3", BF16)), DEVICE, work_bytes(tiny("llama3", BF16)))
+        memory = device_plan(sizes, 1 << 40, [Draft(copy=True)], DEVICE).used - 2 * 4096
+        assert cli(["info", "--model", folder, "--device", "cpu", "--memory", str(memory)]) == 0
+    plan, out = device_plan(sizes, memory, [Draft(copy=True)], DEVICE), capsys.readouterr().out
+    assert f"{plan.used / 1e9:.2f} would be used:" in out and "beside the sparse model's copy of all in four bits" in out
+    assert f"a period moves    {plan.streamed / 1e9:.2f} GB of " in out and "from host memory" in out
+    assert "predicted" not in out and "speed" not in out
