@@ -139,7 +139,7 @@ class Slots:
         self._row_of, self._neuron_of = table(intermediate), table(rows)
         for own, first in zip(self._row_of, self._firsts):
             own[:first] = torch.arange(first, dtype=torch.int32, device=device)
-        self._taken, self.listed_rows, self._count = table(rows), table(rows), table(1)
+        self._taken, self.listed_rows, self._count = torch.zeros_like(self._neuron_of), table(rows), table(1)
         self.row_weights = torch.zeros(len(layers), rows, device=device)
         stream.share(self._held, self._row_of)
         self._sizes = {"layers": len(layers), "intermediate": intermediate, "rows": rows}
