@@ -216,7 +216,7 @@ def tiers(folder: Path) -> str:
         return ""
     links = sorted({plan["link"] for plan in plans})
     lines = [
-        "| F's weights | card | rule | on the card, GB: S (density) | F | a period moves, GB | "
+        "| F's weights | card | rule | on the card, GB: S (density) | of F | a period moves, GB | "
         + " | ".join(f"{link / 1e9:.0f} GB/s: n, AAL | *s/token* | *Full*" for link in links)
         + " |",
         "|---|---|---|---|---|---|" + "---|---|---|" * len(links),
@@ -234,7 +234,7 @@ def tiers(folder: Path) -> str:
             for plan in map(by_link.get, links)
         ]
         lines.append(
-            f"| {weights} | {card} | {rule} | {gb['sparse']:.1f} ({density:g}) | {gb['resident']:.1f} of {gb['of_full']:.1f} | "
+            f"| {weights} | {card} | {rule} | {gb['held']:.1f} ({density:g}) | {gb['resident']:.1f} of {gb['of_full']:.1f} | "
             f"{gb['moved']:.1f} | {' | '.join(times)} |"
         )
     return "\n".join(lines)

@@ -312,7 +312,7 @@ struct ModelWeights {
   float attention_scale = 1.0f, attention_softcap = 0.0f;
   float logit_scale = 1.0f, logit_softcap = 0.0f;
   cpu::Stream* stream = nullptr;  // (CPU) where weights come from as they are read; or null: they are there
-  int head_rows = 0;              // (CPU) of the LM head that come at a time, like a layer more; 0: it is there
+  int head_rows = 0;              // of the LM head that come at a time, like a layer more; 0: it is there
 };
 
 // Which neurons a pass uses. `dense` all; `listed` the given ones; `largest` the `kept` of largest |act(gate x)|; `threshold`

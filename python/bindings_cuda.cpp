@@ -101,6 +101,27 @@ struct Fields<cuda::AdvanceParams> {
   }
 };
 
+template <>
+struct Fields<cuda::HoldParams> {
+  template <class V>
+  static void visit(V& v) {
+    using P = cuda::HoldParams;
+    v("neurons", &P::neurons);
+    v("held", &P::held);
+    v("row_of", &P::row_of);
+    v("neuron_of", &P::neuron_of);
+    v("listed_rows", &P::listed_rows);
+    v("taken", &P::taken);
+    v("count", &P::count);
+    v("weights", &P::weights, optional);
+    v("row_weights", &P::row_weights, optional);
+    v("layers", &P::layers);
+    v("intermediate", &P::intermediate);
+    v("rows", &P::rows);
+    v("kept", &P::kept);
+  }
+};
+
 // Where a pass is launched: the rest is among its own fields.
 struct OnStream {
   void* stream;
@@ -123,6 +144,7 @@ struct Fields<cuda::Pass> {
     v("alive", &P::alive, optional);
     v("counters", &P::counters);
     v("weights", &P::weights, optional);
+    v("all_streams", &P::all_streams, optional);
   }
 };
 
@@ -133,6 +155,7 @@ struct Fields<cuda::StreamedImage> {
     using P = cuda::StreamedImage;
     v("nbytes", &P::nbytes);
     v("resident", &P::resident);
+    v("slots", &P::slots);
   }
 };
 
@@ -203,9 +226,14 @@ void bind_weight_stream(py::module_& m) {
       .def_property_readonly("address", [=](const WeightStream& s) { return address(&s); })
       .def("image", [=](const WeightStream& s, int layer, int number) { return address(s.image(layer, number)); })
       .def("host", [=](const WeightStream& s, int layer, int number) { return address(s.host(layer, number)); })
+      .def("slots", [=](const WeightStream& s, int layer, int number) { return address(s.slots(layer, number)); })
+      .def("share",
+           [](WeightStream& s, size_t held, size_t row_of, int intermediate) {
+             s.share(reinterpret_cast<const cuda::HeldLayer*>(held), reinterpret_cast<const int32_t*>(row_of), intermediate);
+           })
       .def("ahead",
-           [=](WeightStream& s, size_t stream) {
-             s.ahead(on(stream));
+           [=](WeightStream& s, int first, int last, size_t stream) {
+             s.ahead(first, last, on(stream));
              launched();
            })
       .def("need",
@@ -258,6 +286,8 @@ void bind_cuda(pybind11::module_& m) {
   define_op(m, "advance", cuda::advance);
   define_op(m, "stop", cuda::stop);
   bind_conditions(m);
+  define_op(m, "hold", cuda::hold);
+
   bind_weight_stream(m);
 
   py::class_<Model> model(m, "Model", py::module_local());

@@ -245,6 +245,7 @@ OTHERS = [
     ("info --model folder --weights q5", "--weights: expected one of plain, q8, q4, got 'q5'"),
     ("info --memory 6GB", "--memory: it needs --model, of which it says something"),
     ("info --weights q8", "--weights: it needs --model"),
+    ("info --device cuda", "--device: it needs --model"),
     ("info --dtype fp32", "--dtype: it needs --model"),
     ("generate --prompt x --memory 6apples", "--memory: expected a size as 500M, 6GB or 1.5GiB, got '6apples'"),
 ]

@@ -18,23 +18,27 @@ from tiny import prompt, tiny
 from transformers import AutoModelForCausalLM
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.cli.main import main as cli
 from sirius_ext.decoding import sequence
 from sirius_ext.decoding.period import Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.decoding.prefill import drive, read
+from sirius_ext.decoding.sparsity import drafts_of
 from sirius_ext.engine import GREEDY, prepare
-from sirius_ext.kernels.weight_stream import StreamedImage, WeightStream
-from sirius_ext.models import device_tiers, hub
+from sirius_ext.kernels import dispatch
+from sirius_ext.kernels.weight_stream import Slots, StreamedImage, WeightStream
+from sirius_ext.models import device_tiers, hub, tier_files
 from sirius_ext.models.device_tiers import DeviceSizes, DeviceTiers, device_plan
 from sirius_ext.models.packed import load_packed
 from sirius_ext.models.tier_files import TierFiles
-from sirius_ext.models.tiers import Draft, Plan, cache_bytes
+from sirius_ext.models.tiers import Draft, Plan, TooLittle, cache_bytes, row_bytes
+from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Replay
 from sirius_ext.runtime.passes import Pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = torch.device("cpu")  # whose memory is the emulated one's
-TOKENS = 9
+TOKENS, PAGE = 9, 4096  # page: of the emulated device
 BF16 = torch.bfloat16
 
 
@@ -69,11 +73,13 @@ def whole(name="llama3", dtype=torch.float32, weights="plain"):
     return Engine(moved(load_packed(source_of(name, dtype, weights), Path(FOLDERS.name))))
 
 
-def tiered(files, resident, copy=False):
+def tiered(files, resident, copy=False, slots=0, streams_rest=False):
     """resident: neurons of each image that stay, at most all."""
-    model = moved(TierFiles.open(files.folder).model())
+    model = moved(TierFiles.open(files.folder).model(not streams_rest))
     resident = tuple(min(count, files.intermediate) for count in resident)
-    plan = Plan(memory=0, resident=resident, slots=0, copy=int(copy), streams_rest=False, caches=1 << 30, used=0, streamed=0)
+    plan = Plan(
+        memory=0, resident=resident, slots=slots, copy=int(copy), streams_rest=streams_rest, caches=1 << 30, used=0, streamed=0
+    )
     model.tiers = DeviceTiers(model.tier_files, plan, DEVICE)
     return Engine(model)
 
@@ -121,6 +127,41 @@ def test_passes_over_two_images_have_the_same_bits(order):
         same_bits(passes(tiered(files_of(*form), resident)), expected)
 
 
+REST = [
+    ("llama3", BF16, "plain"),
+    ("gemma2", BF16, "plain"),
+    ("phi3", BF16, "plain"),
+    ("mistral", BF16, "q8"),
+    ("llama", BF16, "q8"),
+]
+
+
+@pytest.mark.parametrize("form", REST, ids=str)
+def test_passes_of_attention_and_head_that_stream(order, form, monkeypatch):
+    """Of plain weights all of them, of eight bits the lower nibbles; a head that is not the embedding in parts."""
+    monkeypatch.setattr(tier_files, "_PART", 1)
+    files = files_of(*form)
+    for resident in ((0, 0), (1 << 30, 1 << 30)):
+        engine = tiered(files, resident, copy=form[2] == "plain", streams_rest=True)
+        tiers = engine.model.tiers
+        assert (files.beside[1] is None) == (form[0] in ("llama", "gemma2")) and len(tiers.weights._layers) >= len(files.layers)
+        assert form[0] not in ("llama3", "mistral") or len(tiers.weights._layers) > len(files.layers) + 1
+        same_bits(passes(engine), passes(whole(*form)))
+
+
+def test_texts_while_attention_and_head_stream(monkeypatch):
+    monkeypatch.setattr(tier_files, "_PART", 1)
+    cases = (
+        (("llama3", BF16, "plain"), SiriusConfig(**FIXED), {"copy": True}),
+        (("llama3", BF16, "plain"), SiriusConfig(**FIXED | {"period": 7}, tree_width=3), {"copy": True}),
+        (("mistral", BF16, "q8"), SiriusConfig(**FIXED, accept="match"), {"slots": 45}),
+    )
+    for name, (form, config, kinds) in zip(SIMT_ORDERS, cases):
+        with in_order(name):
+            engine = tiered(files_of(*form), (0, 0), streams_rest=True, **kinds)
+            assert decoded(engine, config, 6) == decoded(whole(*form), config, 6)
+
+
 FIXED = {"period": 4, "lookup": False, "density": 0.5, "draft_weights": "q4"}
 # Each with how many neurons stay.
 CASES = {
@@ -165,6 +206,196 @@ def test_drawn_texts():
             for each in (tiered(files_of(dtype=BF16), (0, 0), copy=True), whole(dtype=BF16))
         ]
     assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------------------------------------------- sets that have slots
+
+OWN = {**FIXED, "draft_weights": "same"}
+# Of a sparse model that reads the weights of its set as they are, and for how many neurons it has slots: no more than it needs.
+SETS = {
+    "sparse": (SiriusConfig(mode="sparse", density=0.5, draft_weights="same"), 66),
+    "threshold": (SiriusConfig(**OWN), 66),
+    "match": (SiriusConfig(**OWN, accept="match"), 66),
+    "fixed set": (SiriusConfig(**OWN, follow=False), 66),
+    "tree": (SiriusConfig(**OWN, tree_width=3), 66),
+    "cascade": (SiriusConfig(**OWN | {"density": 0.3}, sparsity="cascade"), 54),
+    "copies": (SiriusConfig(period=4, density=0.5, lookup=True, accept="match", draft_weights="same"), 66),
+    "one": (SiriusConfig(**OWN | {"period": 1}), 66),
+}
+
+
+@pytest.mark.parametrize("number", range(len(SETS)), ids=list(SETS))
+def test_texts_with_a_sparse_model_whose_set_has_slots(number):
+    config, slots = list(SETS.values())[number]
+    dtype, resident = (torch.float32, BF16)[number % 2], 70 * (number // 2 % 2)
+    with in_order(SIMT_ORDERS[number % 3]):
+        assert decoded(tiered(files_of(dtype=dtype), (resident, 0), slots=min(slots, 131 - resident)), config) == decoded(
+            whole(dtype=dtype), config
+        )
+
+
+@pytest.mark.parametrize(("name", "resident"), [("threshold", 30), ("tree", 0), ("cascade", 30)])
+def test_texts_of_eight_bits_with_slots(name, resident):
+    config, slots = SETS[name]
+    config, form = dataclasses.replace(config, draft_weights="q4"), ("llama3", BF16, "q8")
+    with in_order("random"):
+        assert decoded(tiered(files_of(*form), (resident, 0), slots=slots), config, 6) == decoded(whole(*form), config, 6)
+
+
+def test_drawn_texts_with_slots():
+    config, settings = SiriusConfig(**OWN, accept="sample"), {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with in_order("reverse"):
+        texts = [
+            decoded(each, config, generator=torch.Generator().manual_seed(1), **settings)
+            for each in (tiered(files_of(), (0, 0), slots=66), whole())
+        ]
+    assert texts[0] == texts[1]
+
+
+def in_turn(engine):
+    """Two texts by turns, of which each has a set of its own, that follows it."""
+    texts = [engine.start(prompt(length), config=SETS["threshold"][0], max_new_tokens=5, **GREEDY) for length in (12, 31)]
+    while not all(text.ended for text in texts):
+        for text in texts:
+            if not text.ended:
+                text.step()
+    return [text.tokens for text in texts]
+
+
+def test_two_texts_in_turn_share_the_slots():
+    with emulated(_simt):
+        assert in_turn(tiered(files_of(), (0, 0), slots=66)) == in_turn(whole())
+
+
+@pytest.mark.parametrize("mode", ["off", "period"])
+def test_a_set_in_a_graph_comes_whatever_is_in_the_slots(monkeypatch, mode):
+    """What is captured takes nothing for granted that it has not launched itself: whoever used the slots last."""
+    monkeypatch.setenv("SIRIUS_GRAPHS", mode)
+    call = Replay.__call__
+
+    def after_others(replay):
+        slots = engines[0].model.tiers.slots
+        other = torch.randperm(131)[:66].sort().values.to(torch.int32).repeat(len(slots._row_of), 1)
+        prepare(engines[0].model).launch("hold", **slots.fields(other.data_ptr(), 66, None))
+        call(replay)
+
+    with in_order("random"):
+        engines = [tiered(files_of(), (0, 0), slots=66), whole()]
+        expected = decoded(engines[1], SETS["threshold"][0], 5)
+        monkeypatch.setattr(Replay, "__call__", after_others)
+        assert decoded(engines[0], SETS["threshold"][0], 5) == expected
+
+
+def test_the_set_comes_before_anything_is_copied_from_slots(monkeypatch):
+    launch, ahead, calls = CudaModel.launch, DeviceTiers.ahead, []
+
+    def noted(model, name, **fields):
+        calls.append(name)
+        launch(model, name, **fields)
+
+    monkeypatch.setattr(CudaModel, "launch", noted)
+    monkeypatch.setattr(DeviceTiers, "ahead", lambda tiers: calls.append("ahead") or ahead(tiers))
+    with in_order("forward"):
+        decoded(tiered(files_of(), (0, 0), slots=66), SETS["threshold"][0], 5)
+    assert calls.count("ahead") > 1
+    assert all(calls[at - 1] == "hold" for at, name in enumerate(calls) if name == "ahead")
+
+
+def slots_of(intermediate, resident, slots, bundles):
+    """Of images whose bundles say which they are."""
+    layers = [[StreamedImage(intermediate * size, resident, slots * size - resident)] for size in bundles]
+    stream, contents = WeightStream(DEVICE, layers, 2), []
+    for layer, size in enumerate(bundles):
+        content = torch.randint(0, 256, (intermediate, size), dtype=torch.uint8)
+        stream.image(layer, 0)[:resident] = content.flatten()[:resident]
+        stream.host(layer, 0)[:] = content.flatten()[resident:]
+        contents.append(content)
+    return Slots(DEVICE, stream, [images[0] for images in layers], bundles, slots, intermediate), contents
+
+
+SLOTS = [(40, 0, 9, (64, 192)), (200, PAGE, 110, (64, 192)), (2300, 0, 1500, (64,))]
+
+
+@pytest.mark.parametrize("case", SLOTS, ids=str)
+def test_sets_come_into_slots(order, case):
+    """Any set after any other: its rows hold its neurons' bytes, those that were there already stay where they are, and the first
+    ones are there for good."""
+    intermediate, resident, rows, bundles = case
+    slots, contents = slots_of(*case)
+    weights, generator = torch.rand(len(bundles), intermediate), torch.Generator().manual_seed(1)
+    firsts = [-(-resident // size) for size in bundles]
+    neurons = torch.empty(len(bundles), 0, dtype=torch.int32)
+    for kept in (rows - 1, rows - 1, 5, rows, rows, 1):
+        sets = []
+        for first, old in zip(firsts, neurons.tolist()):
+            others = (first + torch.randperm(intermediate - first, generator=generator)).tolist()
+            some = dict.fromkeys([*range(first), *(each for each in old[::2] if each >= first), *others])
+            sets.append(sorted(list(some)[:kept]))
+        neurons, held = torch.tensor(sets, dtype=torch.int32), slots._row_of.clone()
+        backends.call(dispatch.cuda_functions(DEVICE), "hold", **slots.fields(neurons.data_ptr(), kept, weights))
+        listed = slots.listed_rows.flatten()[: neurons.numel()].view_as(neurons).long()
+        for layer, (content, own, at) in enumerate(zip(contents, neurons.long(), listed)):
+            assert len(at.unique()) == kept and torch.equal(slots._row_of[layer, own].long(), at)
+            assert torch.equal(slots.row_weights[layer, at], weights[layer, own])
+            had = held[layer, own].long()
+            assert torch.equal(at[had >= 0], had[had >= 0]) and slots._count[layer] == (had < 0).sum()
+            found = (slots._row_of[layer] >= 0).nonzero().flatten()
+            assert torch.equal(slots.bundles(layer)[slots._row_of[layer, found].long()], content[found])
+            assert found[: firsts[layer]].tolist() == list(range(firsts[layer]))
+
+
+def streamed_beside(slots, contents, right):
+    """Whether all of each layer came while sets changed. right: each set is asked for before the first layers are."""
+    stream, intermediate, same = slots._stream, len(contents[0]), True
+    for seed in range(20):
+        neurons = torch.randperm(intermediate, generator=torch.Generator().manual_seed(seed))[:9].sort().values
+        neurons = neurons.to(torch.int32).repeat(len(contents), 1)
+        _simt.set_held(True)
+        if not right:
+            stream.ahead()
+        backends.call(_simt, "hold", **slots.fields(neurons.data_ptr(), 9, None))
+        for layer in range(len(contents)):
+            stream.need(layer)
+            stream.done(layer)
+        _simt.set_held(False)
+        images = [stream.image(layer, 0).view_as(content) for layer, content in enumerate(contents)]
+        same = same and all(torch.equal(image, content) for image, content in zip(images, contents))
+    return same
+
+
+def test_what_streams_from_slots_is_what_is_in_them():
+    """A layer that is copied while a set changes would be that of neither."""
+    case = 40, 0, 9, (64, 192)
+    with in_order("random"):
+        assert streamed_beside(*slots_of(*case), right=True)
+        assert not streamed_beside(*slots_of(*case), right=False)
+
+
+HOLDS = {
+    "a neuron that has left is still found": ("        if (neuron_of[row] >= 0) row_of[neuron_of[row]] = -1;\n", ""),
+    "a slot is taken whose neuron is listed": (
+        "    if (const int row = row_of[neurons[i]]; row >= 0) listed[row] = 1;\n",
+        "    ;\n",
+    ),
+    "slots are looked for before it is known which are listed": (
+        "listed[row] = 1;\n  __syncthreads();\n",
+        "listed[row] = 1;\n",
+    ),
+    "slots are given away before they are found": (
+        "  __syncthreads();  // all have read the counts, and what the bodies wrote is there\n",
+        "",
+    ),
+    "the copy begins before it is known of what": (
+        "  wait_for_kernel_before();\n  const int layer = int(blockIdx.y), count = p.count[layer];\n",
+        "  const int layer = int(blockIdx.y), count = p.count[layer];\n  wait_for_kernel_before();\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_an_order_that_is_missing_in_hold_is_found(name):
+    mutation = Mutation("hold.cu", *HOLDS[name], "hold.cu")
+    assert test_simt.fails(mutation.build(), functools.partial(test_sets_come_into_slots, None, SLOTS[1]))
 
 
 # ------------------------------------------------------------------------------------------------------ periods and graphs
@@ -227,7 +458,7 @@ def test_what_is_captured_begins_and_ends_with_its_copies(monkeypatch, mode):
 
 # ------------------------------------------------------------------------------------------------------------- the stream
 
-LAYERS, PAGE = 5, 4096
+LAYERS = 5
 
 
 def small_stream(buffers=2):
@@ -315,6 +546,25 @@ def fails_with_all_waits():
     return test_simt.fails(None, two_passes)
 
 
+def two_passes_of_all():
+    same_bits(queued_passes(tiered(files_of(), (0, 0), copy=True, streams_rest=True)), queued_passes(whole()))
+
+
+ALL_STREAMS = {
+    "attention is read before it has arrived": (
+        "      if (pass_.all_streams) arrived(layer);\n      attention_block(layer);\n",
+        "      attention_block(layer);\n      if (pass_.all_streams) arrived(layer);\n",
+    ),
+    "the head is read before it has arrived": ("      if (m_.head_rows) arrived(layer);\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", ALL_STREAMS)
+def test_a_pass_that_does_not_wait_for_all_is_found(name):
+    assert not test_simt.fails(None, two_passes_of_all)
+    assert test_simt.fails(Mutation("decode_step.cpp", *ALL_STREAMS[name], "decode_step.cpp").build(), two_passes_of_all)
+
+
 @pytest.mark.parametrize("name", WAITS)
 def test_a_wait_that_is_missing_is_found(name):
     mutation = Mutation("weight_stream.cu", WAITS[name], "", "weight_stream.cu")
@@ -353,19 +603,20 @@ def test_plans_hold_what_fits(weights, draft, grain):
             assert not streamed, "less room was enough"
             continue
         assert found.used <= memory
-        assert draft.neurons == 0 or found.resident[0] == rows
+        assert found.slots >= min(draft.neurons, rows - found.resident[0])
         for layer in sizes.files.layers:
-            for image, count in zip(layer.images, found.resident):
-                nbytes, stay = sizes.image(image, count)
-                assert stay == nbytes or stay % grain == 0
+            for number, image in enumerate(sizes.images(layer, found.resident, found.slots)):
+                assert image.resident == image.nbytes or image.resident % grain == 0
+                if found.slots and number == 0:
+                    assert image.resident + image.slots == (found.resident[0] + found.slots) * layer.images[0].bundle
         streamed.append(found.streamed)
     assert streamed == sorted(streamed, reverse=True) and streamed[-1] == 0
-    assert len(set(streamed)) > 1 or draft.neurons, "there were no plans in between"
+    assert len(set(streamed)) > 1, "there were no plans in between"
 
 
 def test_memory_that_does_not_suffice_is_refused(monkeypatch):
     sizes = sizes_of(files_of(), 4096)
-    with pytest.raises(ValueError, match='^draft_weights: expected "auto" or "q4" on cpu .*, got "same"'):
+    with pytest.raises(ValueError, match="^memory: expected at least 0.0.* GB for this model and these settings"):
         device_plan(sizes, 1, [Draft(neurons=60)], DEVICE)
     monkeypatch.setattr(device_tiers, "free_memory", lambda: 1)
     used = device_plan(sizes, 1 << 40, [Draft()], DEVICE).used
@@ -373,13 +624,26 @@ def test_memory_that_does_not_suffice_is_refused(monkeypatch):
         device_plan(sizes, used - 1, [Draft()], DEVICE)
 
 
+def test_rows_that_share_scales_have_no_slots():
+    files = files_of("qwen2", BF16, "q4")
+    sizes = sizes_of(files, 4096)
+    with pytest.raises(ValueError) as all_of_them:
+        device_plan(sizes, 1, [Draft(neurons=files.intermediate)], DEVICE)
+    with pytest.raises(ValueError) as some:
+        device_plan(sizes, 1, [Draft(neurons=9)], DEVICE)
+    assert str(some.value) == str(all_of_them.value)
+
+
 def test_a_sparse_model_that_was_not_planned_for_is_refused():
     with emulated(_simt):
         for form in (("llama3", torch.float32, "plain"), ("llama3", BF16, "q8")):
             engine = tiered(files_of(*form), (64, 0))
             config = SiriusConfig(**FIXED | {"draft_weights": "same" if form[2] == "plain" else "q4"})
-            with pytest.raises(ValueError, match="^draft_weights, mode: on cpu all that the sparse model reads"):
+            with pytest.raises(ValueError, match="^density: expected a sparse model of at most 0 of 131 .*, got one of 66"):
                 decoded(engine, config)
+        fsparse = SiriusConfig(**OWN, sparsity="fsparse")
+        with pytest.raises(ValueError, match="^density: expected a sparse model of at most 66 of 131 .*, got one of 131"):
+            decoded(tiered(files_of(), (0, 0), slots=66), fsparse)
         with pytest.raises(ValueError, match='^draft_weights: "q4" needs a copy in memory'):
             decoded(tiered(files_of(), (64, 0)), SiriusConfig(**FIXED))
 
@@ -397,8 +661,9 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
     config, folder = SiriusConfig(**FIXED | {"draft_weights": "auto"}), str(source_of("llama3", BF16, "plain").folder)
     load = functools.partial(Engine.from_pretrained, folder, config, device="cpu", progress=False)
     with emulated(_simt):
-        sizes = DeviceSizes(files_of(dtype=BF16), cache_bytes(tiny("llama3", BF16)), DEVICE)
-        memory = device_plan(sizes, 1 << 40, [Draft(copy=True)], DEVICE).used - 2 * 4096
+        files = files_of(dtype=BF16)
+        sizes = DeviceSizes(files, cache_bytes(tiny("llama3", BF16)), DEVICE, row_bytes(tiny("llama3", BF16)))
+        memory = device_plan(sizes, 1 << 40, drafts_of(config, files), DEVICE).used - 2 * 4096
         monkeypatch.setattr(hub, "_larger", lambda found, weights, *_: hub._readable(found, weights, False))  # whatever fits
         engines = [load(memory=memory)]
         monkeypatch.setattr("sirius_ext.models.hub.free_on", lambda _: memory)
@@ -409,5 +674,25 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
             assert decoded(engine, config) == decoded(whole(dtype=BF16), dataclasses.replace(config, draft_weights="q4"))
         with pytest.raises(ValueError, match="^memory: expected at least 0.0"):
             load(memory="1MB")
+        config = SiriusConfig(**OWN | {"density": 0.1})
+        with pytest.raises(TooLittle) as least:
+            device_plan(sizes, 1, drafts_of(config, files), DEVICE)
+        engine = Engine.from_pretrained(folder, config, device="cpu", progress=False, memory=least.value.least)
+        plan = prepare(engine.model).weights.tiers.plan
+        assert plan.slots == 13 and plan.streamed > 0
+        assert decoded(engine, config, 5) == decoded(whole(dtype=BF16), config, 5)
         with pytest.raises(ValueError, match='^memory: with offload="never"'):
             Engine.from_pretrained(folder, dataclasses.replace(config, offload="never"), device="cpu", memory="1GB")
+
+
+def test_info_says_what_a_device_would_hold(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
+    files, folder = files_of(dtype=BF16), str(files_of(dtype=BF16).folder)
+    with emulated(_simt):
+        sizes = DeviceSizes(files, cache_bytes(tiny("llama3", BF16)), DEVICE, row_bytes(tiny("llama3", BF16)))
+        memory = device_plan(sizes, 1 << 40, [Draft(copy=True)], DEVICE).used - 2 * 4096
+        assert cli(["info", "--model", folder, "--device", "cpu", "--memory", str(memory)]) == 0
+    plan, out = device_plan(sizes, memory, [Draft(copy=True)], DEVICE), capsys.readouterr().out
+    assert f"{plan.used / 1e9:.2f} would be used:" in out and "beside the sparse model's copy of all in four bits" in out
+    assert f"a period moves    {plan.streamed / 1e9:.2f} GB of " in out and "from host memory" in out
+    assert "predicted" not in out and "speed" not in out

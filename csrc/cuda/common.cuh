@@ -77,8 +77,8 @@ inline int multiprocessors() {
 }
 #else
 template <auto Kernel, class... Arguments>
-void launch(const char*, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle, const Arguments&... arguments) {
-  simt::launch(__PRETTY_FUNCTION__, grid, block, shared_bytes, [=] { Kernel(arguments...); });
+void launch(const char*, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle stream, const Arguments&... arguments) {
+  simt::launch(__PRETTY_FUNCTION__, grid, block, shared_bytes, [=] { Kernel(arguments...); }, static_cast<simt::Stream*>(stream));
 }
 
 inline int multiprocessors() { return simt::multiprocessors(); }

@@ -56,7 +56,7 @@ class Layers {
   size_t bytes() const { return arena_.used(); }
 
   void run() const {
-    if (pass_.weights) pass_.weights->ahead(stream_);
+    if (pass_.weights) pass_.weights->ahead(0, pass_.weights->num_layers(), stream_);
     embed({.dtype = m_.dtype,
            .table = m_.embedding,
            .tokens = p_.tokens,
@@ -65,28 +65,51 @@ class Layers {
            .num_rows = p_.num_rows},
           workspace_, stream_);
     for (int layer = 0; layer < m_.num_layers; ++layer) {
+      if (pass_.all_streams) arrived(layer);
       attention_block(layer);
-      if (pass_.weights) pass_.weights->need(layer, stream_);
+      if (!pass_.all_streams) arrived(layer);
       mlp_block(layer);
-      if (pass_.weights) pass_.weights->done(layer, stream_);
+      left(layer);
     }
-    const Read head = read(m_.final_norm, m_.lm_head);
-    linear({.dtype = m_.dtype,
-            .x = head.x,
-            .parts = {{m_.lm_head, nullptr}},
-            .num_parts = 1,
-            .out = p_.logits,
-            .out_f32 = true,
-            .scale = m_.logit_scale,
-            .softcap = m_.logit_softcap,
-            .num_rows = p_.num_rows,
-            .out_features = m_.vocab},
-           head.norm, workspace_, stream_);
+    head();
     if (p_.argmax)
       argmax({.logits = p_.logits, .argmax = p_.argmax, .num_rows = p_.num_rows, .vocab = m_.vocab}, workspace_, stream_);
   }
 
  private:
+  // What comes after this finds all of a layer; nothing after that reads it.
+  void arrived(int layer) const {
+    if (pass_.weights) pass_.weights->need(layer, stream_);
+  }
+  void left(int layer) const {
+    if (pass_.weights) pass_.weights->done(layer, stream_);
+  }
+
+  // All of it at once, or as it arrives.
+  void head() const {
+    const Read input = read(m_.final_norm, m_.lm_head);
+    const int step = m_.head_rows ? m_.head_rows : m_.vocab;
+    for (int first = 0, layer = m_.num_layers; first < m_.vocab; first += step, ++layer) {
+      if (m_.head_rows) arrived(layer);
+      Matrix part = m_.lm_head;
+      part.data = part.row(first);
+      if (part.lower) part.lower = part.lower_row(first);
+      part.rows = m_.vocab - first < step ? m_.vocab - first : step;
+      linear({.dtype = m_.dtype,
+              .x = input.x,
+              .parts = {{part, nullptr}},
+              .num_parts = 1,
+              .out = p_.logits + first,
+              .out_f32 = true,
+              .scale = m_.logit_scale,
+              .softcap = m_.logit_softcap,
+              .num_rows = p_.num_rows,
+              .out_features = m_.vocab},
+             input.norm, workspace_, stream_);
+      if (m_.head_rows) left(layer);
+    }
+  }
+
   void attention_block(int layer) const {
     const LayerWeights& w = m_.layers[layer];
     const CacheShape cache{m_.kv_heads, p_.capacity, m_.head_dim};

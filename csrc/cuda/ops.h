@@ -122,15 +122,53 @@ struct StopParams {
 };
 void stop(const StopParams& p, Workspace workspace, StreamHandle stream);
 
+// Where a sparse model finds the neurons of a layer that are not all on the device (weight_stream.h). Rows are what it takes for
+// neurons: of them the first ones are the neurons of their own numbers, for good, and the others slots.
+struct HeldLayer {
+  const char* from;  // in pinned host memory, where neuron 0 would be: neurons from `first` on are there
+  char* data;        // of row 0
+  int64_t bundle;    // bytes of a neuron, a multiple of 16, and from one row to the next
+  int64_t first;     // the first slot
+};
+
+// Has every layer's listed neurons in rows of the sparse model: those that are in none are copied to slots whose neurons are not
+// listed, of which there must be enough. Weights that come so are written by a kernel: who reads them before it waits for the
+// kernel before may not come right after this.
+struct HoldParams {
+  const int32_t* neurons;          // [layers, kept]
+  const HeldLayer* held;           // [layers]
+  int32_t* row_of;                 // [layers, intermediate]: the row of each neuron; -1: none
+  int32_t* neuron_of;              // [layers, rows]: of each slot; -1: none
+  int32_t* listed_rows;            // [layers, kept]: gets the rows of the listed neurons
+  int32_t* taken;                  // [layers, rows]: workspace; the slots that are copied to come first
+  int32_t* count;                  // [layers]: gets how many these are
+  const float* weights = nullptr;  // [layers, intermediate] or null
+  float* row_weights = nullptr;    // [layers, rows]: gets the weights of the listed neurons, if there are any
+  int layers, intermediate, rows, kept;
+};
+void hold(const HoldParams& p, Workspace workspace, StreamHandle stream);
+
+// Fills one layer's image for the full model, from its resident bytes on: of neurons that have a row from there, of the others
+// from pinned host memory.
+struct FillParams {
+  const HeldLayer* held;  // of the layer
+  const int32_t* row_of;  // [intermediate]: see HoldParams
+  char* image;            // of neuron 0
+  int64_t resident;       // bytes, a multiple of 16
+  int intermediate;
+};
+void fill(const FillParams& p, StreamHandle stream);
+
 class WeightStream;
 
 // What a pass reads from device memory when it is replayed, and where gate, up and down come from as it reads them; null: they
-// are there.
+// are there. So does the head, if the model says so (head_rows).
 struct Pass {
   const int32_t* base = nullptr;   // [1], added to positions, first_slot and prefix; or null
   const int32_t* alive = nullptr;  // [1], rows that count where a pass chooses its neurons; or null for all
   int32_t* counters;               // [kCounters]
   WeightStream* weights = nullptr;
+  bool all_streams = false;  // those of attention come from there, too
 };
 // p.num_rows at most 16. p.argmax may be null. p.workspace: bytes.
 void decode_step(const DecodeStepParams& p, const Pass& pass, StreamHandle stream);

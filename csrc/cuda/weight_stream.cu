@@ -171,6 +171,7 @@ struct WeightStream::State {
   struct Image {
     char* data;
     HostMemory host;
+    char* slots;
   };
 
   State(std::vector<std::vector<StreamedImage>> layers, int buffers) : sizes(std::move(layers)), buffers(buffers) {
@@ -190,17 +191,24 @@ struct WeightStream::State {
     for (size_t number = 0; number < longest.size(); ++number)
       for (int i = 0; i < buffers; ++i) ring[number].emplace_back(memory, longest[number]);
 
+    size_t nbytes = 0;
+    for (const auto& layer : sizes)
+      for (const StreamedImage& image : layer) nbytes += whole(image.resident) + whole(image.nbytes - image.resident);
+    Addresses& at = *(all = std::make_unique<Addresses>(memory, nbytes));
     for (size_t layer = 0; layer < sizes.size(); ++layer) {
-      size_t nbytes = 0;
-      for (const StreamedImage& image : sizes[layer]) nbytes += whole(image.resident) + whole(image.nbytes - image.resident);
-      Addresses& at = addresses.emplace_back(memory, nbytes);
       auto& own = images.emplace_back();
       for (size_t number = 0; number < longest.size(); ++number) {
         const StreamedImage& image = sizes[layer][number];
-        const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident);
-        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident))});
-        at.append(Piece(memory, resident), resident);
+        const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident), slots = whole(image.slots);
+        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident)), nullptr});
+        const Piece stays(memory, resident);
+        at.append(stays, resident);
         at.append(ring[number][layer % buffers], tail);
+        if (!slots) continue;
+        Addresses& again = held.emplace_back(memory, resident + slots);
+        own.back().slots = again.end();
+        again.append(stays, resident);
+        again.append(Piece(memory, slots), slots);
       }
     }
   }
@@ -221,7 +229,14 @@ struct WeightStream::State {
     for (size_t number = 0; number < images[layer].size(); ++number) {
       const StreamedImage& size = sizes[layer][number];
       const Image& image = images[layer][number];
-      if (size.resident < size.nbytes)
+      if (image.slots)
+        fill({.held = held_layers + layer,
+              .row_of = row_of + size_t(layer) * intermediate,
+              .image = image.data,
+              .resident = size.resident,
+              .intermediate = intermediate},
+             copies.handle);
+      else if (size.resident < size.nbytes)
         check(cudaMemcpyAsync(image.data + size.resident, image.host.get(), size_t(size.nbytes - size.resident),
                               cudaMemcpyHostToDevice, copies.handle),
               "cudaMemcpyAsync");
@@ -232,12 +247,16 @@ struct WeightStream::State {
   const Memory memory;
   const std::vector<std::vector<StreamedImage>> sizes;
   const int buffers;
-  std::vector<Addresses> addresses;  // of a layer
+  std::unique_ptr<Addresses> all;  // of all images
+  std::vector<Addresses> held;     // of each that has slots
   std::vector<std::vector<Image>> images;
   CopyStream copies;
   std::vector<Buffer> in_ring = std::vector<Buffer>(buffers);
+  const HeldLayer* held_layers = nullptr;  // and the next two: as `share` got them
+  const int32_t* row_of = nullptr;
+  int intermediate = 0;
   Event begun;
-  int next = -1;  // the layer that the pass will need next; -1: there is no pass
+  int next = -1, last = 0;  // the layer that the pass will need next, and the one that it ends before; -1: there is no pass
 };
 
 WeightStream::WeightStream(std::vector<std::vector<StreamedImage>> layers, int buffers)
@@ -249,19 +268,29 @@ int64_t WeightStream::granularity() { return int64_t(Memory().granularity()); }
 
 char* WeightStream::image(int layer, int number) const { return state_->images.at(layer).at(number).data; }
 char* WeightStream::host(int layer, int number) const { return state_->images.at(layer).at(number).host.get(); }
+char* WeightStream::slots(int layer, int number) const { return state_->images.at(layer).at(number).slots; }
 
-void WeightStream::ahead(StreamHandle stream) {
+void WeightStream::share(const HeldLayer* held, const int32_t* row_of, int intermediate) {
+  state_->held_layers = held;
+  state_->row_of = row_of;
+  state_->intermediate = intermediate;
+}
+
+int WeightStream::num_layers() const { return int(state_->sizes.size()); }
+
+void WeightStream::ahead(int first, int last, StreamHandle stream) {
   State& s = *state_;
-  if (s.next == 0) return;
+  if (s.next == first) return;
   s.begun.record(static_cast<cudaStream_t>(stream));
   s.begun.precede(s.copies.handle);
-  for (int layer = 0; layer < std::min(s.buffers, int(s.sizes.size())); ++layer) s.copy(layer);
-  s.next = 0;
+  for (int layer = first; layer < std::min(first + s.buffers, last); ++layer) s.copy(layer);
+  s.next = first;
+  s.last = last;
 }
 
 void WeightStream::need(int layer, StreamHandle stream) {
   State& s = *state_;
-  if (layer == 0) ahead(stream);
+  if (s.next < 0) ahead(layer, num_layers(), stream);
   if (layer != s.next)
     throw std::logic_error("WeightStream: expected layer " + std::to_string(s.next) + ", got " + std::to_string(layer));
   s.buffer(layer).arrived.precede(static_cast<cudaStream_t>(stream));
@@ -269,13 +298,13 @@ void WeightStream::need(int layer, StreamHandle stream) {
 
 void WeightStream::done(int layer, StreamHandle stream) {
   State& s = *state_;
-  const int layers = int(s.sizes.size()), later = layer + s.buffers;
-  if (later < layers) {
+  const int later = layer + s.buffers;
+  if (later < s.last) {
     s.buffer(layer).free.record(static_cast<cudaStream_t>(stream));
     s.buffer(layer).free.precede(s.copies.handle);
     s.copy(later);
   }
-  s.next = layer + 1 < layers ? layer + 1 : -1;
+  s.next = layer + 1 < s.last ? layer + 1 : -1;
 }
 
 void WeightStream::end(StreamHandle stream) {

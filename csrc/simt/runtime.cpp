@@ -39,13 +39,6 @@ struct Pages {
 std::map<CUmemGenericAllocationHandle, Pages> pages_;
 CUmemGenericAllocationHandle last_handle_ = 0;
 
-void put(Stream* stream, std::function<bool()> command) {
-  if (stream)
-    stream->queue.push_back(std::move(command));
-  else
-    enqueue(std::move(command));
-}
-
 void* pointer(CUdeviceptr at) { return reinterpret_cast<void*>(at); }
 
 // Addresses without memory behind them: whoever touches them faults.
@@ -54,6 +47,13 @@ void* reserve(void* at, size_t nbytes, int flags) {
 }
 
 }  // namespace
+
+void enqueue(Stream* stream, std::function<bool()> command) {
+  if (stream)
+    stream->queue.push_back(std::move(command));
+  else
+    enqueue(std::move(command));
+}
 
 bool run_elsewhere() {
   for (Stream* stream : streams_) {
@@ -106,12 +106,12 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const auto happen = [event, number = ++event->recorded] { event->happened = std::max(event->happened, number); };
   if (stream) {
-    put(stream, [happen] {
+    enqueue(stream, [happen] {
       happen();
       return true;
     });
   } else {
-    put(stream, [happen] {
+    enqueue(stream, [happen] {
       after_kernel(happen);
       return true;
     });
@@ -120,7 +120,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  put(stream, [event, number = event->recorded] { return event->happened >= number; });
+  enqueue(stream, [event, number = event->recorded] { return event->happened >= number; });
   return cudaSuccess;
 }
 
@@ -130,7 +130,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream) {
-  put(stream, [=] {
+  enqueue(stream, [=] {
     std::memcpy(to, from, nbytes);
     return true;
   });

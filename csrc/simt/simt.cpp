@@ -89,7 +89,8 @@ struct Grid {
 
 Order order_ = Order::forward;
 std::mt19937 random_;
-Grid grids_[2];  // the one that is held back, and the next one
+Grid grids_[2];   // the one that is held back, and the next one
+Grid elsewhere_;  // of another stream
 Grid* held_back_ = nullptr;
 Grid* running_ = nullptr;
 Fiber* current_ = nullptr;
@@ -252,9 +253,8 @@ bool finish_kernel() {
   return true;
 }
 
-void begin(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+void set_up(Grid& next, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
   const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
-  Grid& next = grids_[held_back_ == &grids_[0]];
   next.body = std::move(body);
   next.context = {{}, {}, block, grid, nullptr};
   next.shared_bytes = shared_bytes;
@@ -270,13 +270,28 @@ void begin(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> bod
   std::iota(next.order.begin(), next.order.end(), 0);
   if (order_ == Order::reverse) std::reverse(next.order.begin(), next.order.end());
   if (order_ == Order::random) std::shuffle(next.order.begin(), next.order.end(), random_);
-
   error_.clear();
+}
+
+void begin(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+  Grid& next = grids_[held_back_ == &grids_[0]];
+  set_up(next, grid, block, shared_bytes, std::move(body));
   running_ = &next;
   begin_block(next.order[0]);
   if (!error_.empty()) throw_error();
   finish_kernel();  // the one before
   held_back_ = &next;
+}
+
+// On another stream, in one go.
+void run_whole(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+  set_up(elsewhere_, grid, block, shared_bytes, std::move(body));
+  elsewhere_.may_go_on = true;
+  running_ = &elsewhere_;
+  for (const size_t number : elsewhere_.order) {
+    begin_block(number);
+    if (!error_.empty()) throw_error();
+  }
 }
 
 }  // namespace
@@ -366,7 +381,7 @@ void after_kernel(std::function<void()> then) {
     then();
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body, Stream* stream) {
   const size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
   if (threads < 1 || threads > kMaxThreads || blocks < 1 || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMaxShared)
     throw std::runtime_error("launch: no GPU takes a grid of " + std::to_string(blocks) + " blocks, " + std::to_string(threads) +
@@ -377,8 +392,8 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std:
     planned_.push_back({text.substr(begin, text.find(';', begin) - begin), grid, block, shared_bytes});
     return;
   }
-  queue_.push_back([=, body = std::move(body)] {
-    begin(grid, block, shared_bytes, body);
+  enqueue(stream, [=, body = std::move(body)] {
+    (stream ? run_whole : begin)(grid, block, shared_bytes, body);
     return true;
   });
 }

@@ -8,7 +8,7 @@
 //
 // As on sm_90, a kernel begins before the one before it has run: its first block goes on until all its threads wait for that one.
 // Only then does the kernel before run, all of it. What is launched runs when `finish` is called, from which its errors are
-// thrown. A thread that ends without having waited is an error too.
+// thrown. A thread that ends without having waited is an error too. On other streams than the null one a kernel runs by itself.
 //
 // runtime.h has copies on other streams.
 #pragma once
@@ -49,8 +49,10 @@ struct Context {
 };
 extern Context context;
 
+struct Stream;  // of runtime.h; null: the kernels' own
+
 // kernel: a text in which its name stands after "Kernel = ".
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body);
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body, Stream* stream = nullptr);
 void wait_for_grid_before();
 // Runs all that was launched.
 void finish();
@@ -58,8 +60,9 @@ void finish();
 void set_held(bool held);
 bool held();
 
-// Of runtime.cpp. Something on the kernels' stream: it is called when all before it has begun, until it says that it is over.
-void enqueue(std::function<bool()> command);
+// Of runtime.cpp. Something on a stream: it is called when all before it has begun, until it says that it is over.
+void enqueue(Stream* stream, std::function<bool()> command);
+void enqueue(std::function<bool()> command);  // on the kernels' own
 // Called when the last kernel that has begun is over.
 void after_kernel(std::function<void()> then);
 // Runs what can run on another stream, if there is anything; whether there is anything on one.

@@ -14,13 +14,14 @@ import transformers
 from .. import __version__
 from ..decoding.forecast import forecast
 from ..decoding.sparsity import drafts_of
+from ..engine import device_of
 from ..kernels import ops
-from ..kernels.dispatch import has_cuda_kernels
+from ..kernels.dispatch import has_cuda_kernels, is_cuda
 from ..models.hub import Division, division
 from ..models.tier_files import NEURONS
 from ..runtime.speeds import direct_read_speed, memory_read_speed
 from .arguments import Commands, not_empty
-from .options import DEFAULTS, add_memory_option, add_weights_options
+from .options import DEFAULTS, add_device_option, add_memory_option, add_weights_options
 
 DISK_SECONDS = 1.0  # that are spent on measuring it
 
@@ -30,15 +31,17 @@ def add(commands: Commands) -> None:
     info.set_defaults(command=run, parser=info)
     info.description = (
         "Version, backends, instruction sets and devices. With --model: what of it would stay in memory, what a period would "
-        "read from the disk, and what tokens are predicted to take on the CPU by default settings. Nothing is loaded or prepared."
+        "read from the disk, and what tokens are predicted to take on the CPU by default settings; with --device cuda what of a "
+        "GPU's memory, and what a period would move there from the host's. Nothing is loaded or prepared."
     )
     info.add_argument("--model", type=not_empty, help="Hugging Face id, local folder or GGUF file")
+    add_device_option(info, "cpu")
     add_weights_options(info)
     add_memory_option(info)
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("weights", "dtype", "memory"):
+    for name in ("device", "weights", "dtype", "memory"):
         if options.model is None and getattr(options, name) != options.parser.get_default(name):
             raise ValueError(f"{name}: it needs --model, of which it says something")
     for name, value in _of_machine() if options.model is None else _of_model(options):
@@ -62,19 +65,23 @@ def _of_machine() -> Iterable[tuple[str, object]]:
 
 
 def _of_model(options: argparse.Namespace) -> Iterable[tuple[str, object]]:
-    found = division(
-        options.memory, functools.partial(drafts_of, DEFAULTS), options.model, options.dtype, weights=options.weights
-    )
+    device, drafts = device_of(options.device), functools.partial(drafts_of, DEFAULTS)
+    found = division(options.memory, drafts, options.model, options.dtype, weights=options.weights, device=device)
     files, plan = found.layout, found.plan
-    disk = direct_read_speed(found.file, DISK_SECONDS) if plan.streamed else None
-    memory = memory_read_speed()
     asked = "asked for" if options.memory else "free"
-    times = forecast(DEFAULTS, files, plan, disk, memory)
     density = "" if plan.density is None else f", with a density of {plan.density:g}, for which there is room"
-    return (
+    divided = (
         ("model", f"{options.model}, {files.weights} weights, {str(files.dtype).removeprefix('torch.')}"),
         ("memory", f"{plan.memory / 1e9:.2f} GB are {asked}, {plan.used / 1e9:.2f} would be used:"),
         *(("", f"{size / 1e9:.2f} GB {name}") for name, size in plan.parts.items() if size),
+    )
+    if is_cuda(device):
+        return (*divided, ("neurons", _neurons(found) + density), ("a period moves", _moved(found, "host memory")))
+    disk = direct_read_speed(found.file, DISK_SECONDS) if plan.streamed else None
+    memory = memory_read_speed()
+    times = forecast(DEFAULTS, files, plan, disk, memory)
+    return (
+        *divided,
         ("neurons", _neurons(found)),
         ("a period reads", _moved(found)),
         ("memory speed", f"{memory / 1e9:.1f} GB/s"),
@@ -99,11 +106,11 @@ def _neurons(found: Division) -> str:
     return text + slots + copy
 
 
-def _moved(found: Division) -> str:
+def _moved(found: Division, source: str = "the disk") -> str:
     if not found.plan.streamed:
-        return "nothing from the disk"
+        return f"nothing from {source}"
     what = "of MLPs, attention and LM head" if found.plan.streams_rest else "of the MLPs"
-    text = f"{found.plan.streamed / 1e9:.2f} GB {what} from the disk, in the full model's pass"
+    text = f"{found.plan.streamed / 1e9:.2f} GB {what} from {source}, in the full model's pass"
     return text if found.file.name == NEURONS else f"{text}; its files are not there yet (sirius prepare)"
 
 

@@ -45,16 +45,16 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
     parser.set_defaults(command=run, parser=parser)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file (default: %(default)s)")
-    add(
-        "--device",
-        type=_device,
-        default="auto",
-        help="cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)",
-    )
+    add_device_option(parser, "auto")
     add_weights_options(parser)
     add_memory_option(parser)
     add("--threads", type=_threads, help="CPU threads (default: torch's)")
     return parser
+
+
+def add_device_option(parser: argparse.ArgumentParser, default: str) -> None:
+    purpose = "cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)"
+    parser.add_argument("--device", type=_device, default=default, help=purpose)
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:

@@ -168,7 +168,7 @@ class PeriodGraph:
         return event
 
     def _launch(self) -> None:
-        with self._model.ahead(self._judge_by):
+        with self._model.ahead(self._judge_by, self._draft_by):
             with profiled(self._model.device, "draft"):
                 for depth in range(self.depth):
                     draft = functools.partial(self._draft, depth)

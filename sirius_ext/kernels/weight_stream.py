@@ -16,10 +16,12 @@ class StreamedImage(NamedTuple):
 
     nbytes: of the image.
     resident: its first ones that are on the device for good: all, or a multiple of `granularity`.
+    slots: bytes of slots behind these, for a sparse model (`WeightStream.slots`).
     """
 
     nbytes: int
     resident: int
+    slots: int = 0
 
 
 def granularity(device: torch.device) -> int:
@@ -54,19 +56,35 @@ class WeightStream:
 
     def image(self, layer: int, number: int) -> torch.Tensor:
         """An image, uint8 [nbytes] on the device."""
-        size = self._layers[layer][number].nbytes
-        if self._device.type == "cpu":  # the emulated device's memory is the host's
-            return memory_at(self._raw.image(layer, number), size, self._raw)
-        return torch.as_tensor(_OnDevice(self._raw, self._raw.image(layer, number), size), device=self._device)
+        return self._memory(self._raw.image(layer, number), self._layers[layer][number].nbytes)
 
     def host(self, layer: int, number: int) -> torch.Tensor:
         """What of an image is not resident, uint8 in pinned host memory. To be filled before anything else."""
-        nbytes, resident = self._layers[layer][number]
+        nbytes, resident, _ = self._layers[layer][number]
         return memory_at(self._raw.host(layer, number), nbytes - resident, self._raw)
 
-    def ahead(self) -> None:
-        """The first layers of the pass that comes next are copied from here on."""
-        self._call("ahead")
+    def slots(self, layer: int, number: int) -> torch.Tensor:
+        """Of an image that has slots, its resident bytes once more, and the slots behind them: uint8 [resident + slots]."""
+        _, resident, slots = self._layers[layer][number]
+        return self._memory(self._raw.slots(layer, number), resident + slots)
+
+    def share(self, held: torch.Tensor, row_of: torch.Tensor) -> None:
+        """What is in slots is copied from there while the full model reads: see `Slots`, whose tables these are."""
+        self._raw.share(held.data_ptr(), row_of.data_ptr(), row_of.shape[1])
+
+    def _memory(self, address: int, size: int) -> torch.Tensor:
+        """The device's memory from an address on: uint8 [size]."""
+        if self._device.type == "cpu":  # the emulated device's memory is the host's
+            return memory_at(address, size, self._raw)
+        return torch.as_tensor(_OnDevice(self._raw, address, size), device=self._device)
+
+    def memory(self, layer: int, number: int, size: int) -> torch.Tensor:
+        """Bytes from where an image begins, which may go on in the images of the next layers: uint8 [size] on the device."""
+        return self._memory(self._raw.image(layer, number), size)
+
+    def ahead(self, first: int = 0, last: int | None = None) -> None:
+        """The first layers of the pass that comes next, which is of layers `first` to `last` - 1, are copied from here on."""
+        self._call("ahead", first, len(self._layers) if last is None else last)
 
     def need(self, layer: int) -> None:
         """What is launched after this finds all of a layer. Layers come in order."""
@@ -83,6 +101,70 @@ class WeightStream:
     def _call(self, name: str, *arguments: int) -> None:
         with dispatch.guard(self._device):
             getattr(self._raw, name)(*arguments, dispatch.stream(self._device))
+
+
+class Slots:
+    """Which neurons a sparse model finds on a device that does not have room for all, in rows of matrices that are its own: row i
+    is neuron i for good among the first ones of a layer, and the others are slots. What the op `hold` (csrc/cuda/ops.h) needs.
+
+    stream: it has the slots, of every layer's first image.
+    bundles: bytes of a neuron in each layer's first image.
+    intermediate: neurons of a layer.
+    rows: of the sparse model's matrices, at most as many.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        stream: WeightStream,
+        layers: Sequence[StreamedImage],
+        bundles: Sequence[int],
+        rows: int,
+        intermediate: int,
+    ) -> None:
+        self._stream, self._bundles, self.rows = stream, bundles, rows
+        self._firsts = [-(-image.resident // bundle) for image, bundle in zip(layers, bundles)]
+        held = []
+        for layer, (image, bundle, first) in enumerate(zip(layers, bundles, self._firsts)):
+            memory = stream.slots(layer, 0)
+            # The resident bytes may end within a neuron: what is left of it is where the slots would begin.
+            left = first * bundle - image.resident
+            memory[image.resident : image.resident + left].copy_(stream.host(layer, 0)[:left])
+            held.append((stream.host(layer, 0).data_ptr() - image.resident, memory.data_ptr(), bundle, first))
+
+        def table(cols: int) -> torch.Tensor:
+            return torch.full((len(layers), cols), -1, dtype=torch.int32, device=device)
+
+        self._held = torch.tensor(held, dtype=torch.int64, device=device)
+        self._row_of, self._neuron_of = table(intermediate), table(rows)
+        for own, first in zip(self._row_of, self._firsts):
+            own[:first] = torch.arange(first, dtype=torch.int32, device=device)
+        self._taken, self.listed_rows, self._count = torch.zeros_like(self._neuron_of), table(rows), table(1)
+        self.row_weights = torch.zeros(len(layers), rows, device=device)
+        stream.share(self._held, self._row_of)
+        self._sizes = {"layers": len(layers), "intermediate": intermediate, "rows": rows}
+
+    def bundles(self, layer: int) -> torch.Tensor:
+        """What the sparse model has for an image of a layer: uint8 [rows, bundle]."""
+        return self._stream.slots(layer, 0)[: self.rows * self._bundles[layer]].view(self.rows, -1)
+
+    def fields(self, neurons: int, kept: int, weights: torch.Tensor | None) -> dict[str, object]:
+        """The arguments of `hold` for a set of so many neurons at an address, int32 [layers, kept]. listed_rows then begins with
+        their rows, int32 [layers, kept]. weights: of all neurons, float32 [layers, I]; row_weights are then those of these rows.
+        """
+        return {
+            "neurons": neurons,
+            "kept": kept,
+            "weights": weights,
+            "held": self._held,
+            "row_of": self._row_of,
+            "neuron_of": self._neuron_of,
+            "listed_rows": self.listed_rows,
+            "taken": self._taken,
+            "count": self._count,
+            "row_weights": self.row_weights,
+            **self._sizes,
+        }
 
 
 class _OnDevice:

@@ -208,20 +208,21 @@ def division(
     dtype: torch.dtype | str = torch.bfloat16,
     progress: bool = True,
     weights: str = "plain",
+    device: torch.device = _CPU,
 ) -> Division:
     """Of a model that is neither loaded nor prepared for that. Arguments and errors are those of `load_within`; a model that
     cannot be read tensor by tensor is a ModelLoadError."""
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
-    room = free_memory() if memory is None else memory
+    room = (free_on(device) if is_cuda(device) else free_memory()) if memory is None else memory
     if found.prepared:
         files = _opened(found, weights)
-        return Division(files, _planned(files, files.skeleton, room, drafts), files.neurons)
+        return Division(files, _planned(files, files.skeleton, room, drafts, device), files.neurons)
     source = _readable(found, weights, progress)
     layout, kept = Layout.of(source), _kept(source)
     file = kept / NEURONS if is_prepared(kept) else max(source.files, key=lambda each: each.stat().st_size)
-    whole = everything(_sizes(layout, source.model), room)
-    plan = whole if whole.used <= room else _planned(layout, source.model, room, drafts)
+    whole = everything(_sizes(layout, source.model, device), room)
+    plan = whole if whole.used <= room else _planned(layout, source.model, room, drafts, device)
     return Division(layout, plan, file)
 
 
@@ -235,7 +236,7 @@ def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, 
 
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
     if is_cuda(device):
-        return DeviceSizes(layout, cache_bytes(model), device)
+        return DeviceSizes(layout, cache_bytes(model), device, row_bytes(model))
     return Sizes(layout, cache_bytes(model), memory_in_use(), row_bytes(model))
 
 

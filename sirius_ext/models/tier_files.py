@@ -19,6 +19,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -107,10 +108,11 @@ class Rest:
 
 
 class Stored(NamedTuple):
-    """A tensor of FAST: its bytes, and of a packed matrix the format."""
+    """A tensor of FAST: its bytes, of a packed matrix the format, and of any matrix its rows."""
 
     nbytes: int
     format: Format | None = None
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +142,9 @@ class Layout:
         formats = [[source.format(name) for name in (each[0], each[-2], each[-1])] for each in names]
         layers, size = _layout(formats, hidden, intermediate)
         of_source = sorted(source.names - {name for each in names for name in each})
-        fast = {name: Stored(source.nbytes(name), _packed_format(source, name)) for name in of_source}
+        fast = {
+            name: Stored(source.nbytes(name), _packed_format(source, name), _rows(name, source.shape(name))) for name in of_source
+        }
         fast[_SQUARES] = Stored(4 * intermediate * len(layers))
         for layer, (*_, down) in enumerate(formats):
             if down.across:
@@ -151,6 +155,18 @@ class Layout:
     def size(self) -> int:
         """Of the file of neurons, in bytes."""
         return sum(image.nbytes for layer in self.layers for image in layer.images) + sum(each.image.nbytes for each in self.rest)
+
+    @functools.cached_property
+    def beside(self) -> tuple[list[list[str]], str | None]:
+        """What of FAST may stream as the MLPs do: matrices of each layer's attention, and the LM head, unless it is the embedding
+        as well. Of packed ones those in eight bits, whose lower nibbles only the full model reads."""
+
+        def streams(name: str) -> bool:
+            return any(name in each.tensors for each in self.rest) if self.rest else self.fast[name].format == Format.Q8
+
+        prefixes = [f"model.layers.{layer}.self_attn." for layer in range(len(self.layers))]
+        attention = [sorted(name for name in self.fast if name.startswith(each) and streams(name)) for each in prefixes]
+        return attention, _HEAD if _HEAD in self.fast and streams(_HEAD) else None
 
     def _in_memory(self, rest: bool) -> set[str]:
         """What of FAST is for the memory. Of an embedding that is not the head as well, single rows are read: that stays on the
@@ -224,7 +240,7 @@ class TierFiles(Layout):
             intermediate=intermediate,
             layers=layers,
             rest=rest,
-            fast={name: Stored(tensor.nbytes, packed.get(name)) for name, tensor in tensors.items()},
+            fast={name: Stored(tensor.nbytes, packed.get(name), _rows(name, tensor.shape)) for name, tensor in tensors.items()},
             folder=folder,
             checks=checks,
             rest_checks=rest_checks,
@@ -263,13 +279,14 @@ class TierFiles(Layout):
         return empty(AutoConfig.from_pretrained(self.folder, trust_remote_code=False), self.dtype)
 
     def model(self, rest: bool = True) -> PreTrainedModel:
-        """The model without its MLPs' weights, which are empty, and so are those of `rest` if it is to be without them; its
-        `tier_files` leads back here. It cannot be called."""
+        """The model without its MLPs' weights, which are empty, and so are those `beside` and the head if it is to be without
+        them; its `tier_files` leads back here. It cannot be called."""
         config = self.skeleton.config
         (tensors, formats), nothing = self._fast, torch.empty(0, dtype=self.dtype)
         absent = {name: nothing for layer in range(len(self.layers)) for name in _names(config, layer)}
         if not rest:
-            absent |= {name: nothing for each in self.rest for name in each.tensors if name != _EMBEDDING}
+            attention, head = self.beside
+            absent |= {name: nothing for name in itertools.chain(*attention, [head] if head else [])}
         there = {name: tensors[name].clone() for name in self._in_memory(rest)}
         model: Any = fill(empty(config, self.dtype), tensors | there | absent, formats, self.folder)
         model.tier_files = self
@@ -279,6 +296,10 @@ class TierFiles(Layout):
     def check_row(self, layer: int, image: int) -> int:
         """Which row of `checks` is an image's."""
         return sum(len(each.images) for each in self.layers[:layer]) + image
+
+    def fast_tensor(self, name: str) -> torch.Tensor:
+        """Of FAST: pages of the file."""
+        return self._fast[0][name]
 
     def read(self, layer: int, image: int, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Bundles of neurons `first` to `last` - 1, or of all: uint8 [n, bundle]. ValueError if they are not what was written."""
@@ -639,6 +660,11 @@ def _head_name(source: Source) -> str:
     return _HEAD if _HEAD in source.names else _EMBEDDING
 
 
+def _rows(name: str, shape: torch.Size) -> int:
+    """Of a matrix, packed or not."""
+    return shape[-2] if name.endswith(".weight") and len(shape) > 1 else 0
+
+
 def _packed_format(source: Source, name: str) -> Format | None:
     return source.format(name) if source.weights != "plain" and name in source.matrices else None
 
@@ -732,9 +758,9 @@ def _read_checks(folder: Path, intermediate: int, images: int) -> tuple[torch.Te
     return checks[: images * intermediate].view(-1, intermediate), checks[images * intermediate :]
 
 
-def rows_together(row: int) -> int:
+def rows_together(row: int, block: int = BLOCK) -> int:
     """Rows of the LM head that are in one image, by the bytes of a row: whole blocks of about the size of a layer."""
-    grain = BLOCK // math.gcd(BLOCK, row)
+    grain = block // math.gcd(block, row)
     return max(1, _PART // (row * grain)) * grain
 
 

@@ -64,7 +64,7 @@ class Plan:
     streams_rest: attention and LM head of the full model come from the file, too.
     caches: bytes left for keys and values.
     used: bytes of all together.
-    streamed: bytes that a pass of the full model reads from the file.
+    streamed: bytes that a pass of the full model reads from the file, or from a device's host.
     parts: what `used` is made of, by words.
     """
 
@@ -103,8 +103,6 @@ class Sizes:
     """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. row: of what passes need for
     a token."""
 
-    rest_may_stream = True  # what is beside the MLPs, attention and LM head
-
     def __init__(self, files: Layout, caches: int, own: int = 0, row: int = 0) -> None:
         self.files, self.rows, self.caches, self.row = files, files.intermediate, caches, row
         self.work = _WORK
@@ -113,6 +111,10 @@ class Sizes:
     def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK) -> int:
         """Of what passes need, with so many tokens in the longest one."""
         return self.work + rows * self.row
+
+    def rest_may_stream(self, draft: Draft) -> bool:
+        """Whether what is beside the MLPs, attention and LM head, may: a sparse model that has a copy needs nothing of it."""
+        return draft.copy
 
     def fast(self, rest: bool) -> int:
         """Of all but the MLPs that is in memory, with attention and LM head or without."""
@@ -146,13 +148,21 @@ class Sizes:
         """Of the layers that come and go."""
         return BUFFERS * max(self.tails(resident, rest))
 
-    def slots(self, slots: int) -> int:
-        """Of so many in every layer."""
+    def spare(self, neurons: int) -> int:
+        """Slots beside those of a set of so many, for neurons that are about to enter it."""
+        return -(-neurons // _SLACK)
+
+    def slots(self, first: int, slots: int) -> int:
+        """Of so many in every layer, whose first neurons stay."""
         return slots * sum(layer.images[0].bundle for layer in self.files.layers)
+
+    def spared(self, slots: int) -> int:
+        """Bytes that a pass of the full model takes from slots for sure, so that they are not read."""
+        return 0
 
     def neurons(self, resident: tuple[int, int], slots: int, rest: bool) -> int:
         """Of all that stays of the MLPs, and the ring."""
-        return self.resident(resident) + self.ring(resident, rest) + self.slots(slots)
+        return self.resident(resident) + self.ring(resident, rest) + self.slots(resident[0], slots)
 
 
 class TooLittle(ValueError):
@@ -169,8 +179,7 @@ class TooLittle(ValueError):
 
 def plan(sizes: Sizes, memory: int, draft: Draft) -> Plan:
     """The best use of the memory: the one that leaves least to read. TooLittle if there is none."""
-    # A sparse model that has a copy needs nothing of what the full model reads.
-    ways = (False, True) if draft.copy and sizes.rest_may_stream else (False,)
+    ways = (False, True) if sizes.rest_may_stream(draft) else (False,)
     tried = [_divided(sizes, memory, draft, streams_rest) for streams_rest in ways]
     if fitting := [each for each in tried if each.used <= memory]:
         return min(fitting, key=lambda each: each.streamed)
@@ -200,7 +209,7 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
             low, high = (middle, high) if fits(middle * GRAIN) else (low, middle - 1)
         return low * GRAIN
 
-    slots = min(rows, draft.neurons + -(-draft.neurons // _SLACK)) if draft.neurons else 0
+    slots = min(rows, draft.neurons + sizes.spare(draft.neurons)) if draft.neurons else 0
     # With all of the first image in memory the sparse model needs no slots, and the ring is for the second one.
     ends = [(rows, 0, 0), (rows, rows, 0)] + ([(0, 0, slots)] if draft.neurons < rows else [])
     if min(used(*end) for end in ends[:2]) <= memory:
@@ -214,13 +223,13 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
         first, second, slots = min(ends, key=lambda end: used(*end))
     parts = {
         "all but the MLPs": sizes.fast(not streams_rest),
-        "the sparse model": copy + sizes.slots(slots),
+        "the sparse model": copy + sizes.slots(first, slots),
         "neurons": sizes.resident((first, second)),
         "layers that come and go": sizes.ring((first, second), streams_rest),
         "caches and activations": kept + work,
         "the process itself": sizes.own,
     }
-    streamed = sum(sizes.tails((first, second), streams_rest))
+    streamed = sum(sizes.tails((first, second), streams_rest)) - sizes.spared(slots)
     density = draft.density if streamed else None
     return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, density, parts)
 
@@ -397,7 +406,7 @@ class Tiers:
     def _shared(self, layer: int) -> torch.Tensor | None:
         return self.files.shared(layer)
 
-    def projection(self, layer: int, name: str) -> Matrix | None:
+    def projection(self, layer: int, name: str, cols: int) -> Matrix | None:
         """A matrix of a layer's attention, as the full model reads it between `need` and `done`; None if it is in memory."""
         if not self.plan.streams_rest:
             return None
@@ -439,6 +448,12 @@ class Tiers:
             for matrix, part in zip(self.matrices(layer), files.parts)
         )
         return gate, up, down
+
+    def keep(self, layer: int, neurons: Callable[[], torch.Tensor]) -> None:
+        """Of a layer that is there right now, keep what `neurons` says that a sparse model will want, int32 [count], if there are
+        slots."""
+        if self.plan.slots:
+            self.stream.keep(layer, neurons())
 
     def each(self, first: int, last: int) -> Iterator[int]:
         """Layers in order, each while it is there."""

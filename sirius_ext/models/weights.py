@@ -159,6 +159,8 @@ class Weights:
             layers.append(layer.in_four_bits())
             if on_progress:
                 on_progress(len(self.layers), len(layers))
+        if self.packed:
+            return View(layers, self.lm_head.in_four_bits())
         return View(layers, Matrix.concatenated([part.in_four_bits() for part in self.each_part_of_head()]))
 
     def view(self, four_bits: bool) -> View:
@@ -201,7 +203,7 @@ class Weights:
 
         def projection(name: str) -> Projection:
             linear = layer.get_submodule(name)
-            streamed = self.tiers and self.tiers.projection(index, f"model.layers.{index}.{name}.weight")
+            streamed = self.tiers and self.tiers.projection(index, f"model.layers.{index}.{name}.weight", linear.in_features)
             matrix = streamed or _matrix(linear, linear.out_features, linear.in_features)
             return Projection(matrix, None if linear.bias is None else _plain(linear.bias))
 
@@ -317,7 +319,8 @@ class Weights:
     def arguments(self, view: View | None = None) -> dict[str, object]:
         """What the extension's `Model` is made of, that reads a view, or without one all that F reads: ModelWeights of
         csrc/params.h and, as `layers`, its LayerWeights."""
-        d, stream = self.description, 0 if view is not None or self.tiers is None else self.tiers.address
+        d, is_full = self.description, view is None
+        stream = self.tiers.address if is_full and self.tiers is not None else 0
         view = self.full if view is None else view
 
         def norm(weight: torch.Tensor | None) -> dict[str, object]:
@@ -339,6 +342,7 @@ class Weights:
         ]
         return {
             **{name: getattr(d, name) for name in _DESCRIBED},
+            "intermediate": view.layers[0].gate.rows,  # fewer where only some neurons have a place
             "dtype": self.dtype_code,
             "embedding": self.embedding.raw,
             "final_norm": norm(self.final_norm),
@@ -346,7 +350,7 @@ class Weights:
             "vocab": self.vocab,
             "layers": layers,
             "stream": stream,
-            "head_rows": self.tiers.head_rows if stream and self.tiers is not None else 0,
+            "head_rows": self.tiers.head_rows if is_full and self.tiers is not None else 0,
         }
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -217,8 +217,11 @@ class CudaModel(Model):
         if m > FEW_ROWS:
             return self._run_many(cache, nodes, argmax, keep_z)
         arguments, four_bits = sparsity
+        drafting = self._streamed is not None and arguments.kind != Kind.DENSE
+        if drafting:
+            arguments = self._held(arguments, four_bits)
         with dispatch.guard(self.device):
-            self._handle_with(four_bits).step(
+            self._handle_with(four_bits, drafting).step(
                 tokens=nodes.tokens.data_ptr(),
                 positions=nodes.offsets.data_ptr(),
                 cos=cache.cos.data_ptr(),
@@ -239,16 +242,31 @@ class CudaModel(Model):
                 base=cache.base.data_ptr(),
                 alive=0 if alive is None else alive.data_ptr(),
                 counters=self.counters.data_ptr(),
-                weights=0 if self._streamed is None or arguments.kind != Kind.DENSE else self._streamed.weights.address,
+                weights=0 if self._streamed is None or drafting else self._streamed.weights.address,
+                all_streams=self._streamed is not None and self._streamed.plan.streams_rest,
                 stream=dispatch.stream(self.device),
             )
         return cache.logits[:m]
 
-    def ahead(self, sparsity: Chosen) -> contextlib.AbstractContextManager[None]:
-        """Around launches that end with such a pass: where F's weights are not all on the device, the first of them are copied
-        meanwhile."""
+    def _held(self, arguments: Arguments, four_bits: bool) -> Arguments:
+        """Launch what has all that S will read on the device. Returns what a pass takes then."""
+        assert self._streamed is not None
+        if not self._streamed.are_placed(four_bits):
+            return arguments
+        slots = self._streamed.slots
+        assert slots is not None  # `Tiers.check` has seen to that
+        weights = self.weights.down_norms if arguments.down_norms else None
+        self.launch("hold", **slots.fields(arguments.neurons, arguments.kept, weights))
+        norms = slots.row_weights.data_ptr() if arguments.down_norms else 0
+        return arguments._replace(neurons=slots.listed_rows.data_ptr(), down_norms=norms)
+
+    def ahead(self, sparsity: Chosen, draft: Chosen) -> contextlib.AbstractContextManager[None]:
+        """Around launches that end with such a pass, after passes of `draft` or none: where F's weights are not all on the
+        device, the first of them are copied meanwhile."""
         if self._streamed is None or sparsity[0].kind != Kind.DENSE:
             return contextlib.nullcontext()
+        if draft[0].kind != Kind.DENSE:
+            self._held(*draft)  # before anything is copied: it may come from the slots that this changes
         return self._streamed.ahead()
 
     def _run_many(self, cache: CudaCache, nodes: Nodes, argmax: torch.Tensor | None, keep_z: bool) -> torch.Tensor:
@@ -261,15 +279,21 @@ class CudaModel(Model):
         for index, layer in enumerate(w.each_layer()):
             neurons = _keeping(cache.z(m)[index]) if keep_z else None
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
-        normed, head, out = norm(d, x, w.final_norm), w.lm_head, cache.logits[:m]
-        if not head.plain:
-            ops.linear(normed, head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32, out=out)
-        elif w.dtype == torch.float32:
-            torch.mm(normed, head.data.t(), out=out)
-        elif self.device.type == "cuda":
-            torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(normed.float(), head.data.float().t(), out=out)
+        normed, out, first = norm(d, x, w.final_norm), cache.logits[:m], 0
+        for head in w.each_part_of_head():
+            # Products are written side by side: of a part of the columns first to memory of their own.
+            part = out if head.rows == w.vocab else torch.empty(m, head.rows, device=self.device)
+            if not head.plain:
+                ops.linear(normed, head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32, out=part)
+            elif w.dtype == torch.float32:
+                torch.mm(normed, head.data.t(), out=part)
+            elif self.device.type == "cuda":
+                torch.mm(normed, head.data.t(), out_dtype=torch.float32, out=part)
+            else:
+                torch.mm(normed.float(), head.data.float().t(), out=part)
+            if part is not out:
+                out[:, first : first + head.rows] = part
+            first += head.rows
         if head.plain and d.logit_scale != 1.0:
             out *= d.logit_scale
         if head.plain and d.logit_softcap:

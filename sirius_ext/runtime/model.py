@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -106,8 +107,8 @@ class Model:
                 angles = cache.cos[:, chunk.start : chunk.stop], cache.sin[:, chunk.start : chunk.stop]
                 attend, neurons = self._attend(cache, index, chunk.start), _neurons(index, chunk.observer, sparsity)
                 x[i] = decoder_layer(w.description, layer, x[i], angles, attend, neurons)
-            if w.tiers is not None and w.tiers.plan.slots and chunks[0].keep is not None:
-                w.tiers.stream.keep(index, chunks[0].keep(index))
+            if w.tiers is not None and chunks[0].keep is not None:
+                w.tiers.keep(index, functools.partial(chunks[0].keep, index))
             yield x
 
     def _attend(self, cache: Cache, index: int, start: int) -> Attend:
