@@ -95,9 +95,12 @@ INSTRUCTIONS = {
     ("dot", "Nibbles"): {1: 304, 8: 568, 16: 398},
     ("down", "Across"): {8: 305, 16: 378},
 }
-# Seconds that a kernel takes which reads no weights, beside `step`: of attention what its chunks' dependent steps take, of the
-# selection its three histograms.
-OTHERS = {"attention": 4e-6, "select": 8e-6}
+# The same of attention, for each KB of keys and values and each block that reads it, by head_dim up to which the body is for and
+# groups of eight queries.
+OF_ATTENTION = {(64, 1): 99, (64, 2): 151, (128, 1): 60, (128, 2): 88}
+# Seconds that a kernel takes which reads no weights, beside `step`: of attention what comes before a chunk's keys, after its
+# values, and until the last block has combined all chunks; of the selection its passes over what one block has in registers.
+OTHERS = {"attention": 2.5e-6, "select": 4e-6}
 # Seconds of a conditional node in a graph with the kernel before it that decides, whether the node's part runs or not. No
 # published figure is known, so this is an assumption on the dear side: kernels before and after it do not overlap with it.
 CONDITION = 10e-6
@@ -127,7 +130,9 @@ class Launch:
 
 
 def resident(launch: Launch) -> int:
-    """Blocks of a product that a multiprocessor of sm_90 holds at a time."""
+    """Blocks of a product, or of attention, that a multiprocessor of sm_90 holds at a time."""
+    if launch.op == "attention":
+        return 3 if re.search(r"true, [12], 1> >$", launch.kernel) else 2
     packed_down = launch.op == "down" and launch.weights != "Plain"
     return 2 if packed_down or launch.op == "gate_up" or launch.kernel.endswith(", 16>") else 3
 
@@ -228,10 +233,24 @@ def bytes_of(found: Sequence[Launch], shape: Shape, kept: int, weights: str = "b
             yield launch, codes + (0 if form == Format.BF16 else numbers * 2 / 32), codes
 
 
-def seconds_of(card: Card, launch: Launch, weights: float, cache: float, issued_for: float | None = None) -> float:
-    """One kernel. weights, cache: bytes that it reads of each. issued_for: as `bytes_of` has it, where these are not all."""
+def readings(shape: Shape, rows: int) -> int:
+    """How many blocks read the same keys and values: each has up to sixteen queries, of whole rows where a group has no more."""
+    group = shape.heads // shape.kv_heads
+    slices = -(-group // 16)
+    return slices * -(-rows // (16 // -(-group // slices)))
+
+
+def seconds_of(
+    card: Card, launch: Launch, weights: float, cache: float, issued_for: float | None = None, read_by: int = 1
+) -> float:
+    """One kernel. weights, cache: bytes that it reads of each. issued_for: as `bytes_of` has it, where these are not all.
+    read_by: blocks that read the same of the cache, once from memory and then from L2."""
+    if launch.op == "attention":
+        spans, groups = map(int, re.search(r"(\d), (\d)> >$", launch.kernel).groups())
+        issued = OF_ATTENTION[64 * spans, groups] * read_by * cache / 1024 / card.instructions
+        return card.step + OTHERS["attention"] + max(cache / card.read, issued)
     if not weights:
-        return card.step + OTHERS.get(launch.op, 0.0) + (cache / card.read if launch.op == "attention" else 0.0)
+        return card.step + OTHERS.get(launch.op, 0.0)
     busiest = -(-launch.blocks // card.processors)
     balance = launch.blocks / (busiest * card.processors)
     per_kb = INSTRUCTIONS[launch.op if launch.op in ("gate_up", "down") else "dot", launch.weights]
@@ -249,7 +268,7 @@ def pass_seconds(
     cache = 2 * shape.kv_heads * shape.head_dim * (context + rows) * 2
     out: dict[str, float] = {}
     for launch, size, issued_for in bytes_of(found, shape, kept, weights):
-        out[launch.op] = out.get(launch.op, 0.0) + seconds_of(card, launch, size, cache, issued_for)
+        out[launch.op] = out.get(launch.op, 0.0) + seconds_of(card, launch, size, cache, issued_for, readings(shape, rows))
     return out
 
 

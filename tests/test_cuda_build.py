@@ -52,7 +52,11 @@ MOST_INSTRUCTIONS = {
     ("dot", NIBBLES): {1: 334, 8: 625, 16: 926},
     ("down", ACROSS): {8: 337, 16: 425},
 }
-OTHERS = {f"attention_kernelINS0_9RowReaderINS_6bf16_tELb1ELi{lanes}E" for lanes in (8, 16, 32)} | {"accept_kernelILb1E"}
+# Attention by head_dim, in spans of 64, and groups of eight queries. Instructions for each KB of keys and values, as above; those
+# of soft caps, a tenth, are passed over without one.
+OF_ATTENTION = {(1, 1): 109, (1, 2): 166, (2, 1): 66, (2, 2): 97, (4, 1): 56}
+OTHERS = {f"attention_kernelINS0_9AttentionINS_6bf16_tELb1ELi{spans}ELi{groups}E" for spans, groups in OF_ATTENTION}
+OTHERS |= {"accept_kernelILb1E"}
 
 
 def test_built_when_asked_for():
@@ -150,7 +154,7 @@ def test_no_body_for_speed_spills(architecture):
     for wanted in PRODUCTS | OTHERS:
         assert any(wanted in name for name in kernels), f"no kernel is {wanted}"
     spilling = {
-        name: stack for name, (_, stack) in kernels.items() if stack and not re.search(r"_kernelI(NS0_9RowReaderI)?f", name)
+        name: stack for name, (_, stack) in kernels.items() if stack and not re.search(r"_kernelI(NS0_9AttentionI)?f", name)
     }
     assert not spilling, "bytes of stack in kernels of 16-bit types"
 
@@ -190,6 +194,59 @@ def loop_faults(product, instructions):
     most = MOST_INSTRUCTIONS[op if op in ("gate_up", "down") else "dot", weights][columns]
     if (count := counted(product, instructions) / kilobytes) > most:
         out.append(f"{count:.0f} instructions per KB, and not at most {most}")
+    return out
+
+
+@functools.cache
+def attention_code(architecture):
+    """The instructions of attention in bf16 with aligned rows, by spans and groups."""
+    pattern = r"attention_kernelINS0_9AttentionINS_6bf16_tELb1ELi(\d)ELi(\d)E"
+    wanted = {name: found for name in usage()[architecture] if (found := re.search(pattern, name))}
+    listings = sass.kernels(cuobjdump("-sass", "-arch", architecture, "-fun", ",".join(wanted)))
+    return {(int(wanted[name][1]), int(wanted[name][2])): body for name, body in listings.items()}
+
+
+@needs_build
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_streams(architecture):
+    """The first keys and values of a chunk, and the queries, are asked for before the first product; in the loop those of the
+    next slots are, with half of a step's products or more before any of them is used."""
+    bodies = attention_code(architecture)
+    assert bodies.keys() == OF_ATTENTION.keys()
+    faults = {shape: found for shape, body in bodies.items() if (found := attention_faults(shape, body))}
+    assert not faults
+
+
+def attention_faults(shape, instructions):
+    """What is wrong with a body, of spans and groups."""
+    spans, groups = shape
+    loop = min((each for each in sass.loops(instructions) if _products(each)), key=len)
+    out, products = [], _products(loop)
+    loads = [i for i, each in enumerate(loop) if each.code.startswith("LDG")]
+    step = 16 * spans * 64 * 2 * 2  # bytes of a warp's keys and values
+    if not all(".128" in loop[i].code for i in loads):
+        out.append("keys and values are not read by 16 bytes")
+    if any(each.code.startswith(("LDL", "STL", "BAR")) or (each.code.startswith("CALL") and not each.predicate) for each in loop):
+        out.append("something is called, spilled, or waits for other warps")
+    if len(products) != 8 * spans * groups:
+        out.append(f"{len(products)} products")
+    if spans <= 2:  # of more elements values are loaded when registers are free of keys, and waited for
+        if len(loads) != step / 512:
+            out.append(f"{len(loads)} loads")
+        for i in loads:
+            written, passed = loop[i].registers(written=True), 0
+            for each in (*loop[i + 1 :], *loop[: i + 1]):
+                if not each.code.startswith("LDG") and written & each.registers(written=False):
+                    break
+                passed += each.code.startswith("HMMA")
+            if passed < len(products) / 2:
+                out.append(f"waits for what was just asked for: {loop[i].text}")
+        first = [each for each in instructions[: instructions.index(loop[0])] if each.code.startswith("LDG.E.NA.128")]
+        if len(first) != step / 512 + 2 * spans * groups:
+            out.append(f"{len(first)} loads before the first product")
+    count = len(loop) / (step / 1024)
+    if count > OF_ATTENTION[shape]:
+        out.append(f"{count:.0f} instructions per KB, and not at most {OF_ATTENTION[shape]}")
     return out
 
 

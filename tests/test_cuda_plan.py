@@ -70,12 +70,12 @@ def test_all_multiprocessors_have_equally_much_to_read(name, rows):
 
 
 def test_a_large_workspace_is_not_asked_for_at_once():
-    """A tree of 121 nodes over 128k tokens: as many rows at a time as the workspace is for."""
+    """A tree of 121 nodes over 128k tokens: as many rows at a time as the workspace is for, 22."""
     fields = {"dtype": DTYPES[torch.bfloat16], "q": 0, "k_cache": 0, "v_cache": 0, "mask": 0, "out": 0, "q_stride": 32 * 128}
     _simt.set_planning(H100.processors)
     try:
         call(_simt, "tree_attention", **fields, cache=(8, 1 << 17, 128), mask_words=2, num_rows=121, heads=32)
-        assert len(_simt.planned()) == 8
+        assert len(_simt.planned()) == 6
     finally:
         _simt.set_planning(0)
 
@@ -132,8 +132,29 @@ def test_what_the_time_depends_on():
     slow = model.Card("slow", 1e15, 132, 1e9, True)
     issued = 3e6 / 1024 * model.INSTRUCTIONS["dot", "Plain"][1] / slow.instructions
     assert model.seconds_of(slow, launch, 3e6, 0) == pytest.approx(slow.step + issued)
-    attention = model.Launch("attention_kernel<RowReader<bf16_t, true, 16, 1> >", (288, 1, 1), 256, 0)
-    assert model.seconds_of(H100, attention, 0, 1e6) > H100.step + 1e6 / H100.read
+    attention = model.Launch("attention_kernel<Attention<bf16_t, true, 2, 2> >", (264, 1, 1), 128, 0)
+    least = H100.step + model.OTHERS["attention"]
+    assert model.seconds_of(H100, attention, 0, 1e6) == pytest.approx(least + 1e6 / H100.read)
+    issued = 1e6 / 1024 * model.OF_ATTENTION[128, 2] / slow.instructions
+    assert model.seconds_of(slow, attention, 0, 1e6, None, 4) == pytest.approx(slow.step + model.OTHERS["attention"] + 4 * issued)
+
+
+def test_how_often_the_cache_is_read():
+    """Four rows of four heads are a block's sixteen queries, and so are sixteen rows of one head."""
+    times = {name: [model.readings(SHAPES[name], rows) for rows in (1, 4, 5, 16)] for name in ("llama-3-8b", "llama-2-7b")}
+    assert times == {"llama-3-8b": [1, 1, 2, 4], "llama-2-7b": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_row_s_attention_is_one_wave(name):
+    """Its grid is no more than what the card holds at a time."""
+    for rows, groups in ((1, 1), (16, 2)):
+        found = {
+            each for each in model.launches(SHAPES[name], rows, 1024, "dense", 1.0, H100.processors) if each.op == "attention"
+        }
+        (launch,) = found
+        assert launch.kernel == f"attention_kernel<Attention<bf16_t, true, 2, {groups}> >"
+        assert launch.blocks <= model.resident(launch) * H100.processors
 
 
 def test_the_file_of_predictions_is_what_the_model_says():

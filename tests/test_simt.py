@@ -183,6 +183,10 @@ MUTATIONS = {
         without_barrier("attention.cu", "slots[position - begin] = slot;\n  }", "attention.cu"),
         lambda: test_tree_attention.test_against_reference(ops, BF16, (5, 8, 2, 64, 100, 129), test_tree_attention.tree),
     ),
+    "attention merges its warps' results before they are there": (
+        without_barrier("attention.cu", "attend<A>(p, unit.served, unit.kv_head, slots, memory);", "attention.cu", indent=6),
+        lambda: test_tree_attention.test_against_reference(ops, BF16, (5, 8, 2, 64, 100, 129), test_tree_attention.chain),
+    ),
     "a block asks whether it is the last before it knows": (
         without_barrier("common.cuh", "*counter = 0;\n  }", "accept.cu"),
         lambda: test_accept.test_first_of_equals(ops, 9001),

@@ -20,6 +20,9 @@ SHAPES = [
     (40, 6, 2, 8, 64, 129),
     (3, 2, 1, 200, 130, 140),
     (2, 21, 1, 16, 130, 140),
+    # On CUDA chunks are longer from 4096, 8192 and 16384 on.
+    (2, 2, 1, 8, 4095, 4100),
+    (1, 1, 1, 8, 16895, 16900),
 ]
 
 
@@ -161,7 +164,7 @@ def test_rows_of_q_may_stand_apart(backend, dtype):
 
 
 # (heads, kv_heads, head_dim, position of the row)
-INVARIANT = [(4, 1, 64, 300), (3, 3, 40, 129), (4, 2, 128, 63), (9, 3, 64, 16)]
+INVARIANT = [(4, 1, 64, 300), (3, 3, 40, 129), (4, 2, 128, 63), (9, 3, 64, 16), (2, 1, 200, 70), (2, 1, 8, 4097)]
 
 
 @pytest.mark.parametrize("shape", INVARIANT, ids=str)
@@ -229,6 +232,7 @@ WINDOWS = [
     ((40, 6, 2, 8, 515, 560), 100),
     ((3, 2, 1, 200, 258, 263), 131),
     ((70, 2, 1, 16, 700, 775), 90),
+    ((3, 2, 1, 8, 8450, 8460), 4200),
 ]
 
 
@@ -263,14 +267,14 @@ def test_window(backend, dtype, windowed, kind, softcap):
     assert_close(out.check(), exact, attention_error(q, k_cache, v_cache, visible, 0.3, softcap))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 3, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("prefix", [0, 1, 3, 63, 64, 127, 128, 129, 256, 300])
 def test_every_edge_of_a_window(backend, prefix):
     """With q = 0 every weight is the same. Slot i has a 1 in column i, of the one head or the other, so that the result is the
     list of the slots seen."""
     values = torch.eye(310).view(310, 2, 155).transpose(0, 1).contiguous()
     mask = reference.tree_mask(chain(3))
     positions = prefix + torch.arange(3, dtype=torch.int32)
-    for window in (3, 4, 64, 127, 128, 129, 200, 299, 1000):
+    for window in (3, 4, 63, 64, 65, 127, 128, 129, 200, 299, 1000):
         settings = {"positions": positions, "window": window}
         out = backend.tree_attention(torch.zeros(3, 2, 155), torch.ones_like(values), values, prefix, mask, 1.0, **settings)
         for row, position in zip(out.flatten(1), positions.tolist()):
@@ -295,6 +299,7 @@ INVARIANT_WINDOWS = [
     (9, 3, 64, 400, 129),
     (9, 3, 64, 639, 300),
     (4, 2, 16, 640, 257),
+    (2, 1, 8, 4097, 300),
 ]
 
 

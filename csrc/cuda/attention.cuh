@@ -1,44 +1,48 @@
-// One chunk of split-KV attention: some queries against up to kSlots cache slots, computed by one block.
+// One chunk of split-KV attention: some queries against the cache slots of a chunk, by one block.
 //
-// Nothing here depends on which queries stand beside one another: a query's score is summed over the same tree of lanes, and its
-// values over the same tree of slots, in every position.
+// A warp multiplies sixteen slots at a time with up to eight queries (sixteen where `groups` is 2), and goes on with those that
+// are kStep further on; what its slots give joins what it has by a running maximum. Then the warps' results are merged, in their
+// order. A query is a column of every product: nothing of it depends on which queries stand beside it, or on how many.
+//
+// 16-bit types multiply on tensor cores. Scores are keys [16 slots, head_dim] times queries [head_dim, 8], outputs are values
+// turned over [head_dim, 16 slots] times weights [16 slots, 8]. Lane 4 g + t gets scores of slots g and g + 8, but is asked for
+// weights of column g: the tiles of 8 by 8 between are transposed by one instruction each. Keys and values come from the cache
+// as they lie there, 16 bytes a lane, and never pass through shared memory. Weights are rounded to T, as on the CPU.
 #pragma once
 
-#include "common.cuh"
+#include "mma.cuh"
 
 namespace sirius::cuda {
 
-constexpr int kSlots = 128;   // of a chunk
-constexpr int kColumns = 16;  // queries of a block, at most
-constexpr int kTogether = 4;  // queries that a thread computes at once: 4 * 8 sums or query elements in registers
-constexpr int kAttentionWarps = 8;
+constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * kWarp;
+constexpr int kAtOnce = 16;                       // slots that a warp multiplies
+constexpr int kStep = kAttentionWarps * kAtOnce;  // slots that a block does
+constexpr int kGroup = 8;                         // queries of a product
+constexpr int kMostSlots = 8 * kStep;             // of a chunk
+constexpr int kSpan = 64;                         // elements of a head: eight lanes' 16 bytes of 16-bit types
 
-// How a warp reads rows of K and V: `Lanes` lanes share a row, each reads `Parts` times 16 bytes of it.
-template <class T_, bool Aligned_, int Lanes_, int Parts_>
-struct RowReader {
+// Which kernel. Spans: head_dim is at most so many times kSpan. Groups: of queries, kGroup each.
+template <class T_, bool Aligned_, int Spans_, int Groups_>
+struct Attention {
   using T = T_;
   static constexpr bool aligned = Aligned_;
-  static constexpr int lanes = Lanes_, parts = Parts_, part = Vec<T>::size;
-  static constexpr int width = lanes * part;                            // elements that the lanes read at once
-  static constexpr int slots_a_step = kAttentionThreads / lanes;        // by the block
-  static constexpr int steps = kSlots / slots_a_step;                   // a chunk takes
-  static constexpr int batch = steps * parts > 16 ? steps / 2 : steps;  // steps whose keys are in flight together: 64 registers
-  static constexpr int resident = aligned && lanes <= 16 ? 2 : 1;  // blocks of a multiprocessor: 128 registers a thread, or 255
-  static_assert(lanes >= 8 && batch % 2 == 0, "keys are reduced two steps at a time");
-
-  // The place in a chunk that this thread reads in a step. Steps go over all warps, so that a short chunk takes few of them.
-  static __device__ __forceinline__ int place(int step) { return step * slots_a_step + int(threadIdx.x) / lanes; }
-  // The first of the elements that this thread reads.
-  static __device__ __forceinline__ int begin(int part_index) { return part_index * width + int(threadIdx.x) % lanes * part; }
+  static constexpr int spans = Spans_, groups = Groups_;
+  static constexpr int columns = groups * kGroup;
+  // Registers hold outputs and queries of up to 128 elements beside the next slots' keys and values. Of more, all is loaded where
+  // it is used, values one half after the other.
+  static constexpr bool late = spans > 2 && !std::is_same_v<T, float>;
+  // Blocks of a multiprocessor: 168 registers a thread, or 255.
+  static constexpr int resident = sizeof(T) == 2 && aligned && groups == 1 && spans <= 2 ? 3 : 2;
 };
 
 // A query vector and where its results go: column i is row `row + i / heads`, head `head + i % heads`.
 struct Columns {
-  int row, head, heads, count;
+  int row, head, count;
+  Divisor heads;
 
-  __device__ __forceinline__ int row_of(int column) const { return row + column / heads; }
-  __device__ __forceinline__ int head_of(int column) const { return head + column % heads; }
+  __device__ __forceinline__ int row_of(int column) const { return row + heads.quotient(column); }
+  __device__ __forceinline__ int head_of(int column) const { return head + heads.rest(column); }
 };
 
 // Chunk results: index(...) is where one query's are.
@@ -51,15 +55,18 @@ struct Partials {
   }
 };
 
-template <class Reader>
+template <class A>
 struct AttentionMemory {
-  float weights[kColumns / kTogether][kSlots][kTogether];  // scores, then their exponentials
-  float sums[kAttentionWarps][kTogether][Reader::width];
-  int32_t slots[kSlots];
+  // What each warp has of a column: its maximum, its sum, and its values times the exponentials. Rows of values stand apart, so
+  // that the lanes of a warp meet in few banks.
+  float values[kAttentionWarps][A::columns][A::spans * kSpan + Vec<float>::size];
+  float max[kAttentionWarps][A::columns], sum[kAttentionWarps][A::columns];
+  float weights[kAttentionWarps][std::is_same_v<typename A::T, float> ? kAtOnce : 1][kGroup];  // of float32
+  int32_t slots[kMostSlots];
   int32_t last;
 };
 
-// The first n slots of memory.slots; or from `first` on, if first is not negative.
+// The first n slots of a list; or from `first` on, if first is not negative.
 struct SlotList {
   int first, n;
 };
@@ -70,234 +77,439 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* at) {
 #endif
 }
 
-template <int N>
-struct Floats {
-  float v[N];
+// 16 bytes of keys or values, `Bytes` after `at`; they stay in L2 for blocks of other queries. `into` stays what it is unless
+// they are `there`: what it was is as good wherever nothing is. As load_weights, but not by the path for what no kernel writes:
+// the kernel before wrote some of it.
+template <int Bytes, class T>
+__device__ __forceinline__ void load_cache(Vec<T>& into, const T* at, bool there) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "{.reg .pred there;\n"
+      "setp.ne.u32 there, %5, 0;\n"
+      "@there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4 + %6];}"
+      : "+r"(into.words[0]), "+r"(into.words[1]), "+r"(into.words[2]), "+r"(into.words[3])
+      : "l"(at), "r"(uint32_t(there)), "n"(Bytes));
+#else
+  if (!there) return;
+  at += Bytes / sizeof(T);
+  expect_aligned(at);
+  std::memcpy(&into, at, sizeof(into));
+#endif
+}
+
+// A kv head's keys or values of a chunk.
+template <class A>
+struct CacheRows {
+  using T = typename A::T;
+  const T* cache;  // [capacity, head_dim]
+  SlotList slots;
+  const int32_t* list;
+  int head_dim;
+
+  struct Row {
+    const T* at;
+    bool there;
+  };
+  // In a place of the chunk; none after the last one.
+  __device__ __forceinline__ Row row(int place) const {
+    const bool there = place < slots.n;
+    int slot = slots.first + place;
+    if (slots.first < 0) slot = list[there ? place : 0];
+    return {cache + size_t(there ? slot : 0) * head_dim, there};
+  }
+  // Its elements from begin + Offset on. After the end of a row `into` stays what it is, and so it does if there is no row.
+  template <int Offset>
+  __device__ __forceinline__ void part(Vec<T>& into, const Row& row, int begin) const {
+    const int n = row.there ? head_dim : 0;
+    if constexpr (A::aligned)
+      load_cache<Offset * sizeof(T)>(into, row.at + begin, begin + Offset < n);
+    else
+      into = load_elements<Vec<T>::size>(row.at, begin + Offset, n);
+  }
 };
 
-// Becomes what the lane brought whose number differs in the bit `flip`.
-template <int N>
-__device__ __forceinline__ void exchange(Floats<N>& mine, int flip) {
+// body(std::integral_constant<int, i>()) for every i below N.
+template <int N, class Body>
+__device__ __forceinline__ void each_index(Body body) {
+  if constexpr (N > 0) {
+    each_index<N - 1>(body);
+    body(std::integral_constant<int, N - 1>());
+  }
+}
+
+// Some floats that a lane brings, all of one struct.
+template <class Floats>
+__device__ __forceinline__ Floats exchanged(const Floats& mine, int flip) {
 #if defined(__CUDACC__)
+  Floats others;
 #pragma unroll
-  for (int i = 0; i < N; ++i) mine.v[i] = __shfl_xor_sync(kAllLanes, mine.v[i], flip);
+  for (int i = 0; i < int(sizeof(mine.v) / sizeof(float)); ++i) others.v[i] = __shfl_xor_sync(kAllLanes, mine.v[i], flip);
+  return others;
 #else
-  mine = __shfl_xor_sync(kAllLanes, mine, flip);  // at once: every exchange takes simt a turn of all lanes
+  return __shfl_xor_sync(kAllLanes, mine, flip);  // at once: every exchange takes simt a turn of all lanes
 #endif
 }
 
-// Sums each of v's first `Count` entries over the lanes that differ in the bits Flip, Flip / 2, ..., Last. Each halving leaves a
-// lane half of the entries, until it has one: those with the upper half of the indices go to the lanes whose bit is set.
-template <int Flip, int Last, int Count, int N, int Capacity>
-__device__ __forceinline__ void fold(float (&v)[Capacity][N]) {
-  if constexpr (Flip >= Last) {
-    constexpr int kLeft = Count > 1 ? Count / 2 : 1, kOther = Count / 2;
-    const bool upper = Count > 1 && threadIdx.x & Flip;
-    Floats<kLeft * N> given;
-#pragma unroll
-    for (int c = 0; c < kLeft; ++c)
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        given.v[c * N + i] = upper ? v[c][i] : v[kOther + c][i];
-        v[c][i] = upper ? v[kOther + c][i] : v[c][i];
-      }
-    exchange(given, Flip);
-#pragma unroll
-    for (int c = 0; c < kLeft; ++c)
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[c][i] += given.v[c * N + i];
-    fold<Flip / 2, Last, kLeft>(v);
+// The query vectors of a unit.
+template <class A>
+struct QueryRows {
+  const AttentionParams& p;
+  const Columns& columns;
+
+  __device__ __forceinline__ Vec<typename A::T> part(int column, int begin) const {
+    using T = typename A::T;
+    const int there = column < columns.count ? column : 0;
+    const T* const row = static_cast<const T*>(p.q) + size_t(columns.row_of(there)) * p.q_stride +
+                         size_t(columns.head_of(there)) * p.cache.head_dim;
+    const int n = column < columns.count ? p.cache.head_dim : 0;
+    if constexpr (!A::aligned) return load_elements<Vec<T>::size>(row, begin, n);
+    Vec<T> out{};
+    load_cache<0>(out, row + begin, begin < n);
+    return out;
   }
-}
+};
 
-// Where in v the first entry stood that `fold` left this lane.
-template <int Flip, int Last, int Count>
-__device__ __forceinline__ int folded() {
-  if constexpr (Flip < Last || Count == 1)
-    return 0;
-  else
-    return (threadIdx.x & Flip ? Count / 2 : 0) + folded<Flip / 2, Last, Count / 2>();
-}
+// Keys, values and queries as a lane holds them, and the two products. c: scores, then weights, of (slot g, column 2 t),
+// (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+template <class A, class T = typename A::T>
+struct Fragments {
+  static constexpr int kParts = kSpan / 32 * A::spans;  // 32 elements are 16 bytes of each t
 
-// Else the compiler converts a vector once for all queries, and holds floats in twice the registers.
-template <class T>
-__device__ __forceinline__ void keep_packed([[maybe_unused]] Vec<T>& v) {
-#if defined(__CUDA_ARCH__)
+  struct Queries {
+    Vec<T> x[kParts];
+    __device__ __forceinline__ void load(const QueryRows<A>& rows, int group) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) asm("" : "+r"(v.words[i]));
-#endif
-}
-
-template <class Reader, class Memory>
-__device__ __forceinline__ const typename Reader::T* row_at(const typename Reader::T* cache, int place, SlotList slots,
-                                                            int head_dim, const Memory& memory) {
-  const int slot = place >= slots.n ? 0 : slots.first >= 0 ? slots.first + place : memory.slots[place];
-  return cache + size_t(slot) * head_dim;
-}
-
-// memory.weights: the dot products.
-template <class Reader, class Memory>
-__device__ __forceinline__ void score(const AttentionParams& p, const Columns& columns, const typename Reader::T* keys,
-                                      SlotList slots, Memory& memory) {
-  using T = typename Reader::T;
-  const int head_dim = p.cache.head_dim;
-#pragma unroll
-  for (int step = 0; step < Reader::steps; step += Reader::batch) {
-    Vec<T> k[Reader::batch][Reader::parts];
-#pragma unroll
-    for (int t = 0; t < Reader::batch; ++t) {
-      const int place = Reader::place(step + t);
-      const T* const row = row_at<Reader>(keys, place, slots, head_dim, memory);
-#pragma unroll
-      for (int r = 0; r < Reader::parts; ++r)
-        k[t][r] = load_part<Reader::aligned>(row, Reader::begin(r), place < slots.n ? head_dim : 0);
+      for (int i = 0; i < kParts; ++i) x[i] = rows.part(group * kGroup + lane_row(), i * 32 + lane_part() * Vec<T>::size);
     }
-    for (int first = 0; first < columns.count; first += kTogether) {
-      float q[kTogether][Reader::parts][Reader::part];
+  };
+
+  struct Keys {
+    Vec<T> k[kParts][2] = {};
+    __device__ __forceinline__ void load(const CacheRows<A>& rows, int first) {
 #pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        const int column = first + c < columns.count ? first + c : first;
-        const T* const vector =
-            static_cast<const T*>(p.q) + size_t(columns.row_of(column)) * p.q_stride + size_t(columns.head_of(column)) * head_dim;
-#pragma unroll
-        for (int r = 0; r < Reader::parts; ++r) {
-          const Vec<T> part = load_part<Reader::aligned>(vector, Reader::begin(r), head_dim);
-#pragma unroll
-          for (int i = 0; i < Reader::part; ++i) q[c][r][i] = part[i];
-        }
+      for (int half = 0; half < 2; ++half) {
+        const auto row = rows.row(first + half * 8 + lane_row());
+        each_index<kParts>([&](auto i) { rows.template part<i.value * 32>(k[i.value][half], row, lane_part() * Vec<T>::size); });
       }
+    }
+    __device__ __forceinline__ void score(const CacheRows<A>&, const QueryRows<A>&, const Queries& q, float (&c)[4]) const {
 #pragma unroll
-      for (int t = 0; t < Reader::batch; t += 2) {
-        if ((step + t) * Reader::slots_a_step >= slots.n) continue;
+      for (int i = 0; i < kParts; ++i)
 #pragma unroll
-        for (int r = 0; r < Reader::parts; ++r) {
-          keep_packed(k[t][r]);
-          keep_packed(k[t + 1][r]);
+        for (int w = 0; w < 4; w += 2)
+          mma<T>(c, {{k[i][0].words[w], k[i][1].words[w], k[i][0].words[w + 1], k[i][1].words[w + 1]},
+                     {q.x[i].words[w], q.x[i].words[w + 1]}});
+    }
+  };
+
+  // Of kHeld spans from First on.
+  struct Values {
+    static constexpr int kHeld = A::late ? A::spans / 2 : A::spans;
+    Vec<T> v[kHeld][4] = {};
+    template <int First>
+    __device__ __forceinline__ void load(const CacheRows<A>& rows, int first) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const auto row = rows.row(first + k / 2 * 8 + lane_part() * 2 + k % 2);
+        each_index<kHeld>(
+            [&](auto i) { rows.template part<(First + i.value) * kSpan>(v[i.value][k], row, lane_row() * Vec<T>::size); });
+      }
+    }
+  };
+
+  // Of elements kSpan * i + 8 g + 2 j (+ 1) and columns 2 t (+ 1).
+  struct Outputs {
+    float o[A::spans][4][4] = {};
+
+    __device__ __forceinline__ void scale(const float (&by)[2]) {
+#pragma unroll
+      for (int i = 0; i < A::spans; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) o[i][j][k] *= by[k % 2];
+    }
+
+    template <int First, class Memory>
+    __device__ __forceinline__ void add(const CacheRows<A>&, const Values& values, int, const float (&c)[4], Memory&) {
+      const uint32_t weights[2] = {transposed(word_of<T>(c[0], c[1])), transposed(word_of<T>(c[2], c[3]))};
+#pragma unroll
+      for (int i = 0; i < Values::kHeld; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Vec<T>(&v)[4] = values.v[i];
+          mma<T>(o[First + i][j], {{lower_halves(v[0].words[j], v[1].words[j]), upper_halves(v[0].words[j], v[1].words[j]),
+                                    lower_halves(v[2].words[j], v[3].words[j]), upper_halves(v[2].words[j], v[3].words[j])},
+                                   {weights[0], weights[1]}});
         }
-        float dots[2 * kTogether][1] = {};
+    }
+
+    // The lane's elements of one of its two columns.
+    __device__ __forceinline__ void put(int which, float* column) const {
 #pragma unroll
-        for (int u = 0; u < 2; ++u)
+      for (int i = 0; i < A::spans; ++i)
 #pragma unroll
-          for (int r = 0; r < Reader::parts; ++r) {
+        for (int j = 0; j < 4; j += 2) {
+          const float four[4] = {o[i][j][which], o[i][j][which + 2], o[i][j + 1][which], o[i][j + 1][which + 2]};
+          store(column + i * kSpan + lane_row() * 8 + j * 2, Vec<float>::rounded(four));
+        }
+    }
+  };
+};
+
+// float32, which has no tensor cores that keep its precision: keys and values are read where they are used.
+template <class A>
+struct Fragments<A, float> {
+  static constexpr int kSize = Vec<float>::size;
+
+  struct Queries {
+    int first;
+    __device__ __forceinline__ void load(const QueryRows<A>&, int group) { first = group * kGroup; }
+  };
+
+  struct Keys {
+    int first;
+    __device__ __forceinline__ void load(const CacheRows<A>&, int from) { first = from; }
+    __device__ __forceinline__ void score(const CacheRows<A>& rows, const QueryRows<A>& queries, const Queries& q,
+                                          float (&c)[4]) const {
+      struct {
+        float v[2 * kGroup] = {};
+      } sums;
+      const auto upper = rows.row(first + lane_row()), lower = rows.row(first + 8 + lane_row());
+#pragma unroll 1
+      for (int begin = lane_part() * kSize; begin < A::spans * kSpan; begin += 4 * kSize) {
+        Vec<float> k[2] = {};
+        rows.template part<0>(k[0], upper, begin);
+        rows.template part<0>(k[1], lower, begin);
 #pragma unroll
-            for (int i = 0; i < Reader::part; ++i)
+        for (int column = 0; column < kGroup; ++column) {
+          const Vec<float> x = queries.part(q.first + column, begin);
 #pragma unroll
-              for (int c = 0; c < kTogether; ++c)
-                dots[u * kTogether + c][0] = fmaf(k[t + u][r][i], q[c][r][i], dots[u * kTogether + c][0]);
+          for (int i = 0; i < 2 * kSize; ++i) {
+            float& sum = sums.v[i / kSize * kGroup + column];
+            sum = fmaf(k[i / kSize][i % kSize], x[i % kSize], sum);
           }
-        fold<Reader::lanes / 2, 1, 2 * kTogether>(dots);
-        const int at = folded<Reader::lanes / 2, 1, 2 * kTogether>();
-        if (threadIdx.x % (Reader::lanes / (2 * kTogether)) == 0)
-          memory.weights[first / kTogether][Reader::place(step + t + at / kTogether)][at % kTogether] = dots[0][0];
+        }
+      }
+#pragma unroll
+      for (int flip = 1; flip < 4; flip *= 2) {
+        const auto others = exchanged(sums, flip);
+#pragma unroll
+        for (int i = 0; i < 2 * kGroup; ++i) sums.v[i] += others.v[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kGroup; ++i)
+        if (i % kGroup / 2 == lane_part()) c[i / kGroup * 2 + i % 2] = sums.v[i];
+    }
+  };
+
+  struct Values {
+    template <int>
+    __device__ __forceinline__ void load(const CacheRows<A>&, int) {}
+  };
+
+  // Of elements 32 * i + 4 g + j and columns 2 t (+ 1).
+  struct Outputs {
+    static constexpr int kParts = kSpan / 32 * A::spans;
+    float o[kParts][kSize][2] = {};
+
+    __device__ __forceinline__ void scale(const float (&by)[2]) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i)
+#pragma unroll
+        for (int j = 0; j < kSize; ++j)
+#pragma unroll
+          for (int which = 0; which < 2; ++which) o[i][j][which] *= by[which];
+    }
+
+    template <int, class Memory>
+    __device__ __forceinline__ void add(const CacheRows<A>& rows, const Values&, int first, const float (&c)[4], Memory& memory) {
+      float (&weights)[kAtOnce][kGroup] = memory.weights[threadIdx.x / kWarp];
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[lane_row() + i / 2 * 8][lane_part() * 2 + i % 2] = c[i];
+      __syncwarp();
+#pragma unroll 1
+      for (int slot = 0; slot < kAtOnce; ++slot) {
+        const auto row = rows.row(first + slot);
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+          Vec<float> v = {};
+          rows.template part<0>(v, row, i * 32 + lane_row() * kSize);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j)
+#pragma unroll
+            for (int which = 0; which < 2; ++which)
+              o[i][j][which] = fmaf(weights[slot][lane_part() * 2 + which], v[j], o[i][j][which]);
+        }
+      }
+    }
+
+    __device__ __forceinline__ void put(int which, float* column) const {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        float four[kSize];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) four[j] = o[i][j][which];
+        store(column + i * 32 + lane_row() * kSize, Vec<float>::rounded(four));
+      }
+    }
+  };
+};
+
+// What a warp has so far of a group of queries: of the lane's two columns the largest score, and of its own slots the sum of
+// exponentials.
+struct Running {
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+};
+
+// c: from products to exponentials, 0 from place n on; `running` and `outputs` become what they are beside the new maximum. With
+// a soft cap p.scale is divided by it already: a division is a call.
+template <class Outputs>
+__device__ __forceinline__ void softmax(const AttentionParams& p, int first, int n, float (&c)[4], Running& running,
+                                        Outputs& outputs) {
+  struct {
+    float v[2] = {-INFINITY, -INFINITY};
+  } most;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    c[i] *= p.scale;
+    if (p.softcap != 0.0f) c[i] = p.softcap * tanhf(c[i]);
+    if (first + i / 2 * 8 + lane_row() >= n) c[i] = -INFINITY;
+    most.v[i % 2] = c[i] > most.v[i % 2] ? c[i] : most.v[i % 2];
+  }
+#pragma unroll
+  for (int flip = 4; flip < kWarp; flip *= 2) {
+    const auto others = exchanged(most, flip);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) most.v[i] = others.v[i] > most.v[i] ? others.v[i] : most.v[i];
+  }
+  float by[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float max = most.v[i] > running.max[i] ? most.v[i] : running.max[i];
+    by[i] = expf(running.max[i] - max);
+    running.max[i] = max;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = expf(c[i] - running.max[i % 2]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) running.sum[i] = fmaf(running.sum[i], by[i], c[i] + c[i + 2]);
+  outputs.scale(by);
+}
+
+// memory.values, max and sum: the warps' results for every column. Each key and value is read once.
+template <class A>
+__device__ __forceinline__ void attend(const AttentionParams& p, const Columns& columns, int kv_head, SlotList slots,
+                                       AttentionMemory<A>& memory) {
+  using T = typename A::T;
+  using F = Fragments<A>;
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, head_dim = p.cache.head_dim;
+  const size_t head = size_t(kv_head) * p.cache.capacity * head_dim;
+  const CacheRows<A> key_rows{static_cast<const T*>(p.k_cache) + head, slots, memory.slots, head_dim};
+  const CacheRows<A> value_rows{static_cast<const T*>(p.v_cache) + head, slots, memory.slots, head_dim};
+  const QueryRows<A> query_rows{p, columns};
+
+  typename F::Keys keys;
+  typename F::Values values;
+  typename F::Queries queries[A::groups];
+  const auto load_queries = [&] {
+#pragma unroll
+    for (int group = 0; group < A::groups; ++group) queries[group].load(query_rows, group);
+  };
+  if constexpr (!A::late) {
+    keys.load(key_rows, warp * kAtOnce);
+    values.template load<0>(value_rows, warp * kAtOnce);
+    load_queries();
+  }
+  typename F::Outputs outputs[A::groups];
+  Running running[A::groups];
+#pragma unroll 1
+  for (int first = warp * kAtOnce; first < slots.n; first += kStep) {
+    if constexpr (A::late) {
+      keys = {};
+      keys.load(key_rows, first);
+      load_queries();
+    }
+    float c[A::groups][4] = {};
+#pragma unroll
+    for (int group = 0; group < A::groups; ++group) keys.score(key_rows, query_rows, queries[group], c[group]);
+    // What the next slots need is asked for as soon as its registers are free.
+    if constexpr (!A::late) keys.load(key_rows, first + kStep);
+#pragma unroll
+    for (int group = 0; group < A::groups; ++group) softmax(p, first, slots.n, c[group], running[group], outputs[group]);
+    const auto add = [&](auto span) {
+#pragma unroll
+      for (int group = 0; group < A::groups; ++group)
+        outputs[group].template add<span.value>(value_rows, values, first, c[group], memory);
+    };
+    if constexpr (A::late) {
+      each_index<2>([&](auto half) {
+        constexpr int kSpans = F::Values::kHeld;
+        values = {};
+        values.template load<half.value * kSpans>(value_rows, first);
+        add(std::integral_constant<int, half.value * kSpans>());
+      });
+    } else {
+      add(std::integral_constant<int, 0>());
+      values.template load<0>(value_rows, first + kStep);
+    }
+  }
+
+#pragma unroll
+  for (int group = 0; group < A::groups; ++group) {
+    struct {
+      float v[2];
+    } sum{{running[group].sum[0], running[group].sum[1]}};
+#pragma unroll
+    for (int flip = 4; flip < kWarp; flip *= 2) {
+      const auto others = exchanged(sum, flip);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum.v[i] += others.v[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = group * kGroup + lane_part() * 2 + i;
+      outputs[group].put(i, memory.values[warp][column]);
+      if (lane < 4) {
+        memory.max[warp][column] = running[group].max[i];
+        memory.sum[warp][column] = sum.v[i];
       }
     }
   }
 }
 
-// memory.weights: from scores to exponentials, 0 after the last slot. One warp a column.
-template <class Memory>
-__device__ __forceinline__ void softmax(const AttentionParams& p, const Columns& columns, int chunk, int n,
-                                        const Partials& partials, Memory& memory) {
-  constexpr int kEach = kSlots / kWarp;
-  const int lane = int(threadIdx.x) % kWarp;
-  for (int column = int(threadIdx.x) / kWarp; column < columns.count; column += kAttentionWarps) {
-    float (&weights)[kSlots][kTogether] = memory.weights[column / kTogether];
-    float x[kEach], max = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      x[i] = lane + i * kWarp < n ? weights[lane + i * kWarp][column % kTogether] * p.scale : -INFINITY;
-      if (p.softcap != 0.0f && lane + i * kWarp < n) x[i] = capped(x[i], p.softcap);
-      max = x[i] > max ? x[i] : max;
-    }
-    max = warp_max(max);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      x[i] = expf(x[i] - max);
-      sum += x[i];
-      weights[lane + i * kWarp][column % kTogether] = x[i];
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      const size_t at = partials.index(chunk, columns.row_of(column), columns.head_of(column));
-      partials.max[at] = max;
-      partials.sum[at] = sum;
-    }
-  }
-}
+// Of a column what all warps have together.
+struct Merged {
+  float max, sum;
+  Vec<float> values;  // elements d to d + 3
 
-template <class Reader, class Memory>
-__device__ __forceinline__ void load_values(const typename Reader::T* values, int head_dim, int part_index, SlotList slots,
-                                            const Memory& memory, Vec<typename Reader::T> (&v)[Reader::steps]) {
+  template <class A>
+  __device__ __forceinline__ Merged(const AttentionMemory<A>& memory, int column, int d) {
+    max = memory.max[0][column];
 #pragma unroll
-  for (int t = 0; t < Reader::steps; ++t) {
-    const int place = Reader::place(t);
-    v[t] = load_part<Reader::aligned>(row_at<Reader>(values, place, slots, head_dim, memory), Reader::begin(part_index),
-                                      place < slots.n ? head_dim : 0);
-  }
-}
-
-// partials.values: the weighted sums of one part of every value.
-template <class Reader, class Memory>
-__device__ __forceinline__ void add_values(const Columns& columns, int chunk, int n, int head_dim, int part_index,
-                                           Vec<typename Reader::T> (&v)[Reader::steps], const Partials& partials,
-                                           Memory& memory) {
-  constexpr int kTop = kWarp / 2, kLevels = Reader::lanes == 8 ? 2 : Reader::lanes == 16 ? 1 : 0, kKept = kTogether >> kLevels;
-  const int warp = int(threadIdx.x) / kWarp, kept = folded<kTop, Reader::lanes, kTogether>();
-  for (int first = 0; first < columns.count; first += kTogether) {
-    float sums[kTogether][Reader::part] = {};
+    for (int warp = 1; warp < kAttentionWarps; ++warp) max = memory.max[warp][column] > max ? memory.max[warp][column] : max;
+    float out[Vec<float>::size] = {};
+    sum = 0.0f;
 #pragma unroll
-    for (int t = 0; t < Reader::steps; ++t) {
-      if (t * Reader::slots_a_step >= n) continue;
-      keep_packed(v[t]);
-      const Vec<float> weights = load(memory.weights[first / kTogether][Reader::place(t)]);
+    for (int warp = 0; warp < kAttentionWarps; ++warp) {
+      const float weight = expf(memory.max[warp][column] - max);
+      const Vec<float> those = load(&memory.values[warp][column][d]);
+      sum = fmaf(weight, memory.sum[warp][column], sum);
 #pragma unroll
-      for (int i = 0; i < Reader::part; ++i)
-#pragma unroll
-        for (int c = 0; c < kTogether; ++c) sums[c][i] = fmaf(weights[c], v[t][i], sums[c][i]);
+      for (int i = 0; i < Vec<float>::size; ++i) out[i] = fmaf(weight, those[i], out[i]);
     }
-    fold<kTop, Reader::lanes, kTogether>(sums);
-#pragma unroll
-    for (int c = 0; c < kKept; ++c)
-#pragma unroll
-      for (int i = 0; i < Reader::part; ++i) memory.sums[warp][kept + c][Reader::begin(0) + i] = sums[c][i];
-    __syncthreads();
-    for (int at = int(threadIdx.x); at < kTogether * Reader::width; at += kAttentionThreads) {
-      const int c = at / Reader::width, d = at % Reader::width, element = part_index * Reader::width + d;
-      if (first + c >= columns.count || element >= head_dim) continue;
-      float total = memory.sums[0][c][d];
-      for (int w = 1; w < kAttentionWarps; ++w) total += memory.sums[w][c][d];
-      const size_t to = partials.index(chunk, columns.row_of(first + c), columns.head_of(first + c));
-      partials.values[to * partials.stride + element] = total;
-    }
-    __syncthreads();
+    values = Vec<float>::rounded(out);
   }
-}
+};
 
-// The chunk's results, for every column. Reads each key and value once, more than once only from registers.
-template <class Reader, class Memory>
-__device__ __forceinline__ void attend(const AttentionParams& p, const Columns& columns, int kv_head, int chunk, SlotList slots,
-                                       const Partials& partials, Memory& memory) {
-  using T = typename Reader::T;
-  const int head_dim = p.cache.head_dim;
-  const size_t head = size_t(kv_head) * p.cache.capacity * head_dim;
-  const T *const keys = static_cast<const T*>(p.k_cache) + head, *const values = static_cast<const T*>(p.v_cache) + head;
-#pragma unroll
-  for (int t = 0; t < Reader::steps; ++t)
-#pragma unroll
-    for (int r = 0; r < Reader::parts; ++r)
-      if (Reader::place(t) < slots.n && Reader::begin(r) < head_dim)
-        prefetch(row_at<Reader>(values, Reader::place(t), slots, head_dim, memory) + Reader::begin(r));
-  score<Reader>(p, columns, keys, slots, memory);
-  Vec<T> v[Reader::steps];
-  load_values<Reader>(values, head_dim, 0, slots, memory, v);
-  __syncthreads();
-  softmax(p, columns, chunk, slots.n, partials, memory);
-  __syncthreads();
-  add_values<Reader>(columns, chunk, slots.n, head_dim, 0, v, partials, memory);
-  if constexpr (Reader::parts > 1) {
-    load_values<Reader>(values, head_dim, 1, slots, memory, v);
-    add_values<Reader>(columns, chunk, slots.n, head_dim, 1, v, partials, memory);
-  }
+// body(column, d) for every column and every four elements of it, by all threads.
+template <class Body>
+__device__ __forceinline__ void each_four(const Columns& columns, int head_dim, Body body) {
+#pragma unroll 1
+  for (int column = int(threadIdx.x) / kWarp; column < columns.count; column += kAttentionWarps)
+#pragma unroll 1
+    for (int d = int(threadIdx.x) % kWarp * Vec<float>::size; d < head_dim; d += kWarp * Vec<float>::size) body(column, d);
 }
 
 }  // namespace sirius::cuda

@@ -29,7 +29,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // On sm_90 and later a kernel is launched while the one before it still runs: it begins as soon as all blocks of that one have
 // come past their `wait_for_kernel_before`, and what it asks of memory until it comes to its own is on the way meanwhile. Until
-// then it may touch nothing but what no kernel writes: weights, and its own arguments. Every thread of every kernel must come
+// then it may use nothing but what no kernel writes: weights, and its own arguments. Every thread of every kernel must come
 // there, also one that has nothing to do: whoever waits for a kernel takes for granted that it has waited for the one before.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__)
@@ -328,22 +328,33 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // Whether this is the last of `blocks` blocks to arrive; true in all its threads or in none. What the others wrote before is then
-// visible. The counter starts at zero and is zero again when the last block has arrived. `memory`: one int of shared memory.
+// visible: a barrier orders what a block's threads have written before the fence of the one that arrives for all. The counter
+// starts at zero and is zero again when the last block has arrived. `memory`: one int of shared memory.
 __device__ __forceinline__ bool last_block(int32_t* counter, int blocks, int32_t* memory) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     const int32_t arrived = atomicAdd(counter, 1);
+    __threadfence();
     *memory = arrived == blocks - 1;
     if (arrived == blocks - 1) *counter = 0;
   }
   __syncthreads();
-  const bool last = *memory != 0;
-  __threadfence();
-  return last;
+  return *memory != 0;
 }
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A number that the host knows and kernels divide by: a division takes some twenty instructions. Exact where n * by < 2^32.
+struct Divisor {
+  int by;
+  uint32_t factor;
+
+  explicit Divisor(int by_) : by(by_), factor(by_ == 1 ? 0 : uint32_t((uint64_t(1) << 32) / uint64_t(by_)) + 1) {}
+
+  __host__ __device__ int quotient(int n) const { return by == 1 ? n : int(uint64_t(uint32_t(n)) * factor >> 32); }
+  __host__ __device__ int rest(int n) const { return n - quotient(n) * by; }
+};
 
 // ------------------------------------------------------------------------------------------------- elementwise functions
 

@@ -75,7 +75,8 @@ class Sums {
 #pragma unroll
       for (int i = 0; i < kInputs; ++i)
         mma<T>(sums_[j][i],
-               {{lower(w[0], w[1]), upper(w[0], w[1]), lower(w[2], w[3]), upper(w[2], w[3])}, {x[i].words[0], x[i].words[1]}});
+               {{lower_halves(w[0], w[1]), upper_halves(w[0], w[1]), lower_halves(w[2], w[3]), upper_halves(w[2], w[3])},
+                {x[i].words[0], x[i].words[1]}});
     }
   }
 
@@ -89,9 +90,6 @@ class Sums {
   }
 
  private:
-  __device__ static __forceinline__ uint32_t lower(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
-  __device__ static __forceinline__ uint32_t upper(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
-
   float sums_[4][kInputs][4] = {};
 };
 

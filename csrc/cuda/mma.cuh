@@ -62,6 +62,31 @@ __device__ __forceinline__ void mma(float (&c)[4], const Operands& o) {
 #endif
 }
 
+// Two elements each of an 8x8 matrix of 16-bit elements, those of row g in columns 2 t and 2 t + 1: of its transpose.
+__device__ __forceinline__ uint32_t transposed(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(word));
+#elif !defined(__CUDACC__)
+  const auto complete = [](void* const* lanes, unsigned) {
+    uint32_t out[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      out[lane] = 0;
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane % 4 * 2 + i, column = lane / 4;
+        out[lane] |= (*static_cast<uint32_t*>(lanes[row * 4 + column / 2]) >> column % 2 * 16 & 0xffff) << i * 16;
+      }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) *static_cast<uint32_t*>(lanes[lane]) = out[lane];
+  };
+  simt::warp_collective(kAllLanes, &word, complete, {"transposed", __FILE__, __LINE__});
+#endif
+  return word;
+}
+
+// Of two words the lower halves, or the upper ones.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 template <class T>
 constexpr uint32_t kOnes = std::is_same_v<T, bf16_t> ? 0x3f803f80u : 0x3c003c00u;
 

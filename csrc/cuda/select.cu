@@ -6,6 +6,11 @@ namespace {
 constexpr int kSelectThreads = 1024;
 constexpr int kBins = 1 << 11;
 constexpr int kGroups = kBins / kWarp;
+// The first histogram's bins: 128 for each power of two, so that few threads meet in one. They reach from the largest score down
+// to what is 2^16 times smaller; what is smaller still is in the last bin.
+constexpr int kFirstShift = 23 - 7;
+// So few scores in a bin are compared with one another.
+constexpr int kFew = 128;
 // So many rows are summed by the block that chooses: it would take longer to wait for others.
 constexpr int kRowsAlone = 4;
 
@@ -13,6 +18,8 @@ struct SelectShared {
   uint64_t warps[kSelectThreads / kWarp];
   int32_t bins[kBins];
   int32_t groups[kGroups];
+  uint32_t largest[kSelectThreads / kWarp];
+  int32_t few[kFew], listed, found, wanted;
   int32_t last;
 };
 
@@ -94,8 +101,8 @@ __device__ __forceinline__ int lane_that_reaches(int count, int* wanted) {
 __device__ __forceinline__ int bin_of(SelectShared& shared, int* wanted) {
   const int lane = int(threadIdx.x) % kWarp;
   for (int group = int(threadIdx.x) / kWarp; group < kGroups; group += int(blockDim.x) / kWarp) {
-    const int total = warp_reduce(shared.bins[group * kWarp + lane], [](int a, int b) { return a + b; });
-    if (lane == 0) shared.groups[group] = total;
+    const unsigned total = __reduce_add_sync(kAllLanes, unsigned(shared.bins[group * kWarp + lane]));
+    if (lane == 0) shared.groups[group] = int(total);
   }
   __syncthreads();
   static_assert(kGroups == 2 * kWarp, "two groups a lane");
@@ -106,24 +113,64 @@ __device__ __forceinline__ int bin_of(SelectShared& shared, int* wanted) {
   return group * kWarp + kWarp - 1 - lane_that_reaches(shared.bins[group * kWarp + kWarp - 1 - lane], wanted);
 }
 
-// The bits of the `wanted`-th largest score: they order as the numbers do. `wanted` then counts among the equals of it.
+template <int PerThread>
+__device__ __forceinline__ int32_t largest_of(const Scores<PerThread>& scores, SelectShared& shared) {
+  const int warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  int32_t largest = 0;
+  scores.each([&](int, int32_t bits) { largest = bits > largest ? bits : largest; });
+  const unsigned of_warp = __reduce_max_sync(kAllLanes, unsigned(largest));
+  if (lane == 0) shared.largest[threadIdx.x / kWarp] = of_warp;
+  __syncthreads();
+  return int32_t(__reduce_max_sync(kAllLanes, lane < warps ? shared.largest[lane] : 0));
+}
+
+// The bits of the `wanted`-th largest score: they order as the numbers do. `wanted` then counts among the equals of it. A
+// histogram of a range of bits says in which of its bins that score is, which is the next range, until few scores are in it.
 template <int PerThread>
 __device__ __forceinline__ int32_t nth_largest(const Scores<PerThread>& scores, SelectShared& shared, int* wanted) {
-  int32_t found = 0;
-  for (int shift = 31; shift > 0;) {
-    const int digit = shift > 9 ? 11 : 9;
-    const int32_t known = shift == 31 ? 0 : -(1 << shift);
-    shift -= digit;
+  int32_t first = 0, last = largest_of(scores, shared);  // of the range
+  int32_t zero = last - ((kBins << kFirstShift) - 1);    // where bin 0 would begin if nothing smaller were in it
+  int shift = kFirstShift;
+  if (zero < 0) zero = 0;
+  for (;;) {
     for (int i = int(threadIdx.x); i < kBins; i += int(blockDim.x)) shared.bins[i] = 0;
     __syncthreads();
     scores.each([&](int, int32_t bits) {
-      if (bits >= 0 && (bits & known) == found) atomicAdd(&shared.bins[bits >> shift & ((1 << digit) - 1)], 1);
+      if (first <= bits && bits <= last) atomicAdd(&shared.bins[bits < zero ? 0 : (bits - zero) >> shift], 1);
     });
     __syncthreads();
-    found |= bin_of(shared, wanted) << shift;
+    const int bin = bin_of(shared, wanted), count = shared.bins[bin];
+    const int32_t from = zero + (bin << shift), size = 1 << shift;
+    if (last - from >= size) last = from + size - 1;
+    if (bin > 0) first = from;
     __syncthreads();
+    if (first == last) return first;
+    if (count <= kFew) break;
+    zero = first;
+    shift = 0;
+    while ((last - first) >> shift >= kBins) ++shift;
   }
-  return found;
+  if (threadIdx.x == 0) shared.listed = 0;
+  __syncthreads();
+  scores.each([&](int, int32_t bits) {
+    if (first <= bits && bits <= last) shared.few[atomicAdd(&shared.listed, 1)] = bits;
+  });
+  __syncthreads();
+  const int listed = shared.listed, own = int(threadIdx.x);
+  for (int i = own; i < listed; i += int(blockDim.x)) {
+    int larger = 0, equal = 0;
+    for (int j = 0; j < listed; ++j) {
+      larger += shared.few[j] > shared.few[i];
+      equal += shared.few[j] == shared.few[i];
+    }
+    if (larger < *wanted && *wanted <= larger + equal) {
+      shared.found = shared.few[i];
+      shared.wanted = *wanted - larger;
+    }
+  }
+  __syncthreads();
+  *wanted = shared.wanted;
+  return shared.found;
 }
 
 // A value to its place in an array of elements of `dtype`, rounded.
@@ -136,8 +183,8 @@ __device__ __forceinline__ void put(Dtype dtype, void* array, size_t place, floa
 }
 
 // grid: [1, sets]; or where others make the scores before it chooses, [candidates / threads, 1]. Values of rows that are alive
-// are read once, 4 bytes each, with PerThread 0 five times. all_scores: [candidates], or null for a block alone. Of several sets
-// each has values and `kept` neurons of its own, side by side; then count is null.
+// are read once, 4 bytes each, with PerThread 0 five times or more. all_scores: [candidates], or null for a block alone. Of
+// several sets each has values and `kept` neurons of its own, side by side; then count is null.
 template <int PerThread>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams p, float* all_scores, int32_t* counter) {
   SelectShared& shared = shared_memory<SelectShared>();
@@ -175,9 +222,11 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(SelectParams 
 
   uint32_t above = 0, equal = 0;
   scores.each([&](int, int32_t bits) {
-    above += __popc(__ballot_sync(kAllLanes, bits > least));
-    equal += __popc(__ballot_sync(kAllLanes, bits == least));
+    above += bits > least;
+    equal += bits == least;
   });
+  above = __reduce_add_sync(kAllLanes, above);
+  equal = __reduce_add_sync(kAllLanes, equal);
   if (lane == 0) shared.warps[warp] = uint64_t(above) << 32 | equal;
   __syncthreads();
   const uint64_t mine = lane < warps ? shared.warps[lane] : 0, up_to = warp_scan(mine);

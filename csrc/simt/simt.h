@@ -156,6 +156,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_CALLER) {
   simt::warp_collective(mask, &ballot, complete, SIMT_PLACE("__ballot_sync"));
   return ballot;
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, SIMT_CALLER) {
+  const auto complete = [](void* const* lanes, unsigned mask) {
+    unsigned sum = 0;
+    for (unsigned rest = mask; rest; rest &= rest - 1) sum += *static_cast<unsigned*>(lanes[__builtin_ctz(rest)]);
+    for (unsigned rest = mask; rest; rest &= rest - 1) *static_cast<unsigned*>(lanes[__builtin_ctz(rest)]) = sum;
+  };
+  simt::warp_collective(mask, &value, complete, SIMT_PLACE("__reduce_add_sync"));
+  return value;
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIMT_CALLER) {
   const auto complete = [](void* const* lanes, unsigned mask) {
     unsigned most = 0;
