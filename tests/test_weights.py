@@ -1,6 +1,7 @@
 """Which models are taken, what is counted, and how their weights are shared and given back."""
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -279,3 +280,23 @@ def test_gradients_and_optimizers_survive():
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert [parameter.requires_grad for parameter in after.values()].count(False) == 1
+
+
+def test_parts_are_put_together_as_they_come():
+    """And each is let go of before the one after the next is made: an LM head's copy may be a tenth of the memory."""
+    whole = torch.randn(40, 64).bfloat16()
+    alive = []
+
+    def parts():
+        for begin in range(0, 40, 16):
+            assert sum(part() is not None for part in alive) <= 1
+            part = Matrix(whole[begin : begin + 16]).in_four_bits()
+            alive.append(weakref.ref(part))
+            yield part
+            del part
+
+    found, expected = Matrix.of_parts(parts(), 40), Matrix(whole).in_four_bits()
+    assert found.format == expected.format and found.shape == expected.shape and torch.equal(found.data, expected.data)
+    assert Matrix.of_parts(iter([expected]), 40) is expected
+    with pytest.raises(ValueError, match="^parts: expected 41 rows together, got 40"):
+        Matrix.of_parts(parts(), 41)

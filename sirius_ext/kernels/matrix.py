@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -100,9 +100,20 @@ class Matrix:
         return cls(data, (Format.Q4_K_ACROSS if supers else Format.Q4_ACROSS, weight.rows), shared)
 
     @classmethod
-    def concatenated(cls, parts: Sequence[Matrix]) -> Matrix:
-        """The rows of some matrices of one format without shared scales, and of Q8 of one plane, one after the other."""
-        return parts[0] if len(parts) == 1 else cls(torch.cat([part.data for part in parts]), parts[0].packed)
+    def of_parts(cls, parts: Iterable[Matrix], rows: int) -> Matrix:
+        """The rows of some matrices of one format without shared scales, and of Q8 of one plane, one after the other; of the
+        parts no more than two are held at a time, if nobody else does. rows: of all together. ValueError if they are not."""
+        whole, packed, begin = torch.empty(0), None, 0
+        for part in parts:
+            if part.rows == rows:
+                return part
+            if begin == 0:
+                whole, packed = part.data.new_empty(rows, *part.data.shape[1:]), part.packed
+            whole[begin : begin + part.rows] = part.data
+            begin += part.rows
+        if begin != rows:
+            raise ValueError(f"parts: expected {rows} rows together, got {begin}")
+        return cls(whole, packed)
 
     @property
     def bytes(self) -> torch.Tensor:

@@ -161,7 +161,8 @@ class Weights:
                 on_progress(len(self.layers), len(layers))
         if self.packed:
             return View(layers, self.lm_head.in_four_bits())
-        return View(layers, Matrix.concatenated([part.in_four_bits() for part in self.each_part_of_head()]))
+        parts = (part.in_four_bits() for part in self.each_part_of_head())
+        return View(layers, Matrix.of_parts(parts, self.full.lm_head.rows))
 
     def view(self, four_bits: bool) -> View:
         return self.four_bits if four_bits else self.full
