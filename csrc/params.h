@@ -43,6 +43,14 @@ struct Matrix {
 
   SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
   SIRIUS_ANYWHERE const void* lower_row(int i) const { return static_cast<const char*>(lower) + i * lower_stride; }
+  // Rows first to first + count - 1 of one that has `data`.
+  Matrix part(int first, int count) const {
+    Matrix out = *this;
+    out.data = row(first);
+    if (lower) out.lower = lower_row(first);
+    out.rows = count;
+    return out;
+  }
   Place place(int i) const { return {places ? places[i] + place_at : row(i), lower ? lower_row(i) : nullptr}; }
   RowForm form(int group = 0) const { return {cols, shared, group}; }
 };

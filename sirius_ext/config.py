@@ -16,11 +16,16 @@ MAX_PERIOD = 256
 MAX_AUTO_PERIOD = 32
 MAX_AUTO_PERIOD_FROM_DISK = 64  # where F comes from a disk, and S costs next to nothing beside it
 MAX_WIDTH = 16
+# Tokens in a pass of a prefill, which begins at multiples of it: the bits of what a prompt begins with then do not depend on what
+# follows. It bounds the activations, too.
+PREFILL_CHUNK = 256
+# Chunks that go through a layer together where layers come from a disk: their activations take memory.
+TOGETHER = 16
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
 DENSITY = 0.5
 # What "auto" means for csparse, by the bits of a weight of which S reads four; None: it reads what F does. The less S costs
 # beside F, the more all of its neurons are worth (tests/test_period.py).
-DENSITIES = {None: DENSITY, 8: 0.7, 16: 1.0}
+AUTO_DENSITY = {None: DENSITY, 8: 0.7, 16: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,7 @@ class SiriusConfig:
         """The density of a sparse model that reads four bits of so many of a weight, 8 or 16; None: what the full one reads."""
         if isinstance(self.density, float):
             return self.density
-        return DENSITIES[four_bits_of if self.sparsity == "csparse" else None]
+        return AUTO_DENSITY[four_bits_of if self.sparsity == "csparse" else None]
 
     @property
     def copies(self) -> bool:
@@ -147,7 +152,13 @@ class SiriusConfig:
     @property
     def longest_period(self) -> int:
         """The period, or the longest one that "auto" may choose."""
-        return MAX_AUTO_PERIOD if isinstance(self.period, str) else self.period
+        return self.longest_period_with()
+
+    def longest_period_with(self, from_disk: bool = False) -> int:
+        """As `longest_period`. from_disk: the full model comes from a disk."""
+        if isinstance(self.period, int):
+            return self.period
+        return MAX_AUTO_PERIOD_FROM_DISK if from_disk else MAX_AUTO_PERIOD
 
 
 def _count(name: str, value: object, most: int, alternative: str = "") -> int:

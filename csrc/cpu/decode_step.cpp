@@ -87,10 +87,7 @@ class Pass {
     for (int first = 0; first < m_.vocab; first += step) {
       const int layer = m_.num_layers + first / step;
       if (m_.head_rows && !arrived(layer)) return false;
-      Matrix part = m_.lm_head;
-      part.data = part.row(first);
-      if (part.lower) part.lower = part.lower_row(first);
-      part.rows = std::min(step, m_.vocab - first);
+      const Matrix part = m_.lm_head.part(first, std::min(step, m_.vocab - first));
       linear({.dtype = m_.dtype,
               .x = x,
               .parts = {{part}},

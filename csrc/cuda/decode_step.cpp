@@ -91,10 +91,7 @@ class Layers {
     const int step = m_.head_rows ? m_.head_rows : m_.vocab;
     for (int first = 0, layer = m_.num_layers; first < m_.vocab; first += step, ++layer) {
       if (m_.head_rows) arrived(layer);
-      Matrix part = m_.lm_head;
-      part.data = part.row(first);
-      if (part.lower) part.lower = part.lower_row(first);
-      part.rows = m_.vocab - first < step ? m_.vocab - first : step;
+      const Matrix part = m_.lm_head.part(first, m_.vocab - first < step ? m_.vocab - first : step);
       linear({.dtype = m_.dtype,
               .x = input.x,
               .parts = {{part, nullptr}},

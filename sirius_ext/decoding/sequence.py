@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ..config import MAX_AUTO_PERIOD_FROM_DISK, SiriusConfig
+from ..config import SiriusConfig
 from ..runtime.cache import Cache
 from ..runtime.graphs import profiled
 from ..runtime.model import Model, not_finite
@@ -73,9 +73,7 @@ class Request:
 
     def longest_period(self, model: Model) -> int:
         """The period, or the longest that "auto" may choose. ValueError if a layer of the model does not see so far back."""
-        longest, window = self.config.longest_period, model.weights.description.narrowest
-        if self.config.period == "auto" and model.weights.streams:
-            longest = MAX_AUTO_PERIOD_FROM_DISK
+        longest, window = self.config.longest_period_with(model.weights.streams), model.weights.description.narrowest
         if window and longest > window:
             if self.config.period == "auto":
                 return window

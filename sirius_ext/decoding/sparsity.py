@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..config import MAX_AUTO_PERIOD_FROM_DISK, SiriusConfig
+from ..config import SiriusConfig
 from ..kernels import ops
 from ..kernels.matrix import Format
 from ..models.tier_files import Layout
@@ -33,16 +33,27 @@ def kept_neurons(density: float, intermediate: int) -> int:
 
 def four_bits(config: SiriusConfig, weights: Weights) -> bool:
     """Whether S reads four bits of every weight."""
-    has_copy = weights.tiers is not None and weights.tiers.plan.copy > 0
-    return config.draft_weights == "q4" or (config.draft_weights == "auto" and (weights.packed or has_copy))
+    return _reads_four_bits(config, weights.packed, None if weights.tiers is None else weights.tiers.plan)
 
 
 def density_of(config: SiriusConfig, weights: Weights) -> float:
     """The share of the neurons that S keeps. Of weights in four bits S has no cheaper view. Memory may be too small for what
     "auto" means elsewhere."""
-    if config.density == "auto" and weights.tiers is not None and weights.tiers.plan.density is not None:
-        return weights.tiers.plan.density
-    return config.density_with(_four_bits_of(four_bits(config, weights), weights.layers[0].gate.format))
+    plan = None if weights.tiers is None else weights.tiers.plan
+    return _density(config, four_bits(config, weights), weights.layers[0].gate.format, plan)
+
+
+def _reads_four_bits(config: SiriusConfig, packed: bool, plan: Plan | None) -> bool:
+    """packed: F's weights are."""
+    has_copy = plan is not None and plan.copy > 0
+    return config.draft_weights == "q4" or (config.draft_weights == "auto" and (packed or has_copy))
+
+
+def _density(config: SiriusConfig, four_bits: bool, gate: Format, plan: Plan | None) -> float:
+    """gate: F's."""
+    if config.density == "auto" and plan is not None and plan.density is not None:
+        return plan.density
+    return config.density_with(_four_bits_of(four_bits, gate))
 
 
 def _four_bits_of(four_bits: bool, gate: Format) -> int | None:
@@ -99,11 +110,7 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
     """
     if config.mode == "full":
         return Draft(rows=1 + MOST)
-    if config.mode == "sparse":
-        rows = 1
-    else:
-        longest = MAX_AUTO_PERIOD_FROM_DISK if config.period == "auto" else config.longest_period
-        rows = 1 + (longest - 1) * config.tree_width
+    rows = 1 + (config.longest_period_with(from_disk=True) - 1) * config.tree_width if config.mode == "sirius" else 1
     if four_bits and files.weights == "plain":
         return Draft(copy=True, rows=rows)
     if not four_bits and any(part.format == Format.Q8 for layer in files.layers for part in layer.parts):
@@ -121,14 +128,12 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
 
 def _draft_reads_less(config: SiriusConfig, files: Layout, plan: Plan) -> bool:
     """Whether S reads four bits of every weight where memory is divided like this."""
-    return config.draft_weights == "q4" or (config.draft_weights == "auto" and (files.weights != "plain" or plan.copy > 0))
+    return _reads_four_bits(config, files.weights != "plain", plan)
 
 
 def draft_density(config: SiriusConfig, files: Layout, plan: Plan) -> float:
     """The share of the neurons that S keeps where memory is divided like this."""
-    if plan.density is not None:
-        return plan.density
-    return config.density_with(_four_bits_of(_draft_reads_less(config, files, plan), files.layers[0].gate.format))
+    return _density(config, _draft_reads_less(config, files, plan), files.layers[0].gate.format, plan)
 
 
 def draft_bytes(config: SiriusConfig, files: Layout, plan: Plan) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from ..config import PREFILL_CHUNK, TOGETHER
 from ..kernels import q8
 from ..kernels.dispatch import cuda_functions
 from ..kernels.matrix import Format, Matrix
@@ -24,7 +25,6 @@ from ..kernels.weight_stream import Slots, StreamedImage, WeightStream, granular
 from .tier_files import LayerFiles, Layout, Stored, TierFiles, matrix_in, rows_together
 from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, best_plan, free_memory
 
-_ROWS, _CHUNKS = 256, 16  # tokens of a prefill's pass, and passes that go through a layer together
 _ALIGNED = 256  # matrices begin at multiples of so many bytes
 _OF_A_TABLE = 4  # bytes of an entry of the tables of `kernels.weight_stream.Slots`
 
@@ -44,9 +44,9 @@ class DeviceSizes(Sizes):
         self.grain = granularity(device)
         # Of a prefill: what goes from layer to layer, and within one, in numbers of up to four bytes, gate, up and z, and the
         # parts of the last product.
-        self.work += 2 * _ROWS * _CHUNKS * files.hidden * files.dtype.itemsize
-        parts = cuda_functions(device).down_workspace(_ROWS, files.hidden, files.intermediate)
-        self.work += 4 * (_ROWS * 3 * files.intermediate + parts)
+        self.work += 2 * PREFILL_CHUNK * TOGETHER * files.hidden * files.dtype.itemsize
+        parts = cuda_functions(device).down_workspace(PREFILL_CHUNK, files.hidden, files.intermediate)
+        self.work += 4 * (PREFILL_CHUNK * 3 * files.intermediate + parts)
 
     def rest_may_stream(self, draft: Draft) -> bool:
         """As `Sizes.rest_may_stream`; so it may where there is no sparse model that reads any of it, and of eight bits the lower
@@ -77,12 +77,12 @@ class DeviceSizes(Sizes):
         image before that of the lower ones, and stay; those of the head are all in its first part."""
         files = self.files
         two = files.weights != "plain"
-        found = [[_whole(size)] * two + [StreamedImage(size, 0)] for _, size in map(self.places, range(len(files.layers)))]
+        found = [[_staying(size)] * two + [StreamedImage(size, 0)] for _, size in map(self.places, range(len(files.layers)))]
         if head := files.beside[1]:
             rows, step, size = files.fast[head].rows, self.head_rows, self.streamed(head)
             for first in range(0, rows, step):
                 part = size // rows * (min(first + step, rows) - first)
-                found.append([_whole(0 if first else size)] * two + [StreamedImage(part, 0)])
+                found.append([_staying(0 if first else size)] * two + [StreamedImage(part, 0)])
         return found
 
     def layers(self, resident: tuple[int, int], slots: int, rest: bool) -> list[list[StreamedImage]]:
@@ -145,7 +145,7 @@ class DeviceSizes(Sizes):
         return -(-nbytes // self.grain) * self.grain
 
 
-def _whole(nbytes: int) -> StreamedImage:
+def _staying(nbytes: int) -> StreamedImage:
     """One that stays."""
     return StreamedImage(nbytes, nbytes)
 

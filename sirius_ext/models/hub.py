@@ -164,8 +164,7 @@ def load_within(
     """
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
-    on_device = is_cuda(device)
-    room = (free_on(device) if on_device else free_memory()) if memory is None else memory
+    on_device, room = is_cuda(device), _room(memory, device)
     if found.prepared:
         files = _opened(found, weights)
     else:
@@ -214,7 +213,7 @@ def division(
     cannot be read tensor by tensor is a ModelLoadError."""
     dtype, weights = parse_dtype(dtype), parse_weights(weights)
     found = _find(name, dtype, weights, progress)
-    room = (free_on(device) if is_cuda(device) else free_memory()) if memory is None else memory
+    room = _room(memory, device)
     if found.prepared:
         files = _opened(found, weights)
         return Division(files, _planned(files, files.skeleton, room, drafts, device), files.neurons)
@@ -224,6 +223,13 @@ def division(
     whole = everything(_sizes(layout, source.model, device), room)
     plan = whole if whole.used <= room else _planned(layout, source.model, room, drafts, device)
     return Division(layout, plan, file)
+
+
+def _room(memory: int | None, device: torch.device) -> int:
+    """Bytes that weights and caches may take."""
+    if memory is not None:
+        return memory
+    return free_on(device) if is_cuda(device) else free_memory()
 
 
 def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device = _CPU) -> Plan:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 BUFFERS = 2
 CACHE_TOKENS = 4096  # of keys and values for which room is left, or as many as the model's context has
-_OWN = 50_000_000  # bytes that Python and its libraries may take beside the memory that was asked for
+# Bytes that Python and its libraries may take beside the memory that was asked for. Of the 300 MB that are promised, the rest is
+# for what processes were seen to take beside what is counted.
+_OWN = 50_000_000
 _WORK = 48_000_000  # bytes of activations and what else passes need, whatever the model
 _SLACK = 8  # one slot more for each so many, for neurons that are about to enter the set
 

@@ -9,15 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..config import PREFILL_CHUNK, TOGETHER
 from ..kernels import ops
 from ..models.weights import Weights
 
 CACHE_GRAIN = 256  # slots; the capacity grows in these steps
-# Tokens in a pass of a prefill, which begins at multiples of it: the bits of what a prompt begins with then do not depend on what
-# follows. It bounds the activations, too.
-PREFILL_CHUNK = 256
-# Chunks that go through a layer together where layers come from a disk: their activations take memory.
-TOGETHER = 16
 # What is kept of finished sequences, where nobody says otherwise.
 KEPT_CACHES = 4
 KEPT_BYTES = 1 << 30
