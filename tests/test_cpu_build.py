@@ -1,6 +1,7 @@
 """What the compiler made of the CPU's loops over weights: that their prefetches are there. GCC 12 once dropped those of a
 function that did nothing else, which no result shows."""
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -43,11 +44,29 @@ def functions(listing: str) -> dict[str, list[tuple[int, str, int | None]]]:
 
 
 def in_loops_that_prefetch(body: list[tuple[int, str, int | None]], product: str) -> list[bool]:
-    """Of every product in a function's body whether it stands in a loop in which there is a prefetch, too."""
-    fetches = [at for at, text, _ in body if text.startswith("prefetch")]
-    loops = [(target, at) for at, _, target in body if target is not None and body[0][0] <= target <= at]
-    loops = [(first, last) for first, last in loops if any(first <= at <= last for at in fetches)]
-    return [any(first <= at <= last for first, last in loops) for at, text, _ in body if re.match(rf"({product})\s", text)]
+    """Of every product in a function's body whether it stands in a loop in which there is a prefetch, too: a prefetch leads to
+    it, and it to a prefetch."""
+    inside = {at for at, _, _ in body}
+    after: dict[int, set[int]] = {}
+    for (at, text, target), (following, _, _) in itertools.zip_longest(body, body[1:], fillvalue=(-1, "", None)):
+        ends = re.match(r"(jmp|ret)\b", text)
+        after[at] = {to for to in (target, None if ends else following) if to in inside}
+    before: dict[int, set[int]] = {at: set() for at in inside}
+    for at, targets in after.items():
+        for to in targets:
+            before[to].add(at)
+    fetches = {at for at, text, _ in body if text.startswith("prefetch")}
+    both = reached(fetches, after) & reached(fetches, before)
+    return [at in both for at, text, _ in body if re.match(rf"({product})\s", text)]
+
+
+def reached(start: set[int], edges: dict[int, set[int]]) -> set[int]:
+    seen, new = set(start), list(start)
+    while new:
+        more = edges[new.pop()] - seen
+        seen |= more
+        new += more
+    return seen
 
 
 def test_what_runs_here_is_looked_at():

@@ -83,6 +83,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
     }
     while (next_count_ < kRows && next_[next_count_] != next_[next_count_ - 1]) ++next_count_;
+    const int quads = (count + 3) / 4;
+    next_part_ = (next_count_ + quads - 1) / quads;
     const auto* shared = static_cast<const uint8_t*>(form.shared);
     shared_ = shared + shared_at(form.group, form.cols, kSupers);
     next_shared_ = shared + shared_at(form.group + 1, form.cols, kSupers);
@@ -100,9 +102,9 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
   void add(int begin, int end, bool first, float* acc, ptrdiff_t lda) {
     const int last = groups(end);
     for (int group = begin / kGroup; group < last; group += kSpan) {
-      if (first) prefetch(group);
+      if (first) fetch_scales(group);
       const int n = std::min(kSpan, last - group);
-      Base::read(rows_, group * kGroupBytes, nullptr, 0, n);
+      Base::read(rows_, group * kGroupBytes, nullptr, 0, n, 0, first);
       read_scales(group, n);
       Base::add_groups(group, n, 0, end, acc, lda);
     }
@@ -111,12 +113,18 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
  private:
   static constexpr int kVectors = 2 * kHalf;  // of a group's columns
 
+  void fetch(int quad, int upper, int) const {
+    const int end = std::min((quad + 1) * next_part_, next_count_);
+    for (int r = quad * next_part_; r < end; ++r) prefetch_now(next_[r] + upper);
+  }
+
   // The same for all columns.
   int four(int j, int quad, int) const {
     int value;
     std::memcpy(&value, x_[j].values + 4 * quad, 4);
     return value;
   }
+  Ints fours(int j, int quad, int lane) const { return set(four(j, quad, lane)); }
   static int start(int, int) { return 0; }
   const int8_t* inputs(int) const { return x_[0].values; }
   static constexpr int input_stride = sizeof(Coefficients);
@@ -133,9 +141,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
     Vec operator()(Vec sum, int v, Vec before) const { return fma(minima[v], total, fma(sum * scale, scales[v], before)); }
   };
 
-  // What the rows that come next have in this place, and the scales of the group that most often comes next.
-  void prefetch(int group) const {
-    for (int r = 0; r < next_count_; ++r) prefetch_now(next_[r] + group * kGroupBytes);
+  // Of the group that most often comes next.
+  void fetch_scales(int group) const {
     constexpr int bytes = kGroup * (kSupers ? 2 : 4);
     for (int at = 0; at < kSpan * bytes; at += 64) prefetch_now(next_shared_ + group * bytes + at);
   }
@@ -159,7 +166,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
 
   const uint8_t *rows_[kRows], *next_[kRows];
   const uint8_t *shared_, *next_shared_, *super_;
-  int next_count_;
+  int next_count_, next_part_;  // rows that come next, and how many of them for each quad of these
   Coefficients x_[kColumns];
   Vec scales_[kSpan][kVectors], minima_[kSpan][kVectors];
 };

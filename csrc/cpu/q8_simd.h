@@ -47,6 +47,12 @@ inline Ints unpack_high8(Ints a, Ints b) { return _mm512_unpackhi_epi8(a, b); }
 inline Ints unpack_low16(Ints a, Ints b) { return _mm512_unpacklo_epi16(a, b); }
 inline Ints unpack_high16(Ints a, Ints b) { return _mm512_unpackhi_epi16(a, b); }
 
+// kSpan integers, each in all lanes of its 16 bytes.
+inline Ints spans(const int32_t* from) {
+  const Ints order = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_epi32(order, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)));
+}
+
 // The lower and the higher halves of a vector of dwords as float16.
 inline void halves(Ints x, Vec* low, Vec* high) {
   low->v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
@@ -114,6 +120,7 @@ inline void cross(const Ints* in, Ints* out) {
 using Ints = __m256i;
 
 inline Ints set(int x) { return _mm256_set1_epi32(x); }
+inline Ints load(const int32_t* from) { return _mm256_load_si256((const __m256i*)from); }
 inline void store(Ints x, int32_t* to) { _mm256_store_si256((__m256i*)to, x); }
 inline Vec floats(Ints x) { return {_mm256_cvtepi32_ps(x)}; }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
@@ -136,6 +143,11 @@ inline Ints unpack_low8(Ints a, Ints b) { return _mm256_unpacklo_epi8(a, b); }
 inline Ints unpack_high8(Ints a, Ints b) { return _mm256_unpackhi_epi8(a, b); }
 inline Ints unpack_low16(Ints a, Ints b) { return _mm256_unpacklo_epi16(a, b); }
 inline Ints unpack_high16(Ints a, Ints b) { return _mm256_unpackhi_epi16(a, b); }
+
+inline Ints spans(const int32_t* from) {
+  return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)from)),
+                                     _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+}
 
 inline Vec half_of(Ints x) {  // of dwords below 2^16
   return {_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)))};
@@ -458,16 +470,22 @@ constexpr int kHalf = 16 / kLanes;  // vectors of columns in half of a group
 // Rows of input whose sums fit the registers: a code and a coefficient are loaded once for all of them.
 #if defined(__AVX512F__)
 constexpr int kTogether = 8;
+constexpr int kFew = 2;  // and those whose sums do so for all of a vector's groups
 #elif defined(__AVXVNNI__)
 constexpr int kTogether = 2;
+constexpr int kFew = 1;
 #else
 constexpr int kTogether = 1;
+constexpr int kFew = 1;
 #endif
 
 // Rows that are added up in integers, in groups of columns: what the formats have in common. A Block has the coefficients and
 // what the sums are to be multiplied with:
 //
+//   fetch(quad, upper, lower)     prefetches what the rows that come next have in the place that is read, a part of it for each
+//                                 quad: all at once would leave the core waiting with nothing to multiply (a sixth of the time)
 //   four(j, quad, lane)           for input row j, coefficients of rows 4 * quad and on, a byte each
+//   fours(j, quad, lane)          those of kSpan groups from `lane` on, each in all lanes of its 16 bytes
 //   start(j, lane)                where the sum begins
 //   inputs(lane), input_stride    the coefficients of all rows for row 0, and how many bytes further on those for row 1 are
 //   Join(block, j, at, lane)      and with it operator()(sum, v, before): what vector v of a group's columns becomes
@@ -479,9 +497,12 @@ class ColumnSums {
   explicit ColumnSums(int quads) : quads_(quads) {}
 
   // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane. upper, lower: where the
-  // first one's nibbles are in a row, and in its lower nibbles.
-  void read(const uint8_t* const* rows, int upper, const uint8_t* const* lowers, int lower, int n) {
+  // first one's nibbles are in a row, and in its lower nibbles. Few rows of input are multiplied at once; lane: as `add_groups`.
+  void read(const uint8_t* const* rows, int upper, const uint8_t* const* lowers, int lower, int n, int lane, bool fetch) {
+    if (m_ == 1) return multiply_unordered<1>(rows, upper, lowers, lower, n, lane, fetch);
+    if (m_ <= kFew) return multiply_unordered<kFew>(rows, upper, lowers, lower, n, lane, fetch);
     for (int quad = 0; quad < quads_; ++quad) {
+      if (fetch) static_cast<const Block&>(*this).fetch(quad, upper, lower);
       Ints uppers[kSpan][kHalf], lower_nibbles[kSpan][kHalf] = {};
       interleave(rows + 4 * quad, upper, n, uppers);
       if constexpr (!kUpper) interleave(lowers + 4 * quad, lower, n, lower_nibbles);
@@ -508,13 +529,22 @@ class ColumnSums {
   int m_ = 0;  // rows of input
 
  private:
-  // Of n groups' 16 bytes of four rows: of each group vectors of its bytes in order, the four rows' in a lane.
-  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints out[kSpan][kHalf]) {
+  // n groups' 16 bytes of four rows: the four rows' in a lane, in vector v bytes 4 * v and on of every group.
+  static void unpack(const uint8_t* const* rows, int64_t at, int n, Ints fours[4]) {
     Ints x[4];
     for (int r = 0; r < 4; ++r) x[r] = load_spans(rows[r] + at, n);
     const Ints a = unpack_low8(x[0], x[1]), b = unpack_high8(x[0], x[1]);
     const Ints c = unpack_low8(x[2], x[3]), d = unpack_high8(x[2], x[3]);
-    const Ints fours[4] = {unpack_low16(a, c), unpack_high16(a, c), unpack_low16(b, d), unpack_high16(b, d)};
+    fours[0] = unpack_low16(a, c);
+    fours[1] = unpack_high16(a, c);
+    fours[2] = unpack_low16(b, d);
+    fours[3] = unpack_high16(b, d);
+  }
+
+  // The same in order: of each group vectors of its bytes in order, the four rows' in a lane.
+  static void interleave(const uint8_t* const* rows, int64_t at, int n, Ints out[kSpan][kHalf]) {
+    Ints fours[4];
+    unpack(rows, at, n, fours);
     for (int v = 0; v < kHalf; ++v) {
       Ints groups[kSpan];
       cross(fours + v * kSpan, groups);
@@ -526,6 +556,7 @@ class ColumnSums {
 #if defined(__AMX_INT8__)
     if (m_ >= kTileInputs) return add_totals(at, lane, to, lda);
 #endif
+    if (m_ <= kFew) return add_totals(at, lane, to, lda);
     int j = 0;
     for (; j + kTogether <= m_; j += kTogether) add_rows<kTogether>(j, at, lane, to + j * lda, lda);
     if constexpr (kTogether > 4)
@@ -582,6 +613,48 @@ class ColumnSums {
                              totals_[i][v][0]);
     memory_fence();
   }
+#endif
+
+  // M rows of input by n groups, while these are read: the codes stay in registers, and only sums are put in order, not every
+  // code.
+  template <int M>
+  void multiply_unordered(const uint8_t* const* rows, int upper, const uint8_t* const* lowers, int lower, int n, int lane,
+                          bool fetch) {
+    const Block& block = static_cast<const Block&>(*this);
+    Sum<kUpper> sums[M][2][4];
+#pragma GCC unroll 16
+    for (int i = 0; i < 8 * M; ++i) sums[i / 8][i / 4 % 2][i % 4] = Sum<kUpper>(set(0));
+    for (int quad = 0; quad < quads_; ++quad) {
+      Ints uppers[4], lower_nibbles[4] = {}, x[M];
+      if (fetch) block.fetch(quad, upper, lower);
+      unpack(rows + 4 * quad, upper, n, uppers);
+      if constexpr (!kUpper) unpack(lowers + 4 * quad, lower, n, lower_nibbles);
+#pragma GCC unroll 2
+      for (int j = 0; j < M; ++j) x[j] = block.fours(j, quad, lane);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        Codes first, second;
+        split<kUpper>(uppers[v], lower_nibbles[v], &first, &second);
+#pragma GCC unroll 2
+        for (int j = 0; j < M; ++j) {
+          sums[j][0][v].add(first, x[j]);
+          sums[j][1][v].add(second, x[j]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < M; ++j)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Ints totals[4], groups[kSpan];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) totals[v] = sums[j][half][v].total();
+        for (int v = 0; v < kHalf; ++v) {
+          cross(totals + v * kSpan, groups);
+          for (int g = 0; g < kSpan; ++g) store(groups[g], totals_[g][half * kHalf + v][j]);
+        }
+      }
+  }
 
   void add_totals(int at, int lane, float* to, ptrdiff_t lda) const {
     const Block& block = static_cast<const Block&>(*this);
@@ -596,7 +669,6 @@ class ColumnSums {
   }
 
   alignas(64) int32_t totals_[kSpan][2 * kHalf][kColumns][kLanes];
-#endif
 
   const int quads_;
   Codes codes_[kSpan][kRows / 4][2 * kHalf];
@@ -661,15 +733,30 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
       round_coefficients(g);
       for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
         const int group = g + part, n = std::min(kSpan, last - group);
-        if (first) prefetch(group);
-        Base::read(rows_, upper_ + group * kGroupBytes, lowers_, group * kGroupBytes, n);
+        if (first && group == 0) fetch_scales();
+        Base::read(rows_, upper_ + group * kGroupBytes, lowers_, group * kGroupBytes, n, part, first);
         Base::add_groups(group, n, part, end, acc, lda);
       }
     }
   }
 
  private:
+  // Of all rows that come next.
+  void fetch_scales() const {
+    for (int at = 0; at < upper_; at += 64)
+      for (int r = 0; r < kRows; ++r) prefetch_now(next_[r] + at);
+  }
+
+  void fetch(int quad, int upper, int lower) const {
+#pragma GCC unroll 4
+    for (int r = 4 * quad; r < 4 * quad + 4; ++r) {
+      prefetch_now(next_[r] + upper);
+      if constexpr (!kUpper) prefetch_now(next_lowers_[r] + lower);
+    }
+  }
+
   int four(int j, int quad, int lane) const { return rounded_[j][quad][lane]; }
+  Ints fours(int j, int quad, int lane) const { return spans(rounded_[j][quad] + lane); }
 #if defined(__AMX_INT8__)
   const int8_t* inputs(int lane) const { return reinterpret_cast<const int8_t*>(inputs_[lane]); }
   static constexpr int input_stride = kRows;
@@ -707,17 +794,6 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
       store(start_of<kUpper>(total), starts_[j]);
       (largest * Vec::set(scales_[j])).store(group_scales_[j]);
     }
-  }
-
-  // What the rows that come next have in this place, and at the beginning their scales.
-  void prefetch(int group) const {
-    const auto fetch = [&](const uint8_t* const* rows, int at) {
-      for (int r = 0; r < kRows; ++r) prefetch_now(rows[r] + at);
-    };
-    if (group == 0)
-      for (int at = 0; at < upper_; at += 64) fetch(next_, at);
-    fetch(next_, upper_ + group * kGroupBytes);
-    if (!kUpper) fetch(next_lowers_, group * kGroupBytes);
   }
 
   const uint8_t *rows_[kRows], *next_[kRows];
