@@ -8,12 +8,14 @@ import os
 import subprocess
 
 import accuracy
+import advance
 import backends
 import bench_ops
 import decode
 import latency
 import ops_cuda
 import pytest
+import served
 import soak
 import tables
 import timing
@@ -420,3 +422,36 @@ def write_examples(folder, task, count):
     file.parent.mkdir(exist_ok=True)
     row = {"input": "a", "target_scores": {"plausible": 1, "implausible": 0}}
     file.write_text(json.dumps({"examples": [row] * count}))
+
+
+# ----------------------------------------------------------------------------------------------------------- advance
+
+
+def test_advances_are_those_of_texts_decoded_one_by_one(one_thread):
+    engine = Engine(served.model(), tokenizer=served.tokenizer())
+    configs = {mode: advance.config_of(mode, SiriusConfig(period=4)) for mode in ("sirius-c", "sirius-c:follow=no")}
+    messages = ["In the inn", "there", "Hello, then"]
+    found = advance.measure(engine, messages, configs, 13)
+    assert [result["mode"] for result in found] == list(configs) and [result["texts"] for result in found] == [3, 3]
+    for result, config in zip(found, configs.values()):
+        prompts = [advance.encode(engine.tokenizer, text, chat=True) for text in messages]
+        alone = [engine.generate(**prompt, config=config, max_new_tokens=13).stats.prompts[0] for prompt in prompts]
+        pooled = advance.Stats(alone)
+        assert result["tokens"] == pooled.tokens == 39
+        for name in ("average_advance_length", "effective_density", "corrected_fraction"):
+            assert result[name] == getattr(pooled, name), name
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--modes", "sirius-x"], "modes: "),
+        (["--modes", "full"], "modes: expected such as draft and verify"),
+        (["--items", "0"], "items: expected 1 to"),
+        (["--new", "0"], "new: expected at least 1, got 0"),
+    ],
+)
+def test_arguments_of_advance(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        advance.parse(arguments)
+    assert message in capsys.readouterr().err
