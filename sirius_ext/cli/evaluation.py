@@ -303,4 +303,6 @@ def _title(run: dict[str, Any]) -> str:
     """Of what the first line of a results file says; one that was made by other means may say less."""
     names = ("task", "model", "dtype", "shots", "density", "period")
     known = {name: run.get(name, "?") for name in names}
+    if run.get("weights", "plain") != "plain":
+        known["dtype"] = f"{run['weights']} of {known['dtype']}"
     return "{task}, {model}, {dtype}, {shots} shots, density {density}, period {period}".format(**known)
