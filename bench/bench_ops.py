@@ -1,4 +1,4 @@
-"""Microbenchmarks of the ops, with weights in bf16 and in eight bits, against torch doing the same in bf16.
+"""Microbenchmarks of the ops, with weights in bf16, in eight bits and in four, against torch doing the same in bf16.
 
 On the CPU an op is timed over enough copies of its weights (512 MB and more) that every pass reads them from memory. Its floor is
 the time to read the weights that it needs at the best read bandwidth seen in the run; the table gives the share of that floor
@@ -18,7 +18,7 @@ from common import alternate, console, header, save, seconds
 from rich.table import Table
 from shapes import SHAPES, shape_of
 
-from sirius_ext.kernels import ops
+from sirius_ext.kernels import ops, q4, q8
 from sirius_ext.kernels.matrix import Matrix
 
 DEFAULTS = {
@@ -85,14 +85,12 @@ def main() -> None:
 def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) -> list[dict]:
     hidden, intermediate = SHAPES[shape].hidden, SHAPES[shape].intermediate
     make = lambda *size: torch.randn(*size).div_(hidden**0.5).bfloat16()  # noqa: E731
-    one = make(intermediate, hidden)
-    eight, of_each = Matrix(one).in_eight_bits(), {}
-    for name, form in (("", Matrix(one)), (" q8", eight), (" q8_upper", eight.in_four_bits())):
+    of_each = {}
+    for name, (along, down) in forms(make(intermediate, hidden)).items():
         # As many copies as make what is read of them larger than a cache.
-        whole = eight if name else form
-        copies = [Matrix(whole.data.clone(), whole.packed) for _ in range(-(-COLD_BYTES // form.nbytes))]
-        of_each[name] = [each.in_four_bits() for each in copies] if name == " q8_upper" else copies
-    plain = [matrix.data for matrix in of_each[""]]
+        count = -(-COLD_BYTES // along.nbytes)
+        of_each[name] = tuple([_copy(each) for _ in range(count)] for each in (along, down))
+    plain = [matrix.data for matrix in of_each[""][0]]
     x, dense_h = make(rows, hidden), make(rows, intermediate)
     lists = {d: torch.randperm(intermediate)[: round(d * intermediate)].sort().values.int() for d in densities if d < 1}
 
@@ -101,22 +99,24 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
 
     def add(name: str, density: float, body: Callable[[int], object], matrices: int = 1, kind: str = "") -> None:
         """body(i) runs the op on copy i; `matrices` of them are read by a call."""
-        weights = of_each[kind]
+        weights = of_each[kind][name.startswith("down")]
         calls = range(0, len(weights) - matrices + 1, matrices)
         variants[name + kind] = lambda: seconds(lambda: [body(i) for i in calls]) / len(calls)
-        bytes_read[name + kind] = round(density * intermediate) * weights[0].nbytes // intermediate * matrices
+        shared = 0 if weights[0].shared is None else weights[0].shared.nbytes  # of 32 neurons: some of each are read
+        rows_read = round(density * intermediate) * (weights[0].nbytes - shared) // intermediate
+        bytes_read[name + kind] = (rows_read + shared) * matrices
 
     if rows == 1:
         add("read (torch.sum)", 1, lambda i: plain[i].view(torch.int64).sum())
     add("linear torch", 1, lambda i: F.linear(x, plain[i]))
-    for kind, weights in of_each.items():
+    for kind, (weights, down) in of_each.items():
         add("linear", 1, lambda i, w=weights: ops.linear(x, w[i]), kind=kind)
         add("gate_up 1.0", 1, lambda i, w=weights: ops.gate_up(x, w[i], w[i + 1]), 2, kind)
-        add("down 1.0", 1, lambda i, w=weights: ops.down(dense_h, w[i]), kind=kind)
+        add("down 1.0", 1, lambda i, w=down: ops.down(dense_h, w[i]), kind=kind)
         for density, neurons in lists.items():
             h, long = dense_h[:, : len(neurons)].contiguous(), neurons.long()
             add(f"gate_up {density}", density, lambda i, n=neurons, w=weights: ops.gate_up(x, w[i], w[i + 1], n), 2, kind)
-            add(f"down {density}", density, lambda i, n=neurons, h=h, w=weights: ops.down(h, w[i], n), kind=kind)
+            add(f"down {density}", density, lambda i, n=neurons, h=h, w=down: ops.down(h, w[i], n), kind=kind)
             if density == 0.5 and not kind:
                 add(f"gather torch {density}", density, lambda i, n=long: F.linear(x, plain[i][n]))
 
@@ -133,7 +133,7 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
     records = []
     for name in variants:
         op, *rest = name.split()
-        dense = " ".join([op, "1.0", *(part for part in rest if part.startswith("q8"))])
+        dense = " ".join([op, "1.0", *(part for part in rest if part.startswith("q"))])
         ratio = times[name] / times[dense] if dense in times and name != dense else None
         table.add_row(
             name,
@@ -154,6 +154,30 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
         )
     console.print(table)
     return records
+
+
+def forms(weight: torch.Tensor) -> dict[str, tuple[Matrix, Matrix]]:
+    """What is multiplied with an input (gate, up, a projection), and what is added up (down), bf16 [neurons, hidden], in every
+    format; by what follows an op's name. Four bits have random codes and scales."""
+    plain = Matrix(weight)
+    eight = plain.in_eight_bits()
+    upper = eight.in_four_bits()
+    out = {"": (plain, plain), " q8": (eight, eight), " q8_upper": (upper, upper)}
+    for name, supers in ((" q4", False), (" q4_k", True)):
+        out[name] = Matrix.of_groups(_groups(*weight.shape, supers)), Matrix.of_groups(_groups(*weight.shape[::-1], supers), True)
+    return out
+
+
+def _groups(rows: int, cols: int, supers: bool) -> q4.Groups:
+    codes, count = torch.randint(16, (rows, cols), dtype=torch.uint8), q8.groups(cols)
+    pairs = (torch.rand(rows, -(-count // 8) if supers else count, 2) / cols).half()
+    return q4.Groups(codes, pairs, torch.randint(64, (rows, count, 2), dtype=torch.uint8) if supers else None)
+
+
+def _copy(matrix: Matrix) -> Matrix:
+    """With bytes of its own."""
+    shared = None if matrix.shared is None else matrix.shared.clone()
+    return Matrix(matrix.data.clone(), matrix.packed, shared)
 
 
 def bench_follow(shape: str, rounds: int, rows: int = 16, density: float = 0.5) -> dict:

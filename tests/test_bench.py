@@ -75,6 +75,15 @@ def test_both_sides_of_a_case_compute_the_same(emulated, monkeypatch):
             ), case.op
 
 
+def test_every_format_is_measured(one_thread, monkeypatch):
+    monkeypatch.setattr(bench_ops, "COLD_BYTES", 1 << 18)
+    records = bench_ops.bench_mlp("tiny", 1, [1.0, 0.5], 1)
+    forms = {"", " q8", " q8_upper", " q4", " q4_k"}
+    ops = {f"{op}{form}" for form in forms for op in ("linear", "gate_up 1.0", "down 1.0", "gate_up 0.5", "down 0.5")}
+    assert ops | {"linear torch", "gather torch 0.5", "read (torch.sum)"} == {record["op"] for record in records}
+    assert all(record["us"] > 0 and 0 < record["share"] <= 1 for record in records)
+
+
 def test_cuda_is_refused_without_a_device(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
