@@ -102,27 +102,24 @@ def measure(readers: list[Reader], ids: torch.Tensor) -> None:
             model.compute(caches[id(model)], Pass.chain(tokens, begin))
 
 
-def report(readers: list[Reader]) -> list[dict]:
-    table = Table("", "tokens", "perplexity", "KL", "same top token")
-    records = []
-    for reader in readers:
-        record = {
+def records(readers: list[Reader]) -> list[dict]:
+    return [
+        {
             "reader": reader.name,
             "tokens": reader.tokens,
             "perplexity": math.exp(reader.loss / reader.tokens),
             "divergence": reader.divergence / reader.tokens,
             "top_1": reader.agreed / reader.tokens,
         }
-        records.append(record)
-        table.add_row(
-            reader.name,
-            str(reader.tokens),
-            f"{record['perplexity']:.4f}",
-            f"{record['divergence']:.5f}",
-            f"{record['top_1']:.2%}",
-        )
+        for reader in readers
+    ]
+
+
+def report(results: list[dict]) -> None:
+    table = Table("", "tokens", "perplexity", "KL", "same top token")
+    for name, tokens, perplexity, divergence, top_1 in map(dict.values, results):
+        table.add_row(name, str(tokens), f"{perplexity:.4f}", f"{divergence:.5f}", f"{top_1:.2%}")
     console.print(table)
-    return records
 
 
 def main() -> None:
@@ -147,7 +144,9 @@ def main() -> None:
         readers.append(Reader(f"density {density}, 4 bits of q8", models["q8"], SiriusConfig(density=density)))
     for ids in track(list(texts(options.data, plain.tokenizer, options.tokens)), "reading", console=console):
         measure(readers, ids)
-    results = report(readers)
+        results = records(readers)
+        save(options.out, {"benchmark": "quality", "model": options.model, "results": results}, last=False)
+    report(results)
     save(options.out, {"benchmark": "quality", "model": options.model, "results": results})
 
 

@@ -15,6 +15,7 @@ import decode
 import latency
 import ops_cuda
 import pytest
+import quality
 import served
 import soak
 import tables
@@ -431,6 +432,27 @@ def write_examples(folder, task, count):
     file.parent.mkdir(exist_ok=True)
     row = {"input": "a", "target_scores": {"plausible": 1, "implausible": 0}}
     file.write_text(json.dumps({"examples": [row] * count}))
+
+
+# ----------------------------------------------------------------------------------------------------------- quality
+
+
+def test_perplexity_is_that_of_transformers(one_thread):
+    source = random_model("tiny", CPU, torch.float32)
+    ids = torch.randint(151, (75,), generator=torch.Generator().manual_seed(0))
+    model = quality.prepare(source)
+    configs = {"full": None, "all": SiriusConfig(density=1.0), "half": SiriusConfig(density=0.5)}
+    readers = [quality.Reader(name, model, config) for name, config in configs.items()]
+    for _ in range(2):  # of two texts
+        quality.measure(readers, ids)
+    full, everything, half = quality.records(readers)
+    with torch.no_grad():
+        logits = source(ids[None]).logits[0].log_softmax(-1)
+    loss = -logits[37:-1].gather(1, ids[38:, None]).mean()
+    assert full["tokens"] == half["tokens"] == 2 * (len(ids) - 38)
+    assert full["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert (full["divergence"], full["top_1"]) == (0, 1) == (everything["divergence"], everything["top_1"])
+    assert half["divergence"] > 1e-4 and half["top_1"] <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------- advance
