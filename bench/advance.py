@@ -9,11 +9,9 @@ The prompts are those of `prompts.py`, through the model's chat template, decode
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from common import console, header, save
 from prompts import CHAT
 from rich.progress import track
@@ -23,7 +21,7 @@ from sirius_ext.config import SiriusConfig
 from sirius_ext.decoding.sequence import Request
 from sirius_ext.decoding.stats import PromptStats, Stats
 from sirius_ext.engine import Engine, encode, prepare
-from sirius_ext.evaluation.batched import Batch
+from sirius_ext.evaluation.batched import Batch, shared_prefix
 from sirius_ext.evaluation.runner import config_of
 from sirius_ext.models.hub import DEFAULT_MODEL, WEIGHTS
 
@@ -58,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine = Engine.from_pretrained(options.model, device="cpu", weights=options.weights)
     results = measure(engine, CHAT[: options.items], options.configs, options.new)
     table = Table("mode", "AAL", "effective density", "corrected")
-    for result in results:
-        advance, density, corrected = list(result.values())[-3:]
-        table.add_row(result["mode"], f"{advance:.2f}", f"{density:.3f}", f"{corrected:.1%}")
+    forms = {"average_advance_length": ".2f", "effective_density": ".3f", "corrected_fraction": ".1%"}
+    for result in results:  # a text that is shorter than a period has none of them
+        cells = ["" if result[name] is None else format(result[name], form) for name, form in forms.items()]
+        table.add_row(result["mode"], *cells)
     console.print(table)
     asked = {"model": options.model, "weights": options.weights, "period": BASE.period, "max_new_tokens": options.new}
     save(options.out, {"benchmark": "advance, chat prompts", **asked, "results": results})
@@ -69,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(engine: Engine, messages: Sequence[str], configs: Mapping[str, SiriusConfig], new: int) -> list[dict]:
     """Of every mode the metrics pooled over the texts."""
     prompts = [encode(engine.tokenizer, text, chat=True) for text in messages]
-    ids = [prompt["input_ids"][0].tolist() for prompt in prompts]
-    shared = os.path.commonprefix(ids)[: min(map(len, ids)) - 1]
+    prefix = shared_prefix(prompt["input_ids"][0].tolist() for prompt in prompts)
 
     def requests() -> Iterator[tuple[str, Request]]:
         for prompt in prompts:
@@ -79,7 +77,7 @@ def measure(engine: Engine, messages: Sequence[str], configs: Mapping[str, Siriu
                 yield mode, request
 
     count = len(prompts) * len(configs)
-    texts = Batch(prepare(engine.model), torch.tensor(shared, dtype=torch.int64))
+    texts = Batch(prepare(engine.model), prefix)
     found: dict[str, list[PromptStats]] = {mode: [] for mode in configs}
     for mode, sequence, error in track(texts.decode(requests(), count), "texts", count, console=console):
         if error:

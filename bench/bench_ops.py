@@ -89,7 +89,8 @@ def bench_mlp(shape: str, rows: int, densities: Sequence[float], rounds: int) ->
     for name, (along, down) in forms(make(intermediate, hidden)).items():
         # As many copies as make what is read of them larger than a cache.
         count = -(-COLD_BYTES // along.nbytes)
-        of_each[name] = tuple([_copy(each) for _ in range(count)] for each in (along, down))
+        copies = [_copy(along) for _ in range(count)]
+        of_each[name] = copies, copies if down is along else [_copy(down) for _ in range(count)]
     plain = [matrix.data for matrix in of_each[""][0]]
     x, dense_h = make(rows, hidden), make(rows, intermediate)
     lists = {d: torch.randperm(intermediate)[: round(d * intermediate)].sort().values.int() for d in densities if d < 1}

@@ -73,6 +73,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
   using Base = ColumnSums<GroupSum, true>;
   friend Base;
   using Base::m_;
+  using Base::quads_;
 
  public:
   // rows: count + kAhead. Of what is read next the last row may stand there more than once.
@@ -83,8 +84,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
     }
     while (next_count_ < kRows && next_[next_count_] != next_[next_count_ - 1]) ++next_count_;
-    const int quads = (count + 3) / 4;
-    next_part_ = (next_count_ + quads - 1) / quads;
+    next_part_ = (next_count_ + quads_ - 1) / quads_;
     const auto* shared = static_cast<const uint8_t*>(form.shared);
     shared_ = shared + shared_at(form.group, form.cols, kSupers);
     next_shared_ = shared + shared_at(form.group + 1, form.cols, kSupers);

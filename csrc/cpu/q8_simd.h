@@ -527,6 +527,7 @@ class ColumnSums {
   }
 
   int m_ = 0;  // rows of input
+  const int quads_;
 
  private:
   // n groups' 16 bytes of four rows: the four rows' in a lane, in vector v bytes 4 * v and on of every group.
@@ -670,7 +671,6 @@ class ColumnSums {
 
   alignas(64) int32_t totals_[kSpan][2 * kHalf][kColumns][kLanes];
 
-  const int quads_;
   Codes codes_[kSpan][kRows / 4][2 * kHalf];
 };
 

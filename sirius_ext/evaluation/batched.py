@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -250,6 +251,13 @@ class Batch:
                 whole[:, :, :shared] = prefix[:, :, :shared]
                 whole[:, :, shared : asked.start] = own[:, :, : asked.start - shared]
         return self._model.fault(cache, asked)
+
+
+def shared_prefix(prompts: Iterable[list[int]]) -> torch.Tensor:
+    """What a batch of such prompts may have as its prefix, int64 [t]: the tokens that all begin with; each has more."""
+    known = list(prompts)
+    shared = os.path.commonprefix(known)
+    return torch.tensor(shared[: min(map(len, known)) - 1], dtype=torch.int64)
 
 
 def _name(asked: Prefill) -> tuple[int, ...]:

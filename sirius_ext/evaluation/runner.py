@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,6 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,7 +22,7 @@ from ..config import SiriusConfig
 from ..decoding.sequence import Request, Sequence
 from ..decoding.stats import Period, PromptStats, Stats
 from ..engine import GREEDY, Engine, prepare
-from .batched import Batch
+from .batched import Batch, shared_prefix
 from .statistics import mcnemar, wilson
 from .tasks import Item, Task
 
@@ -301,16 +299,10 @@ def evaluate(
             for item, mode in waiting:
                 keep(item, mode, functools.partial(ask, engine.start, item, mode))
         elif waiting:
-            texts = Batch(prepare(engine.model), _common(tokenizer, task, items, shots))
+            prompts = (tokenizer(task.prompt(item, shots))["input_ids"] for item in items)
+            texts = Batch(prepare(engine.model), shared_prefix(prompts))
             for (item, mode), sequence, error in texts.decode(requests(), batch):
                 keep(item, mode, functools.partial(_ended, sequence, error))
-
-
-def _common(tokenizer: PreTrainedTokenizerBase, task: Task, items: SequenceOf[Item], shots: int) -> torch.Tensor:
-    """The tokens that all prompts begin with, int64 [t]; each prompt has more."""
-    prompts = [tokenizer(task.prompt(item, shots))["input_ids"] for item in items]
-    shared = os.path.commonprefix(prompts)
-    return torch.tensor(shared[: min(map(len, prompts)) - 1], dtype=torch.int64)
 
 
 def running(records: Iterable[dict[str, Any]], modes: SequenceOf[str]) -> str:
