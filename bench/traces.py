@@ -49,14 +49,14 @@ def prompts(engine: Engine, data: Path, items: Sequence[int]) -> Iterator[tuple[
 
 @torch.no_grad()
 def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int], densities: Sequence[float]) -> list[dict]:
-    """For each density, of what S proposes after every token of F's text but the last: its confidence in thousandths, and whether
-    F accepts it by each rule, "1" or "0". cache: with room for the text."""
+    """For each density, of what S proposes after every token of F's text but the last: the token, S's confidence in it in
+    thousandths, and whether F accepts it by each rule, "1" or "0". cache: with room for the text."""
     cache.rewind(0)
     sets = [sparsity_of(SiriusConfig(density=density), model.weights) for density in densities]
     drive(model, cache, read(cache, prompt, sets[0]))
     for other in sets[1:]:
         other.usage.absorb(sets[0].usage)  # of the same tokens
-    drafts = [{"confidence": [], "match": "", "threshold": ""} for _ in sets]
+    drafts = [{"proposed": [], "confidence": [], "match": "", "threshold": ""} for _ in sets]
     for begin in range(0, len(text) - 1, WINDOW):
         tokens = torch.tensor(text[begin : min(begin + WINDOW, len(text) - 1)], dtype=torch.int32)
         rows, slot = len(tokens), len(prompt) + begin
@@ -67,6 +67,7 @@ def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int], de
         full = model.compute(cache, Pass.chain(tokens, slot, keep_z=True))
         likelihoods, best = torch.softmax(full.logits / TEMPERATURE, -1), full.logits.argmax(-1)
         for draft, (confidences, proposed) in zip(drafts, proposals):
+            draft["proposed"] += proposed.tolist()
             draft["confidence"] += [round(1000 * confidence) for confidence in confidences.tolist()]
             draft["match"] += _digits(proposed == best)
             draft["threshold"] += _digits(likelihoods.gather(1, proposed[:, None])[:, 0] >= THRESHOLD)
@@ -151,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         model.reserve(cache, len(prompt) + options.new, WINDOW)
         drafts = record(model, cache, prompt, sequence.tokens, options.densities)
-        texts.append({"task": kind, "id": name, "prompt": len(prompt), "drafts": drafts})
+        said = {"prompt": prompt.tolist(), "text": sequence.tokens}
+        texts.append({"task": kind, "id": name, **said, "drafts": drafts})
         write(options.out, about, texts)
     shares(texts, options.densities)
 

@@ -59,8 +59,9 @@ class SiriusConfig:
         takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, and beside a
         plain model of which not all is in memory; "same" elsewhere.
     lookup: copy from the text: tokens that followed the last ones earlier in prompt, text or draft join the next pass, and stay
-        where they are what the model chooses. The text is the same, in fewer passes. For chains of csparse and for the full model
-        alone, decoded greedily; "auto" copies on the CPU where S drafts such chains with period="auto".
+        where they are what the model chooses: the same text in fewer passes. (With period="auto" drafts may end elsewhere, since
+        they have to beat the full model with copies; under "threshold" the text may then differ.) For chains of csparse and for
+        the full model alone, decoded greedily; "auto" copies on the CPU where S drafts such chains with period="auto".
 
     offload: "auto": of a model that is larger than the memory, what only the full model reads comes from the disk whenever it is
         read, to a CUDA device from host memory (`Engine.from_pretrained(memory=...)`). "never": all weights are loaded. It

@@ -12,8 +12,8 @@ from transformers import LogitsProcessorList
 
 from sirius_ext import Engine, SiriusConfig, Stats, _simt
 from sirius_ext.decoding import reference, sequence
-from sirius_ext.decoding.lookup import COST, LONGEST, MOST, Lookup
-from sirius_ext.decoding.period import AdaptivePeriod, Costs
+from sirius_ext.decoding.lookup import LONGEST, MOST, PRIOR_RIGHT, Chances, Lookup
+from sirius_ext.decoding.period import AdaptivePeriod, Copying, Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation.batched import Batch
@@ -21,6 +21,8 @@ from sirius_ext.evaluation.plan import Plan
 
 CHEAP = Costs(0.1, ((4, 1.0), (16, 1.05)))  # S drafts on for long
 DEARER = Costs(0.3, ((4, 1.05), (16, 1.3)), 0.01)
+FREE = [1.0] * (1 + MOST)  # rows cost nothing
+FIFTHS = [1 + 0.19 * copies for copies in range(1 + MOST)]  # a row costs what a copy after one equal token is worth, at first
 COLUMNS = ("drafted", "nodes", "accepted", "branch", "committed", "cut", "likelihoods")
 
 
@@ -39,7 +41,7 @@ def searched(tokens):
 def eager(prompt=()):
     """A lookup that copies all it can."""
     lookup = Lookup(prompt)
-    lookup._right = list(lookup._judged)
+    lookup._chances._right = list(lookup._chances._judged)
     return lookup
 
 
@@ -58,7 +60,7 @@ def test_finds_what_a_search_finds(start, changes, most):
             lookup.draft(tokens)
             draft = draft + tokens
         matched, copies = searched(text + draft)
-        assert lookup.find(most) == copies[: max(0, most)] and lookup._matched == matched
+        assert lookup.find(most, FREE) == copies[: max(0, most)] and lookup._found.equal == matched
 
 
 @pytest.mark.parametrize(
@@ -76,56 +78,97 @@ def test_finds_what_a_search_finds(start, changes, most):
     ids=str,
 )
 def test_examples(text, copies):
-    assert eager(text).find(MOST) == copies
+    assert eager(text).find(MOST, FREE) == copies
 
 
 def test_a_draft_leaves_no_trace():
     lookup = eager([1, 2, 3])
     lookup.draft([1, 9, 1])
-    assert lookup.find(2) == [9, 1]
+    assert lookup.find(2, FREE) == [9, 1]
     lookup.commit([1])
-    assert lookup.find(2) == [2, 3]
+    assert lookup.find(2, FREE) == [2, 3]
 
 
 def test_how_many_are_copied_is_learnt():
     """Few after one equal token, more after four; none where they are always wrong, and again where they would be right."""
     one, four = Lookup([1, 2, 3, 4, 5, 6, 1]), Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4])
-    assert len(one.find(MOST)) == 1 and 1 < len(four.find(MOST)) < MOST
-    four.find(MOST)
+    assert len(one.find(MOST, FIFTHS)) == 1 and 1 < len(four.find(MOST, FIFTHS)) < MOST
     four.learn([0])
-    fewer = len(four.find(MOST))
+    fewer = len(four.find(MOST, FIFTHS))
     for _ in range(30):
-        four.find(MOST)
+        four.find(MOST, FIFTHS)
         four.learn([0])
-    assert fewer > 1 and four.find(MOST) == []
+    assert fewer > 1 and four.find(MOST, FIFTHS) == []
     for _ in range(60):
-        four.find(MOST)
+        four.find(MOST, FIFTHS)
         four.learn([5])
-    assert len(four.find(MOST)) == MOST
-    assert all(right / judged >= 0.18 for right, judged in zip(four._right[:-1], four._judged)), "another class"
+    assert len(four.find(MOST, FIFTHS)) == MOST
+    chances = four._chances
+    assert all(right / judged >= 0.18 for right, judged in zip(chances._right[:-1], chances._judged)), "another class"
 
 
-def test_the_least_chance():
-    lookup = Lookup([1, 2, 3, 1])
-    share = lookup._right[0] / lookup._judged[0]
-    assert share == COST and lookup.find(MOST) == [2]
-    lookup.learn([3])
-    assert lookup.find(MOST) == []
+def test_so_many_are_copied_that_they_are_worth_most():
+    """Chances of 1/5, then 1/5 of 1/3, ... by the costs of passes, whatever their steps."""
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1])
+    first, both = PRIOR_RIGHT[0], PRIOR_RIGHT[0] * PRIOR_RIGHT[1]
+    for costs, count in (
+        ([1, 1 + first + 1e-6], 0),
+        ([1, 1 + first - 1e-6], 1),
+        ([1, 1, 1 + both - 1e-6], 2),
+        ([1, 1, 1 + both + 1e-6], 1),
+        ([1, 1 + first + 0.1, 1 + first + 0.1], 0),
+        ([1, 1 + first + 1e-6, 1 + first + 1e-6], 2),  # the second one costs nothing, if there is a first one
+        ([1], 0),
+        (FREE, MOST),
+    ):
+        assert lookup.find(MOST, costs) == [2, 3, 4, 5, 6, 7, 8, 9][:count]
+    assert lookup.find(3, FREE) == [2, 3, 4]
 
 
 def test_after_a_copied_token_the_match_is_longer():
     lookup = Lookup([1, 2, 3, 4, 5, 6, 1])
-    before = list(lookup._judged)
-    lookup.find(MOST)
+    before = list(lookup._chances._judged)
+    lookup.find(MOST, FREE)
     lookup.learn([2, 3, 9, 5])
-    assert [after > judged for after, judged in zip(lookup._judged, before)] == [True, True, True, False]
-    assert lookup._right[0] > 0.98 * 10 * COST
+    assert [after > judged for after, judged in zip(lookup._chances._judged, before)] == [True, True, True, False]
+    assert lookup._chances._right[0] > 0.98 * 10 * PRIOR_RIGHT[0]
+
+
+@given(TOKENS, st.lists(st.integers(0, 3), min_size=2, max_size=40))
+def test_what_a_model_alone_would_have_done(prompt, text):
+    """By hand, pass by pass."""
+    lookup, costs = Lookup(prompt), [1, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4]
+    copying = Copying(lookup, costs)
+    chances, passes, place, copies = Chances(), [], 0, []
+    for index, token in enumerate(text):
+        lookup.commit([token])
+        copying.commit(token)
+        place += 1
+        if index and place <= len(copies) and text[index - place + 1 : index + 1] == copies[:place]:
+            assert copying.copies == copies
+            continue
+        if index:
+            chances.learn(match, text[index - place + 1 : index + 1])
+            passes.append((place, costs[len(copies)]))
+        rate = copying.ledger.rate
+        match, place = Lookup([*prompt, *text[: index + 1]]).match(), 0
+        copies = chances.copies(match, MOST, [max(1.0, rate) * cost for cost in costs])
+        assert copying.copies == copies
+        assert (copying.ledger.tokens, copying.ledger.spent) == pytest.approx(tuple(map(sum, zip(*passes))) or (0, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the same text
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def costs(monkeypatch):
+    """Rows are nearly free, so that there are copies. Called with others it has those hold from now on."""
+    hold = lambda costs: monkeypatch.setattr(sequence, "costs_of", lambda *_: costs)  # noqa: E731
+    hold(CHEAP)
+    return hold
 
 
 def repeating(name, dtype=torch.float32, **config):
@@ -196,16 +239,41 @@ def test_fixed_periods(name, accept):
     assert tokens == expected and [row[:-1] for row in told(stats.periods)] == [row[:-1] for row in told(periods)]
 
 
+def planned(periods):
+    """The reference's periods for those of a text with copies: where F copied it decoded alone, token by token."""
+    for each in periods:
+        if each.drafted == each.copied:
+            yield from [1] * each.committed
+        else:
+            yield each.drafted + 1 + each.cut
+
+
 @pytest.mark.parametrize("follow", [True, False])
-@pytest.mark.parametrize("costs", [CHEAP, DEARER], ids=["cheap", "dearer"])
+@pytest.mark.parametrize("each", [CHEAP, DEARER], ids=["cheap", "dearer"])
 @pytest.mark.parametrize("accept", ["match", "threshold"])
-def test_the_adaptive_period(monkeypatch, accept, costs, follow):
-    """Drafts end where they would have ended."""
-    monkeypatch.setattr(sequence, "costs_of", lambda *_: costs)
-    total, lengths = 0, set()
+def test_the_adaptive_period(monkeypatch, costs, accept, each, follow):
+    """The text is that of its periods, and the ledger holds what its passes cost."""
+    costs(each)
+    ask, spent, total, lengths, ids = sequence.Sequence._ask, [], 0, set(), repetitive()
+
+    def watched(self, nodes, sparsity=None, argmax=None, keep_z=False):
+        rows = nodes.stop - nodes.start
+        full = each.over(rows) + (each.follow if argmax is None else 0)
+        spent.append(each.sparse * each.sparse_with()[rows - 1] if sparsity else full)
+        return ask(self, nodes, sparsity, argmax, keep_z)
+
+    monkeypatch.setattr(sequence.Sequence, "_ask", watched)
     for name in NAMES:
-        values = {"period": "auto", "accept": accept, "density": 0.6, "threshold": 0.05, "follow": follow}
-        _, stats = check(name, values, repetitive(), 80)
+        config = SiriusConfig(accept=accept, density=0.6, threshold=0.05, follow=follow)
+        spent.clear()
+        text = engine(name).start(ids, config=config, max_new_tokens=80, do_sample=False)
+        stats = text.run()
+        assert text._adaptive.ledger.spent == pytest.approx(sum(spent))
+        expected, periods = reference.generate(
+            reference.Decoder(repeating(name)), ids[0].tolist(), config, 80, periods=planned(stats.periods)
+        )
+        assert text.tokens == expected
+        assert [row[:-2] for row in told(stats.periods)] == [row[:-2] for row in told(periods) if row[0]]
         total += spared(stats)
         lengths |= {each.drafted for each in stats.periods}
     assert total >= 5 and len(lengths) >= 4
@@ -301,10 +369,9 @@ def forbidding(ids, scores):
     return scores
 
 
-@pytest.mark.parametrize("values", [{"mode": "full"}, {"mode": "sparse"}, {"period": 8}, {"period": "auto"}], ids=str)
-def test_logits_processors(monkeypatch, values):
+@pytest.mark.parametrize("values", [{"mode": "full"}, {"mode": "sparse"}, {"period": 8}, {"accept": "match"}], ids=str)
+def test_logits_processors(values):
     """Each row's see the text up to it, and are asked about no text that would not come to be without copies."""
-    monkeypatch.setattr(sequence, "costs_of", lambda *_: CHEAP)
     calls = []
 
     def process(ids, scores):
@@ -318,7 +385,8 @@ def test_logits_processors(monkeypatch, values):
         runs.append(decode("qwen2", config, repetitive(), 40, logits_processor=LogitsProcessorList([process])))
     (plain, before), (tokens, after) = runs
     assert tokens == plain != decode("qwen2", SiriusConfig(density=0.6, **values), repetitive(), 40)[0]
-    assert calls[0] == calls[1]
+    if "accept" not in values:  # then drafts may end elsewhere
+        assert calls[0] == calls[1]
     if values.get("mode") != "sparse":
         assert spared(after)
     if "period" in values:
@@ -403,7 +471,6 @@ def test_side_by_side(prefix):
 
 def test_the_cuda_backend(monkeypatch):
     """Pass by pass: a period's graph has no rows for copies."""
-    monkeypatch.setattr(sequence, "costs_of", lambda *_: CHEAP)
     monkeypatch.setattr(PeriodGraph, "begin", lambda *_: pytest.fail("a graph"))
     ids = repetitive(30)
     cases = [{"mode": "full"}, {"mode": "sparse"}, {"period": 8}, {"period": "auto", "accept": "match"}]
@@ -518,41 +585,47 @@ def test_what_auto_comes_to():
     assert SiriusConfig(lookup=True, period=8).copies and SiriusConfig(lookup=True, mode="full").copies
 
 
-def test_a_row_that_costs_a_pass_is_not_copied(monkeypatch):
+def test_a_row_that_costs_a_pass_is_not_copied(costs):
     """And where rows cost nothing more are copied than by default."""
     found = []
-    for cost in (0.0, COST, 1.0):
-        monkeypatch.setattr(sequence, "costs_of", lambda *_, cost=cost: Costs(0.1, ((4, 1.0), (16, 1.05)), copy=cost))
-        _, stats = check("llama3", {"period": "auto", "accept": "match", "density": 0.6}, repetitive(), 80)
-        found.append(spared(stats))
-    assert found[0] >= found[1] > found[2] == 0
+    for cost in (0.0, 0.2, 1.0):
+        costs(Costs(0.1, ((4, 1.0), (16, 1.05)), copies=((1 + MOST, 1 + MOST * cost),)))
+        for values in ({"period": 8, "accept": "match"}, {"mode": "sparse"}):
+            _, stats = check("llama3", {**values, "density": 0.6}, repetitive(), 80)
+            found.append(spared(stats))
+    assert found[0] >= found[2] > found[4] == 0 == found[1] == found[3] == found[5]
 
 
 DEAR = Costs(0.95, ((4, 1.0), (16, 1.05)))  # of S; rows of F cost next to nothing
-SOMETIMES = Costs(0.6, ((4, 1.0), (16, 1.1)), copy=0.05)  # S drafts here and there
+SOMETIMES = Costs(0.6, ((4, 1.0), (16, 1.1)), copies=((1 + MOST, 1.4),))  # S drafts here and there
 
 
-@pytest.mark.parametrize("costs", [DEAR, SOMETIMES], ids=["never", "sometimes"])
-@pytest.mark.parametrize("accept", ["match", "threshold"])
-def test_where_s_does_not_draft_the_full_model_copies(monkeypatch, accept, costs):
-    """In fewer passes of its own, and S drafts where it would have drafted without."""
-    monkeypatch.setattr(sequence, "costs_of", lambda *_: costs)
+@pytest.mark.parametrize("each", [DEAR, SOMETIMES], ids=["never", "sometimes"])
+def test_where_s_does_not_draft_the_full_model_copies(costs, each):
+    """In fewer passes of its own; and where it never does, as F alone would, step by step."""
+    costs(each)
     fewer = drafts = 0
     for name in NAMES:
-        values = {"period": "auto", "accept": accept, "density": 0.4, "threshold": 0.05}
-        before, after = check(name, values, repetitive(), 80)
+        values = {"period": "auto", "accept": "match", "density": 0.4}
+        plain, before = decode(name, SiriusConfig(**values, lookup=False), repetitive(), 80)
+        tokens, after = decode(name, SiriusConfig(**values, lookup=True), repetitive(), 80)
         alone = [period for period in after.periods if period.passes == 0]
-        assert all(
+        assert tokens == plain and all(
             period.copied == period.nodes >= period.accepted and period.committed == 1 + period.accepted for period in alone
         )
-        assert after.corrected_fraction == pytest.approx(before.corrected_fraction)
         fewer += len(before.periods) - len(after.periods)
         drafts += len(after.periods) - len(alone)
         assert after.alone == len(alone) / len(after.periods)
-    assert fewer >= 20 and (drafts > 0) == (costs is SOMETIMES)
+        if each is DEAR:
+            _, full = decode(name, SiriusConfig(mode="full", lookup=True), repetitive(), 80)
+            assert [(period.copied, period.committed) for period in after.periods] == [
+                (period.copied, period.committed) for period in full.periods
+            ]
+    assert fewer >= 20 and (drafts > 0) == (each is SOMETIMES)
 
 
-def test_rows_that_cost_a_pass_of_the_full_model_are_not_copied(monkeypatch):
-    monkeypatch.setattr(sequence, "costs_of", lambda *_: Costs(0.95, ((4, 4.0), (16, 16.0))))
-    _, after = check("llama3", {"period": "auto"}, repetitive(), 80)
-    assert after.alone == 1 and all(period.copied == 0 for period in after.periods)
+@pytest.mark.parametrize("values", [{"mode": "full"}, {"period": "auto"}], ids=str)
+def test_rows_that_cost_a_pass_of_the_full_model_are_not_copied(costs, values):
+    costs(Costs(0.95, ((4, 4.0), (16, 16.0))))
+    _, after = decode("llama3", SiriusConfig(**values, lookup=True), repetitive(), 80)
+    assert after.alone == (1 if values.get("period") else after.alone) and all(period.copied == 0 for period in after.periods)

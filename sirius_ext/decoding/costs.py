@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,15 @@ from ..kernels import ops
 from ..models.hub import cache_dir
 from ..runtime.model import Model
 from ..runtime.passes import Pass
-from .lookup import COST, MOST
+from .lookup import MOST
 from .period import Costs
 from .sparsity import CSparse, FSparse, density_of, four_bits, sparse_density, sparsity_of
 
-ROWS = (4, 16)  # of the passes of F that are measured, beside one
+# Of the passes that are measured, beside one over one token. Kernels take rows in blocks, so that one more may cost much or nothing;
+# the most that copies ask for is among them.
+ROWS = 2, 4, 8, 1 + MOST, 16  # of F
+FEW_ROWS = 4, 16  # of F where it is slow: then it waits for its weights, whatever the rows
+SPARSE_ROWS = 4, 8, 1 + MOST
 _SECONDS = 1.0  # that measuring takes, unless few passes take longer
 _SLOW = 0.2  # seconds of a pass
 _ROUNDS = 3, 15  # at least (one where passes are slow), at most
@@ -37,25 +41,28 @@ _SLOTS = 128  # of the cache that is measured over
 _at_hand: weakref.WeakKeyDictionary[Model, dict[tuple[object, ...], Costs]] = weakref.WeakKeyDictionary()
 
 
-def costs_of(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None = None) -> Costs:
+def costs_of(model: Model, config: SiriusConfig, copies: bool, thresholds: torch.Tensor | None = None) -> Costs:
     """The costs of this model's passes with the sparse model of a config, measured now if they never were on this machine.
 
+    copies: S has passes over tokens that were copied, too.
     thresholds: FSparse's, float32 [layers].
     """
-    less = four_bits(config, model.weights)
-    density = density_of(config, model.weights)
-    sparse = config.sparsity, config.follow, density, config.thresholds, config.tree_width, less, config.copies
+    sparse: tuple[object, ...] = ("full",)
+    if config.mode != "full":
+        less = four_bits(config, model.weights)
+        density = density_of(config, model.weights)
+        sparse = config.sparsity, config.follow, density, config.thresholds, config.tree_width, less, copies
     asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
-        at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, thresholds))
+        at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, copies, thresholds))
     return at_hand[asked]
 
 
 def _kept_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
     kept = _read().get(key)
-    if kept is not None:
-        full = tuple((int(rows), float(cost)) for rows, cost in kept["full"])
-        return Costs(float(kept["sparse"]), full, float(kept["follow"]), float(kept["copy"]))
+    if isinstance(kept, dict) and kept.keys() == {field.name for field in dataclasses.fields(Costs)}:
+        full, copies = (tuple((int(rows), float(cost)) for rows, cost in kept[name]) for name in ("full", "copies"))
+        return Costs(float(kept["sparse"]), full, float(kept["follow"]), copies)
     measured = measure()
     _write({**_read(), key: dataclasses.asdict(measured)})
     return measured
@@ -103,10 +110,11 @@ def _write(known: dict[str, Any]) -> None:
         pass
 
 
-def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None) -> Costs:
+def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch.Tensor | None) -> Costs:
     w, width = model.weights, config.tree_width
-    cache, sparsity = model.new_cache(), sparsity_of(config, w, thresholds)
-    model.reserve(cache, _SLOTS, max(*ROWS, width, 1 + MOST))
+    cache = model.new_cache()
+    sparsity = sparsity_of(config, w, thresholds) if config.mode != "full" else None
+    model.reserve(cache, _SLOTS, max(*ROWS, width))
     cache.k.zero_()
     cache.v.zero_()
     if isinstance(sparsity, CSparse):  # any neurons, but not the first ones, which stand side by side
@@ -115,41 +123,53 @@ def _measure(model: Model, config: SiriusConfig, thresholds: torch.Tensor | None
             z = torch.randn(1, w.intermediate, generator=generator).to(w.device)
             sparsity.usage.observe(layer, z, z)
 
-    def run(rows: int, by: CSparse | FSparse | None, follow: bool = False) -> Callable[[], None]:
+    def run(rows: int, by: CSparse | FSparse | None, follow: bool = False) -> Callable[[], float]:
         asked = Pass.chain(torch.zeros(rows, dtype=torch.int32), _SLOTS - rows, by, keep_z=follow)
 
-        def body() -> None:
+        def body() -> float:
+            begun = time.perf_counter()
             result = model.compute(cache, asked)
             if follow and isinstance(sparsity, CSparse) and result.z is not None:
                 sparsity.follow(result.z, list(range(1, rows)))
             result.argmax.tolist()  # waits for the device
+            return time.perf_counter() - begun
 
         return body
 
-    bodies = {"full": run(1, None), "sparse": run(width, sparsity), **{str(rows): run(rows, None) for rows in ROWS}}
-    if config.copies:
-        bodies["copies"] = run(1 + MOST, sparsity)
-    if sparsity.follows:
-        bodies["follow"] = run(ROWS[0], None, follow=True)
+    full = run(1, None)
+    full()  # the first pass loads what there is to load
+    slow = full() > _SLOW
+    full_rows, sparse_rows = FEW_ROWS if slow else ROWS, SPARSE_ROWS if copies and sparsity else ()
+    bodies = {"full": full, **{f"full {rows}": run(rows, None) for rows in full_rows}}
+    if sparsity is not None:
+        bodies |= {"sparse": run(width, sparsity), **{f"sparse {rows}": run(rows, sparsity) for rows in sparse_rows}}
+        if sparsity.follows:
+            bodies["follow"] = run(4, None, follow=True)
     ratios: dict[str, list[float]] = {name: [] for name in bodies}
     started = time.perf_counter()
     for count in itertools.count():
-        seconds = {}
-        for name, body in bodies.items():
-            begun = time.perf_counter()
-            body()
-            seconds[name] = time.perf_counter() - begun
-        if count:  # the first round loads what there is to load
+        seconds = {name: body() for name, body in bodies.items()}
+        if count:  # so does the first round
             for name, taken in seconds.items():
                 ratios[name].append(taken / seconds["full"])
-        enough = count >= (_ROUNDS[0] if seconds["full"] < _SLOW else 1)
+        enough = count >= (1 if slow else _ROUNDS[0])
         if count == _ROUNDS[1] or (enough and time.perf_counter() - started > _SECONDS):
             break
     cost = {name: round(statistics.median(each), 2) for name, each in ratios.items()}
-    full = list(itertools.accumulate((cost[str(rows)] for rows in ROWS), max, initial=1.0))[1:]
-    follow = max(0.0, round(cost["follow"] - cost[str(ROWS[0])], 2)) if sparsity.follows else 0.0
-    copy = max(0.0, round((cost["copies"] / cost["sparse"] - 1) / MOST, 2)) if config.copies else COST
+    if sparsity is None:
+        return Costs(1.0, _rising(cost, "full", full_rows))
     # Something else may have had the processor. S reads what it reads: no machine does it faster than its share of the bytes,
     # unless F's come from a disk.
-    least = 0.0 if w.streams else round(sparse_density(config, w), 2)
-    return Costs(max(cost["sparse"], least), tuple(zip(ROWS, full)), follow, copy)
+    sparse = max(cost["sparse"], 0.0 if w.streams else round(sparse_density(config, w), 2))
+    return Costs(
+        sparse,
+        _rising(cost, "full", full_rows),
+        max(0.0, round(cost["follow"] - cost["full 4"], 2)) if sparsity.follows else 0.0,
+        _rising(cost, "sparse", sparse_rows, cost["sparse"]),
+    )
+
+
+def _rising(cost: dict[str, float], model: str, rows: Sequence[int], one: float = 1.0) -> tuple[tuple[int, float], ...]:
+    """(rows, cost), in passes over one token, the cost of which is `one`. More rows are never cheaper."""
+    costs = (round(cost[f"{model} {each}"] / one, 2) for each in rows)
+    return tuple(zip(rows, list(itertools.accumulate(costs, max, initial=1.0))[1:]))

@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 MOST = 8  # tokens that are copied for one pass
 LONGEST = 4  # of the runs of last tokens that are looked for
-# What a row more costs, in passes, where it was not measured: a pass over sixteen tokens costs four times one over a single token
-# at most (README, "Limits").
-COST = 0.2
 # How often a copied token is right after 1, 2, 3, and 4 or more tokens that are the same, before anything is known of a text.
 # Rounded from this repository's own pages, 0.17, 0.28, 0.43, 0.58, and modules, 0.22, 0.36, 0.47, 0.61, in Qwen2.5's tokens.
 PRIOR_RIGHT = (0.2, 0.33, 0.45, 0.6)
 _PRIOR_TOKENS = 10.0  # what that counts for
 _FORGET = 0.98  # what a token counts for after the next one of its class
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Where a text's last tokens stood before.
+
+    equal: how many of them; 0 if the last one is new.
+    followed: MOST tokens, those that came after them there. Where they reach the end of the draft they go on with their own
+        beginning, as a text that repeats itself does.
+    """
+
+    equal: int = 0
+    followed: Sequence[int] = ()
+
+
+class Chances:
+    """How often copies were right after how many equal tokens; learnt from what a model chose where a match had been found."""
+
+    def __init__(self) -> None:
+        self._judged, self._right = [_PRIOR_TOKENS] * LONGEST, [_PRIOR_TOKENS * share for share in PRIOR_RIGHT]
+
+    def copies(self, match: Match, most: int, costs: Sequence[float]) -> list[int]:
+        """The first tokens of a match, so many that the ones that will be used are worth most above their cost.
+
+        most: tokens, at most.
+        costs: of 0, 1, 2, ... copies in a pass, in what a copy that is used is worth; beyond the last there are none.
+        """
+        chance, worth, best, count = 1.0, 0.0, -costs[0], 0
+        for index in range(min(len(match.followed), most, len(costs) - 1)):
+            group = self._class(match, index)
+            chance *= self._right[group] / self._judged[group]
+            worth += chance
+            if worth - costs[index + 1] > best:
+                best, count = worth - costs[index + 1], index + 1
+        return list(match.followed[:count])
+
+    def learn(self, match: Match, chosen: Sequence[int]) -> None:
+        """What the model chose after a match, up to the first token that is not what followed there. The first one teaches
+        something even if it was not copied."""
+        for index, (token, copy) in enumerate(zip(chosen, match.followed)):
+            group = self._class(match, index)
+            self._judged[group] = _FORGET * self._judged[group] + 1
+            self._right[group] = _FORGET * self._right[group] + (token == copy)
+            if token != copy:
+                break
+
+    def _class(self, match: Match, index: int) -> int:
+        """Of a copied token: by how many tokens before it are the same, if those that were copied before it are right."""
+        return min(LONGEST, match.equal + index) - 1
 
 
 class Lookup:
@@ -25,9 +72,6 @@ class Lookup:
 
     For every run of tokens it is known where the token stands that followed it last. A draft has an index of its own, which is
     asked first, since its places come after all others, and is forgotten as a whole.
-
-    cost: of a row more in a pass, in passes. A token is copied if it will be used with at least that probability, since it spares
-        a pass if it is right.
     """
 
     def __init__(self, prompt: Iterable[int]) -> None:
@@ -35,10 +79,7 @@ class Lookup:
         self._length = 0  # of the text, without the draft
         self._followed: dict[tuple[int, ...], int] = {}
         self._followed_in_draft: dict[tuple[int, ...], int] = {}
-        self._judged, self._right = [_PRIOR_TOKENS] * LONGEST, [_PRIOR_TOKENS * share for share in PRIOR_RIGHT]
-        self._matched = 0  # how many tokens were found again, by the last `find`
-        self._place = 0  # of the first token after them
-        self.cost = COST
+        self._chances, self._found = Chances(), Match()  # by the last `find`
         self.commit(prompt)
 
     def commit(self, tokens: Iterable[int]) -> None:
@@ -60,42 +101,24 @@ class Lookup:
                 followed[tuple(known[start:])] = place
             known.append(token)
 
-    def find(self, most: int, cost: float | None = None) -> list[int]:
-        """What may come next: `most` tokens at most, none if the last token is new or what followed it is not likely enough.
-        Where it reaches the end of the draft it goes on with its own beginning, as a text that repeats itself does.
-
-        cost: in place of the lookup's own.
-        """
-        tokens, self._matched, cost = self._tokens, 0, self.cost if cost is None else cost
+    def match(self) -> Match:
+        """Where text and draft said their last tokens before."""
+        tokens = self._tokens
         for length in range(min(LONGEST, len(tokens)), 0, -1):
             run = tuple(tokens[-length:])
             place = self._followed_in_draft.get(run, self._followed.get(run))
             if place is not None:
-                self._matched, self._place = length, place
-                break
-        copies: list[int] = []
-        chance = 1.0
-        while self._matched and len(copies) < min(MOST, most):
-            group = self._class(len(copies))
-            chance *= self._right[group] / self._judged[group]
-            if chance < cost:
-                break
-            copies.append(self._token(len(copies)))
-        return copies
+                return Match(length, [tokens[place + index % (len(tokens) - place)] for index in range(MOST)])
+        return Match()
+
+    def find(self, most: int, costs: Sequence[float]) -> list[int]:
+        """What may come next: `most` tokens at most, none if the last token is new or what followed it is not likely enough.
+
+        costs: as `Chances.copies` takes them.
+        """
+        self._found = self.match()
+        return self._chances.copies(self._found, most, costs)
 
     def learn(self, chosen: Sequence[int]) -> None:
-        """What the model chose where the last `find` looked, up to the first token that is not what stands there; before anything
-        is added. The first one teaches something even if it was not copied."""
-        for index, token in enumerate(chosen if self._matched else ()):
-            group, right = self._class(index), self._token(index) == token
-            self._judged[group] = _FORGET * self._judged[group] + 1
-            self._right[group] = _FORGET * self._right[group] + right
-            if not right:
-                break
-
-    def _class(self, index: int) -> int:
-        """Of a copied token: by how many tokens before it are the same, if those that were copied before it are right."""
-        return min(LONGEST, self._matched + index) - 1
-
-    def _token(self, index: int) -> int:
-        return self._tokens[self._place + index % (len(self._tokens) - self._place)]
+        """What the model chose where the last `find` looked; before anything is added."""
+        self._chances.learn(self._found, chosen)

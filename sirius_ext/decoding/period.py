@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 from ..config import MAX_AUTO_PERIOD
-from .lookup import COST
+from .lookup import MOST, Chances, Lookup, Match
 
 # Confidences are told apart by these upper edges. Of each class: the share of tokens that F accepts by each rule, by S's density,
 # and the share of all tokens that fall into it, before anything is known of a text. Rounded from what bench/traces.py found for
@@ -54,20 +54,25 @@ class Costs:
     sparse: a pass of S.
     full: of F's passes, (rows, cost), rising.
     follow: having the set follow the text after a verification.
-    copy: a row more in a pass of S, in such passes.
+    copies: of S's passes, (rows, cost), rising, in such passes over one token; none where S reads no copies.
     """
 
     sparse: float
     full: tuple[tuple[int, float], ...]
     follow: float = 0.0
-    copy: float = COST
+    copies: tuple[tuple[int, float], ...] = ()
 
     def over(self, rows: int) -> float:
-        """A pass of F over so many tokens; between two that were measured, and beyond the last, by a straight line."""
-        points = ((1, 1.0), *self.full)
-        index = next((i for i, (measured, _) in enumerate(points[1:], start=1) if rows <= measured), len(points) - 1)
-        (low, cost), (high, next_cost) = points[index - 1], points[index]
-        return cost + (next_cost - cost) * (rows - low) / (high - low)
+        """A pass of F over so many tokens."""
+        return _between(self.full, rows)
+
+    def full_with(self) -> list[float]:
+        """Passes of F over one token and 0, 1, 2, ... copies."""
+        return [self.over(1 + copies) for copies in range(1 + MOST)]
+
+    def sparse_with(self) -> list[float]:
+        """Passes of S over one token and 0, 1, 2, ... copies, in such passes over one token."""
+        return [_between(self.copies, 1 + copies) for copies in range(1 + MOST)]
 
     def period(self, depth: int, width: int = 1) -> float:
         """A period with a draft of this depth; without one, F alone."""
@@ -81,6 +86,17 @@ class Costs:
             advance += reach
             best = max(best, advance / self.period(depth, width))
         return best
+
+
+def _between(measured: Sequence[tuple[int, float]], rows: int) -> float:
+    """A pass over so many tokens, in passes over one: between two that were measured, and beyond the last, by a straight line;
+    one where none was measured."""
+    if not measured:
+        return 1.0
+    points = ((1, 1.0), *measured)
+    index = next((i for i, (most, _) in enumerate(points[1:], start=1) if rows <= most), len(points) - 1)
+    (low, cost), (high, next_cost) = points[index - 1], points[index]
+    return cost + (next_cost - cost) * (rows - low) / (high - low)
 
 
 def _prior(rule: str, density: float) -> list[float]:
@@ -175,14 +191,53 @@ class Ledger:
         recent_tokens, recent_cost = _FORGET_RATE * self.recent_tokens, _FORGET_RATE * self.recent_cost
         return Ledger(recent_tokens + committed, recent_cost + cost, self.tokens + committed, self.spent + cost)
 
+    @property
+    def rate(self) -> float:
+        """Tokens per cost, of late."""
+        return self.recent_tokens / self.recent_cost
+
+
+class Copying:
+    """A model that decodes a text alone, greedily, and copies from it: which tokens for its next pass, and at which rate the text
+    comes. Of a text that others decode, too, this is what it would do and have done if it chose the same tokens.
+
+    lookup: holds the text.
+    costs: of passes with 0, 1, 2, ... copies, the first of which is 1.
+    most: tokens that are copied for a pass.
+
+    copies: in the pass that gives the next token.
+    ledger: of the passes before.
+    """
+
+    def __init__(self, lookup: Lookup, costs: Sequence[float], most: int = MOST) -> None:
+        self._lookup, self._costs, self._most = lookup, costs, most
+        self._chances = Chances()
+        self._match, self.copies = Match(), list[int]()
+        self._chosen: list[int] | None = None  # in this pass; none before the first
+        self.ledger = Ledger(recent_tokens=_PRIOR_RATE, recent_cost=_PRIOR_RATE)
+
+    def commit(self, token: int) -> None:
+        """The text has gone on with this one."""
+        if self._chosen is not None:
+            self._chosen.append(token)
+            if self._chosen == self.copies[: len(self._chosen)]:
+                return  # the pass has given the next token, too
+            self._chances.learn(self._match, self._chosen)
+            self.ledger = self.ledger.after(len(self._chosen), self._costs[len(self.copies)])
+        self._match, self._chosen = self._lookup.match(), []
+        rate = max(1.0, self.ledger.rate)
+        self.copies = self._chances.copies(self._match, self._most, [rate * cost for cost in self._costs])
+
 
 class AdaptivePeriod:
     """Says before each pass of S whether there shall be one more, for one text.
 
     One more token is worth what it is likely to add to the accepted run: the product of the acceptances of those before it, times
     the mean acceptance of a token. It must be worth at least its passes' cost, at the rate of tokens per cost that the text has
-    otherwise, and at least at Full's, which is one. That is the best rule that looks one token ahead. A text begins with the rate
-    that the best fixed period would have if every token were as likely to be accepted as the mean one.
+    otherwise, and at least at F's: one, or what F would have with copies. That is the best rule that looks one token ahead. A text
+    begins with the rate that the best fixed period would have if every token were as likely to be accepted as the mean one.
+
+    Copies that S confirms cost no pass, only rows; so a draft goes on through them where it would end before a pass of its own.
 
     Whatever is expected, a period begins no draft that could make the text dearer than F alone by more than MOST_LOSS. A draft of
     more than one token risks no more than three quarters of that: a single bad period at the beginning would otherwise end
@@ -193,24 +248,38 @@ class AdaptivePeriod:
     width: of the draft's tree.
     longest: period.
     density: the share of the neurons that S reads.
+    copying: F alone with copies, where tokens are copied: the rate at which it would decode this text.
     """
 
-    def __init__(self, costs: Costs, rule: str, width: int = 1, longest: int = MAX_AUTO_PERIOD, density: float = 0.5) -> None:
+    def __init__(
+        self,
+        costs: Costs,
+        rule: str,
+        width: int = 1,
+        longest: int = MAX_AUTO_PERIOD,
+        density: float = 0.5,
+        copying: Copying | None = None,
+    ) -> None:
         self.acceptance = Acceptance(rule, density)
-        self._costs, self.longest = costs, longest
+        self._costs, self.longest, self._copying = costs, longest, copying
+        self._full_with, self._sparse_with = costs.full_with(), costs.sparse_with()
         self._cost = [costs.period(depth, width) for depth in range(max(longest, 1))]  # of a period with a draft of each depth
         rate = costs.best_rate(self.acceptance.mean, width, longest)
         self.ledger = Ledger(recent_tokens=_PRIOR_RATE, recent_cost=_PRIOR_RATE / rate)
         self._confidences: list[float] = []
         self._reach = 1.0
+        self._spared = 0.0  # by copies, in this period's passes of S
 
-    def goes_on(self, room: int, ahead: int = 0) -> bool:
+    def goes_on(self, room: int, ahead: int = 0, paid: bool = False) -> bool:
         """Whether S drafts one more token in this period.
 
         room: tokens that the text may still take.
-        ahead: so many more are drafted before, of which F accepts all.
+        ahead: so many more are drafted before in the same pass, of which F accepts all.
+        paid: the pass that would draft it has been made.
         """
-        return self._reach * self.acceptance.mean >= self._worth(len(self._confidences) + ahead + 1, room)
+        spared = self._spared + (ahead + paid) * self._costs.sparse - self._dearer(ahead)
+        worth = self._worth(len(self._confidences) + ahead + 1, room, spared, paid or ahead > 0)
+        return self._reach * self.acceptance.mean >= worth
 
     def stops(self, room: int) -> Stops:
         """What `goes_on` says in a period that has not begun, whatever S proposes in it. room: as there."""
@@ -223,57 +292,49 @@ class AdaptivePeriod:
             reach *= max(accepted)  # no token is likelier to be accepted
         return Stops(mean, accepted, worth[:-1])
 
-    def _worth(self, depth: int, room: int) -> float:
+    def _worth(self, depth: int, room: int, spared: float = 0.0, paid: bool = False) -> float:
         """Tokens that the last one of a draft of this depth must be expected to bring; inf where there may be no such draft."""
         if depth + 1 > min(self.longest, room):
             return math.inf
-        ledger = self.ledger
-        left = ledger.tokens + MOST_LOSS * max(LEAST_TOKENS, ledger.tokens + 1) - ledger.spent
-        if self._cost[depth] - 1 > left * (1.0 if depth == 1 else MOST_RISK):  # lost if nothing of the draft is accepted
+        # Lost if nothing of the draft is accepted.
+        if self._cost[depth] - spared - 1 > self._left * (1.0 if depth == 1 else MOST_RISK):
             return math.inf
-        rate = max(1.0, ledger.recent_tokens / ledger.recent_cost)
-        return rate * (self._cost[depth] - self._cost[depth - 1])
+        rate = max(1.0, self.ledger.rate, self._copying.ledger.rate if self._copying else 1.0)
+        return rate * (self._cost[depth] - self._cost[depth - 1] - paid * self._costs.sparse)
 
-    def cost_of_rows(self, rows: int) -> float:
-        """So many more than one in a pass of F."""
-        return self._costs.over(1 + rows) - 1
+    @property
+    def _left(self) -> float:
+        """How much dearer than one of F's passes the next period may be."""
+        return self.ledger.tokens + MOST_LOSS * max(LEAST_TOKENS, self.ledger.tokens + 1) - self.ledger.spent
 
-    def drafted(self, confidence: float) -> None:
-        """S has proposed a token, with this likelihood."""
+    @property
+    def full_with(self) -> list[float]:
+        """Passes of F with 0, 1, 2, ... copies, as many as the text may pay for, in the tokens that they must bring at the rate
+        of the text."""
+        rate, left = max(1.0, self.ledger.rate), self._left
+        return [rate * cost for cost in self._full_with if cost == 1 or cost - 1 <= left]
+
+    def _dearer(self, copies: int) -> float:
+        """What a pass of S with copies costs more than one without."""
+        return self._costs.sparse * (self._sparse_with[copies] - 1)
+
+    def reads(self, copies: int) -> None:
+        """S makes a pass with so many copies in it."""
+        self._spared -= self._dearer(copies)
+
+    def drafted(self, confidence: float, paid: bool = False) -> None:
+        """S has proposed a token, with this likelihood. paid: in the same pass as the one before."""
         self._confidences.append(confidence)
         self._reach *= self.acceptance.of(confidence)
+        if paid:
+            self._spared += self._costs.sparse
 
-    def judged(self, accepted: int, committed: int) -> None:
-        """The period has ended: F accepted so many of its tokens one after the other, and so many joined the text."""
-        self.ledger = self.ledger.after(committed, self._cost[len(self._confidences)])
+    def judged(self, accepted: int, committed: int, copies: int = 0) -> None:
+        """The period has ended: F accepted so many of its tokens one after the other, and so many joined the text. copies: in
+        F's pass, where S has drafted nothing."""
+        cost = self._full_with[copies] if copies else self._cost[len(self._confidences)] - self._spared
+        self.ledger = self.ledger.after(committed, cost)
         # What comes after a rejected token was never judged.
         for index, confidence in enumerate(self._confidences[: accepted + 1]):
             self.acceptance.observe(confidence, index < accepted)
-        self._confidences, self._reach = [], 1.0
-
-
-def replay(
-    policy: AdaptivePeriod | int, confidences: Sequence[float], accepted: Sequence[bool], costs: Costs
-) -> tuple[int, float]:
-    """A recorded text decoded again, on paper: how many tokens, and at which cost in passes of F over one token.
-
-    policy: decides; a number is a fixed period.
-    confidences, accepted: of what S proposes at each place of the text, and whether F takes it there.
-    """
-    place, spent = 0, 0.0
-    while place < len(confidences):
-        room, depth = len(confidences) - place + 1, 0
-        if isinstance(policy, int):
-            depth = min(policy, room) - 1
-        else:
-            while policy.goes_on(room):
-                policy.drafted(confidences[place + depth])
-                depth += 1
-        run = 0
-        while run < depth and accepted[place + run]:
-            run += 1
-        if not isinstance(policy, int):
-            policy.judged(run, run + 1)
-        spent += costs.period(depth)
-        place += run + 1
-    return place, spent
+        self._confidences, self._reach, self._spared = [], 1.0, 0.0

@@ -18,7 +18,7 @@ from ..runtime.model import Model, not_finite
 from ..runtime.passes import Fault, Pass, Result
 from .costs import costs_of
 from .lookup import MOST, Lookup
-from .period import AdaptivePeriod
+from .period import AdaptivePeriod, Copying
 from .period_graph import Replayed, replayed_periods
 from .prefill import Passes, drive, read
 from .sampling import Logits, rule_of
@@ -193,13 +193,18 @@ class Sequence:
             reused_tokens=min(len(cache.tokens), len(prompt) - 1),
         )
         self._adaptive: AdaptivePeriod | None = None
-        if corrects and config.period == "auto":
-            costs, longest = costs_of(model, config, request.thresholds), request.longest_period(model)
-            neurons = density_of(config, model.weights)
-            self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest, neurons)
-            self.stats.sparse_cost = costs.sparse
+        self._copying: Copying | None = None  # F, or S, alone with copies: what it does, or what it would do
+        self._sparse_with: list[float] = []  # passes of S with 0, 1, 2, ... copies, in such passes
+        if self._lookup is not None or (corrects and config.period == "auto"):
+            costs = costs_of(model, config, self._lookup is not None, request.thresholds)
+            self._sparse_with = costs.sparse_with()
             if self._lookup is not None:
-                self._lookup.cost = costs.copy
+                with_copies = self._sparse_with if config.mode == "sparse" else costs.full_with()
+                self._copying = Copying(self._lookup, with_copies, min(MOST, max(0, self._tree.capacity - 2)))
+            if corrects and config.period == "auto":
+                longest, neurons = request.longest_period(model), density_of(config, model.weights)
+                self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest, neurons, self._copying)
+                self.stats.sparse_cost = costs.sparse
         # The text so far, for who wants to see it: logits processors.
         self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
         self._replayed: Iterator[Replayed] | None = None  # one for every step, where a device decodes whole periods
@@ -293,8 +298,10 @@ class Sequence:
             end = len(request.prompt) + len(self.tokens) + len(tokens)
             self._ids[end - len(tokens) : end] = torch.tensor(tokens)
         self._tree.plant(tokens[-1], self._length + len(tokens))
-        if self._lookup is not None:
-            self._lookup.commit(tokens)
+        if self._lookup is not None and self._copying is not None:
+            for token in tokens:
+                self._lookup.commit([token])
+                self._copying.commit(token)
         before = len(self.tokens)
         finish = ""
         for token in tokens:
@@ -340,11 +347,11 @@ class Sequence:
 
     def _plain_step(self, started: float) -> Passes[Step]:
         """One token by F alone, or by S alone; and those that were copied from the text, if it chooses them too."""
-        if self._lookup is None:
+        if self._copying is None:
             token, logits = yield from self._next_token(self._sparsity)
             return self._commit([token], started, logits=logits)
         room = self.request.limit - len(self.tokens)
-        copies = self._copies(room, min(room, self._tree.capacity - 1))
+        copies = self._copying.copies[: room - 1]
         tokens, logits = yield from self._grow(copies, _always, self._sparsity)
         if self.request.config.mode == "sparse":
             return self._commit(tokens, started, logits=logits)
@@ -399,23 +406,15 @@ class Sequence:
     def _alone(self, adaptive: AdaptivePeriod, room: int, started: float) -> Passes[Step]:
         """A period without a draft: F's next token, at the cost of F alone. A set that follows the text stands still.
 
-        What F copies from the text it would have chosen itself, token by token, and S drafts again where it would have: with
-        copies or without, the text is the same.
+        What F copies from the text it would have chosen itself, so that with `match` the text is the same with copies or without.
         """
         if self._lookup is None:
             token, logits = yield from self._next_token(None)
             adaptive.judged(0, 1)
             return self._copied([], [token], room == 1, started, logits)
-        left = room
-
-        def goes_on(logits: Logits) -> bool:
-            nonlocal left
-            left -= 1
-            adaptive.judged(0, 1)
-            return not adaptive.goes_on(left)
-
-        copies = self._lookup.find(min(room, self._tree.capacity - 1) - 1, adaptive.cost_of_rows(MOST) / MOST)
-        tokens, logits = yield from self._grow(copies, goes_on)
+        copies = self._lookup.find(min(room, self._tree.capacity - 1) - 1, adaptive.full_with)
+        tokens, logits = yield from self._grow(copies, _always)
+        adaptive.judged(0, len(tokens), len(copies))
         return self._copied(copies, tokens, len(copies) + 1 == room, started, logits)
 
     def _draft(self, room: int, sparsity: CSparse | FSparse) -> Passes[int]:
@@ -425,15 +424,17 @@ class Sequence:
         depth = 0 if adaptive else min(int(self.request.config.period), room) - 1
         while adaptive.goes_on(room) if adaptive else tree.depth < depth:
             if tree.width == 1 and self._rule.takes_argmax:
-                first = tree.size - 1
+                first, copies = tree.size - 1, self._copies(room, depth)
+                if adaptive:
+                    adaptive.reads(len(copies))
 
-                def goes_on(logits: Logits, first: int = first) -> bool:
+                def goes_on(logits: Logits, row: int, first: int = first, last: int = len(copies)) -> bool:
                     if adaptive is None:
                         return True
-                    adaptive.drafted(self._confidence(logits, first))
-                    return adaptive.goes_on(room)
+                    adaptive.drafted(self._confidence(logits, first), paid=row > 0)
+                    return adaptive.goes_on(room, paid=row < last)
 
-                tokens, _ = yield from self._grow(self._copies(room, depth), goes_on, sparsity)
+                tokens, _ = yield from self._grow(copies, goes_on, sparsity)
                 copied += len(tokens) - 1
                 continue
             before, leaves = tree.size, tree.leaves
@@ -451,18 +452,18 @@ class Sequence:
         if self._lookup is None:
             return []
         if adaptive is None:
-            return self._lookup.find(depth - tree.depth - 1)
-        copies = self._lookup.find(MOST)
+            return self._lookup.find(depth - tree.depth - 1, self._sparse_with)
+        copies = self._lookup.find(MOST, self._sparse_with)
         going_on = (adaptive.goes_on(room, ahead) for ahead in range(1, 1 + len(copies)))
         return copies[: sum(1 for _ in itertools.takewhile(bool, going_on))]
 
     def _grow(
-        self, copies: list[int], goes_on: Callable[[Logits], bool], sparsity: CSparse | FSparse | None = None
+        self, copies: list[int], goes_on: Callable[[Logits, int], bool], sparsity: CSparse | FSparse | None = None
     ) -> Passes[tuple[list[int], torch.Tensor]]:
         """Let a chain grow by one pass of S, or F, over its last node and over tokens that may come after it: by the model's
         choice, and by one more after each copy that it has chosen. `goes_on` is asked after each of them, by the logits of the
-        pass. Returns the new tokens, which would be the same without copies, and the model's own logits for them and for what
-        else was in the pass."""
+        pass and the row that gave it. Returns the new tokens, which the model chooses without copies, too, and its own logits for
+        them and for what else was in the pass."""
         tree, lookup, first = self._tree, self._lookup, self._tree.size - 1
         rows = 1 + len(copies)
         # A row's choice takes the place of the token that was copied for the next one. By then that has been read.
@@ -478,7 +479,7 @@ class Sequence:
                 chosen[row] = best[row] = int(logits[row].argmax())
             tokens.append(best[row])
             tree.grow_chain()
-            if not goes_on(logits) or best[row] != copy:
+            if not goes_on(logits, row) or best[row] != copy:
                 break
         if lookup is not None:
             lookup.learn(tokens)
@@ -560,7 +561,7 @@ class Sequence:
         return torch.cat((self._ids[: self._length + 1], self._tree.tokens[self._tree.path(node)].long()))
 
 
-def _always(logits: Logits) -> bool:
+def _always(logits: Logits, row: int) -> bool:
     return True
 
 

@@ -55,7 +55,7 @@ class Plan:
         if self.base.accept == "sample":
             raise ValueError("--accept: expected threshold or match, got sample; the tasks are decoded greedily")
         if self.base.lookup is True:
-            raise ValueError("lookup: expected False or auto; it changes how fast a text comes, not the text")
+            raise ValueError("lookup: expected False or auto; an evaluation is about texts, and copies are about time")
         configs = [config_of(mode, self.base) for mode in self.modes]
         if len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes: expected each once, got {', '.join(self.modes)}")
