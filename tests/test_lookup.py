@@ -139,7 +139,7 @@ def test_what_a_model_alone_would_have_done(prompt, text):
     """By hand, pass by pass."""
     lookup, costs = Lookup(prompt), [1, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4]
     copying = Copying(lookup, costs)
-    chances, passes, place, copies = Chances(), [], 0, []
+    chances, passes, place, match, copies = Chances(), [], 0, None, []
     for index, token in enumerate(text):
         lookup.commit([token])
         copying.commit(token)

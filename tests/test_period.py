@@ -12,8 +12,7 @@ from sirius_ext import Engine, SiriusConfig
 from sirius_ext.config import MAX_AUTO_PERIOD
 from sirius_ext.decoding import costs as measuring
 from sirius_ext.decoding import reference, sequence
-from sirius_ext.decoding.lookup import MOST, Lookup
-from sirius_ext.decoding.period import LEAST_TOKENS, Acceptance, AdaptivePeriod, Copying, Costs
+from sirius_ext.decoding.period import LEAST_TOKENS, Acceptance, AdaptivePeriod, Costs
 
 MODELS = ("qwen2.5-coder-1.5b", "smollm2-135m")
 RULES = ("match", "threshold")

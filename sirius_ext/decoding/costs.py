@@ -27,8 +27,8 @@ from .lookup import MOST
 from .period import Costs
 from .sparsity import CSparse, FSparse, density_of, four_bits, sparse_density, sparsity_of
 
-# Of the passes that are measured, beside one over one token. Kernels take rows in blocks, so that one more may cost much or nothing;
-# the most that copies ask for is among them.
+# Of the passes that are measured, beside one over one token. Kernels take rows in blocks, so that one more may cost much or
+# nothing; the most that copies ask for is among them.
 ROWS = 2, 4, 8, 1 + MOST, 16  # of F
 FEW_ROWS = 4, 16  # of F where it is slow: then it waits for its weights, whatever the rows
 SPARSE_ROWS = 4, 8, 1 + MOST

@@ -234,8 +234,8 @@ class AdaptivePeriod:
 
     One more token is worth what it is likely to add to the accepted run: the product of the acceptances of those before it, times
     the mean acceptance of a token. It must be worth at least its passes' cost, at the rate of tokens per cost that the text has
-    otherwise, and at least at F's: one, or what F would have with copies. That is the best rule that looks one token ahead. A text
-    begins with the rate that the best fixed period would have if every token were as likely to be accepted as the mean one.
+    otherwise, and at least at F's: one, or what F would have with copies. That is the best rule that looks one token ahead. A
+    text begins with the rate that the best fixed period would have if every token were as likely to be accepted as the mean one.
 
     Copies that S confirms cost no pass, only rows; so a draft goes on through them where it would end before a pass of its own.
 
