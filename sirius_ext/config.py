@@ -23,9 +23,6 @@ PREFILL_CHUNK = 256
 TOGETHER = 16
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
 DENSITY = 0.5
-# What "auto" means for csparse, by the bits of a weight of which S reads four; None: it reads what F does. The less S costs
-# beside F, the more all of its neurons are worth (tests/test_period.py).
-AUTO_DENSITY = {None: DENSITY, 8: 0.7, 16: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +37,8 @@ class SiriusConfig:
     follow: the set of csparse and of the cascade follows the text: every verification shows which neurons its tokens used, and
         the set is chosen anew. With False it stays as the prompt chose it, which is the paper's rule.
     density: fraction of MLP neurons kept in every layer, in (0, 1]; of the cascade, the share of gate, up and down that is read.
-        "auto" is 0.5, and of csparse that reads four bits of eight 0.7, of 16 all, since it is cheap beside the full model; where
-        that comes from a disk it is 1 in four bits of eight, too, if there is room, and less where there is room for no more.
+        "auto" is 0.5, and 1 of csparse that reads four bits where the full model reads more, since it is cheap beside that; less
+        where not all is in memory and there is no room for more.
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
     period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts
@@ -137,11 +134,12 @@ class SiriusConfig:
             return 'not with accept="sample", whose proposals are drawn'
         return ""
 
-    def density_with(self, four_bits_of: int | None = None) -> float:
-        """The density of a sparse model that reads four bits of so many of a weight, 8 or 16; None: what the full one reads."""
+    def density_with(self, fewer_bits: bool = False) -> float:
+        """The density of a sparse model. fewer_bits: it reads four bits where the full one reads more. Then all neurons are worth
+        more than what csparse saves without some of them (tests/test_period.py)."""
         if isinstance(self.density, float):
             return self.density
-        return AUTO_DENSITY[four_bits_of if self.sparsity == "csparse" else None]
+        return 1.0 if fewer_bits and self.sparsity == "csparse" else DENSITY
 
     @property
     def copies(self) -> bool:

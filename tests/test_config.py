@@ -156,10 +156,10 @@ def test_the_longest_period():
 
 
 def test_the_density_of_a_config():
-    """Neurons are cheap in four bits: of a set for all tokens more of them pay."""
-    assert [SiriusConfig().density_with(of) for of in (None, 8, 16)] == [0.5, 0.7, 1]
+    """In four bits of more all neurons are cheap."""
+    assert SiriusConfig().density_with() == 0.5 and SiriusConfig().density_with(fewer_bits=True) == 1
     for sparsity in ("fsparse", "cascade"):
-        assert SiriusConfig(sparsity=sparsity).density_with(8) == 0.5
-    assert SiriusConfig(density=0.3).density_with(16) == SiriusConfig(density=0.3).density_with() == 0.3
+        assert SiriusConfig(sparsity=sparsity).density_with(fewer_bits=True) == 0.5
+    assert SiriusConfig(density=0.3).density_with(fewer_bits=True) == SiriusConfig(density=0.3).density_with() == 0.3
     with pytest.raises(TypeError, match='^density: expected a number or "auto", got'):
         SiriusConfig(density="dense")

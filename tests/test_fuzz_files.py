@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from model_files import tiny_llama, write_gguf
 
-CASES = 200
+CASES = 120
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])

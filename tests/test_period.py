@@ -1,6 +1,7 @@
 """`period="auto"`: what it promises, by texts that were recorded once, over the costs of several machines; and that it changes
 nothing but the time."""
 
+import dataclasses
 import json
 import random
 
@@ -50,21 +51,34 @@ def test_never_slower_than_full_and_as_good_as_the_best_fixed_period(model, rule
     assert together >= 0.97 * max(fixed.values()), (together, fixed)
 
 
-# Weights in eight bits, S in four, two cores with AVX-512: S by its density, F over more tokens.
-PACKED = {
-    density: Costs(cost, ((4, 1.07), (8, 1.1), (16, 1.42)), 0.01) for density, cost in ((1, 0.47), (0.7, 0.39), (0.5, 0.325))
+# S in four bits of eight, by its density, and of sixteen. A list of neurons makes rows short: of memory that is fast 0.7 of them
+# take nearly the time of all.
+FEWER_BITS = {
+    "eight, fast memory": (
+        {1: 0.53, 0.7: 0.51, 0.5: 0.43},
+        Costs(1.0, ((2, 1.03), (4, 1.11), (8, 1.38), (9, 1.76), (16, 2.0)), 0.05, ((4, 1.25), (8, 1.7), (9, 2.3))),
+    ),
+    "eight, slow memory": (
+        {1: 0.47, 0.7: 0.39, 0.5: 0.325},
+        Costs(1.0, ((4, 1.07), (8, 1.1), (16, 1.42)), 0.01, ((8, 1.3), (9, 1.4))),
+    ),
+    "eight, bytes alone": ({1: 0.53, 0.7: 0.43, 0.5: 0.36}, Costs(1.0, ((16, 1.1),), 0.01, ((9, 1.1),))),
+    "sixteen": ({1: 0.32, 0.7: 0.26, 0.5: 0.22}, Costs(1.0, ((4, 1.05), (16, 1.3)), 0.01, ((9, 1.3),))),
 }
 
 
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("bits", FEWER_BITS)
 @pytest.mark.parametrize("rule", RULES)
-def test_in_four_bits_no_density_is_much_better_than_the_default(rule):
+def test_in_fewer_bits_no_density_is_much_better_than_all_neurons(rule, bits, copies):
     """And no text is slower than F alone."""
+    shares, others = FEWER_BITS[bits]
     found = {}
-    for density, costs in PACKED.items():
-        found[density], each = tokens_per_cost("qwen2.5-coder-1.5b-packed", costs, density, rule)
+    for density, share in shares.items():
+        costs = dataclasses.replace(others, sparse=share)
+        found[density], each = tokens_per_cost("qwen2.5-coder-1.5b-packed", costs, density, rule, copies=copies)
         assert len(each) >= 30 and min(each) >= 0.98
-    default = SiriusConfig().density_with(8)
-    assert found[default] >= 0.97 * max(found.values()) and found[default] > 1.5, found
+    assert found[SiriusConfig().density_with(fewer_bits=True)] >= 0.95 * max(found.values()), found
 
 
 def test_the_texts_are_worth_it():
@@ -97,16 +111,6 @@ def test_what_drafts_may_lose_is_bounded_whatever_is_said():
         for length in (LEAST_TOKENS, 200, 1000):
             spent = replay(lambda _: AdaptivePeriod(costs, "threshold"), Text([1.0] * length, [False] * length), costs)  # noqa: B023
             assert spent <= 1.02 * length
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_in_four_bits_of_sixteen_all_neurons_are_the_best(rule):
-    found = {}
-    for density, share in ((1, 0.32), (0.7, 0.26), (0.5, 0.22)):
-        costs = Costs(share, ((4, 1.05), (16, 1.3)), 0.01)
-        found[density], each = tokens_per_cost("qwen2.5-coder-1.5b-packed", costs, density, rule)
-        assert min(each) >= 0.98
-    assert found[SiriusConfig().density_with(16)] == max(found.values()) > 2, found
 
 
 # S in four bits beside a full model that comes from a disk, which more rows make no slower.

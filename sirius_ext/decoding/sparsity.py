@@ -23,7 +23,7 @@ _SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3, "cascade": 1.0}
 # What a token counts for in the statistic of a following set, relative to the next one: half as much 32 tokens later.
 DECAY = 2 ** (-1 / 32)
 # Of "auto" where memory is too small for more, the better one first. With fewer neurons than the last S proposes little of use.
-DENSITIES = (0.6, 0.5, 0.4, 0.3)
+DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 def kept_neurons(density: float, intermediate: int) -> int:
@@ -53,12 +53,7 @@ def _density(config: SiriusConfig, four_bits: bool, gate: Format, plan: Plan | N
     """gate: F's."""
     if config.density == "auto" and plan is not None and plan.density is not None:
         return plan.density
-    return config.density_with(_four_bits_of(four_bits, gate))
-
-
-def _four_bits_of(four_bits: bool, gate: Format) -> int | None:
-    """Of how many bits of a weight S reads four; None if it reads what F does. gate: F's."""
-    return None if not four_bits or gate.four_bits else 8 if gate == Format.Q8 else 16
+    return config.density_with(four_bits and not gate.four_bits)
 
 
 def cascade_neurons(density: float, intermediate: int) -> tuple[int, int, int]:
@@ -90,14 +85,9 @@ def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
         if not less and config.draft_weights == "auto" and files.weights != "plain":
             return  # there S has four bits of every weight anyway
         draft = draft_of(config, files, less)
-        of_bits = _four_bits_of(less, files.layers[0].gate.format)
-        if config.density == "auto" and config.sparsity == "csparse" and of_bits and draft.neurons:
-            # A full model that comes from a disk is dear. What all neurons add to the tokens of a period is worth more than what
-            # S saves without some of them, if there is room for all.
-            yield dataclasses.replace(draft, neurons=files.intermediate, density=1.0)
         yield draft
         if config.density == "auto" and draft.neurons and config.sparsity != "fsparse":
-            usual = config.density_with(of_bits)
+            usual = config.density_with(less and not files.layers[0].gate.format.four_bits)
             for density in (each for each in DENSITIES if each < usual):
                 yield dataclasses.replace(draft_of(dataclasses.replace(config, density=density), files, less), density=density)
 
@@ -120,7 +110,7 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
         )
     if config.sparsity == "fsparse":
         return Draft(files.intermediate, rows=rows)
-    density = config.density_with(_four_bits_of(four_bits, files.layers[0].gate.format))
+    density = config.density_with(four_bits and not files.layers[0].gate.format.four_bits)
     if config.sparsity == "cascade":
         return Draft(cascade_neurons(density, files.intermediate)[0], rows=rows)
     return Draft(kept_neurons(density, files.intermediate), rows=rows)
