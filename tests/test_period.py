@@ -14,6 +14,7 @@ from sirius_ext.config import MAX_AUTO_PERIOD
 from sirius_ext.decoding import costs as measuring
 from sirius_ext.decoding import reference, sequence
 from sirius_ext.decoding.period import LEAST_TOKENS, Acceptance, AdaptivePeriod, Costs
+from sirius_ext.engine import prepare
 
 MODELS = ("qwen2.5-coder-1.5b", "smollm2-135m")
 RULES = ("match", "threshold")
@@ -333,6 +334,19 @@ def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
     (cache / "costs.json").write_text("no JSON")
     Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)
     assert len(measured) == 3 and len(json.loads((cache / "costs.json").read_text())) == 1
+
+
+def test_where_passes_are_slow_few_are_measured(cache, monkeypatch, one_thread):
+    """And S's rows wherever tokens are copied, but not of F alone."""
+    monkeypatch.setattr(measuring, "_SLOW", 0.0)
+    model, config = prepare(tiny("llama3")), SiriusConfig(density=0.4)
+    costs = measuring.costs_of(model, config, True)
+    assert [rows for rows, _ in costs.full] == list(measuring.FEW_ROWS)
+    assert [rows for rows, _ in costs.copies] == list(measuring.SPARSE_ROWS) and costs.sparse > 0
+    assert measuring.costs_of(model, config, False).copies == ()
+    alone = measuring.costs_of(model, SiriusConfig(mode="full", lookup=True), True)
+    assert (alone.sparse, alone.follow, alone.copies) == (1, 0, ()) and len(alone.full) == len(measuring.FEW_ROWS)
+    assert len(json.loads((cache / "costs.json").read_text())) == 3
 
 
 def test_a_cache_folder_that_cannot_be_written_to(monkeypatch, tmp_path, one_thread):
