@@ -100,8 +100,8 @@ class Plan:
         if settings["draft_weights"] == "auto":  # results from before there was a choice may be gone on with
             del settings["draft_weights"]
         four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights == "q8")
-        if settings["density"] == "auto":  # in four bits it depends on the mode; and once it meant something else
-            settings["density"] = f"auto, {self.base.density_with(fewer_bits=True)}" if four_bits else self.base.density_with()
+        if settings["density"] == "auto":  # in four bits it depends on the mode; and once "auto" was 0.7 of csparse there
+            settings["density"] = "auto, 1 of csparse" if four_bits else self.base.density_with()
         weights = {"weights": self.weights} if self.weights != "plain" else {}
         source = {"source": "hub"} if self.data is None else {}
         batch = {"batch": self.batch} if self.batch > 1 else {}
