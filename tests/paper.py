@@ -51,16 +51,13 @@ def run_of(flags: list[bool]) -> int:
     return flags.index(False) if False in flags else len(flags)
 
 
-def full_with_copies(text: Text, costs: Costs, believed: Costs | None = None) -> float:
-    """What F alone spends, in passes over one token. believed: the costs by which it copies, if not those that it has."""
-    lookup = Lookup(text.prompt)
-    copying = Copying(lookup, (believed or costs).full_with())
+def full_with_copies(text: Text, costs: Costs) -> float:
+    """What F alone spends, in passes over one token."""
+    copying = Copying(Lookup(text.prompt), costs.full_with())
     place, spent = -1, 0.0
     committed = text.tokens[:1]
     while True:
-        for token in committed:
-            lookup.commit([token])
-            copying.commit(token)
+        copying.commit(committed)
         place += len(committed)
         if place == len(text):
             return spent
@@ -87,12 +84,8 @@ def replay(
     adaptive = None if isinstance(policy, int) else policy(copying)
     with_copies = costs.sparse_with()
 
-    def commit(tokens: list[int]) -> None:
-        for token in tokens if lookup and copying else ():
-            lookup.commit([token])
-            copying.commit(token)
-
-    commit(text.tokens[:1])
+    if copying:
+        copying.commit(text.tokens[:1])
     place, spent = 0, 0.0
     while place < len(text):
         room, depth, copied = len(text) - place, 0, list[int]()
@@ -123,12 +116,13 @@ def replay(
             if adaptive:
                 adaptive.judged(run, run + 1)
         else:
-            copied = lookup.find(min(room - 1, MOST), adaptive.full_with)
+            copied = lookup.find(min(room - 1, MOST), adaptive.full_worth)
             run = run_of([copy == token for copy, token in zip(copied, text.tokens[place + 1 :])])
             spent += costs.full_with()[len(copied)]
             lookup.learn(text.tokens[place + 1 : place + 2 + run])
             adaptive.judged(0, run + 1, len(copied))
-        commit(text.tokens[place + 1 : place + 2 + run])
+        if copying:
+            copying.commit(text.tokens[place + 1 : place + 2 + run])
         place += run + 1
     assert adaptive is None or adaptive.ledger.spent == pytest.approx(spent)
     return spent

@@ -141,8 +141,7 @@ def test_what_a_model_alone_would_have_done(prompt, text):
     copying = Copying(lookup, costs)
     chances, passes, place, match, copies = Chances(), [], 0, None, []
     for index, token in enumerate(text):
-        lookup.commit([token])
-        copying.commit(token)
+        copying.commit([token])
         place += 1
         if index and place <= len(copies) and text[index - place + 1 : index + 1] == copies[:place]:
             assert copying.copies == copies

@@ -144,7 +144,7 @@ def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
     if sparsity is not None:
         bodies |= {"sparse": run(width, sparsity), **{f"sparse {rows}": run(rows, sparsity) for rows in sparse_rows}}
         if sparsity.follows:
-            bodies["follow"] = run(4, None, follow=True)
+            bodies["follow"] = run(FEW_ROWS[0], None, follow=True)
     ratios: dict[str, list[float]] = {name: [] for name in bodies}
     started = time.perf_counter()
     for count in itertools.count():
@@ -164,7 +164,7 @@ def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
     return Costs(
         sparse,
         _rising(cost, "full", full_rows),
-        max(0.0, round(cost["follow"] - cost["full 4"], 2)) if sparsity.follows else 0.0,
+        max(0.0, round(cost["follow"] - cost[f"full {FEW_ROWS[0]}"], 2)) if sparsity.follows else 0.0,
         _rising(cost, "sparse", sparse_rows, cost["sparse"]),
     )
 

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..config import MAX_AUTO_PERIOD
 from .lookup import MOST, Chances, Lookup, Match
@@ -201,7 +201,7 @@ class Copying:
     """A model that decodes a text alone, greedily, and copies from it: which tokens for its next pass, and at which rate the text
     comes. Of a text that others decode, too, this is what it would do and have done if it chose the same tokens.
 
-    lookup: holds the text.
+    lookup: holds the text, and goes on with it.
     costs: of passes with 0, 1, 2, ... copies, the first of which is 1.
     most: tokens that are copied for a pass.
 
@@ -216,8 +216,13 @@ class Copying:
         self._chosen: list[int] | None = None  # in this pass; none before the first
         self.ledger = Ledger(recent_tokens=_PRIOR_RATE, recent_cost=_PRIOR_RATE)
 
-    def commit(self, token: int) -> None:
-        """The text has gone on with this one."""
+    def commit(self, tokens: Iterable[int]) -> None:
+        """The text goes on with these; the draft is dropped."""
+        for token in tokens:
+            self._lookup.commit([token])
+            self._said(token)
+
+    def _said(self, token: int) -> None:
         if self._chosen is not None:
             self._chosen.append(token)
             if self._chosen == self.copies[: len(self._chosen)]:
@@ -308,7 +313,7 @@ class AdaptivePeriod:
         return self.ledger.tokens + MOST_LOSS * max(LEAST_TOKENS, self.ledger.tokens + 1) - self.ledger.spent
 
     @property
-    def full_with(self) -> list[float]:
+    def full_worth(self) -> list[float]:
         """Passes of F with 0, 1, 2, ... copies, as many as the text may pay for, in the tokens that they must bring at the rate
         of the text."""
         rate, left = max(1.0, self.ledger.rate), self._left

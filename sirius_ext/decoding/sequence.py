@@ -298,10 +298,8 @@ class Sequence:
             end = len(request.prompt) + len(self.tokens) + len(tokens)
             self._ids[end - len(tokens) : end] = torch.tensor(tokens)
         self._tree.plant(tokens[-1], self._length + len(tokens))
-        if self._lookup is not None and self._copying is not None:
-            for token in tokens:
-                self._lookup.commit([token])
-                self._copying.commit(token)
+        if self._copying is not None:
+            self._copying.commit(tokens)
         before = len(self.tokens)
         finish = ""
         for token in tokens:
@@ -412,7 +410,7 @@ class Sequence:
             token, logits = yield from self._next_token(None)
             adaptive.judged(0, 1)
             return self._copied([], [token], room == 1, started, logits)
-        copies = self._lookup.find(min(room, self._tree.capacity - 1) - 1, adaptive.full_with)
+        copies = self._lookup.find(min(room, self._tree.capacity - 1) - 1, adaptive.full_worth)
         tokens, logits = yield from self._grow(copies, _always)
         adaptive.judged(0, len(tokens), len(copies))
         return self._copied(copies, tokens, len(copies) + 1 == room, started, logits)

@@ -53,7 +53,12 @@ def _density(config: SiriusConfig, four_bits: bool, gate: Format, plan: Plan | N
     """gate: F's."""
     if config.density == "auto" and plan is not None and plan.density is not None:
         return plan.density
-    return config.density_with(four_bits and not gate.four_bits)
+    return config.density_with(_fewer_bits(four_bits, gate))
+
+
+def _fewer_bits(four_bits: bool, gate: Format) -> bool:
+    """Whether S reads fewer bits of a weight than F. gate: F's."""
+    return four_bits and not gate.four_bits
 
 
 def cascade_neurons(density: float, intermediate: int) -> tuple[int, int, int]:
@@ -87,7 +92,7 @@ def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
         draft = draft_of(config, files, less)
         yield draft
         if config.density == "auto" and draft.neurons and config.sparsity != "fsparse":
-            usual = config.density_with(less and not files.layers[0].gate.format.four_bits)
+            usual = config.density_with(_fewer_bits(less, files.layers[0].gate.format))
             for density in (each for each in DENSITIES if each < usual):
                 yield dataclasses.replace(draft_of(dataclasses.replace(config, density=density), files, less), density=density)
 
@@ -110,7 +115,7 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
         )
     if config.sparsity == "fsparse":
         return Draft(files.intermediate, rows=rows)
-    density = config.density_with(four_bits and not files.layers[0].gate.format.four_bits)
+    density = config.density_with(_fewer_bits(four_bits, files.layers[0].gate.format))
     if config.sparsity == "cascade":
         return Draft(cascade_neurons(density, files.intermediate)[0], rows=rows)
     return Draft(kept_neurons(density, files.intermediate), rows=rows)
