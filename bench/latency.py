@@ -26,8 +26,10 @@ from timing import idle_share, profiled_range, read_bandwidth
 from transformers.generation.streamers import BaseStreamer
 
 from sirius_ext import Engine, SiriusConfig
+from sirius_ext.decoding.sparsity import density_of, four_bits
 from sirius_ext.engine import GREEDY, prepare
 from sirius_ext.models.hub import load_model, parse_dtype
+from sirius_ext.models.packed import pack
 from sirius_ext.models.weights import Weights
 
 PAPER_AAL = 15.2  # of a period of 16, Llama-3-8B-Instruct on GSM8K
@@ -61,11 +63,13 @@ class Latency:
         self.options, self.bandwidth = options, bandwidth
         self.on_result: Callable[[], None] = lambda: None  # called after each new record
         self.device, dtype = torch.device(options.device), parse_dtype(options.dtype)
-        self.random = options.shape is not None
+        self.random, (self.weights,) = options.shape is not None, options.weights
         if self.random:
             self.model, self._tokenizer = random_model(options.shape, self.device, dtype), None
+            if self.weights != "plain":
+                pack(self.model, self.weights)
         else:
-            self.model, self._tokenizer = load_model(options.model, dtype)
+            self.model, self._tokenizer = load_model(options.model, dtype, weights=self.weights)
             self.model.to(self.device)
         self.model.generation_config.eos_token_id = None  # no text ends early
         self.model.generation_config.pad_token_id = 0
@@ -82,6 +86,8 @@ class Latency:
 
     def baselines(self) -> None:
         options, count = self.options, self.options.max_new_tokens
+        if self.weights != "plain":  # which only our kernels read
+            return
         for context in options.context:
             ids = self.prompt(context)
             variants: dict[str, Callable[[], float]] = {}
@@ -212,18 +218,13 @@ def kv_bytes(weights: Weights, tokens: int) -> int:
 def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advance: float | None = None) -> float:
     """What must be read for a token after `context` tokens: weights once a pass, and the cache. advance: tokens that a period of
     Sirius commits. A tree's window is left out: it is far smaller than the weights."""
-    mlp = weights.num_mlp_parameters
-    embeddings = weights.embedding.data.numel() * (
-        1 if weights.embedding.data.data_ptr() == weights.lm_head.data.data_ptr() else 2
-    )
-    others = weights.num_parameters - mlp - embeddings + weights.lm_head.data.numel()
     cache = kv_bytes(weights, context)
-    full = (others + mlp) * weights.dtype.itemsize + cache
+    full = weights.full.bytes + cache
     if config.mode == "full":
         return full
-    density = config.density_with()
+    read, density = weights.view(four_bits(config, weights)), density_of(config, weights)
     share = (1 + 2 * density) / 3 if config.sparsity == "fsparse" else density
-    sparse = (others + share * mlp) * weights.dtype.itemsize + cache
+    sparse = read.bytes - (1 - share) * read.mlp_bytes + cache
     if config.mode == "sparse":
         return sparse
     return ((config.period - 1) * sparse + full) / advance
@@ -240,6 +241,7 @@ def run(options: argparse.Namespace, bandwidth: float | None = None) -> dict:
         "model": options.shape or options.model,
         "weights": "random" if bench.random else "real",
         "dtype": options.dtype,
+        "stored": bench.weights,
         "max_new_tokens": options.max_new_tokens,
         "bandwidth": bandwidth,
         "results": bench.records,
@@ -256,7 +258,7 @@ def report(record: dict) -> None:
     full = {r["context"]: r["ms_per_token"] for r in record["results"] if r["variant"] == "Full"}
     dense = {r["context"]: r for r in record["results"] if r["variant"] == "dense, torch.compile"}
     table = Table(
-        title=f"{record['model']}, {record['dtype']}, {record['weights']} weights, {record['bandwidth'] / 1e9:.0f} GB/s"
+        title=f"{record['model']}, {record['dtype']}, {record['weights']} weights ({record['stored']}), {record['bandwidth'] / 1e9:.0f} GB/s"
     )
     columns = ["", "context", "ms/token", "vs Full", "vs dense", "ms/period", "tokens/period", "over floor", "idle", "memory"]
     for column in columns:

@@ -64,7 +64,8 @@ def latencies(folder: Path) -> dict[str, dict[str, float]]:
             if record["benchmark"] != "latency" or record["model"] != MODEL:
                 continue
             name = _gpu(record["machine"].get("gpu", ""))
-            times = {r["variant"]: r["ms_per_token"] for r in record["results"] if r["context"] == CONTEXT}
+            kind = "" if record.get("stored", "plain") == "plain" else f"{record['stored']}: "
+            times = {kind + r["variant"]: r["ms_per_token"] for r in record["results"] if r["context"] == CONTEXT}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a file that a benchmark wrote with --out ({error!r})") from error
         if name is not None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import subprocess
+import types
 
 import accuracy
 import advance
@@ -29,6 +30,7 @@ from shapes import SHAPES, random_model
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.evaluation.runner import Results
 from sirius_ext.evaluation.tasks import TASKS
+from sirius_ext.kernels.matrix import Format
 
 CPU = torch.device("cpu")
 
@@ -142,6 +144,17 @@ def test_latency_of_a_tiny_model(one_thread, tmp_path):
     assert {r["advance"] for r in record["results"] if r["variant"].startswith("Sirius")} == {5 * 15.2 / 16}
 
 
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_latency_of_packed_weights(weights, one_thread, tmp_path):
+    """Others cannot read them, so nobody stands beside; a token's bytes are those of the packed ones."""
+    asked = "--context", "9", "--periods", "4", "--widths", "1", "--sparsities", "csparse", "--max-new-tokens", "16"
+    plain = measured(tmp_path, *asked, "--skip", "transformers,dense")
+    packed = measured(tmp_path, *asked, "--weights", weights)
+    assert [r["variant"] for r in packed["results"]] == [r["variant"] for r in plain["results"]]
+    assert all(a["floor_ms"] < b["floor_ms"] / 2 for a, b in zip(packed["results"], plain["results"]))
+    assert packed["stored"] == weights
+
+
 def test_latency_of_replayed_periods(emulated, one_thread, tmp_path):
     """As on a CUDA device: whole periods are replayed, and the time between them is seen."""
     asked = "--context", "7", "--periods", "3", "--widths", "2", "--sparsities", "csparse", "--max-new-tokens", "12"
@@ -200,11 +213,16 @@ def test_the_dense_baseline_says_what_full_says(one_thread):
 def test_bytes_of_llama_3_8b_are_the_published_ones():
     """15.0 GB full, 9.4 GB for CSparse at 0.5, and what Sirius reads for a token in between."""
 
+    shape, number = SHAPES["llama-3-8b"], torch.bfloat16.itemsize
+
+    class Read:
+        mlp_bytes = 3 * shape.intermediate * shape.hidden * shape.layers * number
+        bytes = (shape.parameters - shape.vocab * shape.hidden) * number
+
     class Sizes:
-        layers, kv_heads, head_dim, dtype = range(32), 8, 128, torch.bfloat16
-        num_mlp_parameters = 3 * 14336 * 4096 * 32
-        num_parameters = SHAPES["llama-3-8b"].parameters
-        embedding, lm_head = torch.empty(128256, 4096, dtype=torch.int8), torch.empty(128256, 4096, dtype=torch.int8)
+        kv_heads, head_dim, dtype, packed, tiers, full = shape.kv_heads, shape.head_dim, torch.bfloat16, False, None, Read
+        layers = [types.SimpleNamespace(gate=types.SimpleNamespace(format=Format.BF16))] * shape.layers
+        view = staticmethod(lambda four_bits: Read)
 
     floor = lambda **config: latency.bytes_per_token(Sizes, SiriusConfig(**{"period": 16} | config), 0, 15.2) / 1e9  # noqa: E731
     assert floor(mode="full") == pytest.approx(15.0, abs=0.05)
