@@ -134,90 +134,6 @@ __device__ __forceinline__ SlotList own_slots(const AttentionParams& p, const Ch
   return {-1, list_slots(chunks, p.mask + size_t(row) * p.mask_words, p.mask_words, begin, end, slots)};
 }
 
-// The outputs of a tile's columns from their chunks. A warp has every kAttentionWarps-th chunk, of two columns at a time, and
-// loads the results of four chunks at once; then the warps are merged as a chunk's are. Which chunk is whose, and beside which,
-// depends on its number.
-template <class A>
-__device__ __forceinline__ void combine(const AttentionParams& p, const Columns& columns, const Chunks& chunks,
-                                        const Partials& partials, AttentionMemory<A>& memory) {
-  using T = typename A::T;
-  constexpr int kTogether = 2, kChunks = 4, kSize = Vec<float>::size, kTurn = kChunks * kAttentionWarps;
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, head_dim = p.cache.head_dim;
-  for (int column = 0; column < columns.count; column += kTogether) {
-    // A column that there is not is the last one again, and nobody asks for it.
-    int row[kTogether], head[kTogether], first[kTogether], end[kTogether], least = chunks.number_of_list(chunks.lists()),
-                                                                           most = 0;
-#pragma unroll
-    for (int c = 0; c < kTogether; ++c) {
-      const int there = column + c < columns.count ? column + c : columns.count - 1;
-      row[c] = columns.row_of(there), head[c] = columns.head_of(there);
-      first[c] = chunk_at(start_of(p, chunks.prefix, row[c]));
-      end[c] = chunk_at(chunks.prefix + count_bits(p.mask + size_t(row[c]) * p.mask_words, p.mask_words) - 1) + 1;
-      least = first[c] < least ? first[c] : least;
-      most = end[c] > most ? end[c] : most;
-    }
-    for (int d = lane * kSize; d < A::spans * kSpan; d += kWarp * kSize) {
-      float max[kTogether], sum[kTogether] = {}, out[kTogether][kSize] = {};
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) max[c] = -INFINITY;
-#pragma unroll 1
-      for (int turn = least / kTurn * kTurn + warp; turn < most; turn += kTurn) {
-        Vec<float> values[kTogether][kChunks];
-        float maxima[kTogether][kChunks], sums[kTogether][kChunks];
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i)
-#pragma unroll
-          for (int c = 0; c < kTogether; ++c) {
-            const int chunk = turn + i * kAttentionWarps;
-            const bool there = first[c] <= chunk && chunk < end[c];
-            const size_t at = partials.index(there ? chunk : first[c], row[c], head[c]);
-            maxima[c][i] = there ? partials.max[at] : -INFINITY;
-            sums[c][i] = there ? partials.sum[at] : 0.0f;
-            values[c][i] = load_part<true>(partials.values + at * partials.stride, d, there ? partials.stride : 0);
-          }
-#pragma unroll
-        for (int c = 0; c < kTogether; ++c) {
-          float largest = max[c];
-#pragma unroll
-          for (int i = 0; i < kChunks; ++i) largest = maxima[c][i] > largest ? maxima[c][i] : largest;
-          // Before a column's first chunk, and after a chunk of which nothing is finite, there is nothing to scale.
-          const float by = max[c] == largest ? 1.0f : expf(max[c] - largest);
-          max[c] = largest;
-          sum[c] *= by;
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) out[c][j] *= by;
-#pragma unroll
-          for (int i = 0; i < kChunks; ++i) {
-            const int chunk = turn + i * kAttentionWarps;
-            const float weight = first[c] <= chunk && chunk < end[c] ? expf(maxima[c][i] - largest) : 0.0f;
-            sum[c] = fmaf(weight, sums[c][i], sum[c]);
-#pragma unroll
-            for (int j = 0; j < kSize; ++j) out[c][j] = fmaf(weight, values[c][i][j], out[c][j]);
-          }
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kTogether; ++c) {
-        if (column + c >= columns.count) continue;
-        store(&memory.values[warp][column + c][d], Vec<float>::rounded(out[c]));
-        if (lane == 0) {
-          memory.max[warp][column + c] = max[c];
-          memory.sum[warp][column + c] = sum[c];
-        }
-      }
-    }
-  }
-  __syncthreads();
-  each_four(columns, head_dim, [&](int column, int d) {
-    const Merged merged(memory, column, d);
-    T* const to = static_cast<T*>(p.out) + (size_t(columns.row_of(column)) * p.heads + columns.head_of(column)) * head_dim + d;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i)
-      if (d + i < head_dim) to[i] = from_float<T>(merged.values[i] / merged.sum);
-  });
-  __syncthreads();
-}
-
 // What a block does at a time.
 struct Unit {
   Columns columns, served;         // of its tile, and whose result this is
@@ -294,10 +210,10 @@ struct KernelMemory {
 };
 
 // grid: any number of blocks; they share the tiles' units. A tile's units are the chunks that all rows see and, for each of its
-// rows, the others; who finishes a tile's last unit combines its chunks.
+// rows, the others.
 template <class A>
 __global__ void __launch_bounds__(kAttentionThreads, A::resident)
-    attention_kernel(const AttentionParams p, const Tiles tiles, const Partials partials, int32_t* counters) {
+    attention_kernel(const AttentionParams p, const Tiles tiles, const Partials partials) {
   auto& [memory, chunks] = shared_memory<KernelMemory<A>>();
   ask_early<A>(p, tiles);
   wait_for_kernel_before();
@@ -314,23 +230,109 @@ __global__ void __launch_bounds__(kAttentionThreads, A::resident)
       slots = {-1, 0};
       if (unit.served.count > 0) slots = own_slots(p, chunks, unit.served.row, unit.list, memory.slots);
     }
-    if (slots.n > 0) {
-      attend<A>(p, unit.served, unit.kv_head, slots, memory);
-      __syncthreads();
-    }
+    if (slots.n == 0) continue;
+    attend<A>(p, unit.served, unit.kv_head, slots, memory);
+    __syncthreads();
     // Anew: while keys and values are multiplied they need the registers.
     const Unit done(p, tiles, chunks, forgotten(number));
-    if (slots.n > 0) {
-      each_four(done.served, p.cache.head_dim, [&](int column, int d) {
-        const Merged merged(memory, column, d);
-        const size_t at = partials.index(done.chunk, done.served.row_of(column), done.served.head_of(column));
-        store(partials.values + at * partials.stride + d, merged.values);
-        if (d != 0) return;
-        partials.max[at] = merged.max;
-        partials.sum[at] = merged.sum;
-      });
+    each_four(done.served, p.cache.head_dim, [&](int column, int d) {
+      const Merged merged(memory, column, d);
+      const size_t at = partials.index(done.chunk, done.served.row_of(column), done.served.head_of(column));
+      store(partials.values + at * partials.stride + d, merged.values);
+      if (d != 0) return;
+      partials.max[at] = merged.max;
+      partials.sum[at] = merged.sum;
+    });
+    __syncthreads();
+  }
+}
+
+constexpr int kCombineWarps = 8, kTogether = 4;  // warps of a block that combines, and chunks that each looks at at a time
+
+// What each warp has of its chunks: as AttentionMemory.
+struct CombineMemory {
+  float values[kCombineWarps][4 * kSpan + Vec<float>::size];
+  float max[kCombineWarps], sum[kCombineWarps];
+};
+
+// Elements d to d + 3 of some results, joined by their largest maximum.
+struct Joined {
+  float max = -INFINITY, sum = 0.0f, values[Vec<float>::size] = {};
+
+  // With the results of N more, of which some are `there`.
+  template <int N>
+  __device__ __forceinline__ void join(const bool (&there)[N], const float (&maxima)[N], const float (&sums)[N],
+                                       const Vec<float> (&parts)[N]) {
+    float largest = max;
+#pragma unroll
+    for (int i = 0; i < N; ++i) largest = there[i] && maxima[i] > largest ? maxima[i] : largest;
+    // Before the first one, and after some of which nothing is finite, there is nothing to scale.
+    const float by = max == largest ? 1.0f : expf(max - largest);
+    max = largest;
+    sum *= by;
+#pragma unroll
+    for (int j = 0; j < Vec<float>::size; ++j) values[j] *= by;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float weight = there[i] ? expf(maxima[i] - largest) : 0.0f;
+      sum = fmaf(weight, sums[i], sum);
+#pragma unroll
+      for (int j = 0; j < Vec<float>::size; ++j) values[j] = fmaf(weight, parts[i][j], values[j]);
     }
-    if (last_block(counters + done.tile, units_a_tile, &memory.last)) combine(p, done.columns, chunks, partials, memory);
+  }
+};
+
+// grid: [heads, rows]. One query's output from its chunks. A warp has every kCombineWarps-th chunk, and loads the results of
+// kTogether of them at once; then the warps are joined. Which chunk is whose, and beside which, depends on its number.
+template <class T>
+__global__ void __launch_bounds__(kCombineWarps* kWarp) combine_kernel(const AttentionParams p, const Partials partials) {
+  constexpr int kSize = Vec<float>::size, kTurn = kTogether * kCombineWarps;
+  auto& memory = shared_memory<CombineMemory>();
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, head_dim = p.cache.head_dim;
+  const int head = int(blockIdx.x), row = int(blockIdx.y);
+  wait_for_kernel_before();
+  const int prefix = p.prefix + (p.base ? *p.base : 0);
+  const int first = chunk_at(start_of(p, prefix, row));
+  const int end = chunk_at(prefix + count_bits(p.mask + size_t(row) * p.mask_words, p.mask_words) - 1) + 1;
+  for (int d = lane * kSize; d < head_dim; d += kWarp * kSize) {
+    Joined joined;
+#pragma unroll 1
+    for (int turn = first / kTurn * kTurn + warp; turn < end; turn += kTurn) {
+      bool there[kTogether];
+      float maxima[kTogether], sums[kTogether];
+      Vec<float> parts[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int chunk = turn + i * kCombineWarps;
+        there[i] = first <= chunk && chunk < end;
+        const size_t at = partials.index(there[i] ? chunk : first, row, head);
+        maxima[i] = partials.max[at];
+        sums[i] = partials.sum[at];
+        parts[i] = load(partials.values + at * partials.stride + d);
+      }
+      joined.join(there, maxima, sums, parts);
+    }
+    store(&memory.values[warp][d], Vec<float>::rounded(joined.values));
+    if (lane == 0) {
+      memory.max[warp] = joined.max;
+      memory.sum[warp] = joined.sum;
+    }
+  }
+  __syncthreads();
+  T* const out = static_cast<T*>(p.out) + (size_t(row) * p.heads + head) * head_dim;
+  for (int d = int(threadIdx.x) * kSize; d < head_dim; d += kCombineWarps * kWarp * kSize) {
+    bool there[kCombineWarps];
+    Vec<float> parts[kCombineWarps];
+#pragma unroll
+    for (int i = 0; i < kCombineWarps; ++i) {
+      there[i] = true;
+      parts[i] = load(&memory.values[i][d]);
+    }
+    Joined joined;
+    joined.join(there, memory.max, memory.sum, parts);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i)
+      if (d + i < head_dim) out[d + i] = from_float<T>(joined.values[i] / joined.sum);
   }
 }
 
@@ -384,18 +386,17 @@ void launch_rows(const AttentionParams& p, Workspace workspace, StreamHandle str
       using A = decltype(attention);
       // No more than are there at a time: most have nothing to do before a cache is full.
       launch<attention_kernel<A>>("tree_attention", std::min(units, A::resident * multiprocessors()), kAttentionThreads,
-                                  sizeof(KernelMemory<A>), stream, p, tiles, partials, workspace.counters);
+                                  sizeof(KernelMemory<A>), stream, p, tiles, partials);
     });
+    launch<combine_kernel<T>>("tree_attention", dim3(p.heads, p.num_rows), kCombineWarps * kWarp, sizeof(CombineMemory), stream,
+                              p, partials);
   });
 }
 
 }  // namespace
 
 void tree_attention(const AttentionParams& p, Workspace workspace, StreamHandle stream) {
-  const Tiles all(p);
-  const int slices = p.cache.kv_heads * all.slices.by;
-  const int rows_at_once =
-      std::min(rows_together(p.num_rows, p.heads, p.cache.head_dim, p.cache.capacity), kCounters / slices * all.rows.by);
+  const int rows_at_once = rows_together(p.num_rows, p.heads, p.cache.head_dim, p.cache.capacity);
   for (int row = 0; row < p.num_rows; row += rows_at_once) {
     AttentionParams part = p;
     part.num_rows = std::min(rows_at_once, p.num_rows - row);

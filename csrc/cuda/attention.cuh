@@ -63,7 +63,6 @@ struct AttentionMemory {
   float max[kAttentionWarps][A::columns], sum[kAttentionWarps][A::columns];
   float weights[kAttentionWarps][std::is_same_v<typename A::T, float> ? kAtOnce : 1][kGroup];  // of float32
   int32_t slots[kMostSlots];
-  int32_t last;
 };
 
 // The first n slots of a list; or from `first` on, if first is not negative.

@@ -124,7 +124,7 @@ def row_bytes(cols: int, supers: bool) -> int:
 def along(weight: Groups) -> torch.Tensor:
     """uint8 [rows, row_bytes]."""
     rows, count, supers = weight.rows, groups(weight.cols), weight.fields is not None
-    data = torch.zeros(rows, row_bytes(weight.cols, supers), dtype=torch.uint8)
+    data = weight.codes.new_zeros(rows, row_bytes(weight.cols, supers))
     start = header_bytes(weight.cols, supers)
     data[:, start:] = _nibbles(weight.codes)
     if weight.fields is None:
