@@ -23,15 +23,14 @@ __global__ void embed_kernel(const EmbedParams p) {
   }
 }
 
-// grid: [num_rows]; one block a row, one thread a weight at a time. The same of a packed table.
+// grid: [weights of a row / kEmbedThreads, num_rows]; one thread a weight. The same of a packed table.
 template <class T>
 __global__ void embed_packed_kernel(const EmbedParams p) {
   wait_for_kernel_before();
-  const int hidden = p.table.cols;
-  const int token = max(p.tokens[blockIdx.x], 0);
-  T* to = static_cast<T*>(p.out) + size_t(blockIdx.x) * hidden;
-  for (int c = int(threadIdx.x); c < hidden; c += kEmbedThreads)
-    to[c] = from_float<T>(p.scale * packed_weight(p.table, token, c));
+  const int hidden = p.table.cols, column = int(blockIdx.x) * kEmbedThreads + int(threadIdx.x);
+  if (column >= hidden) return;
+  static_cast<T*>(p.out)[size_t(blockIdx.y) * hidden + column] =
+      from_float<T>(p.scale * packed_weight(p.table, max(p.tokens[blockIdx.y], 0), column));
 }
 
 // One warp; one lane a new node. A node sees its parent's ancestors, its parent and itself.
@@ -72,7 +71,9 @@ __global__ void advance_kernel(const AdvanceParams p) {
 void embed(const EmbedParams& p, Workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (!is_plain(p.table.format)) return launch<embed_packed_kernel<T>>("embed", p.num_rows, kEmbedThreads, 0, stream, p);
+    if (!is_plain(p.table.format))
+      return launch<embed_packed_kernel<T>>("embed", dim3(ceil_div(p.table.cols, kEmbedThreads), p.num_rows), kEmbedThreads, 0,
+                                            stream, p);
     with_flag(weights_aligned<T>(p.table) && aligned16(p.out),
               [&](auto flag) { launch<embed_kernel<T, flag.value>>("embed", p.num_rows, kEmbedThreads, 0, stream, p); });
   });
