@@ -165,8 +165,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
         if unknown := set(options.llama_types) - set(KINDS):
             raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
-        if options.latency and (len(options.weights) != 1 or options.draft_weights != ["auto"]):
-            raise ValueError("weights, draft_weights: for latency expected weights of one kind, and drafts by auto")
+        if options.latency and (len(options.weights) != 1 or len(options.draft_weights) != 1):
+            raise ValueError("weights, draft_weights: for latency expected one kind of each")
         check_sparsities(options.sparsities, *([("csparse", "fsparse", "cascade")] if options.latency else []))
         if options.latency and options.lookup:
             raise ValueError("lookup: not for latency, whose texts are random")

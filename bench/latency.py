@@ -137,10 +137,13 @@ class Latency:
         options = self.options
         found = {"Full": SiriusConfig(mode="full")}
         threshold = 0.0 if self.random else SiriusConfig.threshold
+        (draft,) = options.draft_weights
         for sparsity, density in itertools.product(options.sparsities, options.densities):
-            base = SiriusConfig(sparsity=sparsity, density=density, threshold=threshold)
+            base = SiriusConfig(sparsity=sparsity, density=density, threshold=threshold, draft_weights=draft)
             kind = {"csparse": "CSparse", "fsparse": "FSparse", "cascade": "Cascade"}[sparsity]
-            found[f"{kind} {density}"] = SiriusConfig(mode="sparse", sparsity=sparsity, density=density)
+            if draft != "auto":
+                kind += f" ({draft})"
+            found[f"{kind} {density}"] = replace(base, mode="sparse")
             for period, width in itertools.product(options.periods, options.widths):
                 found[f"Sirius, {kind} {density}, period {period}, width {width}"] = replace(
                     base, period=period, tree_width=width

@@ -92,7 +92,7 @@ struct GateUpParams {
   const void* x;                     // T [num_rows, hidden]
   Matrix gate, up;                   // [intermediate, hidden]; of one format (CUDA)
   const int32_t* neurons = nullptr;  // [num_neurons], or null for 0..num_neurons-1
-  bool settled = false;              // (CUDA) the kernel launched before this one does not write them
+  bool settled = false;              // (CUDA) no kernel writes them that may run beside this one's beginning
   void* out;                         // T [num_rows, num_neurons]
   Activation activation = Activation::silu;
   int num_rows, num_neurons;

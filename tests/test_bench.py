@@ -155,6 +155,19 @@ def test_latency_of_packed_weights(weights, one_thread, tmp_path):
     assert packed["stored"] == weights
 
 
+def test_latency_of_drafts_by_a_copy(one_thread, tmp_path):
+    asked = "--context", "9", "--periods", "4", "--widths", "1", "--sparsities", "csparse", "--max-new-tokens", "16"
+    asked += "--skip", "transformers,dense", "--densities", "1.0"
+    plain, drafts = (measured(tmp_path, *asked, *more) for more in ((), ("--draft-weights", "q4")))
+    assert [r["variant"] for r in drafts["results"]] == [
+        "Full",
+        "CSparse (q4) 1.0",
+        "Sirius, CSparse (q4) 1.0, period 4, width 1",
+    ]
+    full, sparse = ([r["floor_ms"] for r in record["results"]] for record in (plain, drafts))
+    assert full[0] == sparse[0] and sparse[1] < full[1] / 2
+
+
 def test_latency_of_replayed_periods(emulated, one_thread, tmp_path):
     """As on a CUDA device: whole periods are replayed, and the time between them is seen."""
     asked = "--context", "7", "--periods", "3", "--widths", "2", "--sparsities", "csparse", "--max-new-tokens", "12"

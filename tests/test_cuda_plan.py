@@ -26,7 +26,7 @@ PRODUCTS = {"linear", "qkv", "gate_up", "gate", "up", "down"}
 def products(name, rows, kind, density):
     """One launch of each kind that reads weights."""
     found = model.launches(SHAPES[name], rows, 1024, kind, density, H100.processors)
-    assert {launch.op for launch in found} <= PRODUCTS | set(model.OTHERS) | {"embed", "argmax"}
+    assert {launch.op for launch in found} <= PRODUCTS | set(model.OTHERS) | {"embed", "argmax", "combine", "rms_norm"}
     return {launch for launch in found if launch.op in PRODUCTS}
 
 
@@ -75,7 +75,7 @@ def test_a_large_workspace_is_not_asked_for_at_once():
     _simt.set_planning(H100.processors)
     try:
         call(_simt, "tree_attention", **fields, cache=(8, 1 << 17, 128), mask_words=2, num_rows=121, heads=32)
-        assert len(_simt.planned()) == 6
+        assert len(_simt.planned()) == 2 * 6  # and what combines their chunks
     finally:
         _simt.set_planning(0)
 
@@ -112,7 +112,7 @@ def test_four_bits_are_read_by_the_bodies_for_speed(rows):
                 wanted = {"down": "Across", "linear": "(Nibbles|Q8<false>)"}.get(launch.op, "Nibbles")
                 assert re.match(rf"\w+<bf16_t, {wanted}, true, ", launch.kernel), launch
         norms = sum(launch.op == "rms_norm" for launch in found)
-        assert norms == (2 * SHAPES["llama-3-8b"].layers + 1 if rows == 16 else 0)
+        assert norms == (2 * SHAPES["llama-3-8b"].layers + 1 if rows > 1 else 0)
 
 
 def test_predictions_are_never_below_the_floor():

@@ -184,8 +184,16 @@ MUTATIONS = {
         lambda: test_tree_attention.test_against_reference(ops, BF16, (5, 8, 2, 64, 100, 129), test_tree_attention.tree),
     ),
     "attention merges its warps' results before they are there": (
-        without_barrier("attention.cu", "attend<A>(p, unit.served, unit.kv_head, slots, memory);", "attention.cu", indent=6),
+        without_barrier("attention.cu", "attend<A>(p, unit.served, unit.kv_head, slots, memory);", "attention.cu", indent=4),
         lambda: test_tree_attention.test_against_reference(ops, BF16, (5, 8, 2, 64, 100, 129), test_tree_attention.chain),
+    ),
+    "attention joins the chunks of its warps before they are there": (
+        without_barrier("attention.cu", "memory.sum[warp] = joined.sum;\n    }\n  }", "attention.cu"),
+        lambda: test_tree_attention.test_against_reference(ops, BF16, (5, 8, 2, 64, 100, 129), test_tree_attention.chain),
+    ),
+    "down begins before its neurons are chosen": (
+        Mutation("gate_up.cu", "wait_for_kernel_before();  // it", "wait_for_kernel_before<true>();  // it", "gate_up.cu"),
+        lambda: a_pass(Kind.LARGEST),
     ),
     "a block asks whether it is the last before it knows": (
         without_barrier("common.cuh", "*counter = 0;\n  }", "accept.cu"),

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kAttentionThreads, A::resident)
     attention_kernel(const AttentionParams p, const Tiles tiles, const Partials partials) {
   auto& [memory, chunks] = shared_memory<KernelMemory<A>>();
   ask_early<A>(p, tiles);
-  wait_for_kernel_before();
+  wait_for_kernel_before<true>();
   const int prefix = p.prefix + (p.base ? *p.base : 0);
   const Starts starts = starts_of(p, prefix);
   if (threadIdx.x == 0) chunks = Chunks(prefix, p.mask_words, starts);
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_kernel(const Att
   auto& memory = shared_memory<CombineMemory>();
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, head_dim = p.cache.head_dim;
   const int head = int(blockIdx.x), row = int(blockIdx.y);
-  wait_for_kernel_before();
+  wait_for_kernel_before<true>();
   const int prefix = p.prefix + (p.base ? *p.base : 0);
   const int first = chunk_at(start_of(p, prefix, row));
   const int end = chunk_at(prefix + count_bits(p.mask + size_t(row) * p.mask_words, p.mask_words) - 1) + 1;

@@ -31,14 +31,20 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // come past their `wait_for_kernel_before`, and what it asks of memory until it comes to its own is on the way meanwhile. Until
 // then it may use nothing but what no kernel writes: weights, and its own arguments. Every thread of every kernel must come
 // there, also one that has nothing to do: whoever waits for a kernel takes for granted that it has waited for the one before.
+//
+// Early: the next kernel may begin as soon as this one's blocks have, while the one before still runs. That is for kernels which
+// read no weights and have little to do, attention and norms: what reads weights after them asks for its first ones meanwhile.
+// What counts as `settled` for that one, a list of neurons say, must then be from before the kernel before this one.
+template <bool Early = false>
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 900
+  if (Early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!Early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 #elif !defined(__CUDACC__)
-  simt::wait_for_grid_before();
+  simt::wait_for_grid_before(Early);
 #endif
 }
 

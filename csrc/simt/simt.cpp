@@ -73,7 +73,7 @@ struct Fiber {
   bool waited;  // for the kernel before
 };
 
-// A kernel that was launched, and the block of it that runs or is held back.
+// A kernel that has begun, and the block of it that runs or waits.
 struct Grid {
   std::function<void()> body;
   Context context;
@@ -81,24 +81,25 @@ struct Grid {
   std::vector<size_t> order;  // of the blocks
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   bool may_go_on;             // the kernel before has run
+  bool early;                 // the next one may begin while it has not
   std::vector<Fiber> fibers;  // of the block
   std::vector<char*> stacks;  // kept for the next block, and the next kernel
   std::vector<int> turns;
   unsigned arrived[kMaxThreads / 32];  // of each warp: the lanes that wait at a warp operation
+  std::vector<std::function<void()>> afterwards;
 };
 
 Order order_ = Order::forward;
 std::mt19937 random_;
-Grid grids_[2];   // the one that is held back, and the next one
-Grid elsewhere_;  // of another stream
-Grid* held_back_ = nullptr;
+std::deque<Grid> grids_;   // those of `begun_`, and others for the next ones
+std::deque<Grid*> begun_;  // kernels of which each waits for the one before
+Grid elsewhere_;           // of another stream
 Grid* running_ = nullptr;
 Fiber* current_ = nullptr;
 int planning_ = 0;
 bool held_ = false;
 std::vector<Launch> planned_;
-std::deque<std::function<bool()>> queue_;          // of the kernels' stream
-std::vector<std::function<void()>> after_kernel_;  // the one that is held back
+std::deque<std::function<bool()>> queue_;  // of the kernels' stream
 void* main_stack_pointer_;
 #if SIMT_ASAN
 void* main_sanitizer_stack_;
@@ -234,22 +235,23 @@ bool begin_block(size_t number) {
 }
 
 void throw_error() {
-  held_back_ = nullptr;
-  after_kernel_.clear();
+  begun_.clear();
   throw std::runtime_error(std::exchange(error_, ""));
 }
 
-// Runs the kernel that is held back. Whether there is one.
+// Runs the first kernel that has begun to its end. Whether there is one.
 bool finish_kernel() {
-  if (!held_back_) return false;
-  running_ = std::exchange(held_back_, nullptr);
+  if (begun_.empty()) return false;
+  running_ = begun_.front();
   running_->may_go_on = true;
   for (Fiber& fiber : running_->fibers)
     if (fiber.state == State::at_grid) fiber.state = State::ready;
   run_threads();
   for (size_t i = 1; error_.empty() && i < running_->order.size(); ++i) begin_block(running_->order[i]);
   if (!error_.empty()) throw_error();
-  for (const auto& then : std::exchange(after_kernel_, {})) then();
+  const auto afterwards = std::exchange(running_->afterwards, {});
+  begun_.pop_front();
+  for (const auto& then : afterwards) then();
   return true;
 }
 
@@ -261,7 +263,8 @@ void set_up(Grid& next, dim3 grid, dim3 block, size_t shared_bytes, std::functio
   // A buffer of exactly the launched size, so that AddressSanitizer sees what is beyond it.
   next.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16)));
   next.context.shared = next.shared.get();
-  next.may_go_on = false;
+  next.may_go_on = next.early = false;
+  next.afterwards.clear();
   next.fibers.resize(threads);
   next.turns.resize(threads);
   std::iota(next.turns.begin(), next.turns.end(), 0);
@@ -273,14 +276,17 @@ void set_up(Grid& next, dim3 grid, dim3 block, size_t shared_bytes, std::functio
   error_.clear();
 }
 
+// Beside kernels that have not ended: as many as a GPU might have.
 void begin(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
-  Grid& next = grids_[held_back_ == &grids_[0]];
+  const auto idle = [](const Grid& each) { return std::find(begun_.begin(), begun_.end(), &each) == begun_.end(); };
+  const auto found = std::find_if(grids_.begin(), grids_.end(), idle);
+  Grid& next = found == grids_.end() ? grids_.emplace_back() : *found;
   set_up(next, grid, block, shared_bytes, std::move(body));
   running_ = &next;
   begin_block(next.order[0]);
   if (!error_.empty()) throw_error();
-  finish_kernel();  // the one before
-  held_back_ = &next;
+  while (!next.early && finish_kernel()) continue;  // all blocks have waited when another kernel begins
+  begun_.push_back(&next);
 }
 
 // On another stream, in one go.
@@ -342,8 +348,9 @@ void warp_collective(unsigned mask, void* mine, void (*complete)(void* const* la
   for (unsigned rest = mask; rest; rest &= rest - 1) running_->fibers[first + __builtin_ctz(rest)].state = State::ready;
 }
 
-void wait_for_grid_before() {
+void wait_for_grid_before(bool early) {
   current_->waited = true;
+  running_->early |= early;
   if (running_->may_go_on) return;
   current_->state = State::at_grid;
   to_main();
@@ -363,7 +370,7 @@ void finish() {
         throw_error();
       }
     }
-    finish_kernel();
+    while (finish_kernel()) continue;
   } catch (...) {
     queue_.clear();
     throw;
@@ -375,8 +382,8 @@ void finish() {
 void enqueue(std::function<bool()> command) { queue_.push_back(std::move(command)); }
 
 void after_kernel(std::function<void()> then) {
-  if (held_back_)
-    after_kernel_.push_back(std::move(then));
+  if (!begun_.empty())
+    begun_.back()->afterwards.push_back(std::move(then));
   else
     then();
 }

@@ -53,7 +53,8 @@ struct Stream;  // of runtime.h; null: the kernels' own
 
 // kernel: a text in which its name stands after "Kernel = ".
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body, Stream* stream = nullptr);
-void wait_for_grid_before();
+// early: the next kernel may begin while the one before this has not ended.
+void wait_for_grid_before(bool early);
 // Runs all that was launched.
 void finish();
 // Whether the end of a call from Python is no reason to.
