@@ -1,7 +1,7 @@
 """Where a period's time goes on a CUDA device: every kernel of a replayed graph, as CUPTI saw it run, summed by kind.
 
-Kernels overlap (the next one waits with its first weights already asked for), so what a kernel adds is counted from the end of the
-one before it to its own: the sums are then the whole period's time. Beside it stands what bench/model.py predicts of such a pass.
+Kernels overlap: the next one waits with its first weights already asked for. So what a kernel adds is counted from the end of the
+one before it to its own, and the sums are the whole period's time.
 """
 
 from __future__ import annotations

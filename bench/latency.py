@@ -260,9 +260,8 @@ def run(options: argparse.Namespace, bandwidth: float | None = None) -> dict:
 def report(record: dict) -> None:
     full = {r["context"]: r["ms_per_token"] for r in record["results"] if r["variant"] == "Full"}
     dense = {r["context"]: r for r in record["results"] if r["variant"] == "dense, torch.compile"}
-    table = Table(
-        title=f"{record['model']}, {record['dtype']}, {record['weights']} weights ({record['stored']}), {record['bandwidth'] / 1e9:.0f} GB/s"
-    )
+    weights = f"{record['weights']} weights ({record['stored']})"
+    table = Table(title=f"{record['model']}, {record['dtype']}, {weights}, {record['bandwidth'] / 1e9:.0f} GB/s")
     columns = ["", "context", "ms/token", "vs Full", "vs dense", "ms/period", "tokens/period", "over floor", "idle", "memory"]
     for column in columns:
         table.add_column(column, justify="left" if column == "" else "right")

@@ -12,6 +12,7 @@ import accuracy
 import advance
 import backends
 import bench_ops
+import breakdown
 import decode
 import latency
 import ops_cuda
@@ -212,6 +213,19 @@ def test_a_warm_up_waits_for_what_it_reads(monkeypatch):
     timing.Repeated([lambda: seen.append(list(cuda.log))], torch.device("cuda", 0))
     assert ("wait", cuda.log[0][1], "default") in seen[0]
     assert [each[0] for each in cuda.log][-2:] == ["capture", "replay"]
+
+
+def test_what_kernels_add_is_the_whole_period():
+    """A kernel adds what passes from the end of the one before to its own end, also where they overlap."""
+    first, second = "void sirius::(anonymous namespace)::linear_kernel<bf16_t, Plain, true, 1>(P, (anonymous namespace)::N)", "f(int)"
+    graph = [(first, 0.0, 3.0), (second, 1.0, 5.0), (first, 6.0, 7.0)]
+    total, kinds = breakdown.by_kind([graph, graph[:1], graph])
+    assert total == 7 == sum(kind["us"] for kind in kinds)
+    assert [(kind["kernel"], kind["count"], kind["us"]) for kind in kinds] == [
+        ("linear_kernel<Plain, true, 1>", 2, 5.0),
+        ("f", 1, 2.0),
+    ]
+    assert kinds[0]["us_each"] == 2.5 and kinds[0]["runs"] == 2.0
 
 
 def test_the_dense_baseline_says_what_full_says(one_thread):
