@@ -176,10 +176,10 @@ class InputRows<T, Aligned, 1> {
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[1]) const {
     using Half = Packed<T, kTogether<T>>;
     if constexpr (Apart == kTogether<T>) {
-      out[0] = row_[k / Vec<T>::size];
+      out[0] = row_[unsigned(k) / Vec<T>::size];
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) out[0].put_half(i, reinterpret_cast<const Half*>(row_)[(k + i * Apart) / Half::size]);
+      for (int i = 0; i < 2; ++i) out[0].put_half(i, reinterpret_cast<const Half*>(row_)[unsigned(k + i * Apart) / Half::size]);
     }
   }
 
