@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # The parts of the document that are written, by name.
-LATENCY, FOUR_BITS, OFFLOAD, TIERS = "latency", "four bits", "offload", "tiers"
+LATENCY, FEWER_BITS, FOUR_BITS, OFFLOAD, TIERS = "latency", "fewer bits", "four bits", "offload", "tiers"
 
 MODEL, CONTEXT = "llama-3-8b", 1024
 VARIANTS = {
@@ -52,24 +52,26 @@ GPUS = (
 )
 
 
-def latencies(folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds per token by GPU and variant, of MODEL after CONTEXT tokens. Of several files for a GPU, the last by name.
+# Of one GPU and one way to store the weights, "plain", "q8" or "q4": records by variant.
+Measured = dict[str, dict]
 
-    ValueError if a file of results is not one.
-    """
-    found: dict[str, dict[str, float]] = {}
+
+def latencies(folder: Path) -> dict[str, dict[str, Measured]]:
+    """What was measured on each GPU, by how the weights are stored, of MODEL after CONTEXT tokens. Of several files for the same,
+    the last by name. ValueError if a file of results is not one."""
+    found: dict[str, dict[str, Measured]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text())
             if record["benchmark"] != "latency" or record["model"] != MODEL:
                 continue
             name = _gpu(record["machine"].get("gpu", ""))
-            kind = "" if record.get("stored", "plain") == "plain" else f"{record['stored']}: "
-            times = {kind + r["variant"]: r["ms_per_token"] for r in record["results"] if r["context"] == CONTEXT}
+            measured = {r["variant"]: r for r in record["results"] if r["context"] == CONTEXT}
+            assert all(r["ms_per_token"] > 0 for r in measured.values())
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a file that a benchmark wrote with --out ({error!r})") from error
         if name is not None:
-            found[name] = found.get(name, {}) | times
+            found.setdefault(name, {}).setdefault(record.get("stored", "plain"), {}).update(measured)
     return found
 
 
@@ -94,7 +96,7 @@ def _gpu(full_name: str) -> str | None:
     return next((gpu.name for gpu in GPUS if gpu.name in words), None)
 
 
-def table(measured: dict[str, dict[str, float]], predicted: dict[str, dict[str, float]]) -> str:
+def table(measured: dict[str, dict[str, Measured]], predicted: dict[str, dict[str, float]]) -> str:
     lines = [
         f"| | | {' | '.join(VARIANTS)} |",
         "|---|---|" + "---|" * len(VARIANTS),
@@ -108,14 +110,40 @@ def table(measured: dict[str, dict[str, float]], predicted: dict[str, dict[str, 
         rows[f"floor, {gpu.bandwidth} GB/s"] = csparse, sirius, sirius, full, full
         if times := predicted.get(gpu.name):
             rows["*predicted*"] = [f"*{cell}*" if cell else "" for cell in _cells(times, "")]
-        rows["**here**"] = _cells(measured.get(gpu.name, {}), "not measured")
+        plain = measured.get(gpu.name, {}).get("plain", {})
+        rows["**here**"] = _cells({variant: r["ms_per_token"] for variant, r in plain.items()}, "not measured")
         for index, (what, cells) in enumerate(rows.items()):
             lines.append(f"| {'' if index else gpu.name} | {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def fewer_bits(measured: dict[str, dict[str, Measured]]) -> str:
+    """Chains of 16 by each S that was measured, whatever bits it and F read. How far a period must get to be as fast as Full is
+    its time over Full's of a token."""
+    stored = {"plain": "bf16", "q8": "q8", "q4": "q4"}
+    lines = []
+    for gpu in GPUS:
+        for kind, name in stored.items():
+            records = measured.get(gpu.name, {}).get(kind, {})
+            for variant, record in records.items():
+                draft, _, settings = variant.removeprefix("Sirius, ").partition(", ")
+                if not variant.startswith("Sirius, CSparse") or settings != "period 16, width 1":
+                    continue
+                density = float(draft.split()[-1])
+                bits = "a copy in four bits" if "(q4)" in draft else {"plain": "bf16", "q8": "four bits of q8", "q4": "q4"}[kind]
+                full, period = records["Full"]["ms_per_token"], record["ms_per_period"]
+                lines.append(
+                    f"| {gpu.name} | {name} | {bits}, {density:.0%} of the neurons | {full:.2f} | "
+                    f"{records[draft]['ms_per_token']:.2f} | {period:.1f} | {record['ms_per_token']:.2f} | {period / full:.1f} |"
+                )
+    if not lines:
+        return ""
+    head = "| | F reads | S reads | Full | S | period of 16 | Sirius at 15.2 | as fast as Full at |"
+    return "\n".join([head, "|---" * 8 + "|", *lines])
+
+
 def four_bits(predicted: dict[str, dict[str, float]]) -> str:
-    """What is predicted of weights in four bits, if anything is; none has been measured."""
+    """What is predicted of weights in four bits, if anything is."""
     variants = list(dict.fromkeys(name for times in predicted.values() for name in times if name.startswith("q4: ")))
     if not variants:
         return ""
@@ -266,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = options.document.read_text()
     try:
         predicted = predictions(options.results)
-        after = renewed(before, LATENCY, table(latencies(options.results), predicted))
+        measured = latencies(options.results)
+        after = renewed(before, LATENCY, table(measured, predicted))
+        after = renewed(after, FEWER_BITS, fewer_bits(measured))
         after = renewed(after, FOUR_BITS, four_bits(predicted))
         after = renewed(after, OFFLOAD, "\n\n".join(map(offload_table, offloads(options.results))))
         after = renewed(after, TIERS, tiers(options.results))

@@ -217,7 +217,10 @@ def test_a_warm_up_waits_for_what_it_reads(monkeypatch):
 
 def test_what_kernels_add_is_the_whole_period():
     """A kernel adds what passes from the end of the one before to its own end, also where they overlap."""
-    first, second = "void sirius::(anonymous namespace)::linear_kernel<bf16_t, Plain, true, 1>(P, (anonymous namespace)::N)", "f(int)"
+    first, second = (
+        "void sirius::(anonymous namespace)::linear_kernel<bf16_t, Plain, true, 1>(P, (anonymous namespace)::N)",
+        "f(int)",
+    )
     graph = [(first, 0.0, 3.0), (second, 1.0, 5.0), (first, 6.0, 7.0)]
     total, kinds = breakdown.by_kind([graph, graph[:1], graph])
     assert total == 7 == sum(kind["us"] for kind in kinds)
@@ -295,7 +298,7 @@ def result(gpu: str, model: str = tables.MODEL, context: int = tables.CONTEXT, *
 def places(tmp_path):
     """A folder of results and a document with the markers; the arguments that name them."""
     (tmp_path / "results").mkdir()
-    parts = (tables.LATENCY, tables.FOUR_BITS, tables.OFFLOAD, tables.TIERS)
+    parts = (tables.LATENCY, tables.FEWER_BITS, tables.FOUR_BITS, tables.OFFLOAD, tables.TIERS)
     marked = "\nbetween\n".join("{}\nold\n{}".format(*tables.markers(part)) for part in parts)
     (tmp_path / "page.md").write_text(f"before\n{marked}\nafter\n")
     return tmp_path, ["--results", str(tmp_path / "results"), "--document", str(tmp_path / "page.md")]
@@ -326,6 +329,27 @@ def test_the_table_shows_what_was_measured(places):
     page = (folder / "page.md").read_text()
     assert "| **here** | 5.00 (0.62) | not measured | 6.00 (0.75) | 8.00 | not measured |" in page
     # Another model, another card, another context: none of them is this table's.
+    assert page.count("| **here** |" + " not measured |" * len(tables.VARIANTS)) == len(tables.GPUS) - 1
+
+
+def test_the_table_of_fewer_bits(places):
+    """It goes by how weights are stored: Full's time in eight bits is not the one in 16."""
+    folder, arguments = places
+    sirius = {"ms_per_token": 2.0, "ms_per_period": 30.4}
+
+    def write(name: str, full: float, draft: str = "", **more) -> None:
+        rows = [{"variant": "Full", "ms_per_token": full}, {"variant": f"CSparse {draft}1.0", "ms_per_token": 1.5}]
+        rows.append(sirius | {"variant": f"Sirius, CSparse {draft}1.0, period 16, width 1"})
+        record = {"machine": {"gpu": "NVIDIA H100 80GB HBM3"}, "benchmark": "latency", "model": tables.MODEL, **more}
+        record["results"] = [row | {"context": tables.CONTEXT} for row in rows]
+        (folder / "results" / name).write_text(json.dumps(record))
+
+    write("a.json", 4.0, "(q4) ")
+    write("b.json", 3.04, stored="q8")
+    tables.main(arguments)
+    page = (folder / "page.md").read_text()
+    assert "| H100 | bf16 | a copy in four bits, 100% of the neurons | 4.00 | 1.50 | 30.4 | 2.00 | 7.6 |" in page
+    assert "| H100 | q8 | four bits of q8, 100% of the neurons | 3.04 | 1.50 | 30.4 | 2.00 | 10.0 |" in page
     assert page.count("| **here** |" + " not measured |" * len(tables.VARIANTS)) == len(tables.GPUS) - 1
 
 
