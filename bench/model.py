@@ -91,8 +91,8 @@ INSTRUCTIONS = {
     ("down", "Plain"): {8: 101, 16: 103},
     ("dot", "Plain"): {1: 39, 8: 94, 16: 146},
     ("dot", "Q8<false>"): {1: 186, 8: 340, 16: 231},
-    ("gate_up", "Nibbles"): {1: 209, 8: 368, 16: 305},
-    ("dot", "Nibbles"): {1: 304, 8: 568, 16: 398},
+    ("gate_up", "Nibbles"): {1: 166, 8: 327, 16: 283},
+    ("dot", "Nibbles"): {1: 187, 8: 501, 16: 343},
     ("down", "Across"): {8: 305, 16: 378},
 }
 # The same of attention, for each KB of keys and values and each block that reads it, by head_dim up to which the body is for and

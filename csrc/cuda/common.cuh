@@ -206,28 +206,43 @@ __device__ __forceinline__ void expect_aligned([[maybe_unused]] const void* addr
 #endif
 }
 
-// Sixteen bytes of weights, first to leave L2; `Bytes` after `at`. Those that are read once a pass go past L1. Zero, and nothing
-// is read, unless they are `there`. Volatile, so that loads stand where they are written: before the products of other weights,
-// which are volatile too.
-template <bool PastL1, int Bytes, class T>
+// A number or an address as it is: nvcc, which knows it as a sum of others, would keep those and add them up again in every step.
+template <class T>
+__device__ __forceinline__ T added_up(T value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_pointer_v<T>)
+    asm("" : "+l"(value));
+  else
+    asm("" : "+r"(value));
+#endif
+  return value;
+}
+
+// Sixteen bytes of weights, first to leave L2; `Bytes` after `at`. Those that are read once a pass go past L1. Nothing is read
+// unless they are `there`: then they are zero, or where that does not matter anything. Volatile, so that loads stand where they
+// are written: before the products of other weights, which are volatile too.
+template <bool PastL1, int Bytes, bool Zero = true, class T>
 __device__ __forceinline__ Vec<T> load_weights(const T* at, bool there) {
   Vec<T> out{};
 #if defined(__CUDA_ARCH__)
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-// With a branch around it nvcc copies words as soon as they are loaded, and so waits for them.
-#define SIRIUS_LOAD_WEIGHTS(past_l1)                                                           \
-  asm volatile(                                                                                \
-      "{.reg .pred there;\n"                                                                   \
-      "setp.ne.u32 there, %6, 0;\n"                                                            \
-      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"                          \
-      "@there ld.global.nc" past_l1 ".L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4 + %7], %5;}" \
-      : "=&r"(out.words[0]), "=&r"(out.words[1]), "=&r"(out.words[2]), "=&r"(out.words[3])     \
-      : "l"(at), "l"(policy), "r"(uint32_t(there)), "n"(Bytes))
-  if constexpr (PastL1)
-    SIRIUS_LOAD_WEIGHTS(".L1::no_allocate");
+// With a branch around it nvcc copies words as soon as they are loaded, and so waits for them. The policy is what createpolicy
+// makes of evict_first for all: nvcc takes it for a number that differs from thread to thread.
+#define SIRIUS_LOAD_WEIGHTS(past_l1, otherwise)                                            \
+  asm volatile(                                                                            \
+      "{.reg .pred there; .reg .b64 policy;\n"                                             \
+      "mov.b64 policy, 0x12f0000000000000;\n"                                              \
+      "setp.ne.u32 there, %5, 0;\n" otherwise "@there ld.global.nc" past_l1                \
+      ".L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4 + %6], policy;}"                       \
+      : "=&r"(out.words[0]), "=&r"(out.words[1]), "=&r"(out.words[2]), "=&r"(out.words[3]) \
+      : "l"(at), "r"(uint32_t(there)), "n"(Bytes))
+#define SIRIUS_ZERO "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+  if constexpr (PastL1 && Zero)
+    SIRIUS_LOAD_WEIGHTS(".L1::no_allocate", SIRIUS_ZERO);
+  else if constexpr (PastL1)
+    SIRIUS_LOAD_WEIGHTS(".L1::no_allocate", "");
   else
-    SIRIUS_LOAD_WEIGHTS("");
+    SIRIUS_LOAD_WEIGHTS("", SIRIUS_ZERO);
+#undef SIRIUS_ZERO
 #undef SIRIUS_LOAD_WEIGHTS
 #else
   if (!there) return out;
@@ -238,21 +253,21 @@ __device__ __forceinline__ Vec<T> load_weights(const T* at, bool there) {
   return out;
 }
 
-template <int Bytes = 0, class T>
+template <int Bytes = 0, bool Zero = true, class T>
 __device__ __forceinline__ Vec<T> load_streaming(const T* at, bool there) {
-  return load_weights<true, Bytes>(at, there);
+  return load_weights<true, Bytes, Zero>(at, there);
 }
 
-// A word of weights beside which others read: kept in L1.
-__device__ __forceinline__ uint32_t load_word(const void* at, bool there) {
-  uint32_t out = 0;
+// Two words of weights beside which others read: kept in L1.
+__device__ __forceinline__ Packed<uint32_t, 2> load_two_words(const void* at, bool there) {
+  Packed<uint32_t, 2> out{};
 #if defined(__CUDA_ARCH__)
   asm volatile(
       "{.reg .pred there;\n"
-      "setp.ne.u32 there, %2, 0;\n"
-      "mov.u32 %0, 0;\n"
-      "@there ld.global.nc.u32 %0, [%1];}"
-      : "=&r"(out)
+      "setp.ne.u32 there, %3, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0;\n"
+      "@there ld.global.nc.v2.u32 {%0, %1}, [%2];}"
+      : "=&r"(out.words[0]), "=&r"(out.words[1])
       : "l"(at), "r"(uint32_t(there)));
 #else
   if (there) std::memcpy(&out, at, sizeof(out));

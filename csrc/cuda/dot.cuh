@@ -46,6 +46,9 @@ struct alignas(16) DotShared {
     float parts[Matrices][kTileRows][Columns];
   };
   Warp warps[kDotWarps];
+  // Of one row beside nibbles, what its groups add up to.
+  static constexpr int kTotals = Columns == 1 && std::is_same_v<W, Nibbles> ? kLargestRow / q4::kGroup : 1;
+  alignas(16) float totals[kTotals];
   Squares<Columns> squares;
   float scale[Columns];
 
@@ -88,8 +91,8 @@ __device__ __forceinline__ Vec<T> load_halves(const T* array, int k, int n) {
   }
 }
 
-// What a block multiplies with. `begin` comes before all else, and waits for the block.
-template <class T, bool Aligned, int Columns>
+// What a warp multiplies with. `begin` comes before all else, and by all of the block.
+template <class T, class W, bool Aligned, int Columns>
 class InputRows {
  public:
   using Sums = Tile<T, Columns>;
@@ -116,7 +119,20 @@ class InputRows {
     for (int i = 0; i < Sums::kInputs; ++i) scale_[i] = shared.scale[Sums::column(i)];
   }
 
-  // Of the rows that this lane multiplies elements k and on, as `load_halves` has them.
+  // Of the rows that this lane multiplies its elements of a group as nibbles want them, four and those 16 further on.
+  __device__ __forceinline__ void load_group(int group, Vec<T> (&out)[Sums::kInputs]) const {
+    load<q4::kGroup / 2>(group * q4::kGroup + lane_part() * kTogether<T>, out);
+  }
+
+  // What those of two groups each add up to.
+  struct Totals {
+    __device__ __forceinline__ typename Sums::Totals of(int, const Vec<T> (&x)[Sums::kInputs]) const {
+      return typename Sums::Totals(x);
+    }
+  };
+  __device__ __forceinline__ Totals totals(int) const { return {}; }
+
+  // The same of elements k and on, as `load_halves` has them.
   template <int Apart = kTogether<T>>
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[Sums::kInputs]) const {
     Vec<T> weight{};
@@ -142,51 +158,94 @@ class InputRows {
 
 // One row, which stands in shared memory as it is multiplied. The lanes of the other columns multiply it, too: no one looks at
 // what comes of that.
-template <class T, bool Aligned>
-class InputRows<T, Aligned, 1> {
+//
+// With nibbles a warp itself brings what it multiplies, and so waits for itself alone. It has what a lane needs of a group side
+// by side, and the groups' sums besides: eight groups are the eight columns of one product with ones.
+template <class T, class W, bool Aligned>
+class InputRows<T, W, Aligned, 1> {
  public:
   template <class Shared>
   __device__ __forceinline__ void begin(const Input& in, Shared& shared) {
     const T *x = static_cast<const T*>(in.x) + size_t(blockIdx.y) * kTileRows * in.width,
             *weights = static_cast<const T*>(in.norm.weight);
     row_ = shared.row();
+    totals_ = shared.totals;
     constexpr int kStride = kDotWarps * kWarp;
     const int vectors = in.width / Vec<T>::size, all = filled_up(in.width) / Vec<T>::size;
-    for (int i = vectors + int(threadIdx.x); i < all; i += kStride) row_[i] = {};
+    // Zeros after the row. With nibbles they are brought by the warp that has the vectors before them.
+    for (int i = int(threadIdx.x) + (kGroups ? vectors / kStride * kStride : vectors); i < all; i += kStride)
+      if (!kGroups || i >= vectors) put(i, {});
     if (!weights) {
-      for (int i = int(threadIdx.x); i < vectors; i += kStride) row_[i] = load(x + i * Vec<T>::size);
+      for (int i = int(threadIdx.x); i < vectors; i += kStride) put(i, cuda::load(x + i * Vec<T>::size));
+    } else {
+      const float sum = warp_squares<Aligned>(x, in.width);
+      if (threadIdx.x % kWarp == 0) shared.squares[0][threadIdx.x / kWarp] = sum;
       __syncthreads();
-      return;
-    }
-    const float sum = warp_squares<Aligned>(x, in.width);
-    if (threadIdx.x % kWarp == 0) shared.squares[0][threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    const float scale = inverse_rms(shared.squares[0], in.width, in.norm.eps);
-    for (int i = int(threadIdx.x); i < vectors; i += kStride) {
-      const Vec<T> from = load(x + i * Vec<T>::size), weight = load(weights + i * Vec<T>::size);
-      float normed[Vec<T>::size];
+      const float scale = inverse_rms(shared.squares[0], in.width, in.norm.eps);
+      for (int i = int(threadIdx.x); i < vectors; i += kStride) {
+        const Vec<T> from = cuda::load(x + i * Vec<T>::size), weight = cuda::load(weights + i * Vec<T>::size);
+        float normed[Vec<T>::size];
 #pragma unroll
-      for (int j = 0; j < Vec<T>::size; ++j) normed[j] = from[j] * scale * (weight[j] + in.norm.offset);
-      row_[i] = Vec<T>::rounded(normed);
+        for (int j = 0; j < Vec<T>::size; ++j) normed[j] = from[j] * scale * (weight[j] + in.norm.offset);
+        put(i, Vec<T>::rounded(normed));
+      }
     }
-    __syncthreads();
+    if constexpr (kGroups)
+      add_up(all / kGroupVectors);
+    else
+      __syncthreads();
   }
 
-  template <int Apart = kTogether<T>>
-  __device__ __forceinline__ void load(int k, Vec<T> (&out)[1]) const {
-    using Half = Packed<T, kTogether<T>>;
-    if constexpr (Apart == kTogether<T>) {
-      out[0] = row_[unsigned(k) / Vec<T>::size];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) out[0].put_half(i, reinterpret_cast<const Half*>(row_)[unsigned(k + i * Apart) / Half::size]);
+  __device__ __forceinline__ void load(int k, Vec<T> (&out)[1]) const { out[0] = row_[unsigned(k) / Vec<T>::size]; }
+
+  __device__ __forceinline__ void load_group(int group, Vec<T> (&out)[1]) const {
+    out[0] = row_[group * kGroupVectors + lane_part()];
+  }
+
+  struct Totals {
+    Packed<float, 2> two;
+    __device__ __forceinline__ typename Tile<T, 1>::Totals of(int i, const Vec<T> (&)[1]) const {
+      return typename Tile<T, 1>::Totals(two[i]);
     }
+  };
+  __device__ __forceinline__ Totals totals(int group) const {
+    return {*reinterpret_cast<const Packed<float, 2>*>(totals_ + group)};
   }
 
  private:
-  __device__ static __forceinline__ Vec<T> load(const T* at) { return cuda::load(at); }
+  static constexpr bool kGroups = std::is_same_v<W, Nibbles>;
+  static constexpr int kGroupVectors = q4::kGroup / Vec<T>::size;
+
+  // Vector i of the row.
+  __device__ __forceinline__ void put(int i, const Vec<T>& value) {
+    if constexpr (kGroups) {
+      // Four elements of one part, and four of the next: of each part's vector its first half, or of elements 16 and on its
+      // second.
+      auto* const to = reinterpret_cast<Packed<uint32_t, 2>*>(row_ + (i / kGroupVectors * kGroupVectors + i % 2 * 2)) + i / 2 % 2;
+      to[0] = {value.words[0], value.words[1]};
+      to[2] = {value.words[2], value.words[3]};
+    } else {
+      row_[i] = value;
+    }
+  }
+
+  // The warp's vectors are those of its steps.
+  __device__ __forceinline__ void add_up(int groups) {
+    static_assert(kNibbleStep * kGroupVectors == kWarp);
+    __syncwarp();
+#pragma unroll 1
+    for (int step = int(threadIdx.x) / kWarp * kNibbleStep; step < groups; step += kDotWarps * kNibbleStep) {
+      const Vec<T> x[1] = {row_[step * kGroupVectors + int(threadIdx.x) % kWarp]};
+      const typename Tile<T, kNibbleStep>::Totals totals(x);
+      if (lane_row() == 0)
+        *reinterpret_cast<Packed<float, 2>*>(totals_ + step + 2 * lane_part()) =
+            Packed<float, 2>::rounded({totals[0], totals[1]});
+    }
+    __syncwarp();
+  }
 
   Vec<T>* row_;
+  float* totals_;
 };
 
 // How a warp multiplies 16 rows of each matrix: `load` puts what a step needs on its way, `take` and `multiply` as in_steps wants
@@ -201,6 +260,8 @@ struct Products {
 
   WeightRow<T, W, Aligned> rows[Matrices][2];
   Vec<T> loaded[kParts][Matrices][2], weights[kParts][Matrices][2];
+
+  __device__ __forceinline__ explicit Products(const Input&) {}
 
   __device__ __forceinline__ static int steps(int width) { return width; }
 
@@ -223,7 +284,7 @@ struct Products {
         for (int half = 0; half < 2; ++half) weights[i][m][half] = loaded[i][m][half];
   }
 
-  __device__ __forceinline__ void multiply(int step, const InputRows<T, Aligned, Columns>& input, Scratch&,
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, W, Aligned, Columns>& input, Scratch&,
                                            Tile<T, Columns> (&tiles)[Matrices]) const {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
@@ -245,6 +306,8 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   WeightRow<T, Q8<false>, Aligned> rows[Matrices][2];
   Q8Group<false> loaded[Matrices][2];
 
+  __device__ __forceinline__ explicit Products(const Input&) {}
+
   __device__ __forceinline__ static int steps(int width) { return q8::groups(width); }
 
   __device__ __forceinline__ void load(int step, const Input& in) {
@@ -263,7 +326,7 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void multiply(int step, const InputRows<T, Aligned, Columns>& input, Scratch& codes,
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, Q8<false>, Aligned, Columns>& input, Scratch& codes,
                                            Tile<T, Columns> (&tiles)[Matrices]) const {
     // Beyond the last group scales and input are zero.
 #pragma unroll(!Aligned ? 1 : Columns == 1 ? kStepGroups : 2)
@@ -290,42 +353,47 @@ struct Products<T, Nibbles, Aligned, Columns, Matrices> {
 
   WeightRow<T, Nibbles, Aligned> rows[Matrices][2];
   NibbleGroups loaded[Matrices][2];
+  NibblePlaces places;
+
+  __device__ __forceinline__ explicit Products(const Input& in) : places(in.format, in.width) {}
 
   __device__ __forceinline__ static int steps(int width) { return q4::groups(width); }
 
-  __device__ __forceinline__ void load(int step, const Input& in) {
+  __device__ __forceinline__ void load(int step, const Input&) {
 #pragma unroll
     for (int m = 0; m < Matrices; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) rows[m][half].load(loaded[m][half], in.format, step, in.width);
+      for (int half = 0; half < 2; ++half) rows[m][half].template load<kAhead>(loaded[m][half], places, step);
   }
 
   __device__ __forceinline__ void take(const Input& in, Scratch& codes) {
     __syncwarp();  // all lanes have used the nibbles before
 #pragma unroll
-    for (int m = 0; m < Matrices; ++m) codes[m].put(in.format, loaded[m]);
+    for (int m = 0; m < Matrices; ++m) codes[m].template put<T>(in.format, loaded[m]);
     __syncwarp();
   }
 
-  __device__ __forceinline__ void multiply(int step, const InputRows<T, Aligned, Columns>& input, Scratch& codes,
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, Nibbles, Aligned, Columns>& input, Scratch& codes,
                                            Tile<T, Columns> (&tiles)[Matrices]) const {
     // Beyond the last group scales, minima and input are zero.
-#pragma unroll(Aligned ? 2 : 1)
-    for (int i = 0; i < kNibbleStep; ++i) {
-      Vec<T> x[Tile<T, Columns>::kInputs];
-      input.template load<q4::kGroup / 2>((step + i) * q4::kGroup + lane_part() * kTogether<T>, x);
-      typename Tile<T, Columns>::Totals totals(x);
+#pragma unroll 1
+    for (int first = 0; first < kNibbleStep; first += 2) {
+      Vec<uint32_t> words[Matrices];
 #pragma unroll
-      for (int m = 0; m < Matrices; ++m) {
-        Vec<T> numbers[2];
-        Affine affine[2];
+      for (int m = 0; m < Matrices; ++m) words[m] = codes[m].two_groups(first);
+      const auto totals = input.totals(step + first);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          numbers[half] = codes[m].template eight<T>(lane_row() + half * 8, i, lane_part());
-          affine[half] = codes[m].affine[i][lane_row() + half * 8];
+      for (int i = 0; i < 2; ++i) {
+        Vec<T> x[Tile<T, Columns>::kInputs];
+        input.load_group(step + first + i, x);
+        const auto total = totals.of(i, x);
+#pragma unroll
+        for (int m = 0; m < Matrices; ++m) {
+          const Vec<float> affine = codes[m].groups[first + i].affine[lane_row()];
+          tiles[m].add_scaled(eight_numbers<T>(words[m].words[2 * i]), eight_numbers<T>(words[m].words[2 * i + 1]), affine[0],
+                              affine[2], x);
+          tiles[m].add_totals(total, affine[1], affine[3]);
         }
-        tiles[m].add_scaled(numbers[0], numbers[1], affine[0].scale, affine[1].scale, x);
-        tiles[m].add_totals(totals, affine[0].minimum, affine[1].minimum);
       }
     }
   }
@@ -338,7 +406,7 @@ __device__ __forceinline__ int dot_rows(const Input& in, DotShared<T, W, Columns
   using Part = Products<T, W, Aligned, Columns, Matrices>;
   const int warp = int(threadIdx.x) / kWarp, begin = warp * Part::kStep, end = Part::steps(in.width);
   auto& scratch = shared.warps[warp].scratch;
-  Part part;
+  Part part(in);
 #pragma unroll
   for (int m = 0; m < Matrices; ++m)
 #pragma unroll
@@ -346,7 +414,7 @@ __device__ __forceinline__ int dot_rows(const Input& in, DotShared<T, W, Columns
   if (Part::kAhead) part.load(begin, in);
 
   wait_for_kernel_before();
-  InputRows<T, Aligned, Columns> input;
+  InputRows<T, W, Aligned, Columns> input;
   input.begin(in, shared);
   Tile<T, Columns> tiles[Matrices];
   in_steps<Part::kAhead>(

@@ -83,6 +83,24 @@ __device__ __forceinline__ uint32_t transposed(uint32_t word) {
   return word;
 }
 
+// Four 8x8 matrices of 16-bit elements in shared memory, whose rows are 16 bytes one after the other: two that follow each other,
+// and two that are `Next` rows further on. A lane gets word t of row g of each.
+template <int Next>
+__device__ __forceinline__ Vec<uint32_t> matrix_words(const uint32_t* first) {
+  Vec<uint32_t> out;
+#if defined(__CUDA_ARCH__)
+  const int lane = int(threadIdx.x) % kWarp;
+  const uint32_t row = uint32_t(__cvta_generic_to_shared(first + (lane / 16 * Next + lane % 16) * 4));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.words[0]), "=r"(out.words[1]), "=r"(out.words[2]), "=r"(out.words[3])
+               : "r"(row)
+               : "memory");
+#else
+  for (int i = 0; i < 4; ++i) out.words[i] = first[(i / 2 * Next + i % 2 * 8 + lane_row()) * 4 + lane_part()];
+#endif
+  return out;
+}
+
 // Of two words the lower halves, or the upper ones.
 __device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
@@ -106,11 +124,19 @@ class Tile {
   // What the input rows of a vector each add up to: their product with ones.
   class Totals {
    public:
+    // Of one row, where it is known.
+    __device__ __forceinline__ explicit Totals(float total) {
+      static_assert(Columns == 1);
+      sums_[0][0] = total;
+    }
     __device__ __forceinline__ explicit Totals(const Vec<T> (&x)[kInputs]) {
       const Vec<T> ones = all_ones();
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) multiply(sums_[i], ones, ones, x[i]);
     }
+
+    // Of column 2 t, or 2 t + 1.
+    __device__ __forceinline__ float operator[](int i) const { return sums_[0][i]; }
 
    private:
     friend Tile;

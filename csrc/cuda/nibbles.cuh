@@ -31,6 +31,26 @@ __device__ __forceinline__ uint32_t nibble_numbers(uint32_t word, int bit) {
   return masked_or<mask, sixteen>(bit < to ? word << (to - bit) : word >> (bit - to));
 }
 
+// The eight weights of a word of nibbles as they lie in memory, byte b with those of b and 16 + b: these four, and then those
+// 16 further on. A number of bf16 has its code in one byte, so that a word's four are made together, and only then go apart; for
+// f16 the bytes have been `turned`, neighbours 16 bits apart.
+template <class T>
+__device__ __forceinline__ uint32_t turned(uint32_t word) {
+  return std::is_same_v<T, bf16_t> ? word : __byte_perm(word, 0, 0x3120);
+}
+template <class T>
+__device__ __forceinline__ Vec<T> eight_numbers(uint32_t word) {
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    constexpr uint32_t sixteen = 0x41414141u;  // the upper byte of such a number
+    const uint32_t first = masked_or<0x78787878u, 0x80808080u>(word << 3),
+                   second = masked_or<0x78787878u, 0x80808080u>(word >> 1);
+    return {__byte_perm(first, sixteen, 0x4140), __byte_perm(first, sixteen, 0x4342), __byte_perm(second, sixteen, 0x4140),
+            __byte_perm(second, sixteen, 0x4342)};
+  } else {
+    return {nibble_numbers<T>(word, 0), nibble_numbers<T>(word, 8), nibble_numbers<T>(word, 4), nibble_numbers<T>(word, 12)};
+  }
+}
+
 // Groups that a header is for: 2 to the power of this.
 __device__ __forceinline__ int header_power(Format format) { return format == Format::q4 ? 2 : 3; }
 static_assert(q4::header_groups(false) == 1 << 2 && q4::header_groups(true) == 1 << 3);
@@ -78,78 +98,105 @@ inline SIRIUS_OUT_OF_LINE __device__ float across_weight(Format format, const vo
 
 constexpr int kNibbleStep = 8;  // groups of a row that a warp reads at a time, two a lane: those of one header, or q4's two
 
-// Two groups of one row, 2 t and 2 t + 1 of a step's eight for a lane 4 g + t, and what their header says of them, as it lies in
-// memory: of q4 scale and minimum of one and of the other, of q8_upper the two scales, of q4_k what eight groups have in common,
-// and fields.
+// Where a lane 4 g + t finds, in any row, groups 2 t and 2 t + 1 of a step's eight, and two words of their header. Of q4 these
+// are scale and minimum of one and of the other; of q8_upper one of them is the two scales; of q4_k parts 0 and 3 have the first
+// two words, parts 1 and 2 the others.
+struct NibblePlaces {
+  uint32_t nibbles;       // bytes from a row to the lane's first group
+  uint32_t end;           // and to the end of the row
+  uint32_t header;        // to the lane's words
+  uint32_t header_bytes;  // for each group
+
+  __device__ __forceinline__ NibblePlaces(Format format, int cols)
+      : nibbles(added_up(uint32_t(cuda::header_bytes(format, cols) + 2 * lane_part() * q4::kGroupBytes))),
+        end(added_up(uint32_t(cuda::header_bytes(format, cols) + q4::groups(cols) * q4::kGroupBytes))),
+        header(added_up(8u * (format == Format::q4     ? lane_part()
+                              : format == Format::q4_k ? (lane_part() + 1) / 2 % 2
+                                                       : lane_part() / 2))),
+        header_bytes(16u >> header_power(format)) {}
+};
+
+// The two groups of one row, as they lie in memory.
 struct NibbleGroups {
   Vec<uint32_t> nibbles[2];
-  uint32_t header[2];
+  Packed<uint32_t, 2> header;
 
-  // step: its first group. What is not there is not read, and is zero.
-  __device__ __forceinline__ void load(Format format, const void* row, int step, int cols) {
-    const int group = step + 2 * lane_part(), left = q4::groups(cols) - group;
-    const char* const at = static_cast<const char*>(row);
-    const auto* const from = reinterpret_cast<const uint32_t*>(at + (header_bytes(format, cols) + group * q4::kGroupBytes));
-    nibbles[0] = load_streaming(from, left > 0);
-    nibbles[1] = load_streaming<q4::kGroupBytes>(from, left > 1);
-    const int first = format == Format::q4 ? lane_part() % 2 * 8 : format == Format::q4_k ? 0 : lane_part() * 4;
-    const int second = format == Format::q4 ? first + 4 : format == Format::q4_k ? (lane_part() + 1) % 4 * 4 : first;
-    header[0] = load_word(at + (header_at(format, group) + first), left > 0);
-    header[1] = load_word(at + (header_at(format, group) + second), left > 0);
+  // step: its first group. What is not there is not read: its header is zero, and its nibbles do not matter. With `Ahead` they
+  // are what was loaded before, which the registers hold until then; without these would be kept for that alone.
+  template <bool Ahead>
+  __device__ __forceinline__ void load(const NibblePlaces& places, const char* row, int step) {
+    const uint32_t first = places.nibbles + uint32_t(step) * q4::kGroupBytes;
+    const auto* const from = reinterpret_cast<const uint32_t*>(row + first);
+    nibbles[0] = load_streaming<0, !Ahead>(from, first < places.end);
+    nibbles[1] = load_streaming<q4::kGroupBytes, !Ahead>(from, first + q4::kGroupBytes < places.end);
+    header = load_two_words(row + (places.header + uint32_t(step) * places.header_bytes), first < places.end);
   }
 };
 
-// The nibbles of sixteen rows by eight groups, in a warp's shared memory. Sixteen bytes lie together, places apart so that lanes
-// share no bank: not those of rows 2 i and 2 i + 1 that write a group of every other, nor those of eight rows that read one.
-struct alignas(16) NibbleCodes {
-  static constexpr int kGroup = kTileRows + 1, kAffine = kTileRows + 2;
+// The nibbles of sixteen rows by eight groups, in a warp's shared memory, and their scales and minima. The 16 bytes of a row's
+// group are a row of an 8x8 matrix of 16-bit elements: as `matrix_words` reads them, lane 4 g + t gets word t of row g. What it
+// reads of scales and minima of rows g and g + 8 lies together. Groups are apart by what is odd times 16 bytes, so that no eight
+// lanes, of two rows by four parts, meet in a bank as they write to every other group; those that read have one of eight rows.
+struct NibbleCodes {
+  struct alignas(16) Group {
+    uint32_t words[kTileRows][4];
+    Vec<float> affine[kTileRows / 2 + 1];  // scale, minimum of row g, scale, minimum of row g + 8; one that is not used
+  };
+  static constexpr int kGroup = sizeof(Group) / 16;
+  static_assert(kGroup % 2 == 1);
 
-  uint32_t words[kNibbleStep * kGroup][4];
-  Affine affine[kNibbleStep][kAffine];
+  Group groups[kNibbleStep];
 
   // By all lanes of a warp: what each has of rows lane_row() and lane_row() + 8.
+  template <class T>
   __device__ __forceinline__ void put(Format format, const NibbleGroups (&from)[2]) {
     const bool supers = format == Format::q4_k, pairs = format == Format::q4;
     // Scale and minimum are two halves times two numbers of six bits, and a factor: where there are no such numbers, times these.
-    uint32_t fields[2];
-    fields[0] = fields[1] = pairs ? 0x041041u : 0x050050u;  // 1 and 1, or 16 and 1
-    if (supers) {
-      // Those of the last two groups are in the top bytes of the words of the others.
-      const uint32_t tops = __byte_perm(from[0].header[1], from[1].header[1], 0x7733);
-      const int lane = lane_row() * 4;
-      const uint32_t first = __shfl_sync(kAllLanes, tops, lane), second = __shfl_sync(kAllLanes, tops, lane + 1),
-                     third = __shfl_sync(kAllLanes, tops, lane + 2), two = __byte_perm(first, second, 0x6240);
+    // The halves are in two words, of groups 2 t and 2 t + 1 by turns where each has its own.
+    uint32_t fields[2], words[2][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        fields[half] = lane_part() < 3 ? from[half].header[1] : __byte_perm(two, third, half == 0 ? 0x4410 : 0x6632);
+    for (int half = 0; half < 2; ++half) {
+      fields[half] = pairs ? 0x041041u : 0x050050u;  // 1 and 1, or 16 and 1
+#pragma unroll
+      for (int i = 0; i < 2; ++i) words[half][i] = from[half].header.words[i];
+      if (format == Format::q8_upper && lane_part() % 2) words[half][0] = words[half][1];
+    }
+    if (supers) {
+      // Fields of the last two groups are in the top bytes of the words of the others: of part 3's own, and of part 1's two.
+      uint32_t tops =
+          __byte_perm(__byte_perm(words[0][0], words[0][1], 0x0073), __byte_perm(words[1][0], words[1][1], 0x0073), 0x5410);
+      tops = __shfl_sync(kAllLanes, tops, 1, 4);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t last = __byte_perm(words[half][1], tops, half == 0 ? 0x0543 : 0x0763);
+        fields[half] = lane_part() == 3 ? last : lane_part() == 1 ? words[half][0] : words[half][1];
+        words[half][0] = __shfl_sync(kAllLanes, words[half][0], 0, 4);
+      }
     }
     const float factor = supers ? -1.0f : pairs ? 1.0f : -q8::kUpperZero;
     const unsigned halves[2] = {supers || pairs ? 0x3210u : 0x1010u, supers ? 0x3210u : pairs ? 0x7654u : 0x3232u};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const NibbleGroups& own = from[half];
-      const int row = lane_row() + half * 8;
+    for (int i = 0; i < 2; ++i) {
+      Group& group = groups[2 * lane_part() + i];
+      float affine[4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int group = 2 * lane_part() + i;
-        Vec<uint32_t> turned;  // neighbours 16 bits apart, where a word of T has them
+      for (int half = 0; half < 2; ++half) {
+        Vec<uint32_t> nibbles;
 #pragma unroll
-        for (int w = 0; w < 4; ++w) turned.words[w] = __byte_perm(own.nibbles[i].words[w], 0, 0x3120);
-        store(words[group * kGroup + row], turned);
-        const uint32_t both = __byte_perm(own.header[0], own.header[1], halves[i]);
-        const float scale = half_of<f16_t>(both, 0) * float(fields[half] >> 12 * i & 63),
-                    minimum = half_of<f16_t>(both, 1) * float(fields[half] >> (12 * i + 6) & 63);
-        affine[group][row] = {scale, fmaf(minimum, factor, -kNibbleStart * scale)};
+        for (int w = 0; w < 4; ++w) nibbles.words[w] = turned<T>(from[half].nibbles[i].words[w]);
+        store(group.words[lane_row() + half * 8], nibbles);
+        const uint32_t header = __byte_perm(words[half][0], words[half][1], halves[i]);
+        const float scale = half_of<f16_t>(header, 0) * float(fields[half] >> 12 * i & 63),
+                    minimum = half_of<f16_t>(header, 1) * float(fields[half] >> (12 * i + 6) & 63);
+        affine[2 * half] = scale;
+        affine[2 * half + 1] = fmaf(minimum, factor, -kNibbleStart * scale);
       }
+      group.affine[lane_row()] = Vec<float>::rounded(affine);
     }
   }
 
-  // Weights 4 part .. 4 part + 3 of a group, and those 16 further on.
-  template <class T>
-  __device__ __forceinline__ Vec<T> eight(int row, int group, int part) const {
-    const uint32_t word = words[group * kGroup + row][part];
-    return {nibble_numbers<T>(word, 0), nibble_numbers<T>(word, 8), nibble_numbers<T>(word, 4), nibble_numbers<T>(word, 12)};
-  }
+  // Of a group and the next one, a word each of rows g and g + 8: weights 4 t .. 4 t + 3, and those 16 further on.
+  __device__ __forceinline__ Vec<uint32_t> two_groups(int group) const { return matrix_words<kGroup>(groups[group].words[0]); }
 };
 
 // ------------------------------------------------------------------------------------------------ scales of 32 rows together

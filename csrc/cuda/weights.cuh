@@ -68,14 +68,16 @@ class WeightRow<T, Nibbles, Aligned> {
   using Scratch = NibbleCodes;
 
   WeightRow() = default;
-  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row) : row_(row_at(matrix, row)) {}
+  __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
+      : row_(added_up(static_cast<const char*>(row_at(matrix, row)))) {}
 
-  __device__ __forceinline__ void load(NibbleGroups& to, Format format, int step, int cols) const {
-    to.load(format, row_, step, cols);
+  template <bool Ahead>
+  __device__ __forceinline__ void load(NibbleGroups& to, const NibblePlaces& places, int step) const {
+    to.load<Ahead>(places, row_, step);
   }
 
  private:
-  const void* row_;
+  const char* row_;
 };
 
 // Without its scales.

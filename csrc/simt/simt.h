@@ -127,8 +127,9 @@ inline void __syncwarp(unsigned mask = ~0u, SIMT_CALLER) {
   simt::warp_collective(mask, nullptr, [](void* const*, unsigned) {}, SIMT_PLACE("__syncwarp"));
 }
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, SIMT_CALLER) {
-  return simt::shuffle(mask, value, source & 31, SIMT_PLACE("__shfl_sync"));
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_CALLER) {
+  const int first = int(simt::lane()) & -width;
+  return simt::shuffle(mask, value, first | (source & (width - 1)), SIMT_PLACE("__shfl_sync"));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int flip, SIMT_CALLER) {
