@@ -23,13 +23,18 @@ struct alignas(64) TileConfig {
   }
 };
 
+// GCC's tile intrinsics do not tell the compiler which memory they read and write: of a configuration only its first eight bytes,
+// and it leaves out what is stored in the others.
+inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
+inline void configure(const TileConfig& config) {
+  __asm__ volatile("" ::"m"(config));
+  _tile_loadconfig(&config);
+}
+
 struct Tiles {
-  explicit Tiles(const TileConfig& config) { _tile_loadconfig(&config); }
+  explicit Tiles(const TileConfig& config) { configure(config); }
   ~Tiles() { _tile_release(); }
 };
-
-// GCC's tile intrinsics do not tell the compiler which memory they read and write.
-inline void memory_fence() { __asm__ volatile("" ::: "memory"); }
 
 // Rows of input from which on products of groups are a matter for tiles: for fewer VNNI takes as many instructions.
 constexpr int kTileInputs = 8;
@@ -44,7 +49,7 @@ class GroupTiles {
     config.set(0, inputs, 64);
     config.set(1, inputs, 32);
     config.set(2, 8, 64);
-    _tile_loadconfig(&config);
+    configure(config);
   }
   ~GroupTiles() {
     if (used_) _tile_release();

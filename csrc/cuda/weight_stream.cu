@@ -80,7 +80,8 @@ struct Memory {
   }
 };
 
-// Some physical memory, which lasts as long as this or as a mapping of it.
+// Some physical memory, which lasts as long as this or as a mapping of it. It is mapped as a whole: of a part the driver says
+// that it is not supported (CUDA 13 on an H100).
 class Piece {
  public:
   Piece(const Memory& memory, size_t nbytes) : memory_(&memory), nbytes_(nbytes) {
@@ -91,6 +92,7 @@ class Piece {
     if (nbytes_) memory_->release(handle_);
   }
   CUmemGenericAllocationHandle handle() const { return handle_; }
+  size_t nbytes() const { return nbytes_; }
 
  private:
   const Memory* memory_;
@@ -105,20 +107,35 @@ class Addresses {
     check(memory.reserve(&at_, nbytes, 0, 0, 0), "cuMemAddressReserve");
   }
   Addresses(Addresses&& other) noexcept
-      : memory_(other.memory_), nbytes_(std::exchange(other.nbytes_, 0)), used_(std::exchange(other.used_, 0)), at_(other.at_) {}
+      : memory_(other.memory_),
+        nbytes_(std::exchange(other.nbytes_, 0)),
+        used_(std::exchange(other.used_, 0)),
+        mapped_(std::exchange(other.mapped_, {})),
+        at_(other.at_) {}
+  // What was mapped by itself is unmapped by itself.
   ~Addresses() {
-    if (used_) memory_->unmap(at_, used_);
+    CUdeviceptr at = at_;
+    for (const size_t nbytes : mapped_) {
+      memory_->unmap(at, nbytes);
+      at += nbytes;
+    }
     if (nbytes_) memory_->free(at_, nbytes_);
   }
 
-  void append(const Piece& piece, size_t nbytes) {
-    if (nbytes == 0) return;
-    check(memory_->map(at_ + used_, nbytes, 0, piece.handle(), 0), "cuMemMap");
-    used_ += nbytes;
+  void append(const Piece& piece) { append(&piece, 1); }
+  void append(const Piece* pieces, size_t count) {
+    const size_t before = used_;
+    for (size_t i = 0; i < count; ++i) {
+      if (pieces[i].nbytes() == 0) continue;
+      check(memory_->map(at_ + used_, pieces[i].nbytes(), 0, pieces[i].handle(), 0), "cuMemMap");
+      mapped_.push_back(pieces[i].nbytes());
+      used_ += pieces[i].nbytes();
+    }
+    if (used_ == before) return;
     CUmemAccessDesc access{};
     access.location = memory_->prop.location;
     access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-    check(memory_->set_access(at_ + used_ - nbytes, nbytes, &access, 1), "cuMemSetAccess");
+    check(memory_->set_access(at_ + before, used_ - before, &access, 1), "cuMemSetAccess");
   }
 
   // Where the next stretch begins.
@@ -127,6 +144,7 @@ class Addresses {
  private:
   const Memory* memory_;
   size_t nbytes_, used_ = 0;
+  std::vector<size_t> mapped_;  // bytes of each mapping, in order
   CUdeviceptr at_{};
 };
 
@@ -177,7 +195,7 @@ struct WeightStream::State {
   State(std::vector<std::vector<StreamedImage>> layers, int buffers) : sizes(std::move(layers)), buffers(buffers) {
     const int64_t grain = int64_t(memory.granularity());
     const auto whole = [&](int64_t nbytes) { return size_t((nbytes + grain - 1) / grain * grain); };
-    // Each ring has memory for the longest of the tails.
+    // Each ring has memory for the longest of the tails, in pieces of which each tail maps as many as it needs.
     std::vector<size_t> longest(sizes.at(0).size());
     for (const auto& layer : sizes)
       for (size_t number = 0; number < longest.size(); ++number) {
@@ -187,9 +205,12 @@ struct WeightStream::State {
                                       ", got " + std::to_string(image.resident));
         longest[number] = std::max(longest[number], whole(image.nbytes - image.resident));
       }
-    std::vector<std::vector<Piece>> ring(longest.size());
-    for (size_t number = 0; number < longest.size(); ++number)
-      for (int i = 0; i < buffers; ++i) ring[number].emplace_back(memory, longest[number]);
+    std::vector<std::vector<std::vector<Piece>>> ring(longest.size());
+    for (size_t number = 0; number < longest.size(); ++number) {
+      ring[number].resize(buffers);
+      for (auto& buffer : ring[number])
+        for (size_t i = 0; i < longest[number]; i += size_t(grain)) buffer.emplace_back(memory, size_t(grain));
+    }
 
     size_t nbytes = 0;
     for (const auto& layer : sizes)
@@ -202,13 +223,13 @@ struct WeightStream::State {
         const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident), slots = whole(image.slots);
         own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident)), nullptr});
         const Piece stays(memory, resident);
-        at.append(stays, resident);
-        at.append(ring[number][layer % buffers], tail);
+        at.append(stays);
+        at.append(ring[number][layer % buffers].data(), tail / size_t(grain));
         if (!slots) continue;
         Addresses& again = held.emplace_back(memory, resident + slots);
         own.back().slots = again.end();
-        again.append(stays, resident);
-        again.append(Piece(memory, slots), slots);
+        again.append(stays);
+        again.append(Piece(memory, slots));
       }
     }
   }

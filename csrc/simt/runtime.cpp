@@ -187,8 +187,8 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
 
 CUresult cuMemMap(CUdeviceptr at, size_t nbytes, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long) {
   const auto found = pages_.find(handle);
-  if (found == pages_.end() || nbytes == 0 || nbytes % kPage || at % kPage || offset != 0 || nbytes > found->second.nbytes)
-    return CUDA_ERROR_INVALID_VALUE;
+  if (found == pages_.end() || nbytes == 0 || nbytes % kPage || at % kPage) return CUDA_ERROR_INVALID_VALUE;
+  if (offset != 0 || nbytes != found->second.nbytes) return CUDA_ERROR_NOT_SUPPORTED;
   void* const mapped = mmap(pointer(at), nbytes, PROT_NONE, MAP_SHARED | MAP_FIXED, found->second.file, 0);
   return mapped == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
 }
