@@ -1,6 +1,6 @@
-"""What a token costs on a GPU, predicted: from bytes, from the launches that the backend would make, and from a few assumptions
-about the card, all of which stand here. Predictions, not measurements: bench/tables.py shows them as such, beside the floor, and
-what is measured beside them.
+"""What a token costs on a GPU, predicted: from bytes, from the launches that the backend would make, and from a few numbers about
+the card, all of which stand here: measured on an H100 (bench/results/breakdown-llama-3-8b-h100.json), assumed of others.
+Predictions, not measurements: bench/tables.py shows them as such, beside the floor, and what is measured beside them.
 
 A kernel that reads weights takes the longer of two times: its bytes at the bandwidth that a read reaches, spread over the
 multiprocessors as its blocks are; its instructions, as many for each KB as its loop has, at a card's rate. To that comes, for
@@ -58,21 +58,22 @@ class Card:
     clock: float
     overlaps: bool
 
-    # Assumptions, until a card has been measured.
     @property
     def read(self) -> float:
-        """Bytes/s that a read of weights reaches."""
+        """Bytes/s that a read of weights reaches: measured on an H100, and by torch's reductions there."""
         return 0.92 * self.bandwidth
 
     @property
     def step(self) -> float:
-        """Seconds of a kernel in a graph beside those in which it reads at full speed."""
-        return 1.2e-6 if self.overlaps else 2.6e-6
+        """Seconds of a kernel in a graph beside those in which it reads at full speed. On an H100 the output projection takes 13.9
+        us for 33.5 MB, and `down` 22.0 for 58.7. Where kernels do not overlap 1.4 us more are assumed."""
+        return 3.1e-6 if self.overlaps else 4.5e-6
 
     @property
     def instructions(self) -> float:
-        """Of a warp, a second: four a cycle and multiprocessor, of which nine tenths are reached."""
-        return 0.9 * 4 * self.processors * self.clock
+        """Of a warp, a second: four a cycle and multiprocessor, of which the loops over packed weights reach not half on an
+        H100: what they wait for is loads."""
+        return 0.45 * 4 * self.processors * self.clock
 
 
 CARDS = (
@@ -98,9 +99,19 @@ INSTRUCTIONS = {
 # The same of attention, for each KB of keys and values and each block that reads it, by head_dim up to which the body is for and
 # groups of eight queries.
 OF_ATTENTION = {(64, 1): 99, (64, 2): 151, (128, 1): 60, (128, 2): 88}
-# Seconds that a kernel takes which reads no weights, beside `step`: of attention what comes before a chunk's keys, after its
-# values, and until the last block has combined all chunks; of the selection its passes over what one block has in registers.
-OTHERS = {"attention": 2.5e-6, "select": 4e-6}
+# Seconds that a kernel takes which reads no weights, beside `step`, measured on an H100: of attention what its keys and values do
+# not explain, of the selection its passes over what one block has in registers.
+OTHERS = {
+    "attention": 0.5e-6,
+    "combine": -0.8e-6,
+    "rms_norm": -0.8e-6,
+    "embed": -1.2e-6,
+    "embed_packed": -1.2e-6,
+    "argmax": 0.3e-6,
+    "select": 5.7e-6,
+}
+# Seconds more of a product that normalises its input, one row.
+NORMALISED, NORMALISES = ("qkv", "gate_up", "gate"), 1.7e-6
 # Seconds of a conditional node in a graph with the kernel before it that decides, whether the node's part runs or not. No
 # published figure is known, so this is an assumption on the dear side: kernels before and after it do not overlap with it.
 CONDITION = 10e-6
@@ -256,7 +267,8 @@ def seconds_of(
     per_kb = INSTRUCTIONS[launch.op if launch.op in ("gate_up", "down") else "dot", launch.weights]
     columns = int(re.search(r"(\d+)>$", launch.kernel)[1])
     issued = per_kb[columns] * (weights if issued_for is None else issued_for) / 1024 / card.instructions
-    return card.step + max(weights / card.read, issued) / balance
+    normalises = NORMALISES if launch.op in NORMALISED and columns == 1 else 0.0
+    return card.step + normalises + max(weights / card.read, issued) / balance
 
 
 def pass_seconds(
@@ -331,7 +343,7 @@ TIERS_MODEL, TIERS_CONTEXT = "llama-3-70b", 1024
 LINKS = (25e9, 50e9)  # bytes/s from the host's memory: what PCIe 4 and 5 reach
 RESERVED = 1.0e9  # bytes that a card loses to CUDA's context, kernels and work space
 RING = 2  # layers whose missing rows have room on the card while they are on their way
-LAUNCHES = 6  # of a layer of the sparse model
+LAUNCHES = 7  # of a layer
 DENSITIES = [step / 100 for step in range(40, 101, 2)]
 # By which drafts are accepted, and whose average advance length that is: of the recorded texts, or of the paper.
 RULES = ("threshold", "match", "threshold, the paper's AAL")

@@ -98,7 +98,8 @@ __device__ __forceinline__ uint32_t q8_numbers(uint32_t codes) {
     }
   } else {
     static_assert(!kUpper, "of q8_upper no one asks for numbers of fp16");
-    return fma_pair<T>(masked_or<0x00ff00ffu, 0x64006400u>(codes), 0x3c003c00u, 0xe480e480u);  // 1024 + code - 1152
+    // In one operation the mask would take a register, which is one too many.
+    return fma_pair<T>((codes & 0x00ff00ffu) | 0x64006400u, 0x3c003c00u, 0xe480e480u);  // 1024 + code - 1152
   }
 }
 
