@@ -93,13 +93,17 @@ inline float bf16_at(const uint8_t* p) {
 // set for its arithmetic must stand before all of it.
 __attribute__((noinline)) inline void add_products_bf16(const Operands& of) {
   constexpr int n = kMaxBytes / 4;
+  float b[kMaxRows][2][n];
+  for (int k = 0; k < of.b.rows; ++k)
+    for (int i = 0; i < n; ++i)
+      for (int half = 0; half < 2; ++half) b[k][half][i] = bf16_at(of.b.data[k] + 4 * i + 2 * half);
   for (int m = 0; m < of.c.rows; ++m) {
     float even[n] = {}, odd[n] = {}, sum[n];
     for (int k = 0; k < of.b.rows; ++k) {
       const float first = bf16_at(of.a.data[m] + 4 * k), second = bf16_at(of.a.data[m] + 4 * k + 2);
       for (int i = 0; i < n; ++i) {
-        even[i] = std::fma(first, bf16_at(of.b.data[k] + 4 * i), even[i]);
-        odd[i] = std::fma(second, bf16_at(of.b.data[k] + 4 * i + 2), odd[i]);
+        even[i] = std::fma(first, b[k][0][i], even[i]);
+        odd[i] = std::fma(second, b[k][1][i], odd[i]);
       }
     }
     std::memcpy(sum, of.c.data[m], sizeof(sum));
