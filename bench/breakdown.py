@@ -19,10 +19,10 @@ import torch
 from common import console, header, save
 from rich.table import Table
 from shapes import SHAPES, random_model
+from variants import words
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.engine import GREEDY
-from sirius_ext.models.packed import pack
+from sirius_ext.engine import GREEDY, device_of
 
 CONFIGS = {
     "Full": SiriusConfig(mode="full"),
@@ -88,18 +88,22 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-8b", help="of the random model")
     parser.add_argument("--weights", choices=("plain", "q8", "q4"), default="plain")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--variants", default=",".join(CONFIGS), help="of " + ", ".join(CONFIGS))
+    parser.add_argument("--variants", type=words, default=",".join(CONFIGS), help="of " + ", ".join(CONFIGS))
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
+    try:
+        device_of("cuda")
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown := set(options.variants) - set(CONFIGS):
+        parser.error(f"variants: not known: {', '.join(sorted(unknown))}")
     header()
     torch.manual_seed(0)
     device = torch.device("cuda")
-    model = random_model(options.shape, device, torch.bfloat16)
-    if options.weights != "plain":
-        pack(model, options.weights)
+    model = random_model(options.shape, device, torch.bfloat16, options.weights)
     engine, results = Engine(model), []
     ids = torch.randint(model.config.vocab_size, (1, options.context), device=device)
-    for name in options.variants.split(","):
+    for name in options.variants:
         config = CONFIGS[name]
         run = lambda config=config: engine.generate(ids, config=config, max_new_tokens=64, min_new_tokens=64, **GREEDY)  # noqa: E731
         run()

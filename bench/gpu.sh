@@ -6,7 +6,8 @@
 #   sanitize  the ops' tests on aligned tensors under compute-sanitizer: memcheck, then racecheck
 #   soak      many prompts of mixed length: memory stays constant; then what Nsight Compute says of the largest kernels
 # Each ends within four minutes on sixteen cores (an H100 took 40 s for 800 tests, 40 for a table, 25 for the kernels), and begins
-# with what is worth most. What is known is written at once, so that a time limit is no failure. A part that fails does not keep the next one from running; the exit status then is 1.
+# with what is worth most. What is known is written at once, so that a time limit is no failure. A part that fails does not keep the
+# next one from running; the exit status then is 1.
 #   wheels    lists the Python packages that the parts lack here, to be brought along where there is no network
 # Logs and results go to OUT.
 #   OUT      folder (bench/results)           PYTHON  interpreter (python3)

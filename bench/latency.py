@@ -29,7 +29,6 @@ from sirius_ext import Engine, SiriusConfig
 from sirius_ext.decoding.sparsity import density_of, four_bits
 from sirius_ext.engine import GREEDY, prepare
 from sirius_ext.models.hub import load_model, parse_dtype
-from sirius_ext.models.packed import pack
 from sirius_ext.models.weights import Weights
 
 PAPER_AAL = 15.2  # of a period of 16, Llama-3-8B-Instruct on GSM8K
@@ -63,13 +62,11 @@ class Latency:
         self.options, self.bandwidth = options, bandwidth
         self.on_result: Callable[[], None] = lambda: None  # called after each new record
         self.device, dtype = torch.device(options.device), parse_dtype(options.dtype)
-        self.random, (self.weights,) = options.shape is not None, options.weights
+        self.random, (self.stored,) = options.shape is not None, options.weights
         if self.random:
-            self.model, self._tokenizer = random_model(options.shape, self.device, dtype), None
-            if self.weights != "plain":
-                pack(self.model, self.weights)
+            self.model, self._tokenizer = random_model(options.shape, self.device, dtype, self.stored), None
         else:
-            self.model, self._tokenizer = load_model(options.model, dtype, weights=self.weights)
+            self.model, self._tokenizer = load_model(options.model, dtype, weights=self.stored)
             self.model.to(self.device)
         self.model.generation_config.eos_token_id = None  # no text ends early
         self.model.generation_config.pad_token_id = 0
@@ -86,7 +83,7 @@ class Latency:
 
     def baselines(self) -> None:
         options, count = self.options, self.options.max_new_tokens
-        if self.weights != "plain":  # which only our kernels read
+        if self.stored != "plain":  # which only our kernels read
             return
         for context in options.context:
             ids = self.prompt(context)
@@ -244,7 +241,7 @@ def run(options: argparse.Namespace, bandwidth: float | None = None) -> dict:
         "model": options.shape or options.model,
         "weights": "random" if bench.random else "real",
         "dtype": options.dtype,
-        "stored": bench.weights,
+        "stored": bench.stored,
         "max_new_tokens": options.max_new_tokens,
         "bandwidth": bandwidth,
         "results": bench.records,

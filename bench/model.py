@@ -85,8 +85,8 @@ CARDS = (
 )
 
 # Of hot loops, for each KB of weights that is streamed, by rows of input up to which the body is for: what nvcc 13 makes of them
-# for sm_90a (tests/test_cuda_build.py keeps them from growing). Of packed weights and sixteen rows without those that normalise
-# input, which is done before.
+# for sm_90a (tests/test_cuda_build.py keeps them from growing). Several rows are normalised before: of packed weights and sixteen
+# rows the instructions for that are taken off, elsewhere they are in these numbers.
 INSTRUCTIONS = {
     ("gate_up", "Plain"): {1: 28, 8: 57, 16: 85},
     ("down", "Plain"): {8: 101, 16: 103},

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from sirius_ext.models.packed import pack
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -70,9 +72,10 @@ def config_of(shape: Shape) -> LlamaConfig:
     )
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def random_model(name: str, device: torch.device, dtype: torch.dtype, weights: str = "plain") -> PreTrainedModel:
     """A Llama of that shape, made where it is used: weights are drawn from N(0, 0.02) on the device.
 
+    weights: "plain", or as which they are packed then, "q8" or "q4".
     RuntimeError if the device's memory does not hold it.
     """
     shape = shape_of(name)
@@ -83,6 +86,8 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.do_sample = False
+    if weights != "plain":
+        pack(model, weights)
     return model.eval()
 
 

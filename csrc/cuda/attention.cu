@@ -136,17 +136,16 @@ __device__ __forceinline__ SlotList own_slots(const AttentionParams& p, const Ch
 
 // What a block does at a time.
 struct Unit {
-  Columns columns, served;         // of its tile, and whose result this is
-  int tile, kv_head, chunk, list;  // list: which of the row's own; -1: a chunk that all rows see
+  Columns served;            // whose result this is
+  int kv_head, chunk, list;  // list: which of the row's own; -1: a chunk that all rows see
 
   __device__ __forceinline__ Unit(const AttentionParams& p, const Tiles& tiles, const Chunks& chunks, int number)
-      : columns{0, 0, 0, tiles.heads}, served(columns) {
-    tile = tiles.total.rest(number);
-    const int part = tiles.total.quotient(number), slice = tiles.count.quotient(tile);
+      : served{0, 0, 0, tiles.heads} {
+    const int tile = tiles.total.rest(number), part = tiles.total.quotient(number), slice = tiles.count.quotient(tile);
     const int first_head = tiles.slices.rest(slice) * tiles.heads.by, first_row = tiles.count.rest(tile) * tiles.rows.by;
     const int heads = min(tiles.group - first_head, tiles.heads.by), rows = min(p.num_rows - first_row, tiles.rows.by);
     kv_head = tiles.slices.quotient(slice);
-    columns = served = {first_row, kv_head * tiles.group + first_head, rows * heads, tiles.heads};
+    served = {first_row, kv_head * tiles.group + first_head, rows * heads, tiles.heads};
     // Lists first, which must be made; then the longest chunks.
     const int of_lists = tiles.rows.by * chunks.lists();
     if (part < of_lists) {
@@ -236,9 +235,9 @@ __global__ void __launch_bounds__(kAttentionThreads, A::resident)
     // Anew: while keys and values are multiplied they need the registers.
     const Unit done(p, tiles, chunks, forgotten(number));
     each_four(done.served, p.cache.head_dim, [&](int column, int d) {
-      const Merged merged(memory, column, d);
+      const Joined merged = joined_warps(memory, column, d);
       const size_t at = partials.index(done.chunk, done.served.row_of(column), done.served.head_of(column));
-      store(partials.values + at * partials.stride + d, merged.values);
+      store(partials.values + at * partials.stride + d, Vec<float>::rounded(merged.values));
       if (d != 0) return;
       partials.max[at] = merged.max;
       partials.sum[at] = merged.sum;
@@ -253,33 +252,6 @@ constexpr int kCombineWarps = 8, kTogether = 4;  // warps of a block that combin
 struct CombineMemory {
   float values[kCombineWarps][4 * kSpan + Vec<float>::size];
   float max[kCombineWarps], sum[kCombineWarps];
-};
-
-// Elements d to d + 3 of some results, joined by their largest maximum.
-struct Joined {
-  float max = -INFINITY, sum = 0.0f, values[Vec<float>::size] = {};
-
-  // With the results of N more, of which some are `there`.
-  template <int N>
-  __device__ __forceinline__ void join(const bool (&there)[N], const float (&maxima)[N], const float (&sums)[N],
-                                       const Vec<float> (&parts)[N]) {
-    float largest = max;
-#pragma unroll
-    for (int i = 0; i < N; ++i) largest = there[i] && maxima[i] > largest ? maxima[i] : largest;
-    // Before the first one, and after some of which nothing is finite, there is nothing to scale.
-    const float by = max == largest ? 1.0f : expf(max - largest);
-    max = largest;
-    sum *= by;
-#pragma unroll
-    for (int j = 0; j < Vec<float>::size; ++j) values[j] *= by;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float weight = there[i] ? expf(maxima[i] - largest) : 0.0f;
-      sum = fmaf(weight, sums[i], sum);
-#pragma unroll
-      for (int j = 0; j < Vec<float>::size; ++j) values[j] = fmaf(weight, parts[i][j], values[j]);
-    }
-  }
 };
 
 // grid: [heads, rows]. One query's output from its chunks. A warp has every kCombineWarps-th chunk, and loads the results of
@@ -310,7 +282,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_kernel(const Att
         sums[i] = partials.sum[at];
         parts[i] = load(partials.values + at * partials.stride + d);
       }
-      joined.join(there, maxima, sums, parts);
+      joined.join(maxima, sums, parts, there);
     }
     store(&memory.values[warp][d], Vec<float>::rounded(joined.values));
     if (lane == 0) {
@@ -321,15 +293,11 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_kernel(const Att
   __syncthreads();
   T* const out = static_cast<T*>(p.out) + (size_t(row) * p.heads + head) * head_dim;
   for (int d = int(threadIdx.x) * kSize; d < head_dim; d += kCombineWarps * kWarp * kSize) {
-    bool there[kCombineWarps];
     Vec<float> parts[kCombineWarps];
 #pragma unroll
-    for (int i = 0; i < kCombineWarps; ++i) {
-      there[i] = true;
-      parts[i] = load(&memory.values[i][d]);
-    }
+    for (int i = 0; i < kCombineWarps; ++i) parts[i] = load(&memory.values[i][d]);
     Joined joined;
-    joined.join(there, memory.max, memory.sum, parts);
+    joined.join(memory.max, memory.sum, parts);
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
       if (d + i < head_dim) out[d + i] = from_float<T>(joined.values[i] / joined.sum);

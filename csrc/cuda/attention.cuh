@@ -478,29 +478,55 @@ __device__ __forceinline__ void attend(const AttentionParams& p, const Columns& 
   }
 }
 
-// Of a column what all warps have together.
-struct Merged {
-  float max, sum;
-  Vec<float> values;  // elements d to d + 3
+// Elements d to d + 3 of some results, joined by their largest maximum.
+struct Joined {
+  float max = -INFINITY, sum = 0.0f, values[Vec<float>::size] = {};
 
-  template <class A>
-  __device__ __forceinline__ Merged(const AttentionMemory<A>& memory, int column, int d) {
-    max = memory.max[0][column];
+  // With the results of N more, or of those of them that are `there`.
+  template <int N>
+  __device__ __forceinline__ void join(const float (&maxima)[N], const float (&sums)[N], const Vec<float> (&parts)[N]) {
+    bool there[N];
 #pragma unroll
-    for (int warp = 1; warp < kAttentionWarps; ++warp) max = memory.max[warp][column] > max ? memory.max[warp][column] : max;
-    float out[Vec<float>::size] = {};
-    sum = 0.0f;
+    for (int i = 0; i < N; ++i) there[i] = true;
+    join(maxima, sums, parts, there);
+  }
+  template <int N>
+  __device__ __forceinline__ void join(const float (&maxima)[N], const float (&sums)[N], const Vec<float> (&parts)[N],
+                                       const bool (&there)[N]) {
+    float largest = max;
 #pragma unroll
-    for (int warp = 0; warp < kAttentionWarps; ++warp) {
-      const float weight = expf(memory.max[warp][column] - max);
-      const Vec<float> those = load(&memory.values[warp][column][d]);
-      sum = fmaf(weight, memory.sum[warp][column], sum);
+    for (int i = 0; i < N; ++i) largest = there[i] && maxima[i] > largest ? maxima[i] : largest;
+    // Before the first one, and after some of which nothing is finite, there is nothing to scale.
+    const float by = max == largest ? 1.0f : expf(max - largest);
+    max = largest;
+    sum *= by;
 #pragma unroll
-      for (int i = 0; i < Vec<float>::size; ++i) out[i] = fmaf(weight, those[i], out[i]);
+    for (int j = 0; j < Vec<float>::size; ++j) values[j] *= by;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float weight = there[i] ? expf(maxima[i] - largest) : 0.0f;
+      sum = fmaf(weight, sums[i], sum);
+#pragma unroll
+      for (int j = 0; j < Vec<float>::size; ++j) values[j] = fmaf(weight, parts[i][j], values[j]);
     }
-    values = Vec<float>::rounded(out);
   }
 };
+
+// Of a column what all warps have together, in their order.
+template <class A>
+__device__ __forceinline__ Joined joined_warps(const AttentionMemory<A>& memory, int column, int d) {
+  float maxima[kAttentionWarps], sums[kAttentionWarps];
+  Vec<float> parts[kAttentionWarps];
+#pragma unroll
+  for (int warp = 0; warp < kAttentionWarps; ++warp) {
+    maxima[warp] = memory.max[warp][column];
+    sums[warp] = memory.sum[warp][column];
+    parts[warp] = load(&memory.values[warp][column][d]);
+  }
+  Joined out;
+  out.join(maxima, sums, parts);
+  return out;
+}
 
 // body(column, d) for every column and every four elements of it, by all threads.
 template <class Body>

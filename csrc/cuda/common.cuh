@@ -134,16 +134,23 @@ __device__ __forceinline__ uint32_t word_of(float first, float second) {
 #endif
 }
 
-// (a & mask) | bits, in one operation: left to itself nvcc takes two where both are constants.
-template <uint32_t Mask, uint32_t Bits>
-__device__ __forceinline__ uint32_t masked_or(uint32_t a) {
+// A function of three words, bit by bit, in one operation: left to itself nvcc takes two where two of them are constants. Table:
+// what the function makes of these three.
+constexpr uint32_t kFirst = 0xf0, kSecond = 0xcc, kThird = 0xaa;
+template <uint32_t Table>
+__device__ __forceinline__ uint32_t of_three(uint32_t first, uint32_t second, uint32_t third) {
+  uint32_t out = 0;
 #if defined(__CUDA_ARCH__)
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "n"(Mask), "n"(Bits));
-  return out;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(first), "r"(second), "r"(third), "n"(Table & 0xff));
 #else
-  return (a & Mask) | Bits;
+  for (int i = 0; i < 8; ++i)
+    if (Table >> i & 1) out |= (i & 4 ? first : ~first) & (i & 2 ? second : ~second) & (i & 1 ? third : ~third);
 #endif
+  return out;
+}
+
+__device__ __forceinline__ uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  return of_three<(kFirst & kSecond) | kThird>(a, mask, bits);
 }
 
 // Some elements of T side by side, as the words in which they are loaded and multiplied. Whoever looks at one gets it as a float:

@@ -28,7 +28,7 @@ __device__ __forceinline__ uint32_t nibble_numbers(uint32_t word, int bit) {
   constexpr bool kBf16 = std::is_same_v<T, bf16_t>;
   constexpr int to = kBf16 ? 3 : 6;  // a unit is the eighth, or the sixty-fourth, of what counts one beside 16
   constexpr uint32_t mask = 0x000f000fu << to, sixteen = kBf16 ? 0x41804180u : 0x4c004c00u;
-  return masked_or<mask, sixteen>(bit < to ? word << (to - bit) : word >> (bit - to));
+  return masked_or(bit < to ? word << (to - bit) : word >> (bit - to), mask, sixteen);
 }
 
 // The eight weights of a word of nibbles as they lie in memory, byte b with those of b and 16 + b: these four, and then those
@@ -42,8 +42,8 @@ template <class T>
 __device__ __forceinline__ Vec<T> eight_numbers(uint32_t word) {
   if constexpr (std::is_same_v<T, bf16_t>) {
     constexpr uint32_t sixteen = 0x41414141u;  // the upper byte of such a number
-    const uint32_t first = masked_or<0x78787878u, 0x80808080u>(word << 3),
-                   second = masked_or<0x78787878u, 0x80808080u>(word >> 1);
+    const uint32_t first = masked_or(word << 3, 0x78787878u, 0x80808080u),
+                   second = masked_or(word >> 1, 0x78787878u, 0x80808080u);
     return {__byte_perm(first, sixteen, 0x4140), __byte_perm(first, sixteen, 0x4342), __byte_perm(second, sixteen, 0x4140),
             __byte_perm(second, sixteen, 0x4342)};
   } else {

@@ -42,30 +42,6 @@ struct Q8Group {
   }
 };
 
-// (a & mask) ^ bits, in one operation: as masked_or.
-template <uint32_t Mask, uint32_t Bits>
-__device__ __forceinline__ uint32_t masked_xor(uint32_t a) {
-#if defined(__CUDA_ARCH__)
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "n"(Mask), "n"(Bits));
-  return out;
-#else
-  return (a & Mask) ^ Bits;
-#endif
-}
-
-// The bits of `a` where the mask has ones, and those of `b` elsewhere.
-template <uint32_t Mask>
-__device__ __forceinline__ uint32_t chosen_bits(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(out) : "r"(a), "r"(b), "n"(Mask));
-  return out;
-#else
-  return (a & Mask) | (b & ~Mask);
-#endif
-}
-
 // a * b + c for two numbers in a register each.
 template <class T>
 __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
@@ -90,11 +66,12 @@ __device__ __forceinline__ uint32_t q8_numbers(uint32_t codes) {
   if constexpr (std::is_same_v<T, bf16_t>) {
     constexpr uint32_t one = 0x3f803f80u;
     if constexpr (kUpper) {
-      const uint32_t less = fma_pair<T>(masked_or<0x000f000fu, 0x43004300u>(codes), one, 0xc308c308u);  // 128 + code - 136
+      const uint32_t less = fma_pair<T>(masked_or(codes, 0x000f000fu, 0x43004300u), one, 0xc308c308u);  // 128 + code - 136
       return fma_pair<T>(less, 0x41804180u, 0x40f040f0u);                                               // * 16 + 7.5
     } else {
       // Seven bits fit beside 128. Of the eighth it depends whether 128 or 256 is taken off.
-      return fma_pair<T>(masked_or<0x007f007fu, 0x43004300u>(codes), one, masked_xor<0x00800080u, 0xc380c380u>(codes));
+      return fma_pair<T>(masked_or(codes, 0x007f007fu, 0x43004300u), one,
+                         of_three<(kFirst & kSecond) ^ kThird>(codes, 0x00800080u, 0xc380c380u));
     }
   } else {
     static_assert(!kUpper, "of q8_upper no one asks for numbers of fp16");
@@ -123,12 +100,13 @@ struct alignas(16) Q8Codes {
   template <bool kUpper>
   __device__ __forceinline__ void put(int row, int group, const Q8Group<kUpper>& from) {
     constexpr uint32_t low = 0x0f0f0f0fu, high = 0xf0f0f0f0u;
+    constexpr uint32_t chosen = (kFirst & kThird) | (kSecond & ~kThird);  // the third word says of which
     Vec<uint32_t> halves[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t upper = from.upper.words[i], lower = from.lower.words[i];
-      halves[0].words[i] = kUpper ? upper & low : chosen_bits<high>(upper << 4, lower);
-      halves[1].words[i] = kUpper ? upper >> 4 & low : chosen_bits<high>(upper, lower >> 4);
+      halves[0].words[i] = kUpper ? upper & low : of_three<chosen>(upper << 4, lower, high);
+      halves[1].words[i] = kUpper ? upper >> 4 & low : of_three<chosen>(upper, lower >> 4, high);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) store(words[place(row, group, half)], halves[half]);
