@@ -94,7 +94,7 @@ INSTRUCTIONS = {
     ("dot", "Q8<false>"): {1: 133, 8: 297, 16: 185},
     ("gate_up", "Nibbles"): {1: 166, 8: 327, 16: 283},
     ("dot", "Nibbles"): {1: 187, 8: 501, 16: 343},
-    ("down", "Across"): {8: 305, 16: 378},
+    ("down", "Across<false>"): {8: 305, 16: 378},
 }
 # The same of attention, for each KB of keys and values and each block that reads it, by head_dim up to which the body is for and
 # groups of eight queries.
@@ -370,7 +370,7 @@ class Storage:
 STORAGES = (
     Storage("bf16, S a copy in 4 bits", 2, 4.5 / 8, 2, True, False, "traces-qwen2.5-coder-1.5b-packed"),
     Storage("8 bits, S the upper four", 8.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-packed"),
-    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, False, "traces-qwen2.5-coder-1.5b"),
+    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-q4"),
 )
 
 

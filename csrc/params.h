@@ -40,6 +40,8 @@ struct Matrix {
   const void* shared = nullptr;         // of q4_across and q4_k_across, the scales that 32 rows have together
   const char* const* places = nullptr;  // (CPU) [rows] or null. Then row i is places[i] + place_at, and there is no `data`
   int64_t place_at = 0;
+  const int32_t* neuron_of = nullptr;  // (CUDA) [rows]: of which neuron each row is, by which it finds its shared scales; or
+                                       // null: row i is neuron i's
 
   SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
   SIRIUS_ANYWHERE const void* lower_row(int i) const { return static_cast<const char*>(lower) + i * lower_stride; }
@@ -51,6 +53,7 @@ struct Matrix {
     out.rows = count;
     return out;
   }
+  SIRIUS_ANYWHERE int neuron(int row) const { return neuron_of ? neuron_of[row] : row; }
   Place place(int i) const { return {places ? places[i] + place_at : row(i), lower ? lower_row(i) : nullptr}; }
   RowForm form(int group = 0) const { return {cols, shared, group}; }
 };

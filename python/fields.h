@@ -40,6 +40,7 @@ struct Fields<Matrix> {
     v("shared", &P::shared, optional);
     v("places", &P::places, optional);
     v("place_at", &P::place_at, optional);
+    v("neuron_of", &P::neuron_of, optional);
   }
 };
 

@@ -43,6 +43,7 @@ class Matrix:
         shared: _Address = ...,
         places: _Address = ...,
         place_at: int = ...,
+        neuron_of: _Address = ...,
     ) -> None: ...
 
 class Stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -100,7 +101,8 @@ class OnDevice:
 
             def there(value):
                 if isinstance(value, Matrix):
-                    return Matrix(there(value.data), value.packed, there(value.shared), there(value.apart))
+                    tensors = ("data", "shared", "apart", "neuron_of")
+                    return dataclasses.replace(value, **{name: there(getattr(value, name)) for name in tensors})
                 if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
                     return value
                 storage = value.untyped_storage()

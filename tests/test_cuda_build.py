@@ -17,10 +17,11 @@ from sirius_ext.kernels import dispatch
 needs_build = pytest.mark.skipif(
     not dispatch.has_cuda_kernels(), reason="built without the CUDA kernels (no nvcc, or neither a GPU nor SIRIUS_CUDA=ON)"
 )
-PLAIN, Q8, UPPER, NIBBLES, ACROSS = "5Plain", "2Q8ILb0EE", "2Q8ILb1EE", "7Nibbles", "6Across"
+PLAIN, Q8, UPPER, NIBBLES = "5Plain", "2Q8ILb0EE", "2Q8ILb1EE", "7Nibbles"
+ACROSS, HELD = "6AcrossILb0EE", "6AcrossILb1EE"  # the second of rows in slots
 DOTS = ("linear", "gate_up", "gate", "up", "qkv")
 # How weights are read: nibbles are q4's, q4_k's and, but for down, q8_upper's.
-OF_DOTS, OF_DOWN = (PLAIN, Q8, NIBBLES), (PLAIN, Q8, UPPER, ACROSS)
+OF_DOTS, OF_DOWN = (PLAIN, Q8, NIBBLES), (PLAIN, Q8, UPPER, ACROSS, HELD)
 
 
 def named(op, weights, columns):
@@ -32,7 +33,8 @@ def named(op, weights, columns):
 PRODUCTS = {named(op, weights, columns) for op in DOTS for weights in OF_DOTS for columns in (1, 8, 16)}
 PRODUCTS |= {named("down", weights, columns) for weights in OF_DOWN for columns in (8, 16)}
 # Whose registers do not suffice to load a step's weights before the products of the step before.
-LATE = {named("gate_up", Q8, 16), named("gate_up", NIBBLES, 16), named("down", Q8, 16), named("down", ACROSS, 16)}
+LATE = {named("gate_up", weights, 16) for weights in (Q8, NIBBLES)}
+LATE |= {named("down", weights, 16) for weights in (Q8, ACROSS, HELD)}
 # How often the loop over a step's groups goes round where it is one: two groups at a time of four, and of eight.
 ROUNDS = {Q8: 2, NIBBLES: 4}
 # Of a hot loop: the share of instructions that put words together from halves, and how many instructions there are for each KB of
@@ -52,6 +54,7 @@ MOST_INSTRUCTIONS = {
     ("gate_up", NIBBLES): {1: 180, 8: 364, 16: 543},
     ("dot", NIBBLES): {1: 205, 8: 557, 16: 860},
     ("down", ACROSS): {8: 337, 16: 425},
+    ("down", HELD): {8: 337, 16: 425},
 }
 # Attention by head_dim, in spans of 64, and groups of eight queries. Instructions for each KB of keys and values, as above; those
 # of soft caps, a tenth, are passed over without one.

@@ -109,7 +109,7 @@ def test_four_bits_are_read_by_the_bodies_for_speed(rows):
         found = model.launches(SHAPES["llama-3-8b"], rows, 1024, kind, density, H100.processors, "q4")
         for launch in found:
             if launch.op in PRODUCTS:
-                wanted = {"down": "Across", "linear": "(Nibbles|Q8<false>)"}.get(launch.op, "Nibbles")
+                wanted = {"down": "Across<false>", "linear": "(Nibbles|Q8<false>)"}.get(launch.op, "Nibbles")
                 assert re.match(rf"\w+<bf16_t, {wanted}, true, ", launch.kernel), launch
         norms = sum(launch.op == "rms_norm" for launch in found)
         assert norms == (2 * SHAPES["llama-3-8b"].layers + 1 if rows > 1 else 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import backends
 import pytest
+import test_gguf
 import test_simt
 import torch
 from backends import SIMT_ORDERS, assert_same_bits, emulated
@@ -240,6 +241,30 @@ def test_texts_of_eight_bits_with_slots(name, resident):
     config, form = dataclasses.replace(config, draft_weights="q4"), ("llama3", BF16, "q8")
     with in_order("random"):
         assert decoded(tiered(files_of(*form), (resident, 0), slots=slots), config, 6) == decoded(whole(*form), config, 6)
+
+
+@pytest.mark.parametrize(("name", "resident"), [("threshold", 40), ("match", 0), ("tree", 0), ("cascade", 40)])
+def test_texts_of_four_bits_with_slots(name, resident):
+    """Rows of down find the scales that they share with their neighbours, wherever they are."""
+    config, slots = SETS[name]
+    form = "llama3", BF16, "q4"
+    with in_order("random"):
+        engine = tiered(files_of(*form), (resident, 0), slots=min(slots, 131 - resident))
+        assert engine.model.tiers.placed(0)[2].format.across
+        assert decoded(engine, config, 6) == decoded(whole(*form), config, 6)
+
+
+@pytest.mark.parametrize("name", test_gguf.FOUR_BITS)
+def test_texts_of_layers_of_several_formats_with_slots(name, tmp_path):
+    """As files have them: four bits of both kinds, and eight, of which S reads the upper halves."""
+    base, changes, kinds = test_gguf.FOUR_BITS[name]
+    test_gguf.write_gguf(tmp_path / "tiny.gguf", tiny(base, **changes), kinds=kinds)
+    files = hub.prepare_tiers(tmp_path / "tiny.gguf", tmp_path / "tiers", BF16, "q4", progress=False)
+    config = SiriusConfig(**FIXED | {"draft_weights": "auto"})
+    with in_order("forward"):
+        engine = tiered(files, (0, 0), slots=files.intermediate // 2)
+        all_there = Engine(moved(hub.load_model(tmp_path / "tiny.gguf", BF16, progress=False, weights="q4")[0]))
+        assert decoded(engine, config, 6) == decoded(all_there, config, 6)
 
 
 def test_drawn_texts_with_slots():
@@ -584,8 +609,9 @@ def sizes_of(files, grain):
 
 @pytest.mark.parametrize("grain", [4096, 1 << 14])
 @pytest.mark.parametrize("draft", [Draft(), Draft(copy=True), Draft(neurons=9)], ids=str)
-@pytest.mark.parametrize("weights", ["plain", "q8"])
+@pytest.mark.parametrize("weights", ["plain", "q8", "q4"])
 def test_plans_hold_what_fits(weights, draft, grain):
+    grain = grain // 4 if weights == "q4" else grain  # images are that much smaller
     sizes = sizes_of(files_of(weights=weights, dtype=BF16), grain)
     rows = sizes.rows
     most = device_plan(sizes, 1 << 40, [draft], DEVICE)
@@ -622,16 +648,6 @@ def test_memory_that_does_not_suffice_is_refused(monkeypatch):
     used = device_plan(sizes, 1 << 40, [Draft()], DEVICE).used
     with pytest.raises(ValueError, match="^memory: of the weights .* must be in host memory that is pinned"):
         device_plan(sizes, used - 1, [Draft()], DEVICE)
-
-
-def test_rows_that_share_scales_have_no_slots():
-    files = files_of("qwen2", BF16, "q4")
-    sizes = sizes_of(files, 4096)
-    with pytest.raises(ValueError) as all_of_them:
-        device_plan(sizes, 1, [Draft(neurons=files.intermediate)], DEVICE)
-    with pytest.raises(ValueError) as some:
-        device_plan(sizes, 1, [Draft(neurons=9)], DEVICE)
-    assert str(some.value) == str(all_of_them.value)
 
 
 def test_a_sparse_model_that_was_not_planned_for_is_refused():

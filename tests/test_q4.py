@@ -1,5 +1,6 @@
 """The formats of four bits (csrc/q4.h): the numbers that they hold, and the ops that multiply them."""
 
+import dataclasses
 import math
 
 import pytest
@@ -90,7 +91,7 @@ def among_faults(matrix: Matrix, neurons: torch.Tensor | None = None) -> Matrix:
     if matrix.shared is not None:
         size = matrix.shared.numel()
         shared = torch.full((size + 128,), 255, dtype=torch.uint8)[64 : 64 + size].copy_(matrix.shared)
-    return Matrix(wide[1:-1, 16 : 16 + width], matrix.packed, shared)
+    return dataclasses.replace(matrix, data=wide[1:-1, 16 : 16 + width], shared=shared)
 
 
 # --------------------------------------------------------------------------------------------------------------------- numbers
@@ -320,6 +321,35 @@ def test_down_of_any_numbers(kernels, dtype, supers, shape):
     terms = seen.abs() @ size_of(groups).T
     out = kernels.down(x, Matrix.of_groups(groups, transposed=True))
     assert_close(out, seen @ groups.numbers().T, sum_error(terms, 2 * intermediate) + 8 * U * terms)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 31), (2, 1134, 33), (3, 151, 129), (9, 320, 64), (17, 300, 260)], ids=str)
+def test_down_of_rows_that_say_whose_they_are(kernels, dtype, supers, shape):
+    """As slots on a CUDA device have them, in any order; the list is of rows. Rows that are not listed may be anything."""
+    m, intermediate, hidden = shape
+    neurons, matrix = (
+        neuron_lists(intermediate)["odd"],
+        Matrix.of_groups(groups_of(hidden, intermediate, supers), transposed=True),
+    )
+    x, rows = randn(m, len(neurons), dtype=dtype), len(neurons) + 3
+    listed = torch.randperm(rows)[: len(neurons)].int()
+    data, neuron_of = torch.full((rows, matrix.data.shape[1]), 255, dtype=torch.uint8), torch.zeros(rows, dtype=torch.int32)
+    data[listed.long()], neuron_of[listed.long()] = matrix.data[neurons.long()], neurons
+    held = Matrix(data, matrix.packed, matrix.shared, neuron_of=walled(neuron_of))
+    if not on_cuda(kernels):
+        with pytest.raises(ValueError, match="^weight: neuron_of: expected a matrix on a CUDA device, got one on cpu"):
+            kernels.down(x, held, listed)
+        return
+    out = poisoned(m, hidden, dtype=dtype)
+    kernels.down(walled(x), among_faults(held, listed), walled(listed), out=out.tensor)
+    assert_same_bits(out.check(), kernels.down(x, matrix, neurons))
+    for wrong, message in (
+        (neuron_of[1:], rf"expected shape \[{rows}\], got \[{rows - 1}\]"),
+        (neuron_of - 1, "expected values in"),
+        (neuron_of + 32 * q8.groups(intermediate), rf"expected values in \[0, {32 * q8.groups(intermediate)}\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^weight: neuron_of: {message}"):
+            kernels.down(x, dataclasses.replace(held, neuron_of=wrong), listed)
 
 
 # ----------------------------------------------------------------------------------------------------------------- all of them

@@ -25,16 +25,16 @@ constexpr int kPartNeurons = 128;  // least of a part: one step for each warp
 // What the parts' lengths are multiples of.
 template <class W>
 constexpr int kPartUnit = kStep;
-template <>
-constexpr int kPartUnit<Across> = q4::kGroup;
+template <bool kHeld>
+constexpr int kPartUnit<Across<kHeld>> = q4::kGroup;
 
 // Columns of `out` that a warp has: 16 bytes for each of eight lanes, or of a plane for each of four.
 template <class T, class W>
 constexpr int kStretch = 8 * Vec<T>::size;
 template <class T, bool kUpper>
 constexpr int kStretch<T, Q8<kUpper>> = kStepGroups * q8::kGroup;
-template <class T>
-constexpr int kStretch<T, Across> = kStepGroups * q4::kGroup;
+template <class T, bool kHeld>
+constexpr int kStretch<T, Across<kHeld>> = kStepGroups * q4::kGroup;
 constexpr int kLargestStretch = kStretch<bf16_t, Q8<false>>;
 
 // Blocks of one row of input that a multiprocessor holds at a time, and of 16-bit types at least two thirds as many of sixteen.
@@ -185,8 +185,8 @@ class Sums<T, Q8<kUpper>, Columns> {
 // 32 slots for neurons of one group, of which a lane multiplies four in each half.
 constexpr int kSlots = q4::kGroup;
 
-template <class T, int Columns>
-class Sums<T, Across, Columns> {
+template <class T, bool kHeld, int Columns>
+class Sums<T, Across<kHeld>, Columns> {
  public:
   static constexpr int kInputs = Columns / 8;
   __device__ static __forceinline__ int column(int input) { return input * 8 + lane_row(); }
@@ -224,7 +224,7 @@ class Sums<T, Across, Columns> {
     }
   }
 
-  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<T, Across>]) const {
+  __device__ __forceinline__ void put(float (&out)[Columns][kStretch<T, Across<kHeld>>]) const {
 #pragma unroll
     for (int q = 0; q < 2; ++q)
 #pragma unroll
@@ -364,11 +364,11 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
 
 // The same where 32 neurons have their scales together. A step has neurons of one of these groups, in slots of which every fourth
 // begins where four coefficients may be loaded at once.
-template <class T, class W, bool Aligned, int Columns>
+template <class T, class W, bool Aligned, int Columns, bool kHeld>
 __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, AcrossCodes* codes,
-                                            Sums<T, Across, Columns>& sums) {
+                                            Sums<T, Across<kHeld>, Columns>& sums) {
   constexpr bool kAhead = Columns == 8;
-  constexpr int kInputs = Sums<T, Across, Columns>::kInputs;
+  constexpr int kInputs = Sums<T, Across<kHeld>, Columns>::kInputs;
   const bool supers = p.down.format == Format::q4_k_across;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   // The warps' stretches cut no group, or in a list no four.
@@ -384,23 +384,26 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
   } loaded, step;
   Vec<uint32_t> nibbles[4];
   AcrossScales scales;
-  int neuron;  // of the slot with this lane's number, or -1, for the step that is to be loaded next
+  // Of the slot with this lane's number, for the step that is to be loaded next: the row, or -1, and of which neuron it is. The
+  // neuron is looked up after the products of the step before, so that nothing waits for the list in between.
+  int row, neuron;
   const auto look_up = [&](int place) {
     const int i = place / kLaneNeurons * kLaneNeurons + lane;
-    neuron = i < own.end ? (p.neurons ? p.neurons[i] : i) : -1;
+    row = i < own.end ? (p.neurons ? p.neurons[i] : i) : -1;
   };
+  const auto look_up_neuron = [&] { neuron = kHeld && row >= 0 ? p.down.neuron_of[row] : row; };
   // Returns where the next step begins.
   const auto load = [&](int place) {
     const int skipped = place % kLaneNeurons, group = __shfl_sync(kAllLanes, neuron / q4::kGroup, skipped);
-    const unsigned same = __ballot_sync(kAllLanes, neuron >= 0 && neuron / q4::kGroup == group) >> skipped;
+    const unsigned same = __ballot_sync(kAllLanes, row >= 0 && neuron / q4::kGroup == group) >> skipped;
     const int count = same == ~0u ? kSlots : __ffs(int(~same)) - 1;
     loaded = {place - skipped, (count == kSlots ? ~0u : (1u << count) - 1) << skipped};
-    const unsigned rows = first_group + lane_part() < groups ? loaded.slots >> lane_row() : 0;
+    const unsigned there = first_group + lane_part() < groups ? loaded.slots >> lane_row() : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int slot = lane_row() + 8 * i;
-      nibbles[i] = WeightRow<T, W, Aligned>(p.down, __shfl_sync(kAllLanes, neuron, slot))
-                       .load(first_group + lane_part(), rows >> 8 * i & 1);
+      nibbles[i] =
+          WeightRow<T, W, Aligned>(p.down, __shfl_sync(kAllLanes, row, slot)).load(first_group + lane_part(), there >> 8 * i & 1);
     }
     scales.load(p.down, group, part.column + lane * 4, count > 0 && first_group + lane / 8 < groups);
     look_up(place + count);
@@ -415,8 +418,12 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
     __syncwarp();
   };
   look_up(begin);
+  look_up_neuron();
   int next = begin;
-  if (kAhead) next = load(begin);
+  if (kAhead) {
+    next = load(begin);
+    look_up_neuron();
+  }
   wait_for_kernel_before();
 #pragma unroll 1
   for (int place = begin; place < own.end;) {
@@ -428,7 +435,7 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int slot = half * 16 + lane_part() * kLaneNeurons;
-      own.template load<Sums<T, Across, Columns>>(p, step.first + slot, x[half]);
+      own.template load<Sums<T, Across<kHeld>, Columns>>(p, step.first + slot, x[half]);
       const unsigned there = step.slots >> slot;
 #pragma unroll
       for (int i = 0; i < kInputs; ++i)
@@ -437,6 +444,7 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
           x[half][i].words[w] &= (there >> 2 * w & 1 ? 0xffffu : 0u) | (there >> (2 * w + 1) & 1 ? 0xffff0000u : 0u);
     }
     sums.add(*codes, x, step.slots >> 16 != 0);
+    look_up_neuron();
   }
   __syncwarp();  // the sums are put where the codes were
 }
@@ -493,16 +501,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4            ? 1
   }
 }
 
-// body(Type<W>()) for a format whose rows are added up with input of T.
+// body(Type<W>()) for a format whose rows are added up with input of T. held: they say whose they are.
 template <class T, class Body>
-void with_sum(Format format, Body&& body) {
+void with_sum(Format format, bool held, Body&& body) {
   if (is_plain(format)) return body(Type<Plain>());
   if constexpr (sizeof(T) == 4) {
     body(Type<Numbers>());
   } else {
     if (format == Format::q8) return body(Type<Q8<false>>());
     if (format == Format::q8_upper) return body(Type<Q8<true>>());
-    body(Type<Across>());
+    with_flag(held, [&](auto flag) { body(Type<Across<flag.value>>()); });
   }
 }
 
@@ -511,7 +519,7 @@ void with_sum(Format format, Body&& body) {
 void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_sum<T>(p.down.format, [&](auto format) {
+    with_sum<T>(p.down.format, p.down.neuron_of != nullptr, [&](auto format) {
       using W = typename decltype(format)::type;
       const int hidden = p.down.cols, stretch = kStretch<T, W>;
       const int stretches = ceil_div(hidden, stretch), parts = parts_of(stretches, kResident<T, W>, p.num_neurons);

@@ -138,7 +138,7 @@ struct HoldParams {
   const int32_t* neurons;          // [layers, kept]
   const HeldLayer* held;           // [layers]
   int32_t* row_of;                 // [layers, intermediate]: the row of each neuron; -1: none
-  int32_t* neuron_of;              // [layers, rows]: of each slot; -1: none
+  int32_t* neuron_of;              // [layers, rows]: of each row; -1: none
   int32_t* listed_rows;            // [layers, kept]: gets the rows of the listed neurons
   int32_t* taken;                  // [layers, rows]: workspace; the slots that are copied to come first
   int32_t* count;                  // [layers]: gets how many these are

@@ -11,7 +11,8 @@ struct Plain {};  // an array of T
 template <bool kUpper>
 struct Q8 {};       // q8 or q8_upper, for tensor cores
 struct Nibbles {};  // q8_upper, q4 or q4_k, whose rows are multiplied, for tensor cores
-struct Across {};   // q4_across or q4_k_across, for tensor cores
+template <bool kHeld>
+struct Across {};   // q4_across or q4_k_across, for tensor cores; with kHeld of rows that say whose they are
 struct Numbers {};  // any of them, number by number in float32
 
 // As Matrix::row: a stride has 32 bits, which makes one multiplication of it.
@@ -81,8 +82,8 @@ class WeightRow<T, Nibbles, Aligned> {
 };
 
 // Without its scales.
-template <class T, bool Aligned>
-class WeightRow<T, Across, Aligned> {
+template <class T, bool kHeld, bool Aligned>
+class WeightRow<T, Across<kHeld>, Aligned> {
  public:
   using Scratch = AcrossCodes;
 
@@ -97,14 +98,15 @@ class WeightRow<T, Across, Aligned> {
   const uint32_t* nibbles_;
 };
 
-// One weight, for bodies that are not for speed. neuron: the row's number, by which rows of q4_across find their scales.
-__device__ __forceinline__ float packed_weight(const Matrix& matrix, int neuron, int column) {
-  const void* const row = matrix.row(neuron);
+// One weight, for bodies that are not for speed.
+__device__ __forceinline__ float packed_weight(const Matrix& matrix, int row, int column) {
+  const void* const at = matrix.row(row);
   switch (matrix.format) {
-    case Format::q8: return q8_weight(row, lower_distance(matrix, neuron), column, matrix.cols);
+    case Format::q8: return q8_weight(at, lower_distance(matrix, row), column, matrix.cols);
     case Format::q4_across:
-    case Format::q4_k_across: return across_weight(matrix.format, row, matrix.shared, neuron / q4::kGroup, column, matrix.cols);
-    default: return nibble_weight(matrix.format, row, column, matrix.cols);
+    case Format::q4_k_across:
+      return across_weight(matrix.format, at, matrix.shared, matrix.neuron(row) / q4::kGroup, column, matrix.cols);
+    default: return nibble_weight(matrix.format, at, column, matrix.cols);
   }
 }
 

@@ -74,6 +74,8 @@ class Matrix:
     apart: of Q8 whose planes lie apart, the lower nibbles, uint8 [rows, bytes]; `data` is then the upper plane alone.
     places: of one whose rows compiled functions find by a table: its address, and where in each place the row begins
         (`kernels.stream`). `data` then says no more than how it looks.
+    neuron_of: of Q4_ACROSS and Q4_K_ACROSS on a CUDA device, of which neuron each row is, int32 [rows], where rows do not stand
+        in the neurons' order; `shared` then has the scales of all neurons.
     """
 
     data: torch.Tensor
@@ -81,6 +83,7 @@ class Matrix:
     shared: torch.Tensor | None = None
     apart: torch.Tensor | None = None
     places: tuple[int, int] | None = None
+    neuron_of: torch.Tensor | None = None
 
     @classmethod
     def of_bytes(cls, data: torch.Tensor, form: Format, rows: int, cols: int) -> Matrix:
@@ -182,10 +185,12 @@ class Matrix:
             shared=0 if self.shared is None else self.shared.data_ptr(),
             places=0 if self.places is None else self.places[0],
             place_at=0 if self.places is None else self.places[1],
+            neuron_of=0 if self.neuron_of is None else self.neuron_of.data_ptr(),
         )
 
     def dense(self) -> torch.Tensor:
-        """The numbers: float32 [rows, cols]."""
+        """The numbers: float32 [rows, cols]. Not of rows in another order than the neurons'."""
+        assert self.neuron_of is None
         if self.packed is None:
             return self.data.float()
         if self.format.four_bits:

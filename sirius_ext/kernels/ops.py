@@ -175,7 +175,15 @@ def _check_shared(name: str, weight: Matrix) -> None:
     if weight.format.across:
         if weight.shared is None:
             raise ValueError(f"{name}: expected a matrix of the format {weight.format.name} with its shared scales, got none")
-        _check(f"{name}: shared", weight.shared, torch.uint8, q4.shared_bytes(weight.rows, weight.cols, weight.format.supers))
+        form = weight.cols, weight.format.supers
+        if weight.neuron_of is None:
+            _check(f"{name}: shared", weight.shared, torch.uint8, q4.shared_bytes(weight.rows, *form))
+            return
+        if not is_cuda(weight.device):
+            raise ValueError(f"{name}: neuron_of: expected a matrix on a CUDA device, got one on {weight.device}")
+        _check(f"{name}: shared", weight.shared, torch.uint8, None)
+        _check(f"{name}: neuron_of", weight.neuron_of, torch.int32, weight.rows)
+        _check_indices(f"{name}: neuron_of", weight.neuron_of, q4.shared_rows(weight.shared.numel(), *form))
 
 
 def _check_lies(name: str, weight: Matrix, across: bool) -> None:

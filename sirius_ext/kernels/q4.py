@@ -165,6 +165,15 @@ def shared_bytes(rows: int, cols: int, supers: bool) -> int:
     return columns * (2 * count + 4 * math.ceil(count / SUPER) if supers else 4 * count)
 
 
+def shared_rows(nbytes: int, cols: int, supers: bool) -> int:
+    """How many rows scales of so many bytes are for, in whole groups."""
+    columns = GROUP * groups(cols)
+    if not supers:
+        return GROUP * (nbytes // (4 * columns))
+    whole, rest = divmod(nbytes, (4 + 2 * SUPER) * columns)
+    return GROUP * (SUPER * whole + max(0, rest - 4 * columns) // (2 * columns))
+
+
 def across(weight: Groups) -> tuple[torch.Tensor, torch.Tensor]:
     """The transpose of a matrix, row by row, so that its groups lie across the rows.
 

@@ -111,6 +111,8 @@ class Slots:
     bundles: bytes of a neuron in each layer's first image.
     intermediate: neurons of a layer.
     rows: of the sparse model's matrices, at most as many.
+
+    Afterwards `neuron_of` says of which neuron each row is: int32 [layers, rows], -1 of a slot that has had none.
     """
 
     def __init__(
@@ -136,10 +138,10 @@ class Slots:
             return torch.full((len(layers), cols), -1, dtype=torch.int32, device=device)
 
         self._held = torch.tensor(held, dtype=torch.int64, device=device)
-        self._row_of, self._neuron_of = table(intermediate), table(rows)
-        for own, first in zip(self._row_of, self._firsts):
-            own[:first] = torch.arange(first, dtype=torch.int32, device=device)
-        self._taken, self.listed_rows, self._count = torch.zeros_like(self._neuron_of), table(rows), table(1)
+        self._row_of, self.neuron_of = table(intermediate), table(rows)
+        for row_of, neuron_of, first in zip(self._row_of, self.neuron_of, self._firsts):
+            row_of[:first] = neuron_of[:first] = torch.arange(first, dtype=torch.int32, device=device)
+        self._taken, self.listed_rows, self._count = torch.zeros_like(self.neuron_of), table(rows), table(1)
         self.row_weights = torch.zeros(len(layers), rows, device=device)
         stream.share(self._held, self._row_of)
         self._sizes = {"layers": len(layers), "intermediate": intermediate, "rows": rows}
@@ -158,7 +160,7 @@ class Slots:
             "weights": weights,
             "held": self._held,
             "row_of": self._row_of,
-            "neuron_of": self._neuron_of,
+            "neuron_of": self.neuron_of,
             "listed_rows": self.listed_rows,
             "taken": self._taken,
             "count": self._count,

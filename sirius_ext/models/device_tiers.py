@@ -58,6 +58,11 @@ class DeviceSizes(Sizes):
         stored = self.files.fast[name]
         return stored.nbytes if stored.format is None else stored.nbytes // 2
 
+    @property
+    def mlp_images(self) -> int:
+        """How many images of each layer are its MLP's; those of attention come after them."""
+        return max(len(layer.images) for layer in self.files.layers)
+
     def places(self, layer: int) -> tuple[dict[str, int], int]:
         """Where in an image the matrices of a layer's attention begin, and bytes of it."""
         found, at = {}, 0
@@ -87,10 +92,11 @@ class DeviceSizes(Sizes):
 
     def layers(self, resident: tuple[int, int], slots: int, rest: bool) -> list[list[StreamedImage]]:
         """All images, of every layer and of what comes after them."""
-        layers = [self.images(layer, resident, slots) for layer in self.files.layers]
+        none = [StreamedImage(0, 0)] * self.mlp_images
+        # A layer whose matrices are all of four bits has no lower nibbles beside one of which a matrix has eight.
+        layers = [(self.images(layer, resident, slots) + none)[: self.mlp_images] for layer in self.files.layers]
         if not rest:
             return layers
-        none = [StreamedImage(0, 0)] * len(layers[0])
         return [mlp + beside for mlp, beside in itertools.zip_longest(layers, self.beside(), fillvalue=none)]
 
     def fast(self, rest: bool) -> int:
@@ -152,10 +158,6 @@ def _staying(nbytes: int) -> StreamedImage:
 
 def device_plan(sizes: DeviceSizes, memory: int, drafts: Iterable[Draft], device: torch.device) -> Plan:
     """As `best_plan`. ValueError that names the least if the memory does not suffice, of the device or of the host."""
-    files = sizes.files
-    if any(part.format.across for layer in files.layers for part in layer.parts):
-        # Rows that share scales find them by their numbers: all of what the sparse model reads stays where it is.
-        drafts = (dataclasses.replace(each, neurons=files.intermediate if each.neurons else 0) for each in drafts)
     found = best_plan(sizes, memory, drafts)
     elsewhere = found.streamed + sizes.spared(found.slots)
     if elsewhere > (free := free_memory()):
@@ -184,6 +186,7 @@ class DeviceTiers(Tiers):
         self.files, self.plan = files, plan  # there is no `stream`: nothing comes from the disk
         sizes = DeviceSizes(files, 0, device)
         layers = sizes.layers(plan.resident, plan.slots, plan.streams_rest)
+        self._scales = [None if each is None else each.to(device) for each in map(files.shared, range(len(files.layers)))]
         self.weights, self._device, self._sizes = WeightStream(device, layers, BUFFERS), device, sizes
         for layer, each in enumerate(files.layers):
             for number in range(len(each.images)):
@@ -214,7 +217,9 @@ class DeviceTiers(Tiers):
             dataclasses.replace(part, format=Format.Q8_UPPER, lower_at=None) if part.format == Format.Q8 else part
             for part in files.parts
         )
-        gate, up, down = (matrix_in(part, [bundles], self.files.hidden) for part in upper)
+        gate, up, down = (matrix_in(part, [bundles], self.files.hidden, self._shared(layer)) for part in upper)
+        if down.shared is not None:
+            down = dataclasses.replace(down, neuron_of=self.slots.neuron_of[layer])
         return gate, up, down
 
     def _bundles(self, layer: int, number: int) -> torch.Tensor:
@@ -227,14 +232,14 @@ class DeviceTiers(Tiers):
 
     def _fill_beside(self, layer: int, name: str, at: int) -> None:
         """A matrix of a layer's attention, whose bytes begin there in its images."""
-        number = len(self.files.layers[layer].images)
+        number = self._sizes.mlp_images
         *upper, streamed = _planes(self.files.fast_tensor(name), self.files.fast[name])
         for plane in upper:
             self.weights.image(layer, number)[at : at + len(plane)].copy_(plane)
         self.weights.host(layer, number + len(upper))[at : at + len(streamed)].copy_(streamed)
 
     def _fill_head(self, name: str) -> None:
-        first, number = len(self.files.layers), len(self.files.layers[0].images)
+        first, number = len(self.files.layers), self._sizes.mlp_images
         *upper, streamed = _planes(self.files.fast_tensor(name), self.files.fast[name])
         for plane in upper:
             self.weights.image(first, number).copy_(plane)
@@ -250,7 +255,7 @@ class DeviceTiers(Tiers):
         at = self._sizes.places(layer)[0].get(name) if self.plan.streams_rest else None
         if at is None:
             return None
-        stored, size, number = self.files.fast[name], self._sizes.streamed(name), len(self.files.layers[layer].images)
+        stored, size, number = self.files.fast[name], self._sizes.streamed(name), self._sizes.mlp_images
         planes = [self.weights.image(layer, number + i)[at : at + size] for i in range(1 if stored.format is None else 2)]
         return self._matrix(planes, stored, cols)
 
@@ -261,7 +266,7 @@ class DeviceTiers(Tiers):
         if name is None:
             return None
         stored, size = self.files.fast[name], self._sizes.streamed(name)
-        first, number = len(self.files.layers), len(self.files.layers[0].images)
+        first, number = len(self.files.layers), self._sizes.mlp_images
         planes = [self.weights.memory(first, number + i, size) for i in range(1 if stored.format is None else 2)]
         return self._matrix(planes, stored, self.files.hidden)
 
@@ -278,8 +283,7 @@ class DeviceTiers(Tiers):
         return Matrix(upper, (stored.format, cols), apart=lower[:, q8.scale_bytes(cols) :])
 
     def _shared(self, layer: int) -> torch.Tensor | None:
-        shared = self.files.shared(layer)
-        return None if shared is None else shared.to(self._device)
+        return self._scales[layer]
 
     def each(self, first: int, last: int) -> Iterator[int]:
         """Layers in order; what is launched until the next one is asked for finds all of it."""
