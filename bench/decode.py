@@ -20,11 +20,12 @@ from llama_cpp import KINDS, LlamaCpp, converted
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, shape_of
-from variants import check_sparsities, full_of, numbers, own_arguments, own_variants, words
+from variants import advances, check_sparsities, full_of, numbers, own_arguments, own_variants, words
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.engine import GREEDY, device_of, prepare, release
+from sirius_ext.kernels.dispatch import is_cuda
 from sirius_ext.models.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
 
 
@@ -147,6 +148,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     own_arguments(parser, default, "; not all for latency")
     parser.add_argument("--prompts", type=words, default=",".join(PROMPTS), help="of " + ", ".join(PROMPTS))
     parser.add_argument("--max-new-tokens", type=int, help=default("max_new_tokens"))
+    parser.add_argument(
+        "--memory", type=float, help="with --shape: GB of the device that may be used; the rest comes from host memory"
+    )
+    parser.add_argument(
+        "--advance", type=advances, default="", help="with --shape: PERIOD=TOKENS that a period commits, if not the paper's"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", type=words, default="", help="of transformers, static, llama.cpp, dense")
     parser.add_argument("--threads", type=int)
@@ -170,6 +177,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         check_sparsities(options.sparsities, *([("csparse", "fsparse", "cascade")] if options.latency else []))
         if options.latency and options.lookup:
             raise ValueError("lookup: not for latency, whose texts are random")
+        if options.shape is None and (options.memory is not None or options.advance):
+            raise ValueError("memory, advance: only with a shape, whose weights are random")
+        if options.memory is not None and not is_cuda(torch.device(options.device)):
+            raise ValueError(f"memory: expected a CUDA device, got {options.device}; of CPUs see offload.py")
         if options.profile and not options.device.startswith("cuda"):
             raise ValueError(f"profile: expected device cuda, got {options.device}")
     except ValueError as error:

@@ -3,12 +3,15 @@ and against the time that reading the weights takes.
 
 The baselines run first, on the weights as they were loaded; then our own, in alternating rounds, which share the weights in our
 layout. With random weights (--shape) acceptance means nothing: Sirius then accepts every draft (threshold 0), so that a period
-does all of its work, and its time is divided by the paper's average advance length instead of its own.
+does all of its work, and its time is divided by the paper's average advance length, or a given one, instead of its own. A shape
+may be larger than the device's memory (--memory).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import gc
 import itertools
 import statistics
@@ -20,19 +23,21 @@ import torch
 from common import alternate, console, save
 from dense import Dense
 from prompts import PROMPTS
+from random_tiers import random_tiered
 from rich.table import Table
 from shapes import random_model
-from timing import idle_share, profiled_range, read_bandwidth
+from timing import idle_share, link_bandwidth, profiled_range, read_bandwidth
 from transformers.generation.streamers import BaseStreamer
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.decoding.sparsity import density_of, four_bits
+from sirius_ext.decoding.sparsity import density_of, drafts_of, four_bits
 from sirius_ext.engine import GREEDY, prepare
 from sirius_ext.models.hub import load_model, parse_dtype
 from sirius_ext.models.weights import Weights
 
 PAPER_AAL = 15.2  # of a period of 16, Llama-3-8B-Instruct on GSM8K
 PAPER_PERIOD = 16
+LINK_BYTES = 1 << 30  # of a copy that the link is measured by
 FAIR = 1.5  # of its floor: a baseline that takes longer has gone a slow way, and comparing with it says nothing
 
 Measured = dict[str, float | None]
@@ -63,7 +68,13 @@ class Latency:
         self.on_result: Callable[[], None] = lambda: None  # called after each new record
         self.device, dtype = torch.device(options.device), parse_dtype(options.dtype)
         self.random, (self.stored,) = options.shape is not None, options.weights
-        if self.random:
+        self.link: float | None = None  # bytes a second from the host's memory, if weights come from there
+        if options.memory is not None:
+            drafts = functools.partial(drafts_of, self._planned_for())
+            memory = round(options.memory * 1e9)
+            self.model, self._tokenizer = random_tiered(options.shape, self.device, dtype, self.stored, memory, drafts), None
+            self.link = link_bandwidth(self.device, LINK_BYTES)
+        elif self.random:
             self.model, self._tokenizer = random_model(options.shape, self.device, dtype, self.stored), None
         else:
             self.model, self._tokenizer = load_model(options.model, dtype, weights=self.stored)
@@ -79,11 +90,18 @@ class Latency:
         ids = self._tokenizer("\n\n".join(PROMPTS.values()), return_tensors="pt").input_ids
         return ids.repeat(1, -(-context // ids.shape[1]))[:, :context].to(self.device)
 
+    def tiers(self) -> dict:
+        """How memory was divided, if not all is on the device."""
+        if self.link is None:
+            return {}
+        plan = prepare(self.model).weights.tiers.plan
+        return {"memory_bytes": plan.memory, "link_bandwidth": self.link, "plan": dataclasses.asdict(plan)}
+
     # ------------------------------------------------------------------------------------------------------------ baselines
 
     def baselines(self) -> None:
         options, count = self.options, self.options.max_new_tokens
-        if self.stored != "plain":  # which only our kernels read
+        if self.stored != "plain" or self.link is not None:  # which only our kernels read
             return
         for context in options.context:
             ids = self.prompt(context)
@@ -130,6 +148,18 @@ class Latency:
 
     # ------------------------------------------------------------------------------------------------------------ our own
 
+    def _planned_for(self) -> SiriusConfig:
+        """For what memory is divided: the largest sparse model, and the longest verification."""
+        options = self.options
+        numbers, (draft,) = [each for each in options.densities if each != "auto"], options.draft_weights
+        return SiriusConfig(
+            sparsity=options.sparsities[0],
+            density=max(numbers, default="auto"),
+            period=max(options.periods),
+            tree_width=max(options.widths),
+            draft_weights=draft,
+        )
+
     def configs(self) -> dict[str, SiriusConfig]:
         options = self.options
         found = {"Full": SiriusConfig(mode="full")}
@@ -161,11 +191,12 @@ class Latency:
             # The widest first: room made for it makes graphs captured before it void.
             for warm_up in reversed(variants.values()):
                 warm_up()
-            if self.device.type == "cuda":
+            allocates = self.device.type == "cuda" and self.link is None  # else most of the memory is none of torch's
+            if allocates:
                 torch.cuda.reset_peak_memory_stats(self.device)
             with profiled_range(options.profile):
                 times = alternate(variants, options.rounds, f"ours, context {context}")
-            peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            peak = torch.cuda.max_memory_allocated(self.device) if allocates else None
             weights = prepare(self.model).weights
             stored = sum(p.nbytes for p in self.model.parameters()) + kv_bytes(weights, context + options.max_new_tokens)
             full_floor = 1e3 * bytes_per_token(weights, SiriusConfig(mode="full"), context) / self.bandwidth
@@ -173,7 +204,12 @@ class Latency:
                 if record["context"] == context and "floor_ms" not in record:  # a baseline
                     record |= {"floor_ms": full_floor, "over_floor": record["ms_per_token"] / full_floor}
             for name, config in configs.items():
-                floor = 1e3 * bytes_per_token(weights, config, context, last[name]["advance"]) / self.bandwidth
+                advance = last[name]["advance"]
+                floor = 1e3 * bytes_per_token(weights, config, context, advance) / self.bandwidth
+                moved = 0.0 if self.link is None else moved_per_token(weights, config, advance)
+                if self.link is not None:  # what comes may come while it is read; drafts and F's own pass are one after the other
+                    full_pass = 0.0 if config.mode == "sparse" else full_floor / (advance or 1.0)
+                    floor += max(0.0, 1e3 * moved / self.link - full_pass)
                 decode = lambda ids=ids, config=config: self._decode(engine, ids, config)  # noqa: E731
                 idle = idle_share(prepare(self.model), self.device, decode)
                 self._add(
@@ -185,6 +221,11 @@ class Latency:
                         "floor_ms": floor,
                         "over_floor": times[name] / floor,
                         "idle_share": idle,
+                        **(
+                            {}
+                            if self.link is None
+                            else {"moved_bytes": moved, "link_busy": 1e3 * moved / self.link / times[name]}
+                        ),
                         "peak_bytes": peak,
                         "peak_over_stored": None if peak is None else peak / stored,
                     }
@@ -205,7 +246,7 @@ class Latency:
             raise ValueError(f"max_new_tokens: expected more than two periods of {config.period}, got {stats.tokens}")
         period = 1e3 * statistics.median(whole)
         if self.random:
-            advance = PAPER_AAL / PAPER_PERIOD * config.period
+            advance = self.options.advance.get(config.period, PAPER_AAL / PAPER_PERIOD * config.period)
             return {"ms_per_token": period / advance, "ms_per_period": period, "advance": advance}
         return {"ms_per_token": own, "ms_per_period": period, "advance": stats.average_advance_length}
 
@@ -230,6 +271,12 @@ def bytes_per_token(weights: Weights, config: SiriusConfig, context: int, advanc
     return ((config.period - 1) * sparse + full) / advance
 
 
+def moved_per_token(weights: Weights, config: SiriusConfig, advance: float | None = None) -> float:
+    """Bytes that come from the host's memory for a token, once a pass of F. What is in slots comes from the device's own for
+    sure, which S has left there. What enters a set that follows the text is not counted."""
+    return 0.0 if config.mode == "sparse" else weights.tiers.plan.streamed / (advance or 1.0)
+
+
 def run(options: argparse.Namespace, bandwidth: float | None = None) -> dict:
     """Measure, print and save. bandwidth: bytes a second, measured if not given. Returns the record that is saved."""
     device = torch.device(options.device)
@@ -237,13 +284,14 @@ def run(options: argparse.Namespace, bandwidth: float | None = None) -> dict:
         bandwidth = max(read_bandwidth(device, 4 << 30 if device.type == "cuda" else 256 << 20).values())
     bench = Latency(options, bandwidth)
     record = {
-        "benchmark": "latency",
+        "benchmark": "latency" if options.memory is None else "tiers",
         "model": options.shape or options.model,
         "weights": "random" if bench.random else "real",
         "dtype": options.dtype,
         "stored": bench.stored,
         "max_new_tokens": options.max_new_tokens,
         "bandwidth": bandwidth,
+        **bench.tiers(),
         "results": bench.records,
     }
     bench.on_result = lambda: save(options.out, record, last=False)
@@ -260,6 +308,7 @@ def report(record: dict) -> None:
     weights = f"{record['weights']} weights ({record['stored']})"
     table = Table(title=f"{record['model']}, {record['dtype']}, {weights}, {record['bandwidth'] / 1e9:.0f} GB/s")
     columns = ["", "context", "ms/token", "vs Full", "vs dense", "ms/period", "tokens/period", "over floor", "idle", "memory"]
+    columns += ["link busy"] if "plan" in record else []
     for column in columns:
         table.add_column(column, justify="left" if column == "" else "right")
     for r in record["results"]:
@@ -275,6 +324,7 @@ def report(record: dict) -> None:
             _shown(r.get("over_floor"), "{:.2f}"),
             _shown(r.get("idle_share"), "{:.1%}"),
             _shown(r.get("peak_over_stored"), "{:.3f}"),
+            *([_shown(r["link_busy"], "{:.0%}")] if "plan" in record else []),
         )
     console.print(table)
     console.print(
@@ -285,7 +335,7 @@ def report(record: dict) -> None:
     if record["weights"] == "random":
         console.print(
             "Weights are random, so acceptance means nothing: Sirius' ms/token is the measured time of a whole period over the "
-            f"paper's average advance length, {PAPER_AAL} of {PAPER_PERIOD}."
+            f"tokens/period that were given, or the paper's, {PAPER_AAL} of {PAPER_PERIOD}."
         )
 
 

@@ -26,7 +26,7 @@ from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, random_checkpoint, shape_of
 from tables import link_busy
-from variants import check_sparsities, full_of, own_arguments, own_variants, words
+from variants import advances, check_sparsities, full_of, own_arguments, own_variants, words
 
 from sirius_ext.models.hub import cache_dir, parse_dtype, parse_weights, tiers_of
 from sirius_ext.runtime.speeds import direct_read_speed
@@ -254,11 +254,6 @@ def memory_of(text: str) -> int | None:
 
 def shown_memory(memory: int | None) -> str:
     return "no limit" if memory is None else f"{memory / 1e9:g} GB"
-
-
-def advances(text: str) -> dict[int, float]:
-    """Of a flag: PERIOD=TOKENS between commas."""
-    return {int(key): float(value) for key, _, value in (part.partition("=") for part in text.split(",") if part)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -87,6 +87,18 @@ def read_bandwidth(device: torch.device, size: int = 4 << 30, rounds: int = 9) -
     return {"read": max(rates["sum"], rates["max"]), "copy": rates["copy"]}
 
 
+def link_bandwidth(device: torch.device, size: int = 1 << 30, rounds: int = 5) -> float:
+    """Bytes a second of a copy from pinned host memory to the device."""
+    on_device = torch.empty(size, dtype=torch.uint8, device=device)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    clock, rates = Clock(device), []
+    for _ in range(rounds):
+        start = clock.mark()
+        on_device.copy_(host, non_blocking=True)
+        rates.append(size / clock.seconds(start, clock.mark()))
+    return statistics.median(rates)
+
+
 @contextlib.contextmanager
 def profiled_range(wanted: bool) -> Iterator[None]:
     """What a profiler started with --profile-from-start off (ncu), or --capture-range cudaProfilerApi (nsys), looks at."""

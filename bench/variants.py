@@ -20,6 +20,11 @@ def numbers(kind: Callable) -> Callable[[str], list]:
     return lambda text: [kind(part) for part in text.split(",") if part]
 
 
+def advances(text: str) -> dict[int, float]:
+    """Of a flag: PERIOD=TOKENS between commas."""
+    return {int(key): float(value) for key, _, value in (part.partition("=") for part in text.split(",") if part)}
+
+
 def or_auto(kind: Callable) -> Callable[[str], object]:
     """Of a part: "auto", or a number."""
     return lambda text: text if text == "auto" else kind(text)

@@ -34,14 +34,13 @@ struct Matrix {
   const void* data;
   Format format;
   int rows, cols;
+  int place_at = 0;                     // (CPU) see `places`
   int64_t stride;                       // bytes from one row to the next
   const void* lower = nullptr;          // of q8, the lower nibbles of the first row
   int64_t lower_stride = 0;             // and bytes from those of one row to those of the next
   const void* shared = nullptr;         // of q4_across and q4_k_across, the scales that 32 rows have together
   const char* const* places = nullptr;  // (CPU) [rows] or null. Then row i is places[i] + place_at, and there is no `data`
-  int64_t place_at = 0;
-  const int32_t* neuron_of = nullptr;  // (CUDA) [rows]: of which neuron each row is, by which it finds its shared scales; or
-                                       // null: row i is neuron i's
+  const int32_t* neuron_of = nullptr;   // (CUDA) [rows] or null. Then row i is that of neuron_of[i], by which it finds `shared`
 
   SIRIUS_ANYWHERE const void* row(int i) const { return static_cast<const char*>(data) + i * stride; }
   SIRIUS_ANYWHERE const void* lower_row(int i) const { return static_cast<const char*>(lower) + i * lower_stride; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import latency
 import ops_cuda
 import pytest
 import quality
+import random_tiers
 import served
 import soak
 import tables
@@ -32,6 +34,7 @@ from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.evaluation.runner import Results
 from sirius_ext.evaluation.tasks import TASKS
 from sirius_ext.kernels.matrix import Format
+from sirius_ext.models.tiers import TooLittle
 
 CPU = torch.device("cpu")
 
@@ -167,6 +170,69 @@ def test_latency_of_drafts_by_a_copy(one_thread, tmp_path):
     ]
     full, sparse = ([r["floor_ms"] for r in record["results"]] for record in (plain, drafts))
     assert full[0] == sparse[0] and sparse[1] < full[1] / 2
+
+
+def tiny_in_tiers(**more):
+    """The flags of a tiny shape of which as little as possible is on the device."""
+    asked = [
+        "--shape",
+        "tiny",
+        "--device",
+        "cuda",
+        "--context",
+        "12",
+        "--max-new-tokens",
+        "14",
+        "--periods",
+        "4",
+        "--widths",
+        "1,2",
+    ]
+    asked += ["--sparsities", "csparse", "--rounds", "1", "--densities", "auto"]
+    asked += [part for name, value in more.items() for part in (f"--{name.replace('_', '-')}", value)]
+    options = decode.parse([*asked, "--memory", "0.001"])
+    options.device = "cpu"  # the emulated one
+    with pytest.raises(TooLittle) as least:
+        latency.Latency(options, 1e9)
+    options.memory = least.value.least / 1e9
+    return options
+
+
+@pytest.mark.parametrize("weights", ["plain", "q8", "q4"])
+def test_latency_of_a_shape_larger_than_the_device(weights, emulated, one_thread, monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "device_of", lambda name: torch.device(name))
+    monkeypatch.setattr(decode, "is_cuda", lambda device: True)
+    monkeypatch.setattr(latency, "LINK_BYTES", 1 << 16)
+    # Of two layers all would fit into the ring of those that come and go.
+    monkeypatch.setitem(SHAPES, "tiny", dataclasses.replace(SHAPES["tiny"], layers=8))
+    options = tiny_in_tiers(weights=weights, advance="4=2.5")
+    options.out = tmp_path / "tiers.json"
+    record = latency.run(options, bandwidth=1e9)
+    assert json.loads(options.out.read_text())["results"] == record["results"] and record["benchmark"] == "tiers"
+    assert record["plan"]["streamed"] > 0 and record["plan"]["used"] <= record["memory_bytes"] == round(1e9 * options.memory)
+    assert record["plan"]["density"] is not None or weights == "plain"
+    full, sparse, chain, tree = record["results"]
+    assert full["moved_bytes"] == record["plan"]["streamed"] and sparse["moved_bytes"] == 0
+    for each in (chain, tree):
+        assert each["moved_bytes"] == full["moved_bytes"] / 2.5 and each["advance"] == 2.5
+        assert each["ms_per_token"] == pytest.approx(each["ms_per_period"] / 2.5)
+    assert all(each["link_busy"] > 0 for each in (full, chain, tree))
+
+
+def test_random_tiers_are_finite_in_every_format():
+    """Whatever their bytes are read as, and of the sizes that a checkpoint would have."""
+    found = random_tiers.random_bytes(5001)
+    assert len(found) == 5001 and len(found.unique()) == 64
+    for weights in ("plain", "q8", "q4"):
+        files = random_tiers.RandomTiers.of_shape("tiny", torch.bfloat16, weights)
+        model = files.model()
+        assert {name: parameter.nbytes for name, parameter in model.named_parameters() if "mlp" not in name} == {
+            name: stored.nbytes for name, stored in files.fast.items() if name in files.source.names
+        }
+        for layer in range(len(files.layers)):
+            for name in ("gate", "up", "down"):
+                numbers = files.matrix(layer, name).dense()
+                assert numbers.shape == (131, 64) and numbers.isfinite().all() and numbers.abs().max() < 20 and numbers.any()
 
 
 def test_latency_of_replayed_periods(emulated, one_thread, tmp_path):
