@@ -7,6 +7,7 @@ import pytest
 import torch
 from backends import assert_same_bits, emulated
 from test_packed import packed, same_numbers
+from tier_models import files_of, tiered, whole
 from tiny import decoder, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
@@ -215,6 +216,28 @@ def test_batch_invariance(place, dtype, weights):
     for i in range(m):
         one = slice(i, i + 1)
         assert_same_bits(model.run(cache, Nodes(tokens[one], offsets[one], mask[one], i), dense), together[one])
+
+
+STREAMED = [
+    ("llama3", "plain", {"draft_weights": "q4"}, {"copy": True}),
+    ("llama3", "plain", {"draft_weights": "q4", "tree_width": 3}, {"copy": True, "streams_rest": True}),
+    ("llama3", "plain", {"draft_weights": "same"}, {"slots": 66}),
+    ("mistral", "q8", {"accept": "match"}, {"slots": 45}),
+    ("qwen2", "q4", {}, {"slots": 72}),
+    ("llama3", "q4", {"sparsity": "cascade", "density": 0.3}, {"slots": 54}),
+]
+
+
+@pytest.mark.parametrize(("name", "weights", "values", "kinds"), STREAMED, ids=str)
+def test_weights_that_come_from_the_host(place, name, weights, values, kinds):
+    """Neurons that arrive while they are read, and a set in slots: the text is that of a model which is on the device."""
+    config = SiriusConfig(**{"period": 4, "density": 0.5} | values)
+    engine = tiered(files_of(name, torch.bfloat16, weights), (0, 0), device=place.device, **kinds)
+    twin = whole(name, torch.bfloat16, weights, place.device)
+    for length in (30, 7):
+        found, periods = decode(engine, prompt(length), config, 20)
+        expected, all_there = decode(twin, prompt(length), config, 20)
+        assert found == expected and rows(periods.periods) == rows(all_there.periods)
 
 
 def test_rules_of_the_host(place):

@@ -4,7 +4,6 @@ whenever the copies run."""
 import contextlib
 import dataclasses
 import functools
-from pathlib import Path
 
 import backends
 import pytest
@@ -14,9 +13,8 @@ import torch
 from backends import SIMT_ORDERS, assert_same_bits, emulated
 from capture_lint import CaptureLint
 from simt_builds import Mutation
-from tier_models import FOLDERS, files_of, source_of
+from tier_models import files_of, moved, source_of, tiered, whole
 from tiny import prompt, tiny
-from transformers import AutoModelForCausalLM
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.cli.main import main as cli
@@ -30,9 +28,7 @@ from sirius_ext.kernels import dispatch
 from sirius_ext.kernels.weight_stream import Slots, StreamedImage, WeightStream
 from sirius_ext.models import device_tiers, hub, tier_files
 from sirius_ext.models.device_tiers import DeviceSizes, DeviceTiers, device_plan
-from sirius_ext.models.packed import load_packed
-from sirius_ext.models.tier_files import TierFiles
-from sirius_ext.models.tiers import Draft, Plan, TooLittle, cache_bytes, row_bytes
+from sirius_ext.models.tiers import Draft, TooLittle, cache_bytes, row_bytes
 from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Replay
 from sirius_ext.runtime.passes import Pass
@@ -58,31 +54,6 @@ def in_order(name):
             yield
     finally:
         _simt.set_order(0)
-
-
-def moved(model):
-    """In memory of its own, where rows are aligned, as on a device; not in a file's."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def whole(name="llama3", dtype=torch.float32, weights="plain"):
-    """An engine with all on the device."""
-    if weights == "plain":
-        return Engine(AutoModelForCausalLM.from_pretrained(source_of(name, dtype, weights).folder, dtype=dtype))
-    return Engine(moved(load_packed(source_of(name, dtype, weights), Path(FOLDERS.name))))
-
-
-def tiered(files, resident, copy=False, slots=0, streams_rest=False):
-    """resident: neurons of each image that stay, at most all."""
-    model = moved(TierFiles.open(files.folder).model(not streams_rest))
-    resident = tuple(min(count, files.intermediate) for count in resident)
-    plan = Plan(
-        memory=0, resident=resident, slots=slots, copy=int(copy), streams_rest=streams_rest, caches=1 << 30, used=0, streamed=0
-    )
-    model.tiers = DeviceTiers(model.tier_files, plan, DEVICE)
-    return Engine(model)
 
 
 def decoded(engine, config, count=TOKENS, **settings):
