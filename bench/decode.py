@@ -25,7 +25,6 @@ from variants import advances, check_sparsities, full_of, numbers, own_arguments
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.engine import GREEDY, device_of, prepare, release
-from sirius_ext.kernels.dispatch import is_cuda
 from sirius_ext.models.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
 
 
@@ -179,7 +178,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError("lookup: not for latency, whose texts are random")
         if options.shape is None and (options.memory is not None or options.advance):
             raise ValueError("memory, advance: only with a shape, whose weights are random")
-        if options.memory is not None and not is_cuda(torch.device(options.device)):
+        if options.memory is not None and not options.device.startswith("cuda"):
             raise ValueError(f"memory: expected a CUDA device, got {options.device}; of CPUs see offload.py")
         if options.profile and not options.device.startswith("cuda"):
             raise ValueError(f"profile: expected device cuda, got {options.device}")

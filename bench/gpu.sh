@@ -3,6 +3,8 @@
 #   first     the build for this card, the tests of the ops and of decoding, a first table of milliseconds per token, and where
 #             they go kernel by kernel
 #   bench     milliseconds per token of Llama-3-8B's shape in 16 bits, eight and four, then the ops
+#   tiers     models that are not all in the card's memory: the tests, then milliseconds per token of Llama-3-8B's shape in 8 GB and
+#             of Llama-3-70B's in 24, as far as the host's memory holds the rest
 #   sanitize  the ops' tests on aligned tensors under compute-sanitizer: memcheck, then racecheck
 #   soak      many prompts of mixed length: memory stays constant; then what Nsight Compute says of the largest kernels
 # Each ends within four minutes on sixteen cores (an H100 took 40 s for 800 tests, 40 for a table, 25 for the kernels), and begins
@@ -18,7 +20,7 @@ OUT=$(realpath -m "${OUT:-bench/results}")
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-240}
 SHAPE=${SHAPE:-llama-3-8b}
-PARTS=(first bench sanitize soak)
+PARTS=(first bench tiers sanitize soak)
 OP_TESTS=(tests/test_{linear,gate_up,down,q8,q4,fsparse_ops,cascade,follow,rms_norm,rope_kv_write}.py
   tests/test_tree_{mask,attention,expand}.py tests/test_{accept,kv_rewrite}.py)
 RUNTIME=(transformers safetensors numpy rich gguf accelerate)
@@ -176,6 +178,22 @@ part_bench() {
     status=1
   within "${decode[@]}" --context 512,4096 --rounds 2 --skip transformers,dense --out "$OUT/latency-$SHAPE-$name-contexts.json" ||
     status=1
+  return $status
+}
+
+# What a period is said to commit is what recorded texts of another model did, at the densities that fit (bench/traces.py).
+part_tiers() {
+  ready && need "${TESTS[@]}" || return
+  local name status=0 decode
+  name=$(card_name)
+  LIMIT=$((LIMIT / 3)) within "$PYTHON" -m pytest -q -p no:cacheprovider -k "cuda and from_the_host" tests/test_cuda_model.py || status=1
+  decode=("$PYTHON" bench/decode.py --device cuda --context 1024 --densities auto --sparsities csparse --widths 1 --rounds 1)
+  within "${decode[@]}" --shape llama-3-8b --memory 8 --periods 16,32 --advance 16=15.4,32=29.4 --max-new-tokens 66 \
+    --out "$OUT/tiers-llama-3-8b-$name.json" || status=1
+  within "${decode[@]}" --shape llama-3-70b --weights q4 --memory 24 --periods 8,16 --advance 8=5,16=6.9 --max-new-tokens 34 \
+    --out "$OUT/tiers-llama-3-70b-q4-$name.json" || status=1
+  within "${decode[@]}" --shape llama-3-70b --weights q8 --memory 24 --periods 16 --advance 16=6 --max-new-tokens 34 \
+    --out "$OUT/tiers-llama-3-70b-q8-$name.json" || status=1
   return $status
 }
 

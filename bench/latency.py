@@ -211,7 +211,8 @@ class Latency:
                     full_pass = 0.0 if config.mode == "sparse" else full_floor / (advance or 1.0)
                     floor += max(0.0, 1e3 * moved / self.link - full_pass)
                 decode = lambda ids=ids, config=config: self._decode(engine, ids, config)  # noqa: E731
-                idle = idle_share(prepare(self.model), self.device, decode)
+                # Where a token takes a second, another text is too long to wait for.
+                idle = idle_share(prepare(self.model), self.device, decode) if self.link is None else None
                 self._add(
                     {
                         "variant": name,

@@ -353,9 +353,11 @@ PAPER_DENSITIES = (0.48, 0.5)  # the paper's, and what is nearly that where half
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """How F's weights are stored, and what S reads of them. Bytes per weight, scales included: `full`, `draft` of attention and
-    MLP, `full_head`, `draft_head` of the LM head and the embedding. copy: S has its own, beside F's; else what it reads is a part
-    of F's. slots: the card may hold the neurons of S's set alone; else it holds all. traces: the recorded texts that say how far
-    a period of such an S advances."""
+    MLP, `full_head`, `draft_head` of the LM head. copy: S has its own, beside F's; else what it reads is a part of F's. slots:
+    the card may hold the neurons of S's set alone; else it holds all. traces: the recorded texts that say how far a period of
+    such an S advances. shared: of these bytes of an MLP's weight, scales that neurons have together, which S reads whole, and
+    which stay.
+    """
 
     name: str
     full: float
@@ -365,12 +367,13 @@ class Storage:
     slots: bool
     traces: str
     draft_head: float = 4.5 / 8
+    shared: float = 0.0
 
 
 STORAGES = (
     Storage("bf16, S a copy in 4 bits", 2, 4.5 / 8, 2, True, False, "traces-qwen2.5-coder-1.5b-packed"),
     Storage("8 bits, S the upper four", 8.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-packed"),
-    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-q4"),
+    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-q4", shared=20 / 256 / 3),
 )
 
 
@@ -429,20 +432,21 @@ def placed(shape: Shape, storage: Storage, memory: Memory, density: float | None
     """Bytes of everything, by what they are and where; None if S does not fit. density: of S; None if F decodes alone.
 
     sparse: what S reads of weights. held: what the card holds for that. of_full: F's weights, without the embedding, of which a
-    token needs a row, but which is on the card. resident: of these on the card, those that S reads included where they are F's
-    own. moved: the others, once a period. ring: where they come to, and what is in slots as well.
+    token needs a row, which it reads in the host's memory. resident: of these on the card, those that S reads included where they
+    are F's own. moved: the others, once a period. ring: where they come to, and what is in slots as well.
     """
     attention = shape.layers * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     mlp = shape.layers * 3 * shape.hidden * shape.intermediate
     head = shape.vocab * shape.hidden
     cache = 2.0 * shape.layers * 2 * shape.kv_heads * shape.head_dim * (context + PERIOD)
-    sparse = 0.0 if density is None else storage.draft * (attention + density * mlp) + storage.draft_head * head
-    held = sparse if density is None or storage.slots else storage.draft * (attention + mlp) + storage.draft_head * head
-    in_slots = storage.draft * density * mlp if density is not None and density < 1 and storage.slots else 0.0
+    own = storage.draft - storage.shared  # of an MLP's weight, what is a neuron's own
+    rest = storage.draft * attention + storage.shared * mlp + storage.draft_head * head  # of S's, whatever its set
+    sparse = 0.0 if density is None else rest + density * own * mlp
+    held = sparse if density is None or storage.slots else rest + own * mlp
+    in_slots = own * density * mlp if density is not None and density < 1 and storage.slots else 0.0
     of_full = storage.full * (attention + mlp) + storage.full_head * head
-    embedding = storage.full_head * head
     missing = of_full - (0.0 if storage.copy else held)
-    room = memory.size - RESERVED - cache - embedding - held
+    room = memory.size - RESERVED - cache - held
     # What is kept beside S spares its place in the ring, too.
     ring = RING / shape.layers
     more = min(missing, (room - ring * (missing + in_slots)) / (1 - ring))
@@ -453,7 +457,6 @@ def placed(shape: Shape, storage: Storage, memory: Memory, density: float | None
         "size": float(memory.size),
         "reserved": RESERVED,
         "cache": cache,
-        "embedding": embedding,
         "sparse": sparse,
         "held": held,
         "of_full": of_full,
@@ -527,7 +530,7 @@ def show_tiers() -> None:
         print(
             f"{plan['weights']}; {plan['memory']} ({plan['card']}), {plan['link'] / 1e9:.0f} GB/s, {plan['rule']}\n"
             f"  on the card: {gb['size']:.2f} = {gb['reserved']:.2f} reserved + {gb['cache']:.2f} cache + "
-            f"{gb['embedding']:.2f} embedding + {gb['held']:.2f} S (density {plan['density']}: {gb['sparse']:.2f} are read) + "
+            f"{gb['held']:.2f} S (density {plan['density']}: {gb['sparse']:.2f} are read) + "
             f"{gb['ring']:.2f} ring + what is left for F; with what S shares {gb['resident']:.2f} of F's {gb['of_full']:.2f} are "
             "there\n"
             f"  a period of n = {plan['period']} moves {gb['moved']:.2f}; S {1e3 * plan['s_of_sparse']:.1f} ms a pass, "

@@ -111,7 +111,7 @@ def random_tiered(
     files = RandomTiers.of_shape(name, dtype, weights)
     sizes = DeviceSizes(files, cache_bytes(files.skeleton), device, row_bytes(files.skeleton))
     plan = device_plan(sizes, memory, drafts(files), device)
-    model = files.model(not plan.streams_rest)
+    model = files.model(not plan.streams_rest, embedding=False)
     model.generation_config.do_sample = False
     model.tiers = DeviceTiers(files, plan, device, on_progress)  # type: ignore[assignment]  # a module's attributes may be anything
     return model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument

@@ -220,6 +220,9 @@ void bind_weight_stream(py::module_& m) {
   using cuda::WeightStream;
   const auto address = [](const void* at) { return reinterpret_cast<size_t>(at); };
   const auto on = [](size_t stream) { return reinterpret_cast<cuda::StreamHandle>(stream); };
+  py::class_<cuda::PinnedMemory>(m, "PinnedMemory", py::module_local())
+      .def(py::init<int64_t>(), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("address", [=](const cuda::PinnedMemory& memory) { return address(memory.data()); });
   py::class_<WeightStream>(m, "WeightStream", py::module_local())
       .def(py::init(&make_weight_stream), py::kw_only(), py::arg("layers"), py::arg("buffers"))
       .def_static("granularity", &WeightStream::granularity)

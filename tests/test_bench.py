@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import types
 
@@ -200,8 +201,7 @@ def tiny_in_tiers(**more):
 
 @pytest.mark.parametrize("weights", ["plain", "q8", "q4"])
 def test_latency_of_a_shape_larger_than_the_device(weights, emulated, one_thread, monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "device_of", lambda name: torch.device(name))
-    monkeypatch.setattr(decode, "is_cuda", lambda device: True)
+    monkeypatch.setattr(decode, "device_of", torch.device)
     monkeypatch.setattr(latency, "LINK_BYTES", 1 << 16)
     # Of two layers all would fit into the ring of those that come and go.
     monkeypatch.setitem(SHAPES, "tiny", dataclasses.replace(SHAPES["tiny"], layers=8))
@@ -484,7 +484,7 @@ def test_soak_finds_a_text_that_changes(tiny_engine, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------ gpu.sh
 
-GPU_PARTS = ["first", "bench", "sanitize", "soak"]
+GPU_PARTS = ["first", "bench", "tiers", "sanitize", "soak"]
 
 
 def run_gpu(tmp_path, python: str, *parts: str, limit: int = 60) -> subprocess.CompletedProcess:
@@ -500,20 +500,25 @@ def run_gpu(tmp_path, python: str, *parts: str, limit: int = 60) -> subprocess.C
     return subprocess.run([script, *parts], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_gpu_parts_run_and_are_summed_up(tmp_path):
+def test_gpu_parts_run_and_are_summed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "device_of", torch.device)
     done = run_gpu(tmp_path, 'echo "ran $*"', *GPU_PARTS)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.splitlines()[-len(GPU_PARTS) :]
     assert [line.split()[:2] for line in summary] == [[part, "passed"] for part in GPU_PARTS]
     for part in ("first", "bench"):
         assert "--shape llama-3-8b --context 1024" in (tmp_path / "out" / f"{part}.log").read_text()
+    asked = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("ran bench/decode.py")]
+    # A period's first run waits for what is captured, so that two must be whole.
+    assert len(asked) == 9 and all(found.max_new_tokens > 2 * max(found.periods) for found in map(decode.parse, asked))
 
 
 def test_a_failed_part_does_not_keep_the_next_one_from_running(tmp_path):
     done = run_gpu(tmp_path, 'case "$*" in *bench_ops*|*racecheck*|*soak.py*) exit 3;; esac', *GPU_PARTS)
     assert done.returncode == 1
     results = [line.split()[:2] for line in done.stdout.splitlines()[-len(GPU_PARTS) :]]
-    assert results == [["first", "passed"], ["bench", "FAILED"], ["sanitize", "passed"], ["soak", "FAILED"]]
+    states = ["passed", "FAILED", "passed", "passed", "FAILED"]
+    assert results == [list(each) for each in zip(GPU_PARTS, states)]
     # Nor a failed step of a part its next step.
     done = run_gpu(tmp_path, 'case "$*" in *bench_ops*) exit 3;; esac; echo "ran $*"', "bench")
     assert done.returncode == 1 and "ran bench/decode.py" in done.stdout

@@ -99,6 +99,20 @@ def test_passes_over_two_images_have_the_same_bits(order):
         same_bits(passes(tiered(files_of(*form), resident)), expected)
 
 
+@pytest.mark.parametrize("weights", ["plain", "q8"])
+def test_rows_of_the_embedding_are_read_in_host_memory(weights):
+    """Unless it is the head as well, of which all is read."""
+    with emulated(_simt):
+        for name, apart in (("llama3", True), ("qwen2", False)):
+            files = files_of(name, BF16, weights)
+            engine = tiered(files, (0, 0))
+            table, own = prepare(engine.model).weights.embedding, engine.model.model.embed_tokens.weight
+            assert (own.numel() == 0) == apart == (engine.model.tiers.embedding is table)
+            assert torch.equal(table.dense(), prepare(whole(name, BF16, weights).model).weights.embedding.dense())
+            with_all = sizes_of(files, PAGE).fast(True)
+            assert with_all == sum(each.nbytes for each in files.fast.values()) - (files.embedding_bytes if apart else 0)
+
+
 REST = [
     ("llama3", BF16, "plain"),
     ("gemma2", BF16, "plain"),

@@ -161,17 +161,6 @@ class Event {
   cudaEvent_t event_{};
 };
 
-struct FreeHost {
-  void operator()(char* memory) const { cudaFreeHost(memory); }
-};
-using HostMemory = std::unique_ptr<char, FreeHost>;
-
-HostMemory pinned(size_t nbytes) {
-  void* memory = nullptr;
-  if (nbytes) check(cudaHostAlloc(&memory, nbytes, cudaHostAllocDefault), "cudaHostAlloc");
-  return HostMemory(static_cast<char*>(memory));
-}
-
 // Destroyed after what is on it.
 struct CopyStream {
   cudaStream_t handle{};
@@ -180,7 +169,16 @@ struct CopyStream {
   ~CopyStream() { cudaStreamDestroy(handle); }
 };
 
+char* pinned(int64_t nbytes) {
+  void* memory = nullptr;
+  if (nbytes) check(cudaHostAlloc(&memory, size_t(nbytes), cudaHostAllocDefault), "cudaHostAlloc");
+  return static_cast<char*>(memory);
+}
+
 }  // namespace
+
+PinnedMemory::PinnedMemory(int64_t nbytes) : data_(pinned(nbytes)) {}
+PinnedMemory::~PinnedMemory() { cudaFreeHost(data_); }
 
 struct WeightStream::State {
   struct Buffer {
@@ -188,7 +186,7 @@ struct WeightStream::State {
   };
   struct Image {
     char* data;
-    HostMemory host;
+    std::unique_ptr<PinnedMemory> host;
     char* slots;
   };
 
@@ -221,7 +219,7 @@ struct WeightStream::State {
       for (size_t number = 0; number < longest.size(); ++number) {
         const StreamedImage& image = sizes[layer][number];
         const size_t resident = whole(image.resident), tail = whole(image.nbytes - image.resident), slots = whole(image.slots);
-        own.push_back({at.end(), pinned(size_t(image.nbytes - image.resident)), nullptr});
+        own.push_back({at.end(), std::make_unique<PinnedMemory>(image.nbytes - image.resident), nullptr});
         const Piece stays(memory, resident);
         at.append(stays);
         at.append(ring[number][layer % buffers].data(), tail / size_t(grain));
@@ -258,7 +256,7 @@ struct WeightStream::State {
               .intermediate = intermediate},
              copies.handle);
       else if (size.resident < size.nbytes)
-        check(cudaMemcpyAsync(image.data + size.resident, image.host.get(), size_t(size.nbytes - size.resident),
+        check(cudaMemcpyAsync(image.data + size.resident, image.host->data(), size_t(size.nbytes - size.resident),
                               cudaMemcpyHostToDevice, copies.handle),
               "cudaMemcpyAsync");
     }
@@ -288,7 +286,7 @@ WeightStream::~WeightStream() = default;
 int64_t WeightStream::granularity() { return int64_t(Memory().granularity()); }
 
 char* WeightStream::image(int layer, int number) const { return state_->images.at(layer).at(number).data; }
-char* WeightStream::host(int layer, int number) const { return state_->images.at(layer).at(number).host.get(); }
+char* WeightStream::host(int layer, int number) const { return state_->images.at(layer).at(number).host->data(); }
 char* WeightStream::slots(int layer, int number) const { return state_->images.at(layer).at(number).slots; }
 
 void WeightStream::share(const HeldLayer* held, const int32_t* row_of, int intermediate) {

@@ -31,6 +31,19 @@ struct StreamedImage {
   int64_t slots;     // of memory behind these for a sparse model; 0 if all are resident
 };
 
+// Pinned memory of the host, which the device reads at the same addresses.
+class PinnedMemory {
+ public:
+  explicit PinnedMemory(int64_t nbytes);  // std::bad_alloc that says so if there is none
+  ~PinnedMemory();
+  PinnedMemory(const PinnedMemory&) = delete;
+
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+};
+
 class WeightStream {
  public:
   // On the current device; each layer with as many images as every other. std::bad_alloc that says whose memory is not there.

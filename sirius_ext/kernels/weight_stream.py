@@ -31,6 +31,14 @@ def granularity(device: torch.device) -> int:
     return found
 
 
+def pinned(device: torch.device, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pinned memory of the host: uint8 [nbytes], as the host sees it, and as the device does, which reads it where it is.
+    MemoryError if there is none."""
+    with dispatch.guard(device):
+        raw = dispatch.cuda_functions(device).PinnedMemory(nbytes)
+    return memory_at(raw.address, nbytes, raw), _on_device(device, raw.address, nbytes, raw)
+
+
 class WeightStream:
     """The images of a model's layers on a device, of which a part is there for good, and another for what is launched between
     `need` and `done` alone. These, and `ahead` and `end`, are for torch's current stream; they wait for nothing and can be
@@ -74,9 +82,7 @@ class WeightStream:
 
     def _memory(self, address: int, size: int) -> torch.Tensor:
         """The device's memory from an address on: uint8 [size]."""
-        if self._device.type == "cpu":  # the emulated device's memory is the host's
-            return memory_at(address, size, self._raw)
-        return torch.as_tensor(_OnDevice(self._raw, address, size), device=self._device)
+        return _on_device(self._device, address, size, self._raw)
 
     def memory(self, layer: int, number: int, size: int) -> torch.Tensor:
         """Bytes from where an image begins, which may go on in the images of the next layers: uint8 [size] on the device."""
@@ -167,6 +173,13 @@ class Slots:
             "row_weights": self.row_weights,
             **self._sizes,
         }
+
+
+def _on_device(device: torch.device, address: int, size: int, owner: object) -> torch.Tensor:
+    """What a device reads from an address on, as long as the owner lives: uint8 [size]."""
+    if device.type == "cpu":  # the emulated device's memory is the host's
+        return memory_at(address, size, owner)
+    return torch.as_tensor(_OnDevice(owner, address, size), device=device)
 
 
 class _OnDevice:

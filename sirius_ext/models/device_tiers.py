@@ -21,7 +21,7 @@ from ..config import PREFILL_CHUNK, TOGETHER
 from ..kernels import q8
 from ..kernels.dispatch import cuda_functions
 from ..kernels.matrix import Format, Matrix
-from ..kernels.weight_stream import Slots, StreamedImage, WeightStream, granularity
+from ..kernels.weight_stream import Slots, StreamedImage, WeightStream, granularity, pinned
 from .tier_files import LayerFiles, Layout, Stored, TierFiles, matrix_in, rows_together
 from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, best_plan, free_memory
 
@@ -100,8 +100,8 @@ class DeviceSizes(Sizes):
         return [mlp + beside for mlp, beside in itertools.zip_longest(layers, self.beside(), fillvalue=none)]
 
     def fast(self, rest: bool) -> int:
-        """As `Sizes.fast`, with all of the embedding, whose rows kernels read."""
-        everything = super().fast(True) + self.files.embedding_bytes
+        """As `Sizes.fast`. An embedding of which rows are read is in host memory."""
+        everything = super().fast(True)
         if rest:
             return everything
         attention, head = self.files.beside
@@ -159,7 +159,7 @@ def _staying(nbytes: int) -> StreamedImage:
 def device_plan(sizes: DeviceSizes, memory: int, drafts: Iterable[Draft], device: torch.device) -> Plan:
     """As `best_plan`. ValueError that names the least if the memory does not suffice, of the device or of the host."""
     found = best_plan(sizes, memory, drafts)
-    elsewhere = found.streamed + sizes.spared(found.slots)
+    elsewhere = found.streamed + sizes.spared(found.slots) + (sizes.files.embedding_bytes if found.streamed else 0)
     if elsewhere > (free := free_memory()):
         raise ValueError(
             f"memory: of the weights {elsewhere / 1e9:.2f} GB would not be on {device} and must be in host memory that is "
@@ -198,6 +198,7 @@ class DeviceTiers(Tiers):
                 on_progress(len(files.layers), layer + 1)
         if plan.streams_rest and files.beside[1]:
             self._fill_head(files.beside[1])
+        self._embedding = None if files.embedding is None else self._pinned(files.embedding)
         self.slots: Slots | None = None
         if plan.slots:
             bundles = [each.images[0].bundle for each in files.layers]
@@ -258,6 +259,19 @@ class DeviceTiers(Tiers):
         stored, size, number = self.files.fast[name], self._sizes.streamed(name), self._sizes.mlp_images
         planes = [self.weights.image(layer, number + i)[at : at + size] for i in range(1 if stored.format is None else 2)]
         return self._matrix(planes, stored, cols)
+
+    def _pinned(self, name: str) -> Matrix:
+        """A matrix in host memory, where kernels read it."""
+        stored, tensor = self.files.fast[name], self.files.fast_tensor(name)
+        host, found = pinned(self._device, tensor.nbytes)
+        host.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        data = found.view(tensor.dtype).view(tensor.shape)
+        return Matrix(data, None if stored.format is None else (stored.format, self.files.hidden))
+
+    @property
+    def embedding(self) -> Matrix | None:
+        """As `Tiers.embedding`: a token reads a row over the link."""
+        return self._embedding
 
     @property
     def head(self) -> Matrix | None:

@@ -172,13 +172,17 @@ class Layout:
         """What of FAST is for the memory. Of an embedding that is not the head as well, single rows are read: that stays on the
         disk. rest: with what is there a second time."""
         streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {_EMBEDDING}
-        on_disk = streamed | ({_EMBEDDING} if _HEAD in self.fast else set())
-        return self.fast.keys() - on_disk
+        return self.fast.keys() - streamed - {self.embedding}
+
+    @property
+    def embedding(self) -> str | None:
+        """The one of which single rows are read; None if it is the head as well."""
+        return _EMBEDDING if _HEAD in self.fast else None
 
     @property
     def embedding_bytes(self) -> int:
-        """Of an embedding that stays on the disk; 0 of one that is the head as well."""
-        return self.fast[_EMBEDDING].nbytes if _HEAD in self.fast else 0
+        """Of an embedding of which single rows are read; 0 of one that is the head as well."""
+        return self.fast[self.embedding].nbytes if self.embedding else 0
 
     def fast_bytes(self, rest: bool = True) -> int:
         """Of all that is for the memory, with `rest` or without."""
@@ -278,15 +282,17 @@ class TierFiles(Layout):
 
         return empty(AutoConfig.from_pretrained(self.folder, trust_remote_code=False), self.dtype)
 
-    def model(self, rest: bool = True) -> PreTrainedModel:
-        """The model without its MLPs' weights, which are empty, and so are those `beside` and the head if it is to be without
-        them; its `tier_files` leads back here. It cannot be called."""
+    def model(self, rest: bool = True, embedding: bool = True) -> PreTrainedModel:
+        """The model without its MLPs' weights, which are empty, and so are those `beside` and the head, or the `embedding`, if it
+        is to be without them; its `tier_files` leads back here. It cannot be called."""
         config = self.skeleton.config
         (tensors, formats), nothing = self._fast, torch.empty(0, dtype=self.dtype)
         absent = {name: nothing for layer in range(len(self.layers)) for name in _names(config, layer)}
         if not rest:
             attention, head = self.beside
             absent |= {name: nothing for name in itertools.chain(*attention, [head] if head else [])}
+        if not embedding and self.embedding:
+            absent[self.embedding] = nothing
         there = {name: tensors[name].clone() for name in self._in_memory(rest)}
         model: Any = fill(empty(config, self.dtype), tensors | there | absent, formats, self.folder)
         model.tier_files = self

@@ -417,6 +417,11 @@ class Tiers:
         return Matrix(self._numbers(bytes_[at:], shape))
 
     @property
+    def embedding(self) -> Matrix | None:
+        """Of which rows are read from elsewhere; None if it is the model's own parameter, as pages of the file are."""
+        return None
+
+    @property
     def head(self) -> Matrix | None:
         """The LM head, of which `head_rows` are there at a time; None if it is in memory."""
         if not self.plan.streams_rest:

@@ -107,7 +107,8 @@ class Weights:
                 f"model: {model.tier_files.folder} holds a model whose MLPs stay on the disk as far as memory is short; load it "
                 'by Engine.from_pretrained with offload="auto", or load the model that it was prepared from'
             )
-        self.embedding = _matrix(body.embed_tokens, self.vocab, self.description.hidden)
+        streamed = self.tiers and self.tiers.embedding
+        self.embedding = streamed or _matrix(body.embed_tokens, self.vocab, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
         self.full = View(
