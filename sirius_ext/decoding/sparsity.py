@@ -23,7 +23,7 @@ _SKIPPED = {"csparse": 1.0, "fsparse": 2 / 3, "cascade": 1.0}
 # What a token counts for in the statistic of a following set, relative to the next one: half as much 32 tokens later.
 DECAY = 2 ** (-1 / 32)
 # Of "auto" where memory is too small for more, the better one first. With fewer neurons than the last S proposes little of use.
-DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+DENSITIES = tuple(step / 20 for step in range(18, 5, -1))
 
 
 def kept_neurons(density: float, intermediate: int) -> int:
