@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # The parts of the document that are written, by name.
-LATENCY, FEWER_BITS, FOUR_BITS, OFFLOAD, TIERS = "latency", "fewer bits", "four bits", "offload", "tiers"
+LATENCY, FEWER_BITS, FOUR_BITS, OFFLOAD = "latency", "fewer bits", "four bits", "offload"
+TIERS, LARGER = "tiers", "larger than the card"
 
 MODEL, CONTEXT = "llama-3-8b", 1024
 VARIANTS = {
@@ -240,6 +241,33 @@ def _offload_cell(result: dict | None, cells: dict[tuple[str, int | None], dict]
     return ", ".join(parts) or "no token in time"
 
 
+def larger(folder: Path) -> str:
+    """Of models that are not all in a card's memory, as measured. ValueError if a file of results is not one."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            if record["benchmark"] != "tiers":
+                continue
+            of_full = {r["context"]: r["ms_per_token"] for r in record["results"] if r["variant"] == "Full"}
+            model = f"{record['model']}, {record['dtype'] if record['stored'] == 'plain' else record['stored']}"
+            card = record["machine"].get("gpu", "no GPU")
+            where = f"{_gpu(card) or card}, {_budget(record['memory_bytes'])}, {record['link_bandwidth'] / 1e9:.0f} GB/s"
+            for r in record["results"]:
+                ratio = "" if r["variant"] == "Full" else f" ({r['ms_per_token'] / of_full[r['context']]:.2f})"
+                advance = "" if r["advance"] is None else f"{r['advance']:.1f}"
+                lines.append(
+                    f"| {model} | {where} | {r['variant']} | {advance} | {r['ms_per_token'] / 1e3:.3f}{ratio} | "
+                    f"{r['moved_bytes'] / 1e9:.1f} | {r['link_busy']:.0%} |"
+                )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a file that a benchmark wrote with --out ({error!r})") from error
+    if not lines:
+        return "Not measured."
+    head = "| | card, memory, link | | AAL, given | s/token (of Full) | GB moved a token | link busy |"
+    return "\n".join([head, "|---" * 7 + "|", *lines])
+
+
 def tiers(folder: Path) -> str:
     """Of models on GPUs, as predicted: a row has the plans that differ in the link alone."""
     path = folder / "predicted.json"
@@ -303,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after = renewed(after, FOUR_BITS, four_bits(predicted))
         after = renewed(after, OFFLOAD, "\n\n".join(map(offload_table, offloads(options.results))))
         after = renewed(after, TIERS, tiers(options.results))
+        after = renewed(after, LARGER, larger(options.results))
     except ValueError as error:
         parser.error(str(error))
     if not options.check:

@@ -217,6 +217,13 @@ def test_latency_of_a_shape_larger_than_the_device(weights, emulated, one_thread
         assert each["moved_bytes"] == full["moved_bytes"] / 2.5 and each["advance"] == 2.5
         assert each["ms_per_token"] == pytest.approx(each["ms_per_period"] / 2.5)
     assert all(each["link_busy"] > 0 for each in (full, chain, tree))
+    table = tables.larger(tmp_path).splitlines()
+    first = f"| tiny, {'bfloat16' if weights == 'plain' else weights} | no GPU, {options.memory:g} GB, "
+    assert len(table) == 2 + 4 and all(line.startswith(first) for line in table[2:])
+    assert f"| 2.5 | {chain['ms_per_token'] / 1e3:.3f} ({chain['ms_per_token'] / full['ms_per_token']:.2f}) |" in table[4]
+    (tmp_path / "half.json").write_text(json.dumps(record | {"results": [{"variant": "Full"}]}))
+    with pytest.raises(ValueError, match="half.json: expected a file that a benchmark wrote"):
+        tables.larger(tmp_path)
 
 
 def test_random_tiers_are_finite_in_every_format():
@@ -364,7 +371,7 @@ def result(gpu: str, model: str = tables.MODEL, context: int = tables.CONTEXT, *
 def places(tmp_path):
     """A folder of results and a document with the markers; the arguments that name them."""
     (tmp_path / "results").mkdir()
-    parts = (tables.LATENCY, tables.FEWER_BITS, tables.FOUR_BITS, tables.OFFLOAD, tables.TIERS)
+    parts = (tables.LATENCY, tables.FEWER_BITS, tables.FOUR_BITS, tables.OFFLOAD, tables.TIERS, tables.LARGER)
     marked = "\nbetween\n".join("{}\nold\n{}".format(*tables.markers(part)) for part in parts)
     (tmp_path / "page.md").write_text(f"before\n{marked}\nafter\n")
     return tmp_path, ["--results", str(tmp_path / "results"), "--document", str(tmp_path / "page.md")]
