@@ -155,7 +155,8 @@ def load_within(
     weights: str = "plain",
     device: torch.device = _CPU,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then.
+    """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then. One
+    that fits has `copy_memory`, what is left of the bytes for a sparse model's copy (None: whatever is free then).
 
     memory: that weights and caches may take; None: what is free.
     drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
@@ -168,9 +169,11 @@ def load_within(
     if found.prepared:
         files = _opened(found, weights)
     else:
-        source = _larger(found, weights, room, memory is None, progress, device)
+        source, left = _larger(found, weights, room, memory is None, drafts, progress, device)
         if source is None:
-            return _load(found, weights, progress, None)
+            model, tokenizer = _load(found, weights, progress, None)
+            model.copy_memory = left  # type: ignore[assignment]  # a module's attributes may be anything
+            return model, tokenizer
         _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
         files = _in_cache(source, found, progress)
     plan = _planned(files, files.skeleton, room, drafts, device)
@@ -191,7 +194,8 @@ class Division:
     """What `load_within` makes of the memory.
 
     layout: of the model's tiers, whether they are there or not.
-    plan: what stays in memory; of a model that is loaded whole, all of it.
+    plan: what stays in memory; of a model that is loaded whole, all of it, and the sparse model's copy if there is room for it.
+        (If nobody has said how much memory there is, what is free is looked at again once the model is loaded.)
     file: the model's own, whose reads may be timed: that of its neurons, or else the largest that has weights.
     """
 
@@ -220,8 +224,8 @@ def division(
     source = _readable(found, weights, progress)
     layout, kept = Layout.of(source), _kept(source)
     file = kept / NEURONS if is_prepared(kept) else max(source.files, key=lambda each: each.stat().st_size)
-    whole = everything(_sizes(layout, source.model, device), room)
-    plan = whole if whole.used <= room else _planned(layout, source.model, room, drafts, device)
+    whole = _whole(layout, source.model, room, drafts, device)
+    plan = _planned(layout, source.model, room, drafts, device) if whole is None else whole
     return Division(layout, plan, file)
 
 
@@ -240,24 +244,37 @@ def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, 
     return best_plan(sizes, room, drafts(layout))
 
 
+def _whole(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device) -> Plan | None:
+    """Of a model, without weights here, that is to be loaded whole; None of one for which there is no room, or none for what its
+    sparse model has to have."""
+    needs = drafts(layout) if layout.weights == "plain" else (Draft(),)  # of packed weights S reads a view
+    return everything(_sizes(layout, model, device), room, needs)
+
+
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
     if is_cuda(device):
         return DeviceSizes(layout, cache_bytes(model), device, row_bytes(model))
     return Sizes(layout, cache_bytes(model), memory_in_use(), row_bytes(model))
 
 
-def _larger(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> Source | None:
-    """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole. unasked: nobody has said
-    how much memory there is; a model that cannot be read tensor by tensor is then loaded as it always was."""
+def _larger(
+    found: _Found, weights: str, room: int, unasked: bool, drafts: Drafts, progress: bool, device: torch.device
+) -> tuple[Source | None, int | None]:
+    """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole, and what that leaves of
+    the memory. unasked: nobody has said how much memory there is; a model that cannot be read tensor by tensor is then loaded as
+    it always was, and nothing is said of what it leaves."""
     if unasked and _size_of_files(found) < room:
-        return None  # whatever it becomes, it does not become larger
+        return None, None  # whatever it becomes, it does not become larger
     try:
         source = _readable(found, weights, progress)
     except ModelLoadError:
         if unasked:
-            return None
+            return None, None
         raise
-    return None if everything(_sizes(Layout.of(source), source.model, device), room).used <= room else source
+    whole = _whole(Layout.of(source), source.model, room, drafts, device)
+    if whole is None:
+        return source, None
+    return None, None if unasked else room - whole.used + whole.copy
 
 
 def _size_of_files(found: _Found) -> int:
