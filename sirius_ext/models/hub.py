@@ -156,7 +156,7 @@ def load_within(
     device: torch.device = _CPU,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then. One
-    that fits has `copy_memory`, what is left of the bytes for a sparse model's copy (None: whatever is free then).
+    that fits has `copy_memory` if its weights are plain: what is left of the bytes for a sparse model's copy, if they were given.
 
     memory: that weights and caches may take; None: what is free.
     drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
@@ -169,10 +169,12 @@ def load_within(
     if found.prepared:
         files = _opened(found, weights)
     else:
-        source, left = _larger(found, weights, room, memory is None, drafts, progress, device)
+        source = _larger(found, weights, room, memory is None, drafts, progress, device)
         if source is None:
             model, tokenizer = _load(found, weights, progress, None)
-            model.copy_memory = left  # type: ignore[assignment]  # a module's attributes may be anything
+            if memory is not None and weights == "plain":
+                left = room - _taken(found, progress, device)
+                model.copy_memory = left  # type: ignore[assignment]  # a module's attributes may be anything
             return model, tokenizer
         _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
         files = _in_cache(source, found, progress)
@@ -259,22 +261,26 @@ def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) 
 
 def _larger(
     found: _Found, weights: str, room: int, unasked: bool, drafts: Drafts, progress: bool, device: torch.device
-) -> tuple[Source | None, int | None]:
-    """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole, and what that leaves of
-    the memory. unasked: nobody has said how much memory there is; a model that cannot be read tensor by tensor is then loaded as
-    it always was, and nothing is said of what it leaves."""
+) -> Source | None:
+    """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole. unasked: nobody has said
+    how much memory there is; a model that cannot be read tensor by tensor is then loaded as it always was."""
     if unasked and _size_of_files(found) < room:
-        return None, None  # whatever it becomes, it does not become larger
+        return None  # whatever it becomes, it does not become larger
     try:
         source = _readable(found, weights, progress)
     except ModelLoadError:
         if unasked:
-            return None, None
+            return None
         raise
-    whole = _whole(Layout.of(source), source.model, room, drafts, device)
-    if whole is None:
-        return source, None
-    return None, None if unasked else room - whole.used + whole.copy
+    return source if _whole(Layout.of(source), source.model, room, drafts, device) is None else None
+
+
+def _taken(found: _Found, progress: bool, device: torch.device) -> int:
+    """Bytes that a model with plain weights takes that is loaded whole, without a sparse model's copy."""
+    source = _readable(found, "plain", progress)
+    whole = everything(_sizes(Layout.of(source), source.model, device), 1 << 62, (Draft(),))
+    assert whole is not None
+    return whole.used
 
 
 def _size_of_files(found: _Found) -> int:
