@@ -145,9 +145,10 @@ class Engine:
             compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs quality. Packed
             ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot be called itself.
         memory: bytes that weights and caches may take on the device, as a number or as "6GB"; without it all that is free, less
-            a tenth. A model that needs more is written into the cache folder once (as `sirius prepare` does it), and from there
-            the full model reads what is not in memory whenever it reads; on a CUDA device from host memory, which holds that
-            part pinned (`SiriusConfig.offload`). The text is the same. The memory is divided for the sparse model of `config`.
+            a tenth. A sparse model's copy of plain weights is among them (`SiriusConfig.draft_weights`). A model that needs more
+            is written into the cache folder once (as `sirius prepare` does it), and from there the full model reads what is not
+            in memory whenever it reads; on a CUDA device from host memory, which holds that part pinned (`SiriusConfig.offload`).
+            The text is the same. The memory is divided for the sparse model of `config`.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """

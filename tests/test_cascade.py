@@ -19,7 +19,7 @@ from backends import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NAMES, PLAIN, decoder, engine, full_text, prompt, seeded, tiny
+from tiny import NAMES, PLAIN, decoder, engine, full_text, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.decoding import reference as oracle
@@ -268,7 +268,7 @@ CASES = [
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("values", CASES, ids=str)
 def test_equals_the_reference(values):
-    config = SiriusConfig(**{"sparsity": "cascade", "density": 0.3, "threshold": 0.02, **values})
+    config = own_bits(**{"sparsity": "cascade", "density": 0.3, "threshold": 0.02, **values})
     first = CASES.index(values)
     for name, length in ((NAMES[first % 4], 20), (NAMES[(first + 1) % 4], 3)):
         tokens, stats = decode(name, config, prompt(length), 30)

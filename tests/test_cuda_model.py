@@ -7,7 +7,7 @@ import pytest
 import torch
 from backends import assert_same_bits, emulated
 from test_packed import packed, same_numbers
-from tiny import decoder, prompt, seeded, tiny
+from tiny import decoder, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.decoding import reference
@@ -112,7 +112,7 @@ def test_packed_weights_equal_the_reference(place, weights, name, length, count,
 
 
 def check_against_reference(engine, twin, length, count, values):
-    config = SiriusConfig(**{"density": 0.4, "threshold": 0.1, **values})
+    config = own_bits(**{"density": 0.4, "threshold": 0.1, **values})
     ids = prompt(length)
     tokens, stats = decode(engine, ids, config, count)
     expected, periods = reference.generate(twin, ids[0].tolist(), config, count, [])
@@ -128,7 +128,7 @@ def check_against_reference(engine, twin, length, count, values):
 def test_the_cases_accept_and_reject():
     periods = []
     for name, length, count, values in CASES[3:]:
-        config = SiriusConfig(**{"density": 0.4, "threshold": 0.1, **values})
+        config = own_bits(**{"density": 0.4, "threshold": 0.1, **values})
         periods += reference.generate(decoder(name), prompt(length)[0].tolist(), config, count, [])[1]
     assert sum(0 < period.accepted < period.drafted for period in periods) >= 5
     assert sum(period.accepted == 0 < period.drafted for period in periods) >= 5
@@ -137,7 +137,7 @@ def test_the_cases_accept_and_reject():
 
 def test_thresholds(place):
     """FSparse's threshold form, whose number of neurons is known on the device only."""
-    name, ids, config = "mistral", prompt(9), SiriusConfig(period=4, sparsity="fsparse")
+    name, ids, config = "mistral", prompt(9), own_bits(period=4, sparsity="fsparse")
     values = torch.tensor([0.3, 0.5])
     model, place_of = place.model(name), place.device
     cache, tokens = model.new_cache(), []
@@ -165,7 +165,7 @@ def test_thresholds(place):
 )
 def test_the_host_decides_the_same(place, monkeypatch, values):
     """Period by period on the device or node by node on the host, with and without graphs: the same text in bfloat16."""
-    config, ids = SiriusConfig(**values), prompt(7)
+    config, ids = own_bits(**values), prompt(7)
     texts = {}
     for mode in ("off", "step", "period"):
         monkeypatch.setenv("SIRIUS_GRAPHS", mode)
@@ -325,7 +325,7 @@ def test_kernels_of_a_period_overlap(monkeypatch, values):
         finally:
             _simt.set_held(False)
 
-    config, ids = SiriusConfig(density=0.4, threshold=0.1, **values), prompt(9)
+    config, ids = own_bits(density=0.4, threshold=0.1, **values), prompt(9)
     with emulated(_simt):
         apart, periods = decode(Engine(tiny("mistral", torch.bfloat16)), ids, config, 16)
         monkeypatch.setattr(PeriodGraph, "_launch", overlapping)

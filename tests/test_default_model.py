@@ -92,7 +92,7 @@ def test_drafts_are_accepted_and_rejected():
 
 @pytest.mark.parametrize("text", [PROMPTS[0], PROMPTS[4]])
 def test_threshold_equals_the_reference(text):
-    inputs, config = encode(text), SiriusConfig(period=4, density=0.6, threshold=0.1)
+    inputs, config = encode(text), SiriusConfig(period=4, density=0.6, threshold=0.1, draft_weights="same")
     out = Engine(in_float32(), config).generate(**inputs, max_new_tokens=10)
     decoder = reference.Decoder(in_float32())
     tokens, periods = reference.generate(decoder, inputs["input_ids"][0].tolist(), config, 10)

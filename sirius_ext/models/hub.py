@@ -36,7 +36,19 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
-from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use, row_bytes
+from .tiers import (
+    Draft,
+    Plan,
+    Sizes,
+    Tiers,
+    best_plan,
+    cache_bytes,
+    everything,
+    free_memory,
+    memory_in_use,
+    row_bytes,
+    whole_plan,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -250,7 +262,7 @@ def _whole(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, de
     """Of a model, without weights here, that is to be loaded whole; None of one for which there is no room, or none for what its
     sparse model has to have."""
     needs = drafts(layout) if layout.weights == "plain" else (Draft(),)  # of packed weights S reads a view
-    return everything(_sizes(layout, model, device), room, needs)
+    return whole_plan(_sizes(layout, model, device), room, needs)
 
 
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
@@ -278,9 +290,7 @@ def _larger(
 def _taken(found: _Found, progress: bool, device: torch.device) -> int:
     """Bytes that a model with plain weights takes that is loaded whole, without a sparse model's copy."""
     source = _readable(found, "plain", progress)
-    whole = everything(_sizes(Layout.of(source), source.model, device), 1 << 62, (Draft(),))
-    assert whole is not None
-    return whole.used
+    return everything(_sizes(Layout.of(source), source.model, device), 0).used
 
 
 def _size_of_files(found: _Found) -> int:

@@ -241,15 +241,15 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
     return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, density, parts)
 
 
-def everything(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan | None:
+def whole_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan | None:
     """Of a model that is loaded whole, with the first of some sparse models for which there is room beside it. None if there is
     room for none of them."""
-    plans = (_whole(sizes, memory, draft) for draft in drafts)
+    plans = (everything(sizes, memory, draft) for draft in drafts)
     return next((each for each in plans if each.used <= memory), None)
 
 
-def _whole(sizes: Sizes, memory: int, draft: Draft) -> Plan:
-    """Whether there is room for it or not."""
+def everything(sizes: Sizes, memory: int, draft: Draft = Draft()) -> Plan:
+    """What there is of a model that is loaded whole, and of a sparse model's copy, whether there is room for it or not."""
     files, rows = sizes.files, sizes.rows
     copy = sizes.copy() if draft.copy else 0
     parts = {
