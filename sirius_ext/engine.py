@@ -58,10 +58,7 @@ def prepare(model: PreTrainedModel) -> Model:
     # of them is no longer one. A change by way of `weight.data` is not seen: `release` the model after one.
     changes = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
     ready, changed = _models.get(model), _changes.get(model) != changes
-    if ready is not None and (not ready.weights.is_current(model) or (changed and ready.weights.has_copy)):
-        del _models[model], ready  # before another copy is made
-        ready = None
-    if ready is None:
+    if ready is None or not ready.weights.is_current(model) or (changed and ready.weights.has_copy):
         ready = _models[model] = model_of(Weights(model))
     if changed:
         _changes[model] = changes
