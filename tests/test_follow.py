@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import decoder, own_bits, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig
+from sirius_ext import Engine
 from sirius_ext.decoding import reference
 from sirius_ext.decoding.sparsity import DECAY, CSparse, kept_neurons
 from sirius_ext.kernels.reference import largest
@@ -164,7 +164,7 @@ def test_a_set_begins_anew_with_every_prompt():
 def test_density_is_what_it_was():
     """Following reads nothing more."""
     for follow in (True, False):
-        out = Engine(tiny("qwen2"), SiriusConfig(density=0.5, follow=follow)).generate(prompt(4), max_new_tokens=3)
+        out = Engine(tiny("qwen2"), own_bits(density=0.5, follow=follow)).generate(prompt(4), max_new_tokens=3)
         mlp, everything = (
             sum(parameter.numel() for key, parameter in tiny("qwen2").named_parameters() if part in key) for part in (".mlp.", "")
         )
