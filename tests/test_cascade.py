@@ -289,7 +289,7 @@ def test_equals_the_reference(values):
 @torch.no_grad()
 def test_all_neurons_are_the_full_model_bit_for_bit(isa, dtype):
     model = prepare(engine("llama3", dtype).model)
-    cache, all_of_them = model.new_cache(), sparsity_of(SiriusConfig(sparsity="cascade", density=1), model.weights)
+    cache, all_of_them = model.new_cache(), sparsity_of(own_bits(sparsity="cascade", density=1), model.weights)
     model.reserve(cache, 20, 3)
     drive(model, cache, read(cache, prompt(11)[0], all_of_them))
     mask = ops.tree_mask(torch.arange(-1, 2, dtype=torch.int32))
