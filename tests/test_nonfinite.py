@@ -669,7 +669,7 @@ def test_side_by_side(prefix):
         transformer = tiny(NAME)
     engine = Engine(transformer)
     prompts = [torch.cat((prompt(50)[:, :prefix], prompt(length)), 1) for length in (7, 12, 3, 21, 33, 9)]
-    configs = [SiriusConfig(mode="full"), SiriusConfig(period=4), SiriusConfig(period=4, tree_width=3, sparsity="fsparse")]
+    configs = [SiriusConfig(mode="full"), own_bits(period=4), own_bits(period=4, tree_width=3, sparsity="fsparse")]
 
     def request(ids, config):
         return engine.requests(ids, config=config, max_new_tokens=16)[0]
