@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common import console, header, save
 from prompts import CHAT
 from rich.progress import track
 from rich.table import Table
+from variants import draft_of
 
 from sirius_ext.config import SiriusConfig
 from sirius_ext.decoding.sequence import Request
@@ -53,8 +55,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     header()
-    engine = Engine.from_pretrained(options.model, device="cpu", weights=options.weights)
-    results = measure(engine, CHAT[: options.items], options.configs, options.new)
+    drafts_by = draft_of(options.weights)
+    engine = Engine.from_pretrained(options.model, SiriusConfig(draft_weights=drafts_by), device="cpu", weights=options.weights)
+    configs = {mode: replace(config, draft_weights=drafts_by) for mode, config in options.configs.items()}
+    results = measure(engine, CHAT[: options.items], configs, options.new)
     table = Table("mode", "AAL", "effective density", "corrected")
     forms = {"average_advance_length": ".2f", "effective_density": ".3f", "corrected_fraction": ".1%"}
     for result in results:  # a text that is shorter than a period has none of them

@@ -13,13 +13,14 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from common import console, header, save
 from rich.table import Table
 from shapes import SHAPES, random_model
-from variants import words
+from variants import draft_of, words
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.engine import GREEDY, device_of
@@ -104,7 +105,7 @@ def main() -> None:
     engine, results = Engine(model), []
     ids = torch.randint(model.config.vocab_size, (1, options.context), device=device)
     for name in options.variants:
-        config = CONFIGS[name]
+        config = replace(CONFIGS[name], draft_weights=draft_of(options.weights))
         run = lambda config=config: engine.generate(ids, config=config, max_new_tokens=64, min_new_tokens=64, **GREEDY)  # noqa: E731
         run()
         total, records = by_kind(traced(run))

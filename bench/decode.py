@@ -20,7 +20,7 @@ from llama_cpp import KINDS, LlamaCpp, converted
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, shape_of
-from variants import advances, check_sparsities, full_of, numbers, own_arguments, own_variants, words
+from variants import advances, check_sparsities, draft_of, full_of, numbers, own_arguments, own_variants, words
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
@@ -53,8 +53,9 @@ class Bench:
         self.options, self.limit = options, options.max_new_tokens
         dtype = parse_dtype(options.dtype)
         self.engines = {
-            weights: Engine.from_pretrained(options.model, device=options.device, dtype=dtype, weights=weights)
+            weights: Engine.from_pretrained(options.model, config, device=options.device, dtype=dtype, weights=weights)
             for weights in options.weights
+            for config in [SiriusConfig(draft_weights=draft_of(weights, options.draft_weights[0]))]
         }
         self.engine = self.engines[options.weights[0]]
         encoded = (self.engine.tokenizer(PROMPTS[name], return_tensors="pt") for name in options.prompts)

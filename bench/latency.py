@@ -28,6 +28,7 @@ from rich.table import Table
 from shapes import random_model
 from timing import idle_share, link_bandwidth, profiled_range, read_bandwidth
 from transformers.generation.streamers import BaseStreamer
+from variants import draft_of
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.decoding.sparsity import density_of, drafts_of, four_bits
@@ -164,9 +165,10 @@ class Latency:
         options = self.options
         found = {"Full": SiriusConfig(mode="full")}
         threshold = 0.0 if self.random else SiriusConfig.threshold
-        (draft,) = options.draft_weights
+        (weights,), (draft,) = options.weights, options.draft_weights
+        drafts_by = draft_of(weights, draft) if self.link is None else draft  # else memory was divided for a copy, or was not
         for sparsity, density in itertools.product(options.sparsities, options.densities):
-            base = SiriusConfig(sparsity=sparsity, density=density, threshold=threshold, draft_weights=draft)
+            base = SiriusConfig(sparsity=sparsity, density=density, threshold=threshold, draft_weights=drafts_by)
             kind = {"csparse": "CSparse", "fsparse": "FSparse", "cascade": "Cascade"}[sparsity]
             if draft != "auto":
                 kind += f" ({draft})"

@@ -191,7 +191,7 @@ def contestants(options: argparse.Namespace, model: Path) -> list[Contestant]:
     """Those that are asked for. model: the folder of the model's safetensors."""
     found = []
     asked = lambda name: not options.only or any(part in name for part in options.only)  # noqa: E731
-    for name, config, weights in own_variants(options):
+    for name, config, weights in own_variants(options, divided=True):
         if not asked(name):
             continue
         job = {

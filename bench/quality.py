@@ -19,6 +19,7 @@ import torch
 from common import console, header, save
 from rich.progress import track
 from rich.table import Table
+from variants import draft_of
 
 from sirius_ext.config import SiriusConfig
 from sirius_ext.decoding.prefill import drive, read
@@ -133,12 +134,16 @@ def main() -> None:
     options = parser.parse_args()
     header()
     sources = {"plain": options.model, "q8": options.model, "q4": options.q4 or options.model}
-    engines = {weights: Engine.from_pretrained(name, device="cpu", weights=weights) for weights, name in sources.items()}
+    engines = {
+        weights: Engine.from_pretrained(name, SiriusConfig(draft_weights=draft_of(weights)), device="cpu", weights=weights)
+        for weights, name in sources.items()
+    }
     plain, models = engines["plain"], {weights: prepare(engine.model) for weights, engine in engines.items()}
     readers = [Reader(f"full, {weights}", model, None) for weights, model in models.items()]
     for density in map(float, options.densities.split(",")):
         if density < 1:
-            readers.append(Reader(f"density {density}, plain", models["plain"], SiriusConfig(density=density)))
+            own = SiriusConfig(density=density, draft_weights="same")
+            readers.append(Reader(f"density {density}, plain", models["plain"], own))
         copy = SiriusConfig(density=density, draft_weights="q4")
         readers.append(Reader(f"density {density}, 4-bit copy of plain", models["plain"], copy))
         readers.append(Reader(f"density {density}, 4 bits of q8", models["q8"], SiriusConfig(density=density)))

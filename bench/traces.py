@@ -18,6 +18,7 @@ import torch
 from common import console, header, machine
 from prompts import CHAT
 from rich.progress import track
+from variants import draft_of
 
 from sirius_ext.config import SiriusConfig
 from sirius_ext.decoding.prefill import drive, read
@@ -52,7 +53,8 @@ def record(model: Model, cache: Cache, prompt: torch.Tensor, text: list[int], de
     """For each density, of what S proposes after every token of F's text but the last: the token, S's confidence in it in
     thousandths, and whether F accepts it by each rule, "1" or "0". cache: with room for the text."""
     cache.rewind(0)
-    sets = [sparsity_of(SiriusConfig(density=density), model.weights) for density in densities]
+    drafts_by = draft_of("q8" if model.weights.packed else "plain")
+    sets = [sparsity_of(SiriusConfig(density=density, draft_weights=drafts_by), model.weights) for density in densities]
     drive(model, cache, read(cache, prompt, sets[0]))
     for other in sets[1:]:
         other.usage.absorb(sets[0].usage)  # of the same tokens
@@ -127,7 +129,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     header()
-    engine = Engine.from_pretrained(options.model, device="cpu", weights=options.weights)
+    config = SiriusConfig(draft_weights=draft_of(options.weights))
+    engine = Engine.from_pretrained(options.model, config, device="cpu", weights=options.weights)
     model, ends = prepare(engine.model), engine.model.generation_config.eos_token_id
     eos = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     about = {

@@ -30,11 +30,18 @@ def or_auto(kind: Callable) -> Callable[[str], object]:
     return lambda text: text if text == "auto" else kind(text)
 
 
+def draft_of(weights: str, asked: str = "auto") -> str:
+    """What S reads in a benchmark, where "auto" does not depend on how much memory is free, but is what it was when results were
+    first recorded: what F reads of plain weights, four bits of packed ones."""
+    return "same" if asked == "auto" and weights == "plain" else asked
+
+
 def own_arguments(parser: argparse.ArgumentParser, default: Callable[[str], str], limits: str = "") -> None:
     """Add the flags that `own_variants` reads. default: what to say of a flag's default, where the benchmark fills it in. limits:
     what to say of those that a benchmark does not take in all of its ways."""
     parser.add_argument("--weights", type=words, default="plain", help="of plain, q8, q4" + limits)
-    parser.add_argument("--draft-weights", type=words, default="auto", help="of auto, same, q4" + limits)
+    purpose = "of auto, same, q4; auto is same of plain weights, unless memory is divided for a copy"
+    parser.add_argument("--draft-weights", type=words, default="auto", help=purpose + limits)
     parser.add_argument("--densities", type=numbers(or_auto(float)), default="0.5", help="or auto")
     parser.add_argument(
         "--sparsities", type=words, help=f"of csparse, csparse-fixed, fsparse, cascade {default('sparsities')}{limits}"
@@ -56,8 +63,9 @@ def full_of(weights: str) -> str:
     return "Full" if weights == "plain" else f"{weights} Full"
 
 
-def own_variants(options: argparse.Namespace) -> Iterator[tuple[str, SiriusConfig, str]]:
-    """Name, settings and weights of each that is asked for: Full first, then S alone and what drafts."""
+def own_variants(options: argparse.Namespace, divided: bool = False) -> Iterator[tuple[str, SiriusConfig, str]]:
+    """Name, settings and weights of each that is asked for: Full first, then S alone and what drafts. divided: a budget of memory
+    says what "auto" reads."""
     for weights in options.weights:
         yield full_of(weights), SiriusConfig(mode="full"), weights
         if options.lookup:
@@ -65,7 +73,8 @@ def own_variants(options: argparse.Namespace) -> Iterator[tuple[str, SiriusConfi
     drafts = [(weights, draft) for weights in options.weights for draft in options.draft_weights]
     for (weights, draft), sparsity, density in itertools.product(drafts, options.sparsities, options.densities):
         kind, _, fixed = sparsity.partition("-")
-        base = SiriusConfig(sparsity=kind, follow=not fixed, density=density, draft_weights=draft, lookup=False)
+        drafts_by = draft if divided else draft_of(weights, draft)
+        base = SiriusConfig(sparsity=kind, follow=not fixed, density=density, draft_weights=drafts_by, lookup=False)
         read = "" if weights == "plain" else f"{weights} "
         read += "" if draft == "auto" else f"S {draft} "
         yield f"{read}{sparsity} {density} alone", replace(base, mode="sparse"), weights

@@ -37,8 +37,8 @@ class SiriusConfig:
     follow: the set of csparse and of the cascade follows the text: every verification shows which neurons its tokens used, and
         the set is chosen anew. With False it stays as the prompt chose it, which is the paper's rule.
     density: fraction of MLP neurons kept in every layer, in (0, 1]; of the cascade, the share of gate, up and down that is read.
-        "auto" is 0.5, and 1 of csparse that reads four bits where the full model reads more, since it is cheap beside that; less
-        where not all is in memory and there is no room for more.
+        "auto" is 1 of csparse that reads four bits where the full model reads more, as it does by default, since that is cheap;
+        0.5 elsewhere, and less where not all is in memory and there is no room for more.
     thresholds: for fsparse, a file of `python -m sirius_ext calibrate`: instead of a fixed number, the neurons are kept whose
         |silu(gate x)| reaches their layer's threshold. It must have been made for this model and density.
     period: tokens that one full pass verifies, 1 to 256; the first of them was chosen by the full model. with "auto" S drafts
@@ -52,9 +52,11 @@ class SiriusConfig:
     accept: "threshold" (the paper's rule: text close to the full model's), "match" (text equal to the full model's greedy text)
         or "sample" (text distributed exactly as the full model's samples; needs do_sample=True).
     draft_weights: what the sparse model reads of a weight. "same": what the full model reads. "q4": four bits of it; of weights
-        in eight bits (`Engine.from_pretrained(weights="q8")`) that is their upper half, beside other weights it is a copy, which
-        takes 0.29 of the memory of 16-bit ones. "auto": "q4" where that takes no memory, and beside a
-        plain model of which not all is in memory; "same" elsewhere.
+        in eight bits (`Engine.from_pretrained(weights="q8")`) that is their upper half, beside plain weights it is a copy, which
+        takes 0.29 of the memory of 16-bit ones. "auto": "q4" of packed weights, and of plain ones if the copy has room: in what
+        `Engine.from_pretrained(memory=...)` leaves of that memory, else in nine tenths of what is free on the model's device,
+        beside caches. "same" where it has none. It is decided when a sparse model is first asked for, and kept for as long as the
+        model's weights are the same.
     lookup: copy from the text: tokens that followed the last ones earlier in prompt, text or draft join the next pass, and stay
         where they are what the model chooses: the same text in fewer passes. (With period="auto" drafts may end elsewhere, since
         they have to beat the full model with copies; under "threshold" the text may then differ.) For chains of csparse and for

@@ -14,10 +14,11 @@ import jinja2
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
+from transformers.utils.logging import is_progress_bar_enabled
 
 from .config import SiriusConfig
 from .decoding.sequence import Request, Sequence, start
-from .decoding.sparsity import drafts_of, four_bits
+from .decoding.sparsity import drafts_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
@@ -53,13 +54,13 @@ def inside(model: object) -> PreTrainedModel:
 
 def prepare(model: PreTrainedModel) -> Model:
     """The decoding model that shares this `transformers` model's weights; made at the first call, then kept with the model."""
-    ready = _models.get(model)
-    if ready is None or not ready.weights.is_current(model):
-        ready = _models[model] = model_of(Weights(model))
-    # What was computed with weights that have been changed in place since (by an optimizer, say) must not be reused. A change by
-    # way of `weight.data` is not seen: `release` the model after one.
+    # What was computed with weights that have been changed in place since (by an optimizer, say) must not be reused, and a copy
+    # of them is no longer one. A change by way of `weight.data` is not seen: `release` the model after one.
     changes = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
-    if _changes.get(model) != changes:
+    ready, changed = _models.get(model), _changes.get(model) != changes
+    if ready is None or not ready.weights.is_current(model) or (changed and ready.weights.has_copy):
+        ready = _models[model] = model_of(Weights(model))
+    if changed:
         _changes[model] = changes
         ready.caches.clear()
     return ready
@@ -141,9 +142,10 @@ class Engine:
             compressed-tensors. Of anything else all matrices but embedding and LM head are rounded, which costs quality. Packed
             ones are kept in the cache folder. `dtype` is then that of all else. The `transformers` model cannot be called itself.
         memory: bytes that weights and caches may take on the device, as a number or as "6GB"; without it all that is free, less
-            a tenth. A model that needs more is written into the cache folder once (as `sirius prepare` does it), and from there
-            the full model reads what is not in memory whenever it reads; on a CUDA device from host memory, which holds that
-            part pinned (`SiriusConfig.offload`). The text is the same. The memory is divided for the sparse model of `config`.
+            a tenth. A sparse model's copy of plain weights is among them (`SiriusConfig.draft_weights`). A model that needs more
+            is written into the cache folder once (as `sirius prepare` does it), and from there the full model reads what is not
+            in memory whenever it reads; on a CUDA device from host memory, which holds that part pinned (`SiriusConfig.offload`).
+            The text is the same. The memory is divided for the sparse model of `config`.
         ValueError or FileNotFoundError if there is no such model, it is corrupt or not supported, or the device cannot be used;
         RuntimeError if the device's memory does not hold the weights.
         """
@@ -164,15 +166,9 @@ class Engine:
             raise RuntimeError(
                 f"device: {device} has no room for {size:.1f} GB of weights; try a smaller model or dtype"
             ) from error
-        return cls(model, config, tokenizer)._with_copy(progress)
-
-    def _with_copy(self, progress: bool) -> Engine:
-        """Itself, once a sparse model that reads a copy of plain weights has it: that takes seconds, and is said."""
-        weights = prepare(self.model).weights
-        if self.config.mode != "full" and not weights.packed and four_bits(self.config, weights):
-            with reporting("packing the sparse model's copy into four bits", progress) as report:
-                weights.four_bits = weights.in_four_bits(lambda layers, done: report.show(f"layer {done} of {layers}"))
-        return self
+        engine = cls(model, config, tokenizer)
+        make_copy(engine.model, config, progress)
+        return engine
 
     def generate(
         self,
@@ -252,6 +248,23 @@ class Engine:
         return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)
 
 
+def make_copy(model: PreTrainedModel, config: SiriusConfig, progress: bool) -> None:
+    """Make the copy of plain weights that the config's sparse model reads, if it reads one that is not there: that takes seconds,
+    and is said. progress: on stderr."""
+    weights = prepare(model).weights
+    if config.mode == "full" or not weights.copy_is_due(config.draft_weights):
+        return
+    with reporting("packing the sparse model's copy into four bits", progress) as report:
+
+        def show(layers: int, done: int) -> None:
+            report.show(f"layer {done} of {layers}")
+
+        if config.draft_weights == "q4":
+            weights.make_copy(show)
+        elif not weights.settle(show):
+            report.remarks.append("it cannot be had: the sparse model reads what the full model reads")
+
+
 def _weights_of(model: PreTrainedModel) -> Weights:
     return prepare(model).weights
 
@@ -270,6 +283,7 @@ def call(
 def _sequences(model: PreTrainedModel, call: Call, reuse_decoded: bool = False) -> Iterator[Sequence]:
     """The texts of a call, each started when it is asked for."""
     for request in call.requests:
+        make_copy(model, request.config, is_progress_bar_enabled())  # of a model that others have loaded
         sequence = start(prepare(model), request, call.cache, reuse_decoded)
         if request.streamer is not None:
             request.streamer.put(call.input_ids.cpu())

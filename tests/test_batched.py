@@ -1,14 +1,15 @@
-"""Texts decoded side by side: token for token and period for period what the engine decodes one by one."""
+"""Texts decoded side by side: token for token and period for period what the engine decodes one by one, where S reads what F
+reads. (Products of fewer bits, whose input the engine rounds, are in tests/test_packed.py.)"""
 
 import functools
 import itertools
 
 import pytest
 import torch
-from tiny import NAMES, prompt, tiny
+from tiny import NAMES, own_bits, prompt, tiny
 from transformers import StoppingCriteriaList
 
-from sirius_ext import Engine, SiriusConfig
+from sirius_ext import Engine
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation.batched import Batch
 from sirius_ext.evaluation.runner import NAMED_MODES, config_of
@@ -72,7 +73,7 @@ def check(engine, texts, configs, seats, prefix=0, **settings):
 @pytest.mark.parametrize("prefix", [0, 19])
 def test_equals_the_engine(name, prefix):
     accept, period = ("match", 7) if prefix else ("threshold", 4)
-    base = SiriusConfig(period=period, accept=accept, threshold=0.02, sparsity="fsparse")
+    base = own_bits(period=period, accept=accept, threshold=0.02, sparsity="fsparse")
     counts = itertools.cycle((24, 40, 1, 17, 2))
     found = check(engine(name), list(zip(prompts(prefix), counts)), [config_of(mode, base) for mode in NAMED_MODES], 4, prefix)
     periods = [period for *_, periods in found.values() for period in periods]
@@ -82,17 +83,17 @@ def test_equals_the_engine(name, prefix):
 
 
 def test_trees_and_density():
-    configs = [SiriusConfig(period=4, tree_width=3), SiriusConfig(sparsity="fsparse", period=3, tree_width=2, density=0.2)]
+    configs = [own_bits(period=4, tree_width=3), own_bits(sparsity="fsparse", period=3, tree_width=2, density=0.2)]
     check(engine("llama3"), [(ids, 20) for ids in prompts(0)], configs, 3)
-    check(engine("llama3"), [(ids, 20) for ids in prompts(0)], [SiriusConfig(density=1.0, accept="match", period=5)], 3)
+    check(engine("llama3"), [(ids, 20) for ids in prompts(0)], [own_bits(density=1.0, accept="match", period=5)], 3)
 
 
 def test_ends():
     """End-of-text tokens, stopping criteria and the context, in the middle of periods and of batches."""
     one = engine("qwen2")
-    full = [decode(one, ids, SiriusConfig(mode="full"), 30)[0] for ids in prompts(0)]
+    full = [decode(one, ids, own_bits(mode="full"), 30)[0] for ids in prompts(0)]
     eos = [text[index] for text, index in zip(full, (3, 9, 14, 20))]
-    base = SiriusConfig(period=6, sparsity="fsparse")
+    base = own_bits(period=6, sparsity="fsparse")
     configs = [config_of(mode, base) for mode in NAMED_MODES]
     found = check(one, [(ids, 30) for ids in prompts(0)], configs, 4, eos_token_id=eos)
     assert {finish for _, finish, *_ in found.values()} >= {"eos", "length"}
@@ -105,7 +106,7 @@ def test_ends():
 
 @pytest.mark.parametrize("seats", [1, 2, 20])
 def test_any_number_of_seats(seats):
-    check(engine("llama"), [(ids, 12) for ids in prompts(3)], [SiriusConfig(period=4), SiriusConfig(mode="full")], seats, 3)
+    check(engine("llama"), [(ids, 12) for ids in prompts(3)], [own_bits(period=4), own_bits(mode="full")], seats, 3)
 
 
 def test_half_precision():
@@ -113,7 +114,7 @@ def test_half_precision():
     found = side_by_side(
         engine("llama3", torch.bfloat16),
         [(ids, 24) for ids in prompts(0)],
-        [SiriusConfig(mode="full"), SiriusConfig(period=5, accept="match", density=1.0)],
+        [own_bits(mode="full"), own_bits(period=5, accept="match", density=1.0)],
         1,
     )
     same = [found[index, 0][0] == found[index, 1][0] for index in range(len(LENGTHS))]
@@ -122,7 +123,7 @@ def test_half_precision():
 
 def test_a_failed_text_is_told_of():
     """The others go on."""
-    one, config = engine("llama"), SiriusConfig(period=4)
+    one, config = engine("llama"), own_bits(period=4)
 
     def broken(ids, scores):
         if ids.shape[1] > 12:
@@ -139,7 +140,7 @@ def test_a_failed_text_is_told_of():
 def test_a_failed_pass_stops_the_texts(monkeypatch):
     """No text takes the failure for a result of its own."""
     one = engine("llama")
-    requests = [(i, *ask(one.requests, prompt(5), SiriusConfig(), 8)) for i in range(5)]
+    requests = [(i, *ask(one.requests, prompt(5), own_bits(), 8)) for i in range(5)]
     batch = Batch(prepare(one.model), torch.empty(0).long())
     monkeypatch.setattr("sirius_ext.evaluation.batched.embed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -151,12 +152,12 @@ def test_a_prompt_without_the_prefix():
     batch = Batch(prepare(one.model), prompt(100)[0, :9])
     for ids in (prompt(20), prompt(100)[:, :9], prompt(100)[:, :4]):
         with pytest.raises(ValueError, match="^prompt: expected one that begins with the batch's 9 tokens and goes on"):
-            next(batch.decode([(0, *ask(one.requests, ids, SiriusConfig(), 8))], 2))
+            next(batch.decode([(0, *ask(one.requests, ids, own_bits(), 8))], 2))
 
 
 def test_a_prompt_of_several_modes_is_read_once(monkeypatch):
     """Whether they ask at the same time or later."""
-    one, modes = engine("llama"), [config_of(mode, SiriusConfig(period=4)) for mode in NAMED_MODES]
+    one, modes = engine("llama"), [config_of(mode, own_bits(period=4)) for mode in NAMED_MODES]
     read, batch = [], Batch(prepare(one.model), prompt(100)[0, :9])
     rows = Batch._rows_of_prefill
     monkeypatch.setattr(Batch, "_rows_of_prefill", lambda *arguments: read.append(arguments[2]) or rows(*arguments))

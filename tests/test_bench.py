@@ -327,7 +327,7 @@ def test_bytes_of_llama_3_8b_are_the_published_ones():
         layers = [types.SimpleNamespace(gate=types.SimpleNamespace(format=Format.BF16))] * shape.layers
         view = staticmethod(lambda four_bits: Read)
 
-    floor = lambda **config: latency.bytes_per_token(Sizes, SiriusConfig(**{"period": 16} | config), 0, 15.2) / 1e9  # noqa: E731
+    floor = lambda **config: latency.bytes_per_token(Sizes, tiny.own_bits(period=16, **config), 0, 15.2) / 1e9  # noqa: E731
     assert floor(mode="full") == pytest.approx(15.0, abs=0.05)
     assert floor(mode="sparse") == pytest.approx(9.4, abs=0.05)
     assert floor(mode="sparse", sparsity="fsparse") == pytest.approx(15.0 - 11.27 / 3, abs=0.05)
@@ -588,7 +588,7 @@ def test_perplexity_is_that_of_transformers(one_thread):
     source = random_model("tiny", CPU, torch.float32)
     ids = torch.randint(151, (75,), generator=torch.Generator().manual_seed(0))
     model = quality.prepare(source)
-    configs = {"full": None, "all": SiriusConfig(density=1.0), "half": SiriusConfig(density=0.5)}
+    configs = {"full": None, "all": tiny.own_bits(density=1.0), "half": tiny.own_bits(density=0.5)}
     readers = [quality.Reader(name, model, config) for name, config in configs.items()]
     for _ in range(2):  # of two texts
         quality.measure(readers, ids)

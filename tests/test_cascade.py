@@ -19,7 +19,7 @@ from backends import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NAMES, PLAIN, decoder, engine, full_text, prompt, seeded, tiny
+from tiny import NAMES, PLAIN, decoder, engine, full_text, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.decoding import reference as oracle
@@ -268,7 +268,7 @@ CASES = [
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("values", CASES, ids=str)
 def test_equals_the_reference(values):
-    config = SiriusConfig(**{"sparsity": "cascade", "density": 0.3, "threshold": 0.02, **values})
+    config = own_bits(**{"sparsity": "cascade", "density": 0.3, "threshold": 0.02, **values})
     first = CASES.index(values)
     for name, length in ((NAMES[first % 4], 20), (NAMES[(first + 1) % 4], 3)):
         tokens, stats = decode(name, config, prompt(length), 30)
@@ -289,7 +289,7 @@ def test_equals_the_reference(values):
 @torch.no_grad()
 def test_all_neurons_are_the_full_model_bit_for_bit(isa, dtype):
     model = prepare(engine("llama3", dtype).model)
-    cache, all_of_them = model.new_cache(), sparsity_of(SiriusConfig(sparsity="cascade", density=1), model.weights)
+    cache, all_of_them = model.new_cache(), sparsity_of(own_bits(sparsity="cascade", density=1), model.weights)
     model.reserve(cache, 20, 3)
     drive(model, cache, read(cache, prompt(11)[0], all_of_them))
     mask = ops.tree_mask(torch.arange(-1, 2, dtype=torch.int32))

@@ -43,7 +43,11 @@ def test_match_and_full_print_the_same_text(capsys, tmp_path):
     arguments = ["--prompt-file", str(tmp_path / "prompt.txt"), "--chat", "--max-new-tokens", "12"]
     texts = [
         run(capsys, "generate", *arguments, *mode)[1]
-        for mode in (("--mode", "full"), ("--accept", "match", "--period", "4"), ("--mode", "csparse", "--density", "1"))
+        for mode in (
+            ("--mode", "full"),
+            ("--accept", "match", "--period", "4"),
+            ("--mode", "csparse", "--density", "1", "--draft-weights", "same"),
+        )
     ]
     assert texts[0].strip()
     assert texts[1] == texts[0] == texts[2]
@@ -72,7 +76,8 @@ def test_trees_periods_and_stop_strings(capsys):
         status, out, err = run(capsys, "generate", *arguments)
         assert status == 0 and out == full, err
     stop = full.split()[2]
-    _, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--stop", "#@", "--stop", stop)
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", "16", "--draft-weights", "same", "--stop", "#@", "--stop", stop]
+    _, out, _ = run(capsys, "generate", *arguments)
     assert stop in out and len(out) < len(full)
 
 
@@ -220,4 +225,4 @@ def test_a_costly_text_says_so_in_one_line(capsys):
     _, _, err = run(capsys, *arguments, "--density", "0.05")
     (line,) = [line for line in err.splitlines() if line.startswith("sirius_ext: this text read more than the full model alone")]
     assert "suits it" in line and "CostlyDrafts" not in err
-    assert "this text read more" not in run(capsys, *arguments, "--density", "1")[2]
+    assert "this text read more" not in run(capsys, *arguments, "--density", "1", "--draft-weights", "same")[2]

@@ -307,7 +307,7 @@ def refused(here, capsys, command, message):
     before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
     assert cli.main(shlex.split(command)) == 2
     out, err = capsys.readouterr()
-    err = re.sub(r"loading .* ... .* s\n", "", err)
+    err = re.sub(r"(loading|packing) .* ... .* s\n", "", err)
     assert out == "" and err.startswith("sirius_ext: error: ") and message in err and err.count("\n") == 1, err
     assert {file: file.read_bytes() for file in here.rglob("*") if file.is_file()} == before
 

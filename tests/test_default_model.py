@@ -1,6 +1,7 @@
 """The default model: a real one, fetched as a user's is. Its text is that of `transformers`, and of our own full model."""
 
 import copy
+import dataclasses
 import functools
 import threading
 
@@ -87,12 +88,15 @@ def test_drafts_are_accepted_and_rejected():
     periods = [period for text in PROMPTS for period in match_in_bfloat16(text).stats.periods]
     assert sum(period.accepted for period in periods) > 20
     assert sum(period.accepted < period.drafted for period in periods) > 20
-    assert match_in_bfloat16(PROMPTS[0]).stats.density == pytest.approx(0.70, abs=0.01)  # half of the MLP, which is 59 %
+    own = dataclasses.replace(MATCH, draft_weights="same")
+    stats = Engine(in_bfloat16(), own).generate(**encode(PROMPTS[0]), max_new_tokens=COUNT).stats
+    assert stats.density == pytest.approx(0.70, abs=0.01)  # half of the MLP, which is 59 %
+    assert match_in_bfloat16(PROMPTS[0]).stats.density == pytest.approx(0.70 * 0.29, abs=0.01)  # in four bits, with scales
 
 
 @pytest.mark.parametrize("text", [PROMPTS[0], PROMPTS[4]])
 def test_threshold_equals_the_reference(text):
-    inputs, config = encode(text), SiriusConfig(period=4, density=0.6, threshold=0.1)
+    inputs, config = encode(text), SiriusConfig(period=4, density=0.6, threshold=0.1, draft_weights="same")
     out = Engine(in_float32(), config).generate(**inputs, max_new_tokens=10)
     decoder = reference.Decoder(in_float32())
     tokens, periods = reference.generate(decoder, inputs["input_ids"][0].tolist(), config, 10)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cuda_model import COLUMNS, Place
 from test_period import CHEAP, DEAR
-from tiny import Collector, prompt, tiny
+from tiny import Collector, own_bits, prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.decoding import period_graph, sequence
@@ -47,7 +47,8 @@ def place(request):
 
 
 def config_of(**values) -> SiriusConfig:
-    return SiriusConfig(**{"period": "auto", "density": 0.4, "threshold": 0.05, "lookup": False, **values})
+    """S reads F's own bits, of which both backends make the same (of four bits the CPU rounds a product's input)."""
+    return own_bits(**{"period": "auto", "density": 0.4, "threshold": 0.05, "lookup": False, **values})
 
 
 def decode(engine, config, length=9, count=COUNT, **settings):

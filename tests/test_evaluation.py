@@ -3,16 +3,20 @@
 import dataclasses
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
+import served
 from rich.console import Console
 
-from sirius_ext import SiriusConfig, evaluation
+from sirius_ext import Engine, SiriusConfig, evaluation
 from sirius_ext.cli import main as cli
-from sirius_ext.evaluation.runner import Results, config_of, read_results, summarize
+from sirius_ext.engine import prepare
+from sirius_ext.evaluation.plan import Plan
+from sirius_ext.evaluation.runner import Results, config_of, merge, read_results, summarize
 from sirius_ext.evaluation.sandbox import run_code
 from sirius_ext.evaluation.statistics import mcnemar, wilson
-from sirius_ext.evaluation.tasks import TASKS, load_task, rouge1
+from sirius_ext.evaluation.tasks import TASKS, Item, load_task, rouge1
 
 CSQA = {
     "answerKey": "B",
@@ -254,6 +258,67 @@ def test_results_survive(tmp_path):
     assert [record["id"] for record in read_results(file)[1]] == ["a", "b"]
 
 
+def plan_of(weights="plain", modes=("full", "sirius-c"), **settings):
+    return Plan("none", "float32", "cpu", None, "csqa", None, modes, SiriusConfig(**settings), weights=weights)
+
+
+def test_what_the_sparse_model_reads_is_no_matter_of_free_memory():
+    """Of plain weights a copy, whether it has room or not, and the record says so; of packed ones there is a view."""
+    plan = plan_of()
+    assert plan.base == SiriusConfig(draft_weights="q4") and plan_of(draft_weights="same").base.draft_weights == "same"
+    assert plan.record()["draft_weights"] == "q4" and plan.record()["density"] == "auto, 1 of csparse"
+    same = plan_of(draft_weights="same").record()
+    assert same["draft_weights"] == "same" and same["density"] == 0.5
+    for weights in ("q8", "q4"):
+        assert plan_of(weights).base.draft_weights == "auto" and "draft_weights" not in plan_of(weights).record()
+
+
+def test_results_from_before_plain_weights_had_a_copy(tmp_path):
+    """What S read was not written down if nobody had chosen it: it was what F reads."""
+    file, same = tmp_path / "out.jsonl", plan_of(draft_weights="same").record()
+    before = {name: value for name, value in same.items() if name != "draft_weights"}
+    Results.write(file, before, [RIGHT_ONE])
+    expected = "^out: .*another density, draft_weights; --draft-weights same goes on with it, or choose another name$"
+    with pytest.raises(ValueError, match=expected):
+        Results(file, plan_of().record(), resume=True)
+    with pytest.raises(ValueError, match="made with another density, draft_weights, so it does not go with the others$"):
+        merge([file], plan_of().record())
+    results = Results(file, same, resume=True)
+    assert results.done() == {("full", "a")}
+    results.add({"mode": "full", "id": "b", "correct": False})
+    results.close()
+    Results.write(tmp_path / "new.jsonl", same, [{"mode": "full", "id": "c", "correct": True}])
+    assert [record["id"] for record in merge([file, tmp_path / "new.jsonl"])[1]] == ["a", "b", "c"]
+
+    packed = plan_of("q8").record()  # which say nothing of it, then and now
+    Results.write(file, packed, [RIGHT_ONE])
+    assert Results(file, packed, resume=True).done() == {("full", "a")}
+    with pytest.raises(ValueError, match="^out: .*another draft_weights; choose another name$"):
+        Results(file, {**packed, "draft_weights": "same"}, resume=True)
+
+
+def test_nothing_is_copied_for_the_full_model_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "sirius_ext.evaluation.plan.engine_of", lambda plan, config: asked.append(config) or SimpleNamespace(tokenizer=1)
+    )
+    for modes in (("full",), ("full", "csparse"), ("sirius-c",)):
+        plan_of(modes=modes).engine()
+    assert [config.mode for config in asked] == ["full", "sirius", "sirius"]
+    assert {config.draft_weights for config in asked} == {"q4"}
+
+
+def test_texts_that_are_compared_have_a_copy_whatever_is_free(monkeypatch):
+    """Also where nobody has made a plan."""
+    monkeypatch.setattr("sirius_ext.models.weights.free_on", lambda device: 0)
+    engine, kept = Engine(served.model(), tokenizer=served.tokenizer()), SimpleNamespace(records=[], done=set)
+    kept.add = kept.records.append
+    task = dataclasses.replace(TASKS["csqa"], max_new_tokens=8)
+    items = [Item("one", "Where is money kept?\nAnswer Choices: (a) sea (b) bank", "b")]
+    evaluation.evaluate(engine, task, items, ["csparse"], SiriusConfig(), kept, 0, Console(quiet=True))
+    assert prepare(engine.model).weights.has_copy and kept.records[0]["stats"]["density"] < 0.5
+
+
 def test_a_run_without_results_leaves_no_file(tmp_path):
     results = Results(tmp_path / "out.jsonl", {}, resume=False)
     results.close()
@@ -369,6 +434,7 @@ def test_side_by_side_on_the_default_model(tmp_path):
 
     def run(out, *more):
         arguments_of_run = [*arguments, "--period", "4", "--dtype", "float32", "--out", str(tmp_path / out), *more]
+        arguments_of_run += ["--draft-weights", "same"]  # products of fewer bits round otherwise side by side
         assert cli.main(arguments_of_run) == 0
         return {(record["mode"], record["id"]): record for record in read_results(tmp_path / out)[1]}
 

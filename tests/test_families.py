@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from backends import emulated
-from tiny import FAMILY_NAMES, WINDOW, decoder, engine, full_text, prompt, seeded, tiny
+from tiny import FAMILY_NAMES, WINDOW, decoder, engine, full_text, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.decoding import reference
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 CORRECTED = {
-    "chain": SiriusConfig(period=5, threshold=0.05),
-    "fsparse": SiriusConfig(period=4, sparsity="fsparse", density=0.4, threshold=0.05),
-    "tree": SiriusConfig(period=4, tree_width=3, threshold=0.05, follow=False),
-    "match": SiriusConfig(period=7, accept="match", density=0.4),
-    "match-tree": SiriusConfig(period=3, tree_width=4, accept="match"),
-    "sparse": SiriusConfig(mode="sparse"),
+    "chain": own_bits(period=5, threshold=0.05),
+    "fsparse": own_bits(period=4, sparsity="fsparse", density=0.4, threshold=0.05),
+    "tree": own_bits(period=4, tree_width=3, threshold=0.05, follow=False),
+    "match": own_bits(period=7, accept="match", density=0.4),
+    "match-tree": own_bits(period=3, tree_width=4, accept="match"),
+    "sparse": own_bits(mode="sparse"),
 }
 
 
@@ -70,7 +70,7 @@ def test_every_rule_is_the_reference(name, rule):
 @every_family
 def test_samples_are_the_reference(name):
     for width, length in ((1, LENGTHS[1]), (3, LENGTHS[2])):
-        config = SiriusConfig(accept="sample", period=4, tree_width=width)
+        config = own_bits(accept="sample", period=4, tree_width=width)
         sampling = reference.Sampling(seeded(3))
         tokens, _ = reference.generate(decoder(name), prompt(length)[0].tolist(), config, COUNT, sampling=sampling)
         plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -89,8 +89,8 @@ def test_match_is_the_full_text_in_half_precision(isa, name):
 @every_family
 def test_the_cuda_kernels(name):
     """Over simt, which is slow: what each family has of its own, for texts beyond a window."""
-    cases = [(SiriusConfig(period=4, accept="match", density=0.4), LENGTHS[1], 9)]
-    cases.append((SiriusConfig(period=3, tree_width=3, threshold=0.05), LENGTHS[2], 6))
+    cases = [(own_bits(period=4, accept="match", density=0.4), LENGTHS[1], 9)]
+    cases.append((own_bits(period=3, tree_width=3, threshold=0.05), LENGTHS[2], 6))
     if name in ("gemma3", "phi3"):
         cases.append((CORRECTED["fsparse"], LENGTHS[1], 6))
     with emulated(_simt):
@@ -99,15 +99,15 @@ def test_the_cuda_kernels(name):
             tokens, _ = reference.generate(decoder(name), prompt(length)[0].tolist(), config, count)
             assert decode(model, length, config, count) == tokens
         if name in ("gemma2", "gemma3", "granite"):  # a library multiplies more than sixteen tokens
-            many = SiriusConfig(period=20, accept="match", density=0.9)
+            many = own_bits(period=20, accept="match", density=0.9)
             assert decode(model, LENGTHS[1], many, 18) == expected(name, LENGTHS[1])[:18]
 
 
 def test_a_period_wider_than_a_window():
-    config = SiriusConfig(period=WINDOW + 1)
+    config = own_bits(period=WINDOW + 1)
     with pytest.raises(ValueError, match=f"^period: expected at most {WINDOW}, this model's sliding window, got {WINDOW + 1}"):
         engine("gemma3").generate(prompt(5), config=config, max_new_tokens=2)
-    engine("gemma3").generate(prompt(5), config=SiriusConfig(period=WINDOW), max_new_tokens=2 * WINDOW)
+    engine("gemma3").generate(prompt(5), config=own_bits(period=WINDOW), max_new_tokens=2 * WINDOW)
 
 
 def test_longrope_ends_where_its_angles_change():

@@ -5,9 +5,9 @@ import torch
 from backends import U, assert_same_bits, poisoned, walled
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import decoder, prompt, tiny
+from tiny import decoder, own_bits, prompt, tiny
 
-from sirius_ext import Engine, SiriusConfig
+from sirius_ext import Engine
 from sirius_ext.decoding import reference
 from sirius_ext.decoding.sparsity import DECAY, CSparse, kept_neurons
 from sirius_ext.kernels.reference import largest
@@ -137,7 +137,7 @@ def sets_of(config, length=20, count=60):
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_set_changes_with_the_text():
-    config = SiriusConfig(period=5, density=0.4, threshold=0.02)
+    config = own_bits(period=5, density=0.4, threshold=0.02)
     text, seen = sets_of(config)
     assert text == reference.generate(decoder("llama3"), prompt(20)[0].tolist(), config, 60)[0]
     assert len(seen) > 5 and sum(not torch.equal(before, after) for before, after in seen) > len(seen) / 2
@@ -147,7 +147,7 @@ def test_the_set_changes_with_the_text():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("values", [{"follow": False}, {"density": 1.0}, {"sparsity": "fsparse"}, {"mode": "sparse"}], ids=str)
 def test_what_does_not_follow(values):
-    config = SiriusConfig(**{"period": 5, "density": 0.4, "threshold": 0.02, **values})
+    config = own_bits(**{"period": 5, "density": 0.4, "threshold": 0.02, **values})
     text, seen = sets_of(config)
     assert not seen
     assert text == reference.generate(decoder("llama3"), prompt(20)[0].tolist(), config, 60)[0]
@@ -155,7 +155,7 @@ def test_what_does_not_follow(values):
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_set_begins_anew_with_every_prompt():
-    engine = Engine(tiny("llama3"), SiriusConfig(period=5, density=0.4, threshold=0.02))
+    engine = Engine(tiny("llama3"), own_bits(period=5, density=0.4, threshold=0.02))
     alone = [engine.generate(prompt(length), max_new_tokens=40).sequences for length in (9, 20)]
     again = [engine.generate(prompt(length), max_new_tokens=40).sequences for length in (20, 9)]
     assert torch.equal(alone[0], again[1]) and torch.equal(alone[1], again[0])
@@ -164,7 +164,7 @@ def test_a_set_begins_anew_with_every_prompt():
 def test_density_is_what_it_was():
     """Following reads nothing more."""
     for follow in (True, False):
-        out = Engine(tiny("qwen2"), SiriusConfig(density=0.5, follow=follow)).generate(prompt(4), max_new_tokens=3)
+        out = Engine(tiny("qwen2"), own_bits(density=0.5, follow=follow)).generate(prompt(4), max_new_tokens=3)
         mlp, everything = (
             sum(parameter.numel() for key, parameter in tiny("qwen2").named_parameters() if part in key) for part in (".mlp.", "")
         )

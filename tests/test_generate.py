@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NAMES, VOCAB, decoder, engine, full_text, prompt, tiny
+from tiny import NAMES, VOCAB, decoder, engine, full_text, own_bits, prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.decoding import reference
@@ -40,10 +40,10 @@ def cases(name):
     """(config, prompt length, tokens) for every period and density; the others take turns, differently in each model."""
     first = NAMES.index(name)
     for index, (period, density) in enumerate(itertools.product(PERIODS, DENSITIES), start=first):
-        config = SiriusConfig(period=period, density=density, accept=ACCEPT[index % 2], threshold=(0.1, 0.02)[index // 3 % 2])
+        config = own_bits(period=period, density=density, accept=ACCEPT[index % 2], threshold=(0.1, 0.02)[index // 3 % 2])
         yield config, LENGTHS[index % 4], COUNTS[(index + index // 4) % len(COUNTS)]
     for index, (mode, density) in enumerate([("full", 0.5), *itertools.product(["sparse"], DENSITIES)], start=first):
-        yield SiriusConfig(mode=mode, density=density), LENGTHS[index % 4], COUNTS[index % 2]
+        yield own_bits(mode=mode, density=density), LENGTHS[index % 4], COUNTS[index % 2]
 
 
 def check_against_reference(name, config, length, count, **settings):
@@ -96,7 +96,7 @@ def test_the_cases_are_interesting():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_body_equals_the_reference(isa, name):
     for accept, mode in (("threshold", "sirius"), ("match", "sirius"), ("threshold", "sparse")):
-        config = SiriusConfig(mode=mode, accept=accept, period=5, density=0.4, threshold=0.05)
+        config = own_bits(mode=mode, accept=accept, period=5, density=0.4, threshold=0.05)
         check_against_reference(name, config, 9, 12)
 
 
@@ -109,7 +109,7 @@ def test_match_is_the_full_text_in_half_precision(isa, name, dtype):
     """Exactly: a row's bits do not depend on the rows beside it."""
     for length, period, density in ((1, 17, 0.3), (6, 4, 0.5), (33, 2, 0.1), (20, 7, 0.7)):
         ids = prompt(length)
-        tokens, stats = decode(engine(name, dtype), ids, SiriusConfig(accept="match", period=period, density=density), 40)
+        tokens, stats = decode(engine(name, dtype), ids, own_bits(accept="match", period=period, density=density), 40)
         assert tokens == full_text(engine(name, dtype), ids, 40)
         assert any(period.accepted < period.drafted for period in stats.periods)
 
@@ -117,7 +117,7 @@ def test_match_is_the_full_text_in_half_precision(isa, name, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_neurons_are_the_full_model_exactly(isa, name, dtype):
-    config = SiriusConfig(accept="match", density=1, period=6)
+    config = own_bits(accept="match", density=1, period=6)
     tokens, stats = decode(engine(name, dtype), prompt(11), config, 40)
     assert tokens == full_text(engine(name, dtype), prompt(11), 40)
     assert all(period.accepted == period.drafted for period in stats.periods)
@@ -137,13 +137,13 @@ requests = {
 @given(**requests, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_match_is_the_full_text(name, period, density, length, count, dtype):
     ids = prompt(length)
-    tokens, _ = decode(engine(name, dtype), ids, SiriusConfig(accept="match", period=period, density=density), count)
+    tokens, _ = decode(engine(name, dtype), ids, own_bits(accept="match", period=period, density=density), count)
     assert tokens == full_text(engine(name, dtype), ids, count)
 
 
 @given(**requests, threshold=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_periods_add_up(name, period, density, length, count, threshold, dtype):
-    config = SiriusConfig(period=period, density=density, threshold=threshold)
+    config = own_bits(period=period, density=density, threshold=threshold)
     tokens, stats = decode(engine(name, dtype), prompt(length), config, count)
     assert len(tokens) == stats.tokens == count
     assert sum(record.committed for record in stats.periods) == count - 1
@@ -163,7 +163,7 @@ def test_periods_add_up(name, period, density, length, count, threshold, dtype):
 
 @given(**requests)
 def test_threshold_zero_accepts_everything(name, period, density, length, count):
-    config = SiriusConfig(period=period, density=density, threshold=0)
+    config = own_bits(period=period, density=density, threshold=0)
     _, stats = decode(engine(name), prompt(length), config, count)
     assert all(record.accepted == record.drafted == record.committed - 1 for record in stats.periods)
     assert [record.committed for record in stats.periods if not record.cut] == [period] * ((count - 1) // period)
@@ -172,7 +172,7 @@ def test_threshold_zero_accepts_everything(name, period, density, length, count)
 @given(**{**requests, "period": st.just(1)}, threshold=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_period_of_one_is_the_full_model(name, period, density, length, count, threshold, dtype):
     ids = prompt(length)
-    tokens, stats = decode(engine(name, dtype), ids, SiriusConfig(period=1, density=density, threshold=threshold), count)
+    tokens, stats = decode(engine(name, dtype), ids, own_bits(period=1, density=density, threshold=threshold), count)
     assert tokens == full_text(engine(name, dtype), ids, count)
     assert [(record.drafted, record.committed, record.cut) for record in stats.periods] == [(0, 1, False)] * (count - 1)
 
@@ -180,13 +180,13 @@ def test_a_period_of_one_is_the_full_model(name, period, density, length, count,
 def test_the_longest_period():
     """Masks of several words."""
     ids = prompt(3)
-    config = SiriusConfig(period=256, threshold=0, density=0.5)
+    config = own_bits(period=256, threshold=0, density=0.5)
     wide = Engine(tiny("llama3", max_position_embeddings=512))
     tokens, stats = decode(wide, ids, config, 300)
     assert [record.committed for record in stats.periods] == [256, 43]
     expected, _ = reference.generate(reference.Decoder(wide.model), ids[0].tolist(), config, 60)
     assert tokens[:59] == expected[:59]  # the last one is the full model's
-    assert decode(wide, ids, SiriusConfig(period=256, accept="match", density=0.9), 300)[0] == full_text(wide, ids, 300)
+    assert decode(wide, ids, own_bits(period=256, accept="match", density=0.9), 300)[0] == full_text(wide, ids, 300)
 
 
 # ------------------------------------------------------------------------------------------------- periods, from first principles
@@ -232,7 +232,7 @@ def cache_of(model, tokens):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cache_is_that_of_a_fresh_prefill(periods, name, accept):
     model = tiny(name)
-    config = SiriusConfig(accept=accept, period=6, density=0.4, threshold=0.05)
+    config = own_bits(accept=accept, period=6, density=0.4, threshold=0.05)
     tokens, stats = decode(engine(name), prompt(9), config, 40)
     assert len(periods) == len(stats.periods) > 6
     for record in periods:
@@ -245,7 +245,7 @@ def test_the_cache_is_that_of_a_fresh_prefill(periods, name, accept):
 def test_the_cache_is_that_of_a_fresh_prefill_in_bfloat16(periods, name):
     """As near to what float32 arithmetic gives as a prefill by `transformers` in bfloat16 comes."""
     rounded, exact = tiny(name, torch.bfloat16), tiny(name, torch.bfloat16).float()
-    decode(engine(name, torch.bfloat16), prompt(9), SiriusConfig(period=6, density=0.4, threshold=0.05), 40)
+    decode(engine(name, torch.bfloat16), prompt(9), own_bits(period=6, density=0.4, threshold=0.05), 40)
     for record in periods:
         tokens = record["after"][:-1]
         for ours, theirs, wanted in zip((record["keys"], record["values"]), cache_of(rounded, tokens), cache_of(exact, tokens)):
@@ -260,7 +260,7 @@ def test_the_cache_is_that_of_a_fresh_prefill_in_bfloat16(periods, name):
 def test_acceptance_is_that_of_a_plain_softmax(periods, name):
     """p_j = softmax(logits_F[j - 1] / tau)[x_j] by a fresh forward of the `transformers` model over text and drafts."""
     model = tiny(name)
-    config = SiriusConfig(period=7, density=0.5, threshold=0.2, score_temperature=0.8)
+    config = own_bits(period=7, density=0.5, threshold=0.2, score_temperature=0.8)
     _, stats = decode(engine(name), prompt(12), config, 40)
     decisions = []
     for record, period in zip(periods, stats.periods, strict=True):
@@ -297,7 +297,7 @@ def sparse_model(model, ids, density):
 def test_drafts_are_those_of_the_sparse_model_over_the_full_models_cache(periods, name):
     model, ids = tiny(name), prompt(12)
     sparse = sparse_model(model, ids, 0.4)
-    decode(engine(name), ids, SiriusConfig(period=6, density=0.4, threshold=0.05, follow=False), 30)
+    decode(engine(name), ids, own_bits(period=6, density=0.4, threshold=0.05, follow=False), 30)
     for record in periods:
         cache, tokens = model(torch.tensor([record["before"][:-1]])).past_key_values, record["before"][-1:]
         for _ in record["drafts"]:
@@ -314,9 +314,9 @@ def test_drafts_are_those_of_the_sparse_model_over_the_full_models_cache(periods
     "config",
     [
         SiriusConfig(mode="full"),
-        SiriusConfig(mode="sparse"),
-        SiriusConfig(threshold=0, period=6),
-        SiriusConfig(threshold=0.02, period=16),
+        own_bits(mode="sparse"),
+        own_bits(threshold=0, period=6),
+        own_bits(threshold=0.02, period=16),
     ],
     ids=lambda config: f"{config.mode}-{config.threshold}",
 )
@@ -334,24 +334,24 @@ def test_a_text_ends_at_its_first_eos(config):
 
 
 def test_a_list_of_eos():
-    tokens, _ = decode(engine("qwen2"), prompt(5), SiriusConfig(threshold=0, period=16), 25)
+    tokens, _ = decode(engine("qwen2"), prompt(5), own_bits(threshold=0, period=16), 25)
     first, second = sorted({tokens.index(token) for token in tokens})[3:8:4]
     for eos in ([tokens[first], tokens[second]], [tokens[second], tokens[first]], [tokens[second], VOCAB - 1]):
         end = min(tokens.index(token) for token in eos if token in tokens)
-        ended, stats = check_against_reference("qwen2", SiriusConfig(threshold=0, period=16), 5, 25, eos_token_id=eos)
+        ended, stats = check_against_reference("qwen2", own_bits(threshold=0, period=16), 5, 25, eos_token_id=eos)
         assert ended == tokens[: end + 1] and stats.finish == "eos"
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse", "sirius"])
 def test_the_first_token_may_be_eos(mode):
     x0 = full_text(engine("mistral"), prompt(4), 1)
-    tokens, stats = decode(engine("mistral"), prompt(4), SiriusConfig(mode=mode), 20, eos_token_id=x0)
+    tokens, stats = decode(engine("mistral"), prompt(4), own_bits(mode=mode), 20, eos_token_id=x0)
     assert (tokens, stats.finish, stats.tokens, stats.periods) == (x0, "eos", 1, [])
 
 
 def test_a_rejected_eos_does_not_count(periods):
     """Under `match` only the full model's text decides, though drafts propose EOS before it."""
-    config = SiriusConfig(accept="match", density=0.1, period=6)
+    config = own_bits(accept="match", density=0.1, period=6)
     full = full_text(engine("llama3"), prompt(8), 40)
     decode(engine("llama3"), prompt(8), config, 40)
     rejected = {token for record in periods for token in record["drafts"]} - set(full)
@@ -361,7 +361,7 @@ def test_a_rejected_eos_does_not_count(periods):
 
 
 CONTEXT = 24
-MODES = [SiriusConfig(mode="full"), SiriusConfig(mode="sparse"), SiriusConfig(period=5), SiriusConfig(accept="match", period=16)]
+MODES = [SiriusConfig(mode="full"), own_bits(mode="sparse"), own_bits(period=5), own_bits(accept="match", period=16)]
 
 
 @functools.cache

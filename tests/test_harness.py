@@ -66,12 +66,19 @@ def test_sparse_loglikelihood(harness):
     pairs = [(TEXT[:24], TEXT[24:30]), (TEXT[:24], " Berlin")]
     full = lm(harness, density=1.0, loglikelihood="full").loglikelihood(asked(*pairs), disable_tqdm=True)
     for sparsity in ("csparse", "fsparse"):
-        dense = lm(harness, density=1.0, sparsity=sparsity, loglikelihood="sparse").loglikelihood(
-            asked(*pairs), disable_tqdm=True
-        )
+        settings = {"sparsity": sparsity, "draft_weights": "same"}  # S is then F
+        dense = lm(harness, density=1.0, **settings, loglikelihood="sparse").loglikelihood(asked(*pairs), disable_tqdm=True)
         assert [score for score, _ in dense] == pytest.approx([score for score, _ in full], abs=1e-3)
         half = lm(harness, density=0.3, sparsity=sparsity, mode="sparse").loglikelihood(asked(*pairs), disable_tqdm=True)
         assert sum(abs(score - known) for (score, _), (known, _) in zip(half, full)) > 0.1
+
+
+def test_what_the_sparse_model_reads_is_no_matter_of_free_memory(harness, monkeypatch):
+    monkeypatch.setattr("sirius_ext.models.weights.free_on", lambda device: 0)
+    model = lm(harness, mode="sparse")
+    assert model.get_model_info()["sirius"]["draft_weights"] == "q4"
+    model.loglikelihood(asked((TEXT[:24], TEXT[24:30])), disable_tqdm=True)
+    assert model.weights.has_copy
 
 
 def test_rolling(harness, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from backends import emulated
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NAMES, WINDOW, prompt, tiny
+from tiny import NAMES, WINDOW, own_bits, prompt, tiny
 from transformers import LogitsProcessorList
 
 from sirius_ext import Engine, SiriusConfig, Stats, _simt
@@ -231,10 +231,8 @@ def test_fixed_periods(name, accept):
             assert all(each.copied == 0 for each in stats.periods) or period > 2, "nothing to copy for the last draft"
             assert all(0 <= each.copied < each.drafted or each.drafted == 0 for each in stats.periods)
     assert total >= 20
-    tokens, stats = decode(name, SiriusConfig(**values, lookup=True), repetitive(), 40)
-    expected, periods = reference.generate(
-        reference.Decoder(repeating(name)), repetitive()[0].tolist(), SiriusConfig(**values), 40
-    )
+    tokens, stats = decode(name, own_bits(**values, lookup=True), repetitive(), 40)
+    expected, periods = reference.generate(reference.Decoder(repeating(name)), repetitive()[0].tolist(), own_bits(**values), 40)
     assert tokens == expected and [row[:-1] for row in told(stats.periods)] == [row[:-1] for row in told(periods)]
 
 
@@ -263,7 +261,7 @@ def test_the_adaptive_period(monkeypatch, costs, accept, each, follow):
 
     monkeypatch.setattr(sequence.Sequence, "_ask", watched)
     for name in NAMES:
-        config = SiriusConfig(accept=accept, density=0.6, threshold=0.05, follow=follow)
+        config = own_bits(accept=accept, density=0.6, threshold=0.05, follow=follow)
         spent.clear()
         text = engine(name).start(ids, config=config, max_new_tokens=80, do_sample=False)
         stats = text.run()
@@ -447,7 +445,7 @@ def test_side_by_side(prefix):
     """The passes of a batch have rows of copies among them."""
     one, configs = engine("llama3"), []
     for values in ({"mode": "full"}, {"mode": "sparse"}, {"period": 8}, {"period": 4, "accept": "match"}):
-        configs.append(SiriusConfig(density=0.6, **values, lookup=True))
+        configs.append(own_bits(density=0.6, **values, lookup=True))
     texts = [repetitive(length) for length in (48, 30, 61)]
     asked = {
         (index, number): {"config": config, "max_new_tokens": 40, "do_sample": False}
@@ -473,11 +471,11 @@ def test_the_cuda_backend(monkeypatch):
     monkeypatch.setattr(PeriodGraph, "begin", lambda *_: pytest.fail("a graph"))
     ids = repetitive(30)
     cases = [{"mode": "full"}, {"mode": "sparse"}, {"period": 8}, {"period": "auto", "accept": "match"}]
-    expected = [decode("mistral", SiriusConfig(density=0.6, **values, lookup=True), ids, 24) for values in cases]
+    expected = [decode("mistral", own_bits(density=0.6, **values, lookup=True), ids, 24) for values in cases]
     with emulated(_simt):
         emulator = Engine(repeating("mistral"))
         for values, (tokens, stats) in zip(cases, expected):
-            config = SiriusConfig(density=0.6, **values, lookup=True)
+            config = own_bits(density=0.6, **values, lookup=True)
             out = emulator.generate(ids, config=config, max_new_tokens=24, do_sample=False)
             assert out.sequences[0, 30:].tolist() == tokens
             periods = out.stats.prompts[0].periods

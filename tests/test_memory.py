@@ -635,7 +635,9 @@ def test_info_of_a_model_that_fits(small, capsys, cache, speeds):
     status, out, _ = run(capsys, "info", "--model", checkpoint())
     rows = rows_of(out)
     assert status == 0 and speeds == []
-    assert rows["neurons"] == ["all stay in memory"] and rows["a period reads"] == ["nothing from the disk"]
+    assert rows["neurons"] == ["all stay in memory, beside the sparse model's copy of all in four bits"] and rows[
+        "a period reads"
+    ] == ["nothing from the disk"]
     assert "disk speed" not in rows and "are free" in rows["memory"][0] and "not known" not in out
 
 
@@ -660,6 +662,8 @@ def test_info_predicts(monkeypatch):
     assert unknown.full is unknown.sirius is None and unknown.sparse == times.sparse
     everywhere = forecast(config, sizes.files, everything(sizes, 0), None, 20e9)
     assert everywhere.full == pytest.approx(full / 20e9) and everywhere.sparse < everywhere.full
+    copied = forecast(config, sizes.files, everything(sizes, 0, next(drafts_of(config, sizes.files))), None, 20e9)
+    assert copied.full == everywhere.full and copied.sparse == pytest.approx((mlp + rest) / 20e9)
     short = best_plan(sizes_of("1.5B", "q8"), 1_150 * MB, drafts_of(config, sizes_of("1.5B", "q8").files))
     assert short.density is not None
     eight = sizes_of("1.5B", "q8").files.read_bytes(four_bits=True)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from backends import assert_same_bits, call, emulated, poisoned, walled
-from tiny import prompt, seeded, tiny
+from tiny import own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt, runtime
 from sirius_ext.decoding import sequence
@@ -334,7 +334,7 @@ class Changing(Tokens):
 @torch.no_grad()
 def decode(transformer, values, text, process=None):
     """Fills the text; returns what the error says, if there is one: position, new tokens, pass, origin."""
-    config, model = SiriusConfig(**{"density": 0.4, "threshold": 0.05, **values}), prepare(transformer)
+    config, model = own_bits(**{"density": 0.4, "threshold": 0.05, **values}), prepare(transformer)
     sample = config.accept == "sample"
     generator = seeded(5) if sample else None
     request = Request(IDS, config, text.limit, process=process, sample=sample, generator=generator, streamer=text)
@@ -643,7 +643,7 @@ def test_reader(place, values):
         transformer = tiny(NAME).to(where)
         weights = prepare(transformer).weights
         reader = Reader(prepare(transformer), 60)
-        sparsity = None if values is None else sparsity_of(SiriusConfig(**values), weights)
+        sparsity = None if values is None else sparsity_of(own_bits(**values), weights)
         text = torch.arange(30, 30 + 2 * ROWS, dtype=torch.int32)
         transformer.model.embed_tokens.weight[50] = math.nan
         reader.prefill(IDS, sparsity)
@@ -669,7 +669,7 @@ def test_side_by_side(prefix):
         transformer = tiny(NAME)
     engine = Engine(transformer)
     prompts = [torch.cat((prompt(50)[:, :prefix], prompt(length)), 1) for length in (7, 12, 3, 21, 33, 9)]
-    configs = [SiriusConfig(mode="full"), SiriusConfig(period=4), SiriusConfig(period=4, tree_width=3, sparsity="fsparse")]
+    configs = [SiriusConfig(mode="full"), own_bits(period=4), own_bits(period=4, tree_width=3, sparsity="fsparse")]
 
     def request(ids, config):
         return engine.requests(ids, config=config, max_new_tokens=16)[0]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from paper import Text, full_with_copies, replay, texts
-from tiny import NAMES, decoder, engine, prompt, seeded, tiny
+from tiny import NAMES, decoder, engine, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.config import MAX_AUTO_PERIOD
@@ -280,7 +280,7 @@ def test_match_is_the_full_text(cheap, name, sparsity, width):
 def test_the_text_is_that_of_its_periods(cheap, name, accept):
     for sparsity, width in (("csparse", 1), ("fsparse", 3), ("cascade", 1)):
         values = {"accept": accept, "sparsity": sparsity, "tree_width": width, "lookup": False}
-        config = SiriusConfig(period="auto", density=0.3, threshold=0.05, **values)
+        config = own_bits(period="auto", density=0.3, threshold=0.05, **values)
         asked, sampling = {}, None
         if accept == "sample":
             asked = {"do_sample": True, "top_k": 0, "generator": seeded(1)}

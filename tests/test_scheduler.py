@@ -98,6 +98,20 @@ def test_texts_side_by_side_are_what_they_are_alone(engine, made):
     assert scheduler.running == scheduler.waiting == 0
 
 
+def test_a_request_makes_no_copy_of_the_weights(engine):
+    """It is there before the first one, or never: of a server that decodes in full S reads what F reads."""
+    sparse = dataclasses.replace(served.CONFIG, mode="sparse")
+    expected = alone(Engine(served.model()), tiny.prompt(9), 20, dataclasses.replace(sparse, draft_weights="same"))
+    full = Engine(served.model(), dataclasses.replace(served.CONFIG, mode="full"), TOKENIZER)
+    for one in (engine, full):
+        scheduler, listening = Scheduler(one), Listening()
+        assert prepare(one.model).weights.has_copy == (one is engine)
+        scheduler.submit([(ask(one, tiny.prompt(9), 20, config=sparse), listening("one"))])
+        tokens = tokens_of(listening.until_ended(1)["one"])
+        scheduler.close()
+        assert prepare(one.model).weights.has_copy == (one is engine) and (tokens == expected) == (one is full)
+
+
 def test_one_period_each_in_turn(engine, made):
     scheduler, listening = made(running=2), Listening(held=True)
     scheduler.submit([(ask(engine, tiny.prompt(9), 200), listening("long"))])

@@ -286,8 +286,9 @@ SCORED = [
     SiriusConfig(mode="full", lookup=True),
     SiriusConfig(period=6, accept="match", density=0.4),
     SiriusConfig(period=6, accept="match", density=0.4, lookup=True),
-    SiriusConfig(period=5, density=0.4, threshold=0.05, tree_width=3),
-    SiriusConfig(density=0.4),
+    # What S reads decides where its drafts end: none of these ends where nothing was drafted to be replaced.
+    SiriusConfig(period=5, density=0.4, threshold=0.05, tree_width=3, draft_weights="same"),
+    SiriusConfig(density=0.4, draft_weights="same"),
 ]
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import prompt, tiny
+from tiny import own_bits, prompt, tiny
 
 from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats
 from sirius_ext.decoding import reference
@@ -198,14 +198,14 @@ def test_repr():
 @pytest.mark.parametrize(
     "config",
     [
-        SiriusConfig(period=5, density=0.4, threshold=0.05),
-        SiriusConfig(period=7, density=0.4, threshold=0),
-        SiriusConfig(period=3, accept="match"),
-        SiriusConfig(period=1),
-        SiriusConfig(period=5, density=0.4, tree_width=3),
-        SiriusConfig(period=6, density=0.3, tree_width=4, prune=True, accept="match"),
-        SiriusConfig(period=5, density=0.3, sparsity="fsparse"),
-        SiriusConfig(period=4, density=0.3, sparsity="fsparse", tree_width=2),
+        own_bits(period=5, density=0.4, threshold=0.05),
+        own_bits(period=7, density=0.4, threshold=0),
+        own_bits(period=3, accept="match"),
+        own_bits(period=1),
+        own_bits(period=5, density=0.4, tree_width=3),
+        own_bits(period=6, density=0.3, tree_width=4, prune=True, accept="match"),
+        own_bits(period=5, density=0.3, sparsity="fsparse"),
+        own_bits(period=4, density=0.3, sparsity="fsparse", tree_width=2),
     ],
     ids=str,
 )

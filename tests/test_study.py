@@ -93,7 +93,7 @@ def test_command(tmp_path, capsys):
     write("csqa", tmp_path)
     out = tmp_path / "out"
     arguments = ["study", "--task", "csqa", "--data", str(tmp_path), "--shots", "0", "--out", str(out)]
-    arguments += ["--what", "width", "--values", "1,2", "--mode", "sirius-f", "--period", "3"]
+    arguments += ["--what", "width", "--values", "1,2", "--mode", "sirius-f", "--period", "3", "--draft-weights", "same"]
     assert cli.main(arguments) == 0
     rows = json.loads((out / "sirius-f-width.json").read_text())["rows"]
     assert [(row["value"], row["items"], row["failed"]) for row in rows] == [(None, 1, 0), (1, 1, 0), (2, 1, 0)]

@@ -51,16 +51,18 @@ def same(first, second, config, ids, count=TOKENS, **settings):
     assert advances[0] == advances[1]
 
 
-FIXED = {"period": 6, "lookup": False, "density": 0.5}
+# S reads what F reads; of packed weights, four bits of it (AUTO).
+FIXED = {"period": 6, "lookup": False, "density": 0.5, "draft_weights": "same"}
+AUTO = {"draft_weights": "auto"}
 CONFIGS = {
     "full": SiriusConfig(mode="full"),
-    "sparse": SiriusConfig(mode="sparse", density=0.5),
+    "sparse": SiriusConfig(mode="sparse", density=0.5, draft_weights="same"),
     "threshold": SiriusConfig(**FIXED),
     "match": SiriusConfig(**FIXED, accept="match"),
     "fixed set": SiriusConfig(**FIXED, follow=False),
     "tree": SiriusConfig(**FIXED, tree_width=3),
     "cascade": SiriusConfig(**FIXED | {"density": 0.3}, sparsity="cascade"),
-    "copies": SiriusConfig(period=6, density=0.5, lookup=True, accept="match"),
+    "copies": SiriusConfig(**FIXED | {"lookup": True}, accept="match"),
     "one": SiriusConfig(**FIXED | {"period": 1}),
 }
 
@@ -84,7 +86,8 @@ def test_packed_weights(weights, config, resident):
     files = files_of("qwen2", torch.bfloat16, weights)
     resident = tuple(files.intermediate if count is None else count for count in resident)
     slots = slots_of(files) if resident[0] < files.intermediate else 0
-    same(whole("qwen2", torch.bfloat16, weights), tiered(files, resident, slots), CONFIGS[config], prompt(25))
+    config = dataclasses.replace(CONFIGS[config], **AUTO)
+    same(whole("qwen2", torch.bfloat16, weights), tiered(files, resident, slots), config, prompt(25))
 
 
 @pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
@@ -114,7 +117,8 @@ def test_every_family_with_all_of_the_full_model_on_the_disk(name, monkeypatch):
 
 def test_fsparse_where_all_that_it_chooses_from_is_there():
     config = SiriusConfig(**FIXED, sparsity="fsparse")
-    same(whole(weights="q8"), tiered(files_of(weights="q8"), (files_of().intermediate, 0)), config, prompt(30))
+    eight = dataclasses.replace(config, **AUTO)
+    same(whole(weights="q8"), tiered(files_of(weights="q8"), (files_of().intermediate, 0)), eight, prompt(30))
     with pytest.raises(ValueError, match="^density: expected a sparse model of at most 67 of 131 neurons.*got one of 131"):
         tiered(files_of(), (0, 0), slots_of(files_of())).generate(prompt(5), config=config, max_new_tokens=3)
 

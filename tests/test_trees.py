@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import NAMES, PLAIN, decoder, engine, full_text, prompt, seeded, tiny
+from tiny import NAMES, PLAIN, decoder, engine, full_text, own_bits, prompt, seeded, tiny
 
-from sirius_ext import Engine, SiriusConfig
+from sirius_ext import Engine
 from sirius_ext.decoding import calibrate, reference
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sequence import Request, start
@@ -76,7 +76,7 @@ def cases(sparsity, accept, width):
     """(model, config, prompt length) for every period; the rest takes turns."""
     first = SPARSITIES.index(sparsity) + ACCEPT.index(accept) + WIDTHS.index(width)
     for index, period in enumerate(PERIODS, start=first):
-        config = SiriusConfig(
+        config = own_bits(
             sparsity=sparsity,
             accept=accept,
             period=period,
@@ -122,9 +122,7 @@ def test_the_cases_are_interesting():
 def test_pruned_trees_equal_the_reference(name, accept):
     nodes = []
     for sparsity, (width, period) in zip(itertools.cycle(SPARSITIES), ((2, 5), (3, 8), (8, 4))):
-        config = SiriusConfig(
-            accept=accept, prune=True, tree_width=width, period=period, sparsity=sparsity, score_temperature=0.3
-        )
+        config = own_bits(accept=accept, prune=True, tree_width=width, period=period, sparsity=sparsity, score_temperature=0.3)
         _, stats = check_against_reference(name, config, 8)
         nodes += [(width * record.drafted, record.nodes) for record in stats.periods]
     assert all(pruned <= whole for whole, pruned in nodes)
@@ -138,7 +136,7 @@ def test_thresholds_equal_the_reference(tmp_path, name, accept):
     file = tmp_path / "thresholds.json"
     thresholds(name, 0.4).save(file)
     for width, period in ((1, 6), (4, 5)):
-        config = SiriusConfig(
+        config = own_bits(
             sparsity="fsparse", density=0.4, thresholds=file, accept=accept, tree_width=width, period=period, threshold=0.05
         )
         tokens, _ = check_against_reference(name, config, 8, values=thresholds(name, 0.4).values)
@@ -151,7 +149,7 @@ def test_thresholds_equal_the_reference(tmp_path, name, accept):
 def test_the_sparse_model_alone_equals_the_reference(tmp_path, name, form):
     file = tmp_path / "thresholds.json"
     thresholds(name, 0.3).save(file)
-    config = SiriusConfig(mode="sparse", sparsity="fsparse", density=0.3, thresholds=file if form == "threshold" else None)
+    config = own_bits(mode="sparse", sparsity="fsparse", density=0.3, thresholds=file if form == "threshold" else None)
     values = thresholds(name, 0.3).values if form == "threshold" else None
     tokens, _ = decode(engine(name), prompt(7), config, COUNT)
     assert tokens == reference.generate(decoder(name), prompt(7)[0].tolist(), config, COUNT, thresholds=values)[0]
@@ -161,7 +159,7 @@ def test_the_sparse_model_alone_equals_the_reference(tmp_path, name, form):
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_every_body_equals_the_reference(isa, sparsity):
     for index, (name, accept) in enumerate(zip(NAMES, (*ACCEPT, "threshold"))):
-        config = SiriusConfig(sparsity=sparsity, accept=accept, tree_width=2 + index, period=4, density=0.4, threshold=0.05)
+        config = own_bits(sparsity=sparsity, accept=accept, tree_width=2 + index, period=4, density=0.4, threshold=0.05)
         check_against_reference(name, config, 9, 10)
 
 
@@ -178,14 +176,14 @@ def test_warped_samples_equal_the_reference():
 
     asked = {"temperature": 1.7, "top_k": 12, "top_p": 0.8}
     for name, width in zip(NAMES, (1, 2, 4, 16)):
-        config = SiriusConfig(accept="sample", tree_width=width, period=6, density=0.3)
+        config = own_bits(accept="sample", tree_width=width, period=6, density=0.3)
         check_against_reference(name, config, 6, warp=warp, **asked)
 
 
 @pytest.mark.parametrize("accept", ACCEPT)
 def test_a_tree_ends_at_the_first_eos(accept):
     """Wherever in a period it stands."""
-    config = SiriusConfig(accept=accept, tree_width=3, period=6, threshold=0.02, density=0.5)
+    config = own_bits(accept=accept, tree_width=3, period=6, threshold=0.02, density=0.5)
     tokens, _ = decode(engine("llama3"), prompt(4), config, COUNT, 3)
     last = []
     for eos in list(dict.fromkeys(tokens[:-1]))[::3]:
@@ -197,14 +195,14 @@ def test_a_tree_ends_at_the_first_eos(accept):
 
 def test_a_large_tree():
     """1009 nodes: masks of 16 words."""
-    config = SiriusConfig(tree_width=16, period=64, threshold=0, density=0.5)
+    config = own_bits(tree_width=16, period=64, threshold=0, density=0.5)
     wide = Engine(tiny("llama3", max_position_embeddings=512))
     tokens, stats = decode(wide, prompt(3), config, 70)
     assert rows(stats.periods) == [
         (63, 63 * 16, 63, stats.periods[0].branch, 64, False),
         (4, 64, 4, stats.periods[1].branch, 5, True),
     ]
-    match = SiriusConfig(tree_width=16, period=64, accept="match", density=0.9)
+    match = own_bits(tree_width=16, period=64, accept="match", density=0.9)
     assert decode(wide, prompt(3), match, 70)[0] == full_text(wide, prompt(3), 70)
 
 
@@ -216,7 +214,7 @@ def test_a_large_tree():
 def test_match_is_the_full_text_in_half_precision(isa, name, dtype):
     """A chain's, exactly: a row's bits do not depend on the rows beside it."""
     for length, period, density in ((1, 17, 0.3), (6, 4, 0.5), (20, 7, 0.1)):
-        config = SiriusConfig(accept="match", sparsity="fsparse", period=period, density=density)
+        config = own_bits(accept="match", sparsity="fsparse", period=period, density=density)
         tokens, stats = decode(engine(name, dtype), prompt(length), config, 40)
         assert tokens == full_text(engine(name, dtype), prompt(length), 40)
         assert any(period.accepted < period.drafted for period in stats.periods)
@@ -234,7 +232,7 @@ def test_match_is_the_full_text_in_half_precision(isa, name, dtype):
     count=st.integers(1, 40),
 )
 def test_match_is_the_full_text(name, sparsity, width, period, density, prune, length, count):
-    config = SiriusConfig(
+    config = own_bits(
         accept="match", sparsity=sparsity, tree_width=width, period=period, density=density, prune=prune and width > 1
     )
     tokens, stats = decode(engine(name), prompt(length), config, count)
@@ -253,7 +251,7 @@ def test_wider_trees_get_further(name):
     """Not in every period, but over some texts."""
 
     def mean(width, period):
-        config = SiriusConfig(accept="match", tree_width=width, period=period, density=0.3)
+        config = own_bits(accept="match", tree_width=width, period=period, density=0.3)
         periods = [record for n in range(1, 9) for record in decode(engine(name), prompt(n), config, 40)[1].periods]
         return sum(record.committed for record in periods) / len(periods)
 
@@ -264,7 +262,7 @@ def test_the_tree_saves_what_the_chain_loses():
     """Under `threshold` a tree holds a path at least as long as any that it branches off: with all tokens of a small vocabulary
     in it, a first draft is never rejected."""
     small = Engine(tiny("llama3", vocab_size=8))
-    config = SiriusConfig(accept="match", tree_width=8, period=2, density=0.05)
+    config = own_bits(accept="match", tree_width=8, period=2, density=0.05)
     ids = torch.tensor([[3, 1, 4]])
     tokens, stats = decode(small, ids, config, 41)
     assert rows(stats.periods) == [(1, 8, 1, record.branch, 2, False) for record in stats.periods]
@@ -278,7 +276,7 @@ def test_the_tree_saves_what_the_chain_loses():
 def test_the_cache_is_that_of_a_fresh_prefill(name, sparsity, accept):
     """Whenever tokens are committed: all of them but the last are in it."""
     plain, ids = tiny(name), prompt(9)[0]
-    config = SiriusConfig(accept=accept, sparsity=sparsity, tree_width=4, period=6, density=0.1, threshold=0.05)
+    config = own_bits(accept=accept, sparsity=sparsity, tree_width=4, period=6, density=0.1, threshold=0.05)
     text = start(prepare(engine(name).model), Request(ids, config, 40, sample=accept == "sample", generator=seeded(0)))
     periods = 0
     while not text.ended:
@@ -309,7 +307,7 @@ def test_all_neurons_are_the_full_model_bit_for_bit(isa, name, dtype):
     full = model.step(cache, Pass(*arguments))[0].clone()
     for each in (sparse, FSparse(neurons, 1), FSparse(neurons, 1, torch.zeros(layers))):
         torch.testing.assert_close(model.step(cache, Pass(*arguments, each))[0], full, **EXACT)
-    config = SiriusConfig(accept="match", sparsity="fsparse", density=1, period=6)
+    config = own_bits(accept="match", sparsity="fsparse", density=1, period=6)
     tokens, stats = decode(engine(name, dtype), prompt(11), config, 40)
     assert tokens == full_text(engine(name, dtype), prompt(11), 40)
     assert [(record.drafted, record.accepted) for record in stats.periods] == [(5, 5)] * 6 + [(2, 2)]
@@ -319,5 +317,5 @@ def test_all_neurons_are_the_full_model_bit_for_bit(isa, name, dtype):
 def test_the_density_of_the_sparse_model():
     weights = prepare(engine("llama3").model).weights
     for sparsity, share in (("csparse", 1), ("fsparse", 2 / 3)):
-        _, stats = decode(engine("llama3"), prompt(5), SiriusConfig(sparsity=sparsity, density=0.3), 5)
+        _, stats = decode(engine("llama3"), prompt(5), own_bits(sparsity=sparsity, density=0.3), 5)
         assert stats.density == pytest.approx(1 - 0.7 * share * weights.num_mlp_parameters / weights.num_parameters)

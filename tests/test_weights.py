@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from tiny import FAMILY_NAMES, NAMES, prompt, tiny
+from tiny import FAMILY_NAMES, NAMES, own_bits, prompt, tiny
 from torch import nn
 
 from sirius_ext import Engine, SiriusConfig
@@ -206,7 +206,7 @@ def test_the_density_of_the_sparse_model(density):
     mlp = sum(parameter.numel() for key, parameter in model.named_parameters() if ".mlp." in key)
     everything = sum(parameter.numel() for parameter in model.parameters())
     for mode in ("sirius", "sparse"):
-        out = Engine(model, SiriusConfig(mode=mode, density=density)).generate(prompt(4), max_new_tokens=3)
+        out = Engine(model, own_bits(mode=mode, density=density)).generate(prompt(4), max_new_tokens=3)
         assert out.stats.density == pytest.approx(1 - (1 - density) * mlp / everything)
     assert Engine(model, SiriusConfig(mode="full", density=density)).generate(prompt(4), max_new_tokens=3).stats.density == 1
 

@@ -137,6 +137,11 @@ def tiny(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0,
     return model.eval().to(dtype)
 
 
+def own_bits(**settings) -> SiriusConfig:
+    """Settings with which S reads what F reads, as the reference has it."""
+    return SiriusConfig(**{"draft_weights": "same", **settings})
+
+
 def prompt(length: int) -> torch.Tensor:
     """int64 [1, length]; another one for every length."""
     return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(length))

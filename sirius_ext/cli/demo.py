@@ -59,7 +59,8 @@ def run(engine: Engine, packed: Engine | None, model_name: str, max_new_tokens: 
     packed: the same model in eight or four bits; if there is one, Sirius decodes with it, and `engine` is there to compare with.
     """
     console = Console(soft_wrap=True, highlight=False)
-    base, fast = engine.config, packed or engine
+    fast = packed or engine
+    base = fast.config
     full = [Row("Full", fast, replace(base, mode="full"))]
     if packed is not None:
         bits = 4 if prepare(packed.model).weights.layers[0].gate.format.four_bits else 8

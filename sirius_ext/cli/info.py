@@ -94,15 +94,15 @@ def _of_model(options: argparse.Namespace) -> Iterable[tuple[str, object]]:
 
 def _neurons(found: Division) -> str:
     files, plan = found.layout, found.plan
+    copy = ", beside the sparse model's copy of all in four bits" if plan.copy else ""
     if plan.resident[0] == files.intermediate and not plan.streamed:
-        return "all stay in memory"
+        return f"all stay in memory{copy}"
     shares = [f"{count / files.intermediate:.0%}" for count in plan.resident]
     if len(files.layers[0].images) == 1:
         text = f"{shares[0]} of every layer's stay in memory"
     else:
         text = f"of every layer's {shares[0]} of the upper halves stay in memory, {shares[1]} of the lower ones"
     slots = f", and those of the sparse model, up to {plan.slots} of {files.intermediate}" if plan.slots else ""
-    copy = ", beside the sparse model's copy of all in four bits" if plan.copy else ""
     return text + slots + copy
 
 

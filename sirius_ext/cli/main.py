@@ -215,7 +215,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     check_density(options.density)
     check_distinct(text=options.text, out=options.out)
     text = _read("text", options.text)
-    engine = engine_of(options, DEFAULTS)
+    engine = engine_of(options, SiriusConfig(mode="full"))  # it looks at the full model alone
     if engine.tokenizer is None:
         raise ValueError("model: it has no tokenizer, so a text cannot be read")
     tokens = engine.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -235,6 +235,8 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     config = SiriusConfig(density=options.density, period=options.period)
-    plain = engine_of(argparse.Namespace(**{**vars(options), "weights": "plain"}), config)
     packed = engine_of(options, config) if options.weights != "plain" else None
+    # Beside packed weights plain ones are for the full model alone.
+    alone = config if packed is None else dataclasses.replace(config, mode="full")
+    plain = engine_of(argparse.Namespace(**{**vars(options), "weights": "plain"}), alone)
     return demo.run(plain, packed, options.model, options.max_new_tokens)

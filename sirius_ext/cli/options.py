@@ -94,7 +94,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, defaul
 def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
     purpose = "the neurons of csparse and cascade stay as the prompt chose them; without it they follow the text"
     add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
-    purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4 of packed weights"
+    purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4, beside plain weights if it has room"
     add_setting(parser, "--draft-weights", purpose, DEFAULTS.draft_weights, choices=DRAFT_WEIGHTS)
     add_setting(parser, "--density", "fraction of MLP neurons kept, or auto", DEFAULTS.density, type=density)
     purpose = "of `calibrate`, for fsparse: in place of a fixed number"

@@ -32,8 +32,8 @@ def kept_neurons(density: float, intermediate: int) -> int:
 
 
 def four_bits(config: SiriusConfig, weights: Weights) -> bool:
-    """Whether S reads four bits of every weight."""
-    return _reads_four_bits(config, weights.packed, None if weights.tiers is None else weights.tiers.plan)
+    """Whether S reads four bits of every weight. Of "auto" that is settled now if it was not (`Weights.settle`)."""
+    return weights.settle() if config.draft_weights == "auto" else config.draft_weights == "q4"
 
 
 def density_of(config: SiriusConfig, weights: Weights) -> float:
@@ -41,12 +41,6 @@ def density_of(config: SiriusConfig, weights: Weights) -> float:
     "auto" means elsewhere."""
     plan = None if weights.tiers is None else weights.tiers.plan
     return _density(config, four_bits(config, weights), weights.layers[0].gate.format, plan)
-
-
-def _reads_four_bits(config: SiriusConfig, packed: bool, plan: Plan | None) -> bool:
-    """packed: F's weights are."""
-    has_copy = plan is not None and plan.copy > 0
-    return config.draft_weights == "q4" or (config.draft_weights == "auto" and (packed or has_copy))
 
 
 def _density(config: SiriusConfig, four_bits: bool, gate: Format, plan: Plan | None) -> float:
@@ -82,6 +76,15 @@ def sparse_density(config: SiriusConfig, weights: Weights) -> float:
         rest_share = (less.bytes - less.mlp_bytes) / (all_bits.bytes - all_bits.mlp_bytes)
     kept = 1 - (1 - density_of(config, weights)) * _SKIPPED[config.sparsity]
     return (rest_share * rest + mlp_share * kept * mlp) / (rest + mlp)
+
+
+def without_chance(config: SiriusConfig, settled: bool) -> SiriusConfig:
+    """The same for who compares texts, which must not depend on how much memory happens to be free: what S reads of plain weights
+    is then a copy in four bits, unless the config says otherwise. settled: it does not depend on that, as the weights are packed,
+    or memory was divided for what S reads."""
+    if config.draft_weights != "auto" or settled:
+        return config
+    return dataclasses.replace(config, draft_weights="q4")
 
 
 def drafts_of(config: SiriusConfig, files: Layout) -> Iterator[Draft]:
@@ -123,7 +126,9 @@ def draft_of(config: SiriusConfig, files: Layout, four_bits: bool) -> Draft:
 
 def _draft_reads_less(config: SiriusConfig, files: Layout, plan: Plan) -> bool:
     """Whether S reads four bits of every weight where memory is divided like this."""
-    return _reads_four_bits(config, files.weights != "plain", plan)
+    if config.draft_weights == "auto":
+        return files.weights != "plain" or plan.copy > 0
+    return config.draft_weights == "q4"
 
 
 def draft_density(config: SiriusConfig, files: Layout, plan: Plan) -> float:

@@ -152,7 +152,8 @@ class _Metrics:
         if self.sparse_cost is None or self.alone is None or self.alone <= 0.5:
             return None
         # With four bits it reads less than that whatever its neurons.
-        hint = "; reading four bits makes it cheaper: weights in eight bits, or draft_weights='q4'" if self.density > 0.55 else ""
+        cheaper = "; four bits make it cheaper: weights in eight bits, or draft_weights='q4', for which there must be memory"
+        hint = cheaper if self.density > 0.55 else ""
         return (
             f"the full model decoded {self.alone:.0%} of the steps alone: a pass of the sparse model costs "
             f"{self.sparse_cost:.2f} of one of its own here, and a draft was not expected to bring more than it costs{hint}"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds
+from ..decoding.sparsity import without_chance
 from ..engine import Engine, engine_of, prepare
 from .hub_data import load_items
 from .runner import Keeper, config_of, evaluate
@@ -30,7 +31,7 @@ class Plan:
     shard: (i, k), the i-th of k parts of the items, counted from 1.
     batch: items side by side: much faster, but nothing is timed then.
     modes: as `runner.config_of` has them.
-    base: the settings that the modes share.
+    base: the settings that the modes share; what S reads of plain weights is settled in it (`without_chance`).
 
     ValueError for an unknown mode or task, or a number out of its range.
     """
@@ -56,6 +57,7 @@ class Plan:
             raise ValueError("--accept: expected threshold or match, got sample; the tasks are decoded greedily")
         if self.base.lookup is True:
             raise ValueError("lookup: expected False or auto; an evaluation is about texts, and copies are about time")
+        object.__setattr__(self, "base", without_chance(self.base, self.weights != "plain"))
         configs = [config_of(mode, self.base) for mode in self.modes]
         if len(set(self.modes)) < len(self.modes):
             raise ValueError(f"modes: expected each once, got {', '.join(self.modes)}")
@@ -97,7 +99,7 @@ class Plan:
             del settings[name]
         if settings["offload"] == "auto":  # which changes no text
             del settings["offload"]
-        if settings["draft_weights"] == "auto":  # results from before there was a choice may be gone on with
+        if settings["draft_weights"] == "auto":  # of packed weights; results from before there was a choice may be gone on with
             del settings["draft_weights"]
         four_bits = self.base.draft_weights == "q4" or (self.base.draft_weights == "auto" and self.weights == "q8")
         if settings["density"] == "auto":  # in four bits it depends on the mode; and once "auto" was 0.7 of csparse there
@@ -117,7 +119,8 @@ class Plan:
         }
 
     def engine(self) -> Engine:
-        engine = engine_of(self, self.base)
+        alone = all(config_of(mode, self.base).mode == "full" for mode in self.modes)  # nothing is made for a sparse model then
+        engine = engine_of(self, dataclasses.replace(self.base, mode="full") if alone else self.base)
         if engine.tokenizer is None:
             raise ValueError("--model: it has no tokenizer, so questions cannot be read")
         if self.base.thresholds is not None:

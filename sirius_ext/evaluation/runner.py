@@ -20,8 +20,9 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from ..config import SiriusConfig
 from ..decoding.sequence import Request, Sequence
+from ..decoding.sparsity import without_chance
 from ..decoding.stats import Period, PromptStats, Stats
-from ..engine import GREEDY, Engine, prepare
+from ..engine import GREEDY, Engine, make_copy, prepare
 from .batched import Batch, shared_prefix
 from .statistics import mcnemar, wilson
 from .tasks import Item, Task
@@ -117,7 +118,8 @@ class Results:
         if _has_content(file):
             first, self.records = read_results(file)
             if different := _difference(first, run):
-                raise ValueError(f"out: {file} was made with another {different}; choose another name")
+                hint = "--draft-weights same goes on with it, or " if _is_older(first) and "draft_weights" in different else ""
+                raise ValueError(f"out: {file} was made with another {different}; {hint}choose another name")
 
     @staticmethod
     def write(file: Path, run: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
@@ -219,8 +221,14 @@ def _expect(true: bool, what: str, value: object) -> None:
         raise ValueError(f"expected {what}, got {reprlib.repr(value)}")
 
 
+def _is_older(run: dict[str, Any]) -> bool:
+    """Whether it was recorded when S read of plain weights what F reads unless something else was said."""
+    return "weights" not in run and "draft_weights" not in run
+
+
 def _difference(found: dict[str, Any], run: dict[str, Any]) -> str:
     """What two runs do not have in common."""
+    found, run = ({**each, "draft_weights": "same"} if _is_older(each) else each for each in (found, run))
     return ", ".join(sorted(key for key in {*run, *found} if run.get(key) != found.get(key)))
 
 
@@ -262,11 +270,16 @@ def evaluate(
     """Decode what is not in `results` yet, item by item in every mode, so that a run that is stopped has compared the same items.
 
     An item that fails is recorded as failed, which counts as wrong, and the run goes on.
+    base: what S reads of plain weights is no matter of how much memory is free (`without_chance`).
     batch: so many texts side by side. They have no times of their own.
     """
     tokenizer = engine.tokenizer
     assert tokenizer is not None  # `Plan.engine` has looked
+    weights = prepare(engine.model).weights
+    base = without_chance(base, weights.packed or weights.tiers is not None)
     configs = {mode: config_of(mode, base) for mode in modes}
+    for config in configs.values():
+        make_copy(engine.model, config, progress=not console.quiet)  # without memory for it no item could be decoded
     done = results.done()
     # Making one takes seconds with a large vocabulary.
     stop = StoppingCriteriaList([StopStringCriteria(tokenizer, list(task.stop))])

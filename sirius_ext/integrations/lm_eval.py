@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds, read_thresholds
 from ..decoding.reading import Reader
-from ..decoding.sparsity import sparsity_of
+from ..decoding.sparsity import sparsity_of, without_chance
 from ..decoding.stats import PromptStats, Stats
 from ..engine import GREEDY, Engine, check_threads, prepare
 from ..models.hub import parse_dtype
@@ -82,7 +82,10 @@ class SiriusLM(TemplateLM):
             device = "cpu"
         if isinstance(pretrained, Engine):
             self.engine = pretrained
+            loaded = prepare(pretrained.model).weights
+            self.config = without_chance(self.config, loaded.packed or loaded.tiers is not None)  # tiers have settled it
         else:
+            self.config = without_chance(self.config, weights != "plain")
             self.engine = Engine.from_pretrained(pretrained, self.config, device, parse_dtype(dtype), weights=weights)
         if self.engine.tokenizer is None:
             raise ValueError("pretrained: it has no tokenizer, so a task's texts cannot be read")

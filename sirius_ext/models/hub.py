@@ -36,7 +36,19 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
-from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, everything, free_memory, memory_in_use, row_bytes
+from .tiers import (
+    Draft,
+    Plan,
+    Sizes,
+    Tiers,
+    best_plan,
+    cache_bytes,
+    everything,
+    free_memory,
+    memory_in_use,
+    row_bytes,
+    whole_plan,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +167,8 @@ def load_within(
     weights: str = "plain",
     device: torch.device = _CPU,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then.
+    """As `load_model`, and if the model does not fit into so many bytes, with a part of it in memory: it has `tiers` then. One
+    that fits has `copy_memory` if its weights are plain: what is left of the bytes for a sparse model's copy, if they were given.
 
     memory: that weights and caches may take; None: what is free.
     drafts: what the sparse model needs of a memory that does not hold all (`models.tiers.best_plan`).
@@ -168,9 +181,13 @@ def load_within(
     if found.prepared:
         files = _opened(found, weights)
     else:
-        source = _larger(found, weights, room, memory is None, progress, device)
+        source = _larger(found, weights, room, memory is None, drafts, progress, device)
         if source is None:
-            return _load(found, weights, progress, None)
+            model, tokenizer = _load(found, weights, progress, None)
+            if memory is not None and weights == "plain":
+                left = room - _taken(found, progress, device)
+                model.copy_memory = left  # type: ignore[assignment]  # a module's attributes may be anything
+            return model, tokenizer
         _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
         files = _in_cache(source, found, progress)
     plan = _planned(files, files.skeleton, room, drafts, device)
@@ -191,7 +208,8 @@ class Division:
     """What `load_within` makes of the memory.
 
     layout: of the model's tiers, whether they are there or not.
-    plan: what stays in memory; of a model that is loaded whole, all of it.
+    plan: what stays in memory; of a model that is loaded whole, all of it, and the sparse model's copy if there is room for it.
+        (If nobody has said how much memory there is, what is free is looked at again once the model is loaded.)
     file: the model's own, whose reads may be timed: that of its neurons, or else the largest that has weights.
     """
 
@@ -220,8 +238,8 @@ def division(
     source = _readable(found, weights, progress)
     layout, kept = Layout.of(source), _kept(source)
     file = kept / NEURONS if is_prepared(kept) else max(source.files, key=lambda each: each.stat().st_size)
-    whole = everything(_sizes(layout, source.model, device), room)
-    plan = whole if whole.used <= room else _planned(layout, source.model, room, drafts, device)
+    whole = _whole(layout, source.model, room, drafts, device)
+    plan = _planned(layout, source.model, room, drafts, device) if whole is None else whole
     return Division(layout, plan, file)
 
 
@@ -240,13 +258,22 @@ def _planned(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, 
     return best_plan(sizes, room, drafts(layout))
 
 
+def _whole(layout: Layout, model: PreTrainedModel, room: int, drafts: Drafts, device: torch.device) -> Plan | None:
+    """Of a model, without weights here, that is to be loaded whole; None of one for which there is no room, or none for what its
+    sparse model has to have."""
+    needs = drafts(layout) if layout.weights == "plain" else (Draft(),)  # of packed weights S reads a view
+    return whole_plan(_sizes(layout, model, device), room, needs)
+
+
 def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) -> Sizes:
     if is_cuda(device):
         return DeviceSizes(layout, cache_bytes(model), device, row_bytes(model))
     return Sizes(layout, cache_bytes(model), memory_in_use(), row_bytes(model))
 
 
-def _larger(found: _Found, weights: str, room: int, unasked: bool, progress: bool, device: torch.device) -> Source | None:
+def _larger(
+    found: _Found, weights: str, room: int, unasked: bool, drafts: Drafts, progress: bool, device: torch.device
+) -> Source | None:
     """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole. unasked: nobody has said
     how much memory there is; a model that cannot be read tensor by tensor is then loaded as it always was."""
     if unasked and _size_of_files(found) < room:
@@ -257,7 +284,13 @@ def _larger(found: _Found, weights: str, room: int, unasked: bool, progress: boo
         if unasked:
             return None
         raise
-    return None if everything(_sizes(Layout.of(source), source.model, device), room).used <= room else source
+    return source if _whole(Layout.of(source), source.model, room, drafts, device) is None else None
+
+
+def _taken(found: _Found, progress: bool, device: torch.device) -> int:
+    """Bytes that a model with plain weights takes that is loaded whole, without a sparse model's copy."""
+    source = _readable(found, "plain", progress)
+    return everything(_sizes(Layout.of(source), source.model, device), 0).used
 
 
 def _size_of_files(found: _Found) -> int:

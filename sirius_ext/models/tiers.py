@@ -101,6 +101,11 @@ def row_bytes(model: PreTrainedModel) -> int:
     return row
 
 
+def beside_weights(model: PreTrainedModel) -> int:
+    """Bytes of caches and activations for which room is left beside a model that is loaded whole."""
+    return cache_bytes(model) + _WORK + MAX_AUTO_PERIOD_FROM_DISK * row_bytes(model)
+
+
 class Sizes:
     """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. row: of what passes need for
     a token."""
@@ -236,16 +241,25 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
     return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, density, parts)
 
 
-def everything(sizes: Sizes, memory: int) -> Plan:
-    """What there is of a model that is loaded whole."""
+def whole_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan | None:
+    """Of a model that is loaded whole, with the first of some sparse models for which there is room beside it. None if there is
+    room for none of them."""
+    plans = (everything(sizes, memory, draft) for draft in drafts)
+    return next((each for each in plans if each.used <= memory), None)
+
+
+def everything(sizes: Sizes, memory: int, draft: Draft = Draft()) -> Plan:
+    """What there is of a model that is loaded whole, and of a sparse model's copy, whether there is room for it or not."""
     files, rows = sizes.files, sizes.rows
+    copy = sizes.copy() if draft.copy else 0
     parts = {
         "all but the MLPs": sum(each.nbytes for each in files.fast.values()),
+        "the sparse model": copy,
         "neurons": sizes.resident((rows, rows)),
         "caches and activations": sizes.caches + sizes.passes(),
         "the process itself": sizes.own,
     }
-    return Plan(memory, (rows, rows), 0, 0, False, sizes.caches, sum(parts.values()), 0, None, parts)
+    return Plan(memory, (rows, rows), 0, copy, False, sizes.caches, sum(parts.values()), 0, None, parts)
 
 
 def shown(parts: Mapping[str, int]) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..kernels import products
+from ..kernels import products, q8
 from ..kernels.dispatch import check_device
 from ..kernels.matrix import Format, Matrix
 from ..kernels.ops import DTYPES
+from .device_tiers import free_on
 from .families import Family, check_supported, describe
 from .tier_files import ROWS_TOLD, fingerprint_of
-from .tiers import Tiers
+from .tiers import Tiers, beside_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Weights:
 
     description: what the family and the config make of the decoder.
     ropes: inverse frequencies, float32 [rotary_dim / 2], and the factor of cosines and sines, of each table of angles.
+    copy_memory: bytes that a copy in four bits may take if nobody asks for one by name; None: what is free, but for caches.
     ValueError if the model is not supported, not all on one device that this build has kernels for, or not of one dtype.
     """
 
@@ -121,6 +125,10 @@ class Weights:
                 f"load it for {self.device}"
             )
         self._addresses = _addresses(model)
+        self.copy_memory: int | None = getattr(model, "copy_memory", None)
+        self._beside = beside_weights(model)
+        self._settling = threading.Lock()  # two texts must not decide at a time: the first one's copy is no longer free
+        self._settled: bool | None = None
 
     def _head_of(self, model: Any) -> Matrix:
         if model.lm_head.weight is model.model.embed_tokens.weight:
@@ -153,8 +161,71 @@ class Weights:
         four themselves, which takes no memory; of plain ones copies."""
         return self.in_four_bits()
 
+    @property
+    def has_copy(self) -> bool:
+        """Whether there is a copy of plain weights in four bits."""
+        return not self.packed and "four_bits" in vars(self)
+
+    @functools.cached_property
+    def copy_bytes(self) -> int:
+        """Of a copy in four bits: of all matrices but the embedding."""
+        parts = itertools.chain([self.lm_head], *map(_matrices, self.layers))
+        return sum(part.rows * q8.row_bytes(part.cols) for part in parts)
+
+    def copy_is_due(self, draft_weights: str) -> bool:
+        """Whether S, by this setting (`SiriusConfig.draft_weights`), is to read a copy in four bits that is not there yet."""
+        if draft_weights == "same" or self.packed or self.has_copy:
+            return False
+        if self.tiers is not None:
+            return self.tiers.plan.copy > 0
+        return draft_weights == "q4" or (self._settled is None and self._has_room)
+
+    def make_copy(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Make `four_bits` if it is not there. on_progress: as `in_four_bits`, whose errors are these."""
+        if "four_bits" not in vars(self):
+            try:
+                self.four_bits = self.in_four_bits(on_progress)
+            except ValueError as error:
+                raise ValueError(f"draft_weights: four bits cannot hold this model's weights: {error}") from error
+
+    def settle(self, on_progress: Callable[[int, int], None] | None = None) -> bool:
+        """Whether S reads four bits of every weight if nobody says what it reads (`draft_weights="auto"`): of packed weights, and
+        of plain ones if there is room for a copy. The first call decides it for as long as these weights last, since a text must
+        not depend on what else has taken memory or freed it meanwhile, and makes the copy. on_progress: as `in_four_bits`.
+
+        Memory that was divided (`tiers`) has room for a copy or has not; that it cannot be made is an error there. Elsewhere S
+        then reads what F reads."""
+        with self._settling:
+            if self._settled is None:
+                self._settled = self._decided(on_progress)
+            return self._settled
+
+    def _decided(self, on_progress: Callable[[int, int], None] | None) -> bool:
+        if self.packed or self.has_copy:
+            return True
+        if self.tiers is not None:
+            if self.tiers.plan.copy:
+                self.make_copy(on_progress)
+            return self.tiers.plan.copy > 0
+        if not self._has_room:
+            return False
+        try:
+            self.make_copy(on_progress)
+        except (torch.OutOfMemoryError, MemoryError, ValueError):  # the last one of numbers that four bits cannot hold
+            return False
+        return True
+
+    @property
+    def _has_room(self) -> bool:
+        if self.copy_memory is not None:
+            return self.copy_bytes <= self.copy_memory
+        return self.copy_bytes + self._beside <= free_on(self.device)
+
     def in_four_bits(self, on_progress: Callable[[int, int], None] | None = None) -> View:
-        """What `four_bits` is, made anew. on_progress: told how many layers there are, and how many are done."""
+        """What `four_bits` is, made anew. on_progress: told how many layers there are, and how many are done.
+
+        torch.OutOfMemoryError, or MemoryError, if there is no memory for it; ValueError for plain weights that are not finite, or
+        too large."""
         layers: list[Layer] = []
         for layer in self.layers if self.packed else self.each_layer():
             layers.append(layer.in_four_bits())
@@ -366,6 +437,11 @@ class Weights:
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
         return _addresses(model) == self._addresses
+
+
+def _matrices(layer: Layer) -> Iterator[Matrix]:
+    yield from (layer.gate, layer.up, layer.down, layer.output.weight)
+    yield from (part.weight for part in layer.qkv)
 
 
 def _in_four_bits(part: Any) -> Any:

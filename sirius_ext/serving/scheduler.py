@@ -14,7 +14,7 @@ import torch
 from ..decoding.prefill import Passes
 from ..decoding.sequence import Request, Score, Sequence, Step, start
 from ..decoding.stats import Period, PromptStats
-from ..engine import Engine, Tokenizer, prepare
+from ..engine import Engine, Tokenizer, make_copy, prepare
 from ..errors import reason
 from ..runtime.passes import Prefill, Result
 from .text import Answer
@@ -216,6 +216,10 @@ class Scheduler:
         self.engine, self.totals = engine, Totals()
         self._most_running, self._most_waiting, self._reuse_decoded = running, waiting, reuse_decoded
         self._model = prepare(engine.model)
+        # A request may not make the server larger: a copy of the weights is made now or never.
+        if engine.config.mode == "full":
+            self._model.weights.copy_memory = 0
+        make_copy(engine.model, engine.config, progress=False)
         tiers = self._model.weights.tiers  # memory that was divided has its own share for them
         self._model.caches.most = None
         self._model.caches.most_bytes = cache_bytes if tiers is None else min(cache_bytes, tiers.plan.caches)
