@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from backends import assert_same_bits, emulated
-from tiny import every_way, prompt, tiny
+from tiny import every_way, own_bits, prompt, tiny
 from transformers import DynamicCache
 
 from sirius_ext import Engine, SiriusConfig, _simt
@@ -19,12 +19,12 @@ from sirius_ext.runtime.cache import Cache, chunks
 CHUNK, COUNT = 8, 8
 CONFIGS = [
     SiriusConfig(mode="full"),
-    SiriusConfig(mode="sparse", density=0.4),
-    SiriusConfig(mode="sparse", sparsity="fsparse", density=0.4),
-    SiriusConfig(period=4, density=0.4, threshold=0.05),
-    SiriusConfig(period=4, density=0.4, threshold=0.05, follow=False),
-    SiriusConfig(period=4, density=0.4, sparsity="fsparse", accept="match"),
-    SiriusConfig(period=4, density=0.4, tree_width=3, sparsity="cascade"),
+    own_bits(mode="sparse", density=0.4),
+    own_bits(mode="sparse", sparsity="fsparse", density=0.4),
+    own_bits(period=4, density=0.4, threshold=0.05),
+    SiriusConfig(period=4, density=0.4, threshold=0.05, follow=False),  # by a copy in four bits
+    own_bits(period=4, density=0.4, sparsity="fsparse", accept="match"),
+    own_bits(period=4, density=0.4, tree_width=3, sparsity="cascade"),
 ]
 CSPARSE = CONFIGS[3]
 

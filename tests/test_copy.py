@@ -239,7 +239,7 @@ def whole(small, cache):  # noqa: F811 - the fixture of that name
     """Bytes that all of a model takes: with a sparse model's copy, and that copy."""
 
     def found(config):
-        plan = hub.division(1 << 60, functools.partial(drafts_of, config), checkpoint(), torch.float32, False).plan
+        plan = hub.division(1 << 60, functools.partial(drafts_of, config), checkpoint(), BF16, False).plan
         assert plan.used == sum(plan.parts.values()) and not plan.streamed
         return plan.used, plan.copy
 
@@ -247,7 +247,7 @@ def whole(small, cache):  # noqa: F811 - the fixture of that name
 
 
 def loaded(config, memory):
-    return Engine.from_pretrained(str(checkpoint()), config, "cpu", torch.float32, progress=False, memory=memory)
+    return Engine.from_pretrained(str(checkpoint()), config, "cpu", BF16, progress=False, memory=memory)
 
 
 def test_a_given_memory_is_kept_to(place, whole, monkeypatch):
@@ -259,7 +259,7 @@ def test_a_given_memory_is_kept_to(place, whole, monkeypatch):
         one = loaded(AUTO, memory)
         assert weights_of(one).tiers is None and weights_of(one).has_copy == has_copy == four_bits(AUTO, weights_of(one))
         assert text(one, AUTO) == text(loaded(COPY if has_copy else SAME, None), COPY if has_copy else SAME)
-        plan = hub.division(memory, functools.partial(drafts_of, AUTO), checkpoint(), torch.float32, False).plan
+        plan = hub.division(memory, functools.partial(drafts_of, AUTO), checkpoint(), BF16, False).plan
         assert (plan.copy > 0) == has_copy and plan.used <= memory
 
 

@@ -262,7 +262,7 @@ def test_rules_of_the_host(place):
 def test_ends(place):
     """An end of text within a period: nothing after it is returned, though the device is a period ahead."""
     engine, ids = place.engine("mistral"), prompt(9)
-    config = SiriusConfig(period=6, threshold=0.02)
+    config = own_bits(period=6, threshold=0.02)
     long, _ = decode(engine, ids, config, 40)
     for eos in (long[3], long[9]):
         tokens, stats = decode(engine, ids, config, 40, eos_token_id=eos)
@@ -272,7 +272,7 @@ def test_ends(place):
 
 
 def test_a_new_prompt_needs_no_new_graph(place):
-    engine, config = Engine(tiny("mistral").to(place.device)), SiriusConfig(period=3)
+    engine, config = Engine(tiny("mistral").to(place.device)), own_bits(period=3)
     decode(engine, prompt(40), config, 20)
     (cache,) = prepare(engine.model).caches
     graphs, keys = dict(cache.periods), cache.k.data_ptr()
@@ -285,7 +285,7 @@ def test_a_new_prompt_needs_no_new_graph(place):
 def test_the_cache_doubles(place):
     engine = Engine(tiny("mistral", max_position_embeddings=2048).to(place.device))
     model = prepare(engine.model)
-    config = SiriusConfig(period=3)
+    config = own_bits(period=3)
     short = decode(engine, prompt(5), config, 6)[0]
     (cache,) = model.caches
     assert cache.capacity == cuda.FIRST_CAPACITY and cache.periods
@@ -299,7 +299,7 @@ def test_the_cache_doubles(place):
 def test_errors(place, monkeypatch):
     engine = place.engine("mistral")
     with pytest.raises(ValueError, match="^period, tree_width: expected a tree of at most 256 nodes on a CUDA device, got 273"):
-        decode(engine, prompt(3), SiriusConfig(period=18, tree_width=16), 30)
+        decode(engine, prompt(3), own_bits(period=18, tree_width=16), 30)
     monkeypatch.setenv("SIRIUS_GRAPHS", "both")
     with pytest.raises(ValueError, match="^SIRIUS_GRAPHS: expected one of period, step, off, got 'both'"):
         Engine(tiny("mistral").to(place.device))
@@ -313,7 +313,7 @@ def test_errors(place, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     engine = Engine(tiny("mistral").to(place.device))
-    decode(engine, prompt(3), SiriusConfig(period=3), 5)
+    decode(engine, prompt(3), own_bits(period=3), 5)
     model = prepare(engine.model)
     cache, (kept,) = model.new_cache(), model.caches
     with monkeypatch.context() as patch:
@@ -323,7 +323,7 @@ def test_errors(place, monkeypatch):
     # The caches of other texts were given up before.
     assert not len(model.caches) and not kept.tokens and not kept.nbytes
     model.reserve(cache, 100, 3)
-    assert decode(engine, prompt(3), SiriusConfig(period=3), 5)[0]
+    assert decode(engine, prompt(3), own_bits(period=3), 5)[0]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_kernels_of_a_period_overlap(monkeypatch, values):
         finally:
             _simt.set_held(False)
 
-    config, ids = SiriusConfig(density=0.4, threshold=0.1, **values), prompt(9)
+    config, ids = own_bits(density=0.4, threshold=0.1, **values), prompt(9)
     with emulated(_simt):
         apart, periods = decode(Engine(tiny("mistral", torch.bfloat16)), ids, config, 16)
         monkeypatch.setattr(PeriodGraph, "_launch", overlapping)
@@ -366,5 +366,5 @@ def test_attention_s_workspace_is_bounded(place):
 
 
 def test_the_counters_are_left_at_zero(place):
-    decode(place.engine("mistral"), prompt(9), SiriusConfig(period=4, tree_width=3, sparsity="fsparse"), 12)
+    decode(place.engine("mistral"), prompt(9), own_bits(period=4, tree_width=3, sparsity="fsparse"), 12)
     assert not place.model("mistral").counters.any() and not dispatch.counters(place.device).any()

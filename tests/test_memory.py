@@ -484,7 +484,7 @@ def text(length=20):
     engine.model.__class__  # the engine keeps caches: each text has a prompt of its own
     return engine.generate(prompt(length), max_new_tokens=12).sequences.tolist()
 
-expected = {length: text(length) for length in range(20, 27)}
+expected = {length: text(length) for length in range(20, 37)}
 def fresh():
     from sirius_ext.engine import prepare
     prepare(engine.model).caches.clear()
@@ -496,8 +496,8 @@ need = Stream.need
 Stream.need = lambda self, layer: threading.Thread(target=need, args=(self, layer)).start()  # it begins, and nobody waits
 fresh()
 try:
-    # Of six texts one: on a busy machine what was not waited for may be there all the same.
-    print("wrong" if any(text(length) != expected[length] for length in range(21, 27)) else "not noticed", flush=True)
+    # Of sixteen texts one: on a busy machine what was not waited for may be there all the same.
+    print("wrong" if any(text(length) != expected[length] for length in range(21, 37)) else "not noticed", flush=True)
 except (OSError, ValueError) as error:
     print("wrong", flush=True)
 import os

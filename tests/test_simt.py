@@ -160,7 +160,7 @@ MUTATIONS = {
         lambda: test_q8.test_down_against_reference(ops, BF16, Format.Q8, (3, 151, 129), "dense"),
     ),
     "down adds up neurons of two groups with the scales of one": (
-        Mutation("down.cu", "neuron >= 0 && neuron / q4::kGroup == group", "neuron >= 0", "down.cu"),
+        Mutation("down.cu", "row >= 0 && neuron / q4::kGroup == group", "row >= 0", "down.cu"),
         lambda: test_q4.test_down_against_reference(ops, BF16, True, (3, 151, 129), "odd"),
     ),
     "down writes a column too many": (
