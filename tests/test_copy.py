@@ -263,6 +263,21 @@ def test_a_given_memory_is_kept_to(place, whole, monkeypatch):
         assert (plan.copy > 0) == has_copy and plan.used <= memory
 
 
+def test_what_is_loaded_is_not_counted_twice(whole, monkeypatch):
+    """As a part of the process, too, in which it is by then."""
+    used, copy = whole(AUTO)
+    load = hub._load
+
+    def loading(*arguments):
+        found = load(*arguments)
+        monkeypatch.setattr(hub, "memory_in_use", lambda: 1 << 60)
+        return found
+
+    monkeypatch.setattr(hub, "_load", loading)
+    weights = weights_of(loaded(AUTO, used))
+    assert weights.has_copy and weights.copy_memory == copy
+
+
 def test_a_copy_by_name_belongs_to_a_given_memory(whole):
     """Where it leaves no room for all of the full model, a part of that comes from the disk."""
     used, copy = whole(COPY)

@@ -665,7 +665,8 @@ def test_engines_within_a_devices_memory(monkeypatch, tmp_path):
         files = files_of(dtype=BF16)
         sizes = DeviceSizes(files, cache_bytes(tiny("llama3", BF16)), DEVICE, row_bytes(tiny("llama3", BF16)))
         memory = device_plan(sizes, 1 << 40, drafts_of(config, files), DEVICE).used - 2 * 4096
-        monkeypatch.setattr(hub, "_larger", lambda found, weights, *_: hub._readable(found, weights, False))  # whatever fits
+        # Whatever fits.
+        monkeypatch.setattr(hub, "_looked_at", lambda found, weights, *_: (hub._readable(found, weights, False), None))
         engines = [load(memory=memory)]
         monkeypatch.setattr("sirius_ext.models.hub.free_on", lambda _: memory)
         engines.append(load())

@@ -275,8 +275,7 @@ def evaluate(
     """
     tokenizer = engine.tokenizer
     assert tokenizer is not None  # `Plan.engine` has looked
-    weights = prepare(engine.model).weights
-    base = without_chance(base, weights.packed or weights.tiers is not None)
+    base = without_chance(base, prepare(engine.model).weights.leave_no_choice)
     configs = {mode: config_of(mode, base) for mode in modes}
     for config in configs.values():
         make_copy(engine.model, config, progress=not console.quiet)  # without memory for it no item could be decoded

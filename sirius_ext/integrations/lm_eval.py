@@ -82,8 +82,7 @@ class SiriusLM(TemplateLM):
             device = "cpu"
         if isinstance(pretrained, Engine):
             self.engine = pretrained
-            loaded = prepare(pretrained.model).weights
-            self.config = without_chance(self.config, loaded.packed or loaded.tiers is not None)  # tiers have settled it
+            self.config = without_chance(self.config, prepare(pretrained.model).weights.leave_no_choice)
         else:
             self.config = without_chance(self.config, weights != "plain")
             self.engine = Engine.from_pretrained(pretrained, self.config, device, parse_dtype(dtype), weights=weights)

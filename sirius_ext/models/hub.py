@@ -36,19 +36,7 @@ from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
-from .tiers import (
-    Draft,
-    Plan,
-    Sizes,
-    Tiers,
-    best_plan,
-    cache_bytes,
-    everything,
-    free_memory,
-    memory_in_use,
-    row_bytes,
-    whole_plan,
-)
+from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, free_memory, memory_in_use, row_bytes, whole_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -181,11 +169,11 @@ def load_within(
     if found.prepared:
         files = _opened(found, weights)
     else:
-        source = _larger(found, weights, room, memory is None, drafts, progress, device)
-        if source is None:
+        source, whole = _looked_at(found, weights, room, memory is None, drafts, progress, device)
+        if source is None or whole is not None:
             model, tokenizer = _load(found, weights, progress, None)
-            if memory is not None and weights == "plain":
-                left = room - _taken(found, progress, device)
+            if whole is not None and memory is not None and weights == "plain":
+                left = memory - (whole.used - whole.copy)
                 model.copy_memory = left  # type: ignore[assignment]  # a module's attributes may be anything
             return model, tokenizer
         _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
@@ -271,26 +259,21 @@ def _sizes(layout: Layout, model: PreTrainedModel, device: torch.device = _CPU) 
     return Sizes(layout, cache_bytes(model), memory_in_use(), row_bytes(model))
 
 
-def _larger(
+def _looked_at(
     found: _Found, weights: str, room: int, unasked: bool, drafts: Drafts, progress: bool, device: torch.device
-) -> Source | None:
-    """The tensors of a model of which not all fits on a device; None of one that is to be loaded whole. unasked: nobody has said
-    how much memory there is; a model that cannot be read tensor by tensor is then loaded as it always was."""
+) -> tuple[Source | None, Plan | None]:
+    """A model's tensors, and what it takes if it is to be loaded whole (`_whole`). No tensors of one that need not be looked at
+    for that. unasked: nobody has said how much memory there is; a model that cannot be read tensor by tensor is then loaded as it
+    always was."""
     if unasked and _size_of_files(found) < room:
-        return None  # whatever it becomes, it does not become larger
+        return None, None  # whatever it becomes, it does not become larger
     try:
         source = _readable(found, weights, progress)
     except ModelLoadError:
         if unasked:
-            return None
+            return None, None
         raise
-    return source if _whole(Layout.of(source), source.model, room, drafts, device) is None else None
-
-
-def _taken(found: _Found, progress: bool, device: torch.device) -> int:
-    """Bytes that a model with plain weights takes that is loaded whole, without a sparse model's copy."""
-    source = _readable(found, "plain", progress)
-    return everything(_sizes(Layout.of(source), source.model, device), 0).used
+    return source, _whole(Layout.of(source), source.model, room, drafts, device)
 
 
 def _size_of_files(found: _Found) -> int:

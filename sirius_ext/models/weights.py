@@ -162,6 +162,12 @@ class Weights:
         return self.in_four_bits()
 
     @property
+    def leave_no_choice(self) -> bool:
+        """Whether what S reads of them by "auto" does not depend on how much memory is free: they are packed, or memory was
+        divided for it."""
+        return self.packed or self.tiers is not None
+
+    @property
     def has_copy(self) -> bool:
         """Whether there is a copy of plain weights in four bits."""
         return not self.packed and "four_bits" in vars(self)
