@@ -56,6 +56,8 @@ Context context;
 namespace {
 
 constexpr size_t kStack = 256 << 10, kGuard = 4096;
+// Stacks begin at different places of their pages, in turn: at the same one what they begin with would share a few lines of L1.
+constexpr size_t kShift = 17 * 64, kShifts = 64;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 227 << 10;  // an H100's
 
@@ -85,6 +87,7 @@ struct Grid {
   std::vector<Fiber> fibers;  // of the block
   std::vector<char*> stacks;  // kept for the next block, and the next kernel
   std::vector<int> turns;
+  int next, end;                       // of a round, in `turns`: whose turn it is, and where the round ends
   unsigned arrived[kMaxThreads / 32];  // of each warp: the lanes that wait at a warp operation
   std::vector<std::function<void()>> afterwards;
 };
@@ -105,30 +108,61 @@ void* main_stack_pointer_;
 void* main_sanitizer_stack_;
 const void* main_stack_;
 size_t main_stack_size_;
+bool from_main_;
 #endif
 std::string error_;
 
-void to_fiber(Fiber& fiber) {
-  current_ = &fiber;
-  context.thread = fiber.index;
+// The next thread of the round that can go on, which then is the running one; null if there is none.
+Fiber* next_turn() {
+  Grid& grid = *running_;
+  while (grid.next < grid.end) {
+    Fiber& fiber = grid.fibers[grid.turns[grid.next++]];
+    if (fiber.state != State::ready) continue;
+    current_ = &fiber;
+    context.thread = fiber.index;
+    return &fiber;
+  }
+  return nullptr;
+}
+
+// A round of some threads: each that can go on does, in turn, until it waits. Whether any could.
+bool run_round(int begin, int end) {
+  running_->next = begin;
+  running_->end = end;
+  Fiber* const first = next_turn();
+  if (!first) return false;
 #if SIMT_ASAN
-  __sanitizer_start_switch_fiber(&main_sanitizer_stack_, fiber.stack, kStack);
+  from_main_ = true;
+  __sanitizer_start_switch_fiber(&main_sanitizer_stack_, first->stack, kStack);
 #endif
-  simt_switch(&main_stack_pointer_, fiber.stack_pointer);
+  simt_switch(&main_stack_pointer_, first->stack_pointer);
 #if SIMT_ASAN
   __sanitizer_finish_switch_fiber(main_sanitizer_stack_, nullptr, nullptr);
 #endif
+  return true;
 }
 
-void to_main() {
+// What a thread does first when its turn has come. kept: AddressSanitizer's, of its stack.
+[[gnu::noinline]] void begin_turn([[maybe_unused]] void* kept) {
+#if SIMT_ASAN
+  const void* stack;
+  size_t size;
+  __sanitizer_finish_switch_fiber(kept, &stack, &size);
+  if (std::exchange(from_main_, false)) main_stack_ = stack, main_stack_size_ = size;
+#endif
+}
+
+// The running thread waits, is done, or has failed: it is the next one's turn. After the last one, or an error, the round is
+// over.
+void end_turn() {
   Fiber& fiber = *current_;
+  Fiber* const next = error_.empty() ? next_turn() : nullptr;
 #if SIMT_ASAN
-  __sanitizer_start_switch_fiber(fiber.state == State::done ? nullptr : &fiber.sanitizer_stack, main_stack_, main_stack_size_);
+  __sanitizer_start_switch_fiber(fiber.state == State::done ? nullptr : &fiber.sanitizer_stack, next ? next->stack : main_stack_,
+                                 next ? kStack : main_stack_size_);
 #endif
-  simt_switch(&fiber.stack_pointer, main_stack_pointer_);
-#if SIMT_ASAN
-  __sanitizer_finish_switch_fiber(fiber.sanitizer_stack, &main_stack_, &main_stack_size_);
-#endif
+  simt_switch(&fiber.stack_pointer, next ? next->stack_pointer : main_stack_pointer_);
+  begin_turn(fiber.sanitizer_stack);
 }
 
 // A function of its own: AddressSanitizer marks the ends of a frame's variables, and those of `entry`, which never returns, would
@@ -138,18 +172,16 @@ void to_main() {
 }
 
 void entry() {
-#if SIMT_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &main_stack_, &main_stack_size_);
-#endif
+  begin_turn(nullptr);
   running_->body();
   expect_waited();
   current_->state = State::done;
-  for (;;) to_main();
+  for (;;) end_turn();
 }
 
 int index_of(const Fiber& fiber) { return int(&fiber - running_->fibers.data()); }
 
-bool same(const Place& a, const Place& b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
+bool same(const Place& a, const Place& b) { return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file)); }
 
 std::string name_of(const Place& place) {
   return std::string(place.what) + " (" + place.file + ":" + std::to_string(place.line) + ")";
@@ -167,7 +199,7 @@ void prepare(int index, dim3 block) {
   fiber.index = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
   fiber.state = State::ready;
   fiber.waited = false;
-  void** top = reinterpret_cast<void**>(fiber.stack + kStack);
+  void** top = reinterpret_cast<void**>(fiber.stack + kStack - index % kShifts * kShift);
   *--top = nullptr;  // where `entry` would return to; also aligns the stack as a call does
   *--top = reinterpret_cast<void*>(&entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -197,15 +229,9 @@ bool run_threads() {
   for (;;) {
     bool moved = false;
     for (int begin = 0; begin < threads; begin += group) {
-      for (bool again = true; again;) {
-        again = false;
-        for (int i = begin; i < std::min(begin + group, threads); ++i) {
-          Fiber& fiber = grid.fibers[grid.turns[i]];
-          if (fiber.state != State::ready) continue;
-          moved = again = true;
-          to_fiber(fiber);
-          if (!error_.empty()) return true;
-        }
+      while (run_round(begin, std::min(begin + group, threads))) {
+        moved = true;
+        if (!error_.empty()) return true;
       }
     }
     const auto all = [&](auto is) { return std::all_of(grid.fibers.begin(), grid.fibers.end(), is); };
@@ -312,14 +338,32 @@ unsigned lane() { return unsigned(index_of(*current_)) % 32; }
 void fail(const std::string& message) {
   error_ = message;
   current_->state = State::done;
-  for (;;) to_main();
+  for (;;) end_turn();
 }
 
 void block_barrier(Place place) {
   current_->place = place;
   current_->state = State::at_barrier;
-  to_main();
+  end_turn();
 }
+
+namespace {
+
+// Apart from those who come before the last one, for whom a small frame is a line of the cache less.
+[[gnu::noinline]] void complete_for_all(Fiber* warp, unsigned mask, void (*complete)(void* const* lanes, unsigned mask)) {
+  void* lanes[32]{};
+  for (unsigned rest = mask; rest; rest &= rest - 1) lanes[__builtin_ctz(rest)] = warp[__builtin_ctz(rest)].brought;
+  complete(lanes, mask);
+  for (unsigned rest = mask; rest; rest &= rest - 1) warp[__builtin_ctz(rest)].state = State::ready;
+}
+
+[[gnu::noinline]] void fail_to_meet(const Place& place, const Place& other) {
+  fail("lanes of a warp meet at " + name_of(place) + " and " + name_of(other));
+}
+
+[[gnu::noinline]] void fail_at(const char* what, const Place& place) { fail(what + name_of(place)); }
+
+}  // namespace
 
 void warp_collective(unsigned mask, void* mine, void (*complete)(void* const* lanes, unsigned mask), Place place) {
   Fiber& fiber = *current_;
@@ -328,24 +372,19 @@ void warp_collective(unsigned mask, void* mine, void (*complete)(void* const* la
   fiber.brought = mine;
   fiber.state = State::in_warp;
   const unsigned own = 1u << lane();
-  if (!(mask & own)) fail("a lane outside the mask of " + name_of(place));
-  const int first = index_of(fiber) / 32 * 32;
-  if (running_->fibers.size() - first < 32 && mask >> (running_->fibers.size() - first))
-    fail("a mask beyond the block at " + name_of(place));
+  if (!(mask & own)) fail_at("a lane outside the mask of ", place);
+  const int first = index_of(fiber) / 32 * 32, lanes = int(running_->fibers.size()) - first;
+  if (lanes < 32 && mask >> lanes) fail_at("a mask beyond the block at ", place);
+  Fiber* const warp = &running_->fibers[first];
   unsigned& arrived = running_->arrived[first / 32];
   if (const unsigned before = arrived & mask) {
-    const Fiber& other = running_->fibers[first + __builtin_ctz(before)];
-    if (other.mask != mask || !same(other.place, place))
-      fail("lanes of a warp meet at " + name_of(place) + " and " + name_of(other.place));
+    const Fiber& other = warp[__builtin_ctz(before)];
+    if (other.mask != mask || !same(other.place, place)) fail_to_meet(place, other.place);
   }
   arrived |= own;
-  if ((arrived & mask) != mask) return to_main();
-  void* lanes[32];
-  for (unsigned rest = mask; rest; rest &= rest - 1)
-    lanes[__builtin_ctz(rest)] = running_->fibers[first + __builtin_ctz(rest)].brought;
-  complete(lanes, mask);
+  if ((arrived & mask) != mask) return end_turn();
   arrived &= ~mask;
-  for (unsigned rest = mask; rest; rest &= rest - 1) running_->fibers[first + __builtin_ctz(rest)].state = State::ready;
+  complete_for_all(warp, mask, complete);
 }
 
 void wait_for_grid_before(bool early) {
@@ -353,7 +392,7 @@ void wait_for_grid_before(bool early) {
   running_->early |= early;
   if (running_->may_go_on) return;
   current_->state = State::at_grid;
-  to_main();
+  end_turn();
 }
 
 void finish() {
