@@ -53,7 +53,7 @@ def prime_factors(n):
     """Return the prime factors of n in rising order, each as often as it divides n."""
 '''
 
-# What people ask an assistant, for bench/traces.py.
+# What people ask an assistant.
 CHAT = (
     "What is the capital of Australia, and why is it not Sydney?",
     "Explain how a refrigerator works to a ten year old.",

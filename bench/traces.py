@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from common import console, header, machine
-from prompts import CHAT
 from rich.progress import track
+from texts import KINDS, counts, prompts
 from variants import draft_of
 
 from sirius_ext.config import SiriusConfig
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import CSparse, sparsity_of
-from sirius_ext.engine import Engine, encode, prepare
-from sirius_ext.evaluation.tasks import load_task
+from sirius_ext.engine import Engine, prepare
 from sirius_ext.models.hub import DEFAULT_MODEL, WEIGHTS
 from sirius_ext.runtime.cache import Cache
 from sirius_ext.runtime.model import Model
@@ -34,18 +33,6 @@ from sirius_ext.runtime.passes import Pass
 WINDOW = 16
 DENSITIES = (0.5, 0.4)
 THRESHOLD, TEMPERATURE = SiriusConfig.threshold, SiriusConfig.score_temperature
-SHOTS = {"gsm8k": 2, "humaneval": 0}
-
-
-def prompts(engine: Engine, data: Path, items: Sequence[int]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Kind, id, and tokens, int64 [t], of so many prompts of each kind."""
-    for (name, shots), count in zip(SHOTS.items(), items):
-        if count:
-            task, found = load_task(name, data)
-            for item in found[:count]:
-                yield name, item.id, encode(engine.tokenizer, task.prompt(item, shots), chat=False)["input_ids"][0]
-    for number, text in enumerate(CHAT[: items[-1]]):
-        yield "chat", str(number), encode(engine.tokenizer, text, chat=True)["input_ids"][0]
 
 
 @torch.no_grad()
@@ -106,17 +93,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="a Hugging Face id, a folder or a GGUF file; the default model without one")
     parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation's data, with gsm8k and humaneval")
     parser.add_argument("--new", type=int, default=96, help="tokens of a text, at most")
-    parser.add_argument("--items", default="20,20,24", help=f"prompts of {', '.join(SHOTS)} and chat")
+    parser.add_argument("--items", default="20,20,24", help=f"prompts of {', '.join(KINDS)}")
     parser.add_argument("--weights", choices=WEIGHTS, default="plain", help="what they are read as; of q8 S reads four bits")
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)), help="of S, with commas between them")
     parser.add_argument("--out", type=Path, required=True, help="file to write, anew after every text")
     options = parser.parse_args(arguments)
     try:
-        options.items = [int(count) for count in options.items.split(",")]
-    except ValueError:
-        options.items = []
-    if len(options.items) != len(SHOTS) + 1 or min(options.items) < 0 or not sum(options.items):
-        parser.error(f"items: expected three counts, of {', '.join(SHOTS)} and chat, with commas between them")
+        options.items = counts(options.items)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         options.densities = [SiriusConfig(density=float(density)).density for density in options.densities.split(",")]
     except ValueError as error:

@@ -32,6 +32,7 @@ from fake_cuda import FakeCuda
 from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.engine import encode
 from sirius_ext.evaluation.runner import Results
 from sirius_ext.evaluation.tasks import TASKS
 from sirius_ext.kernels.matrix import Format
@@ -609,10 +610,12 @@ def test_advances_are_those_of_texts_decoded_one_by_one(one_thread):
     engine = Engine(served.model(), tokenizer=served.tokenizer())
     configs = {mode: advance.config_of(mode, SiriusConfig(period=4)) for mode in ("sirius-c", "sirius-c:follow=no")}
     messages = ["In the inn", "there", "Hello, then"]
-    found = advance.measure(engine, messages, configs, 13)
+    prompts = [encode(engine.tokenizer, text, chat=True) for text in messages]
+    kept = []
+    found = advance.measure(engine, [prompt["input_ids"][0] for prompt in prompts], configs, 13, kept.append)
+    assert len(kept) == 6 and kept[-1] == found
     assert [result["mode"] for result in found] == list(configs) and [result["texts"] for result in found] == [3, 3]
     for result, config in zip(found, configs.values()):
-        prompts = [advance.encode(engine.tokenizer, text, chat=True) for text in messages]
         alone = [engine.generate(**prompt, config=config, max_new_tokens=13).stats.prompts[0] for prompt in prompts]
         pooled = advance.Stats(alone)
         assert result["tokens"] == pooled.tokens == 39
@@ -625,7 +628,9 @@ def test_advances_are_those_of_texts_decoded_one_by_one(one_thread):
     [
         (["--modes", "sirius-x"], "modes: "),
         (["--modes", "full"], "modes: expected such as draft and verify"),
-        (["--items", "0"], "items: expected 1 to"),
+        (["--items", "0,0,0"], "items: expected three counts"),
+        (["--items", "0,0,25"], "chat (at most 24)"),
+        (["--items", "1,0,0"], "data: prompts of tasks need the folder"),
         (["--new", "0"], "new: expected at least 1, got 0"),
     ],
 )
