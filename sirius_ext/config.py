@@ -16,6 +16,7 @@ MAX_PERIOD = 256
 MAX_AUTO_PERIOD = 32
 MAX_AUTO_PERIOD_FROM_DISK = 64  # where F comes from a disk, and S costs next to nothing beside it
 MAX_WIDTH = 16
+MAX_NODES_ON_CUDA = 256  # of a tree
 # Tokens in a pass of a prefill, which begins at multiples of it: the bits of what a prompt begins with then do not depend on what
 # follows. It bounds the activations, too.
 PREFILL_CHUNK = 256
@@ -45,7 +46,8 @@ class SiriusConfig:
         as long as one more token is expected to bring more than it costs, for 32 at most, and not at all where F alone is faster
         (`decoding.period.AdaptivePeriod`). What passes cost is measured once on a machine and kept in the cache folder; under
         "threshold" and "sample" the text depends on it.
-    tree_width: branches kept at each draft step, 1 to 16; 1 is a chain. A period has 1 + (period - 1) * tree_width nodes.
+    tree_width: branches kept at each draft step, 1 to 16; 1 is a chain. A period has 1 + (period - 1) * tree_width nodes,
+        on a CUDA device 256 at most, to which "auto" keeps.
     prune: in a tree, a leaf whose best continuation is above 0.95 proposes only that one.
     threshold: a drafted token is kept when the full model gives it at least this likelihood, in [0, 1].
     score_temperature: temperature of the softmax behind that likelihood, more than 0.

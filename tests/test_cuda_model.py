@@ -11,7 +11,8 @@ from tier_models import files_of, tiered, whole
 from tiny import decoder, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
-from sirius_ext.decoding import reference
+from sirius_ext.decoding import reference, sequence
+from sirius_ext.decoding.period import Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sequence import Request, start
@@ -294,6 +295,18 @@ def test_the_cache_doubles(place):
     assert cache.capacity == 2 * cuda.FIRST_CAPACITY and not cache.periods
     assert torch.equal(cache.k[:, :, : len(cache.tokens)], held)
     assert decode(engine, prompt(5), config, 6)[0] == short
+
+
+def test_an_adaptive_period_keeps_to_the_largest_tree(place, monkeypatch):
+    """Fixed ones are refused (`test_errors`)."""
+    engine = place.engine("mistral")
+    for width, longest in ((1, 32), (8, 32), (9, 29), (16, 16)):
+        config = own_bits(period="auto", tree_width=width)
+        (request,) = engine.requests(prompt(3), config=config, max_new_tokens=4, do_sample=False)
+        assert request.longest_period(prepare(engine.model)) == longest
+        assert request.tree(prepare(engine.model)).capacity <= 256
+    monkeypatch.setattr(sequence, "costs_of", lambda *_: Costs(0.01, ((16, 1.0),)))
+    assert len(decode(engine, prompt(3), own_bits(period="auto", tree_width=16, accept="match"), 4)[0]) == 4
 
 
 def test_errors(place, monkeypatch):

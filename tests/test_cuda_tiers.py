@@ -625,6 +625,12 @@ def test_plans_hold_what_fits(weights, draft, grain):
     assert len(set(streamed)) > 1, "there were no plans in between"
 
 
+def test_no_longer_pass_is_planned_for_than_the_largest_tree():
+    with emulated(_simt):
+        sizes = DeviceSizes(files_of(), 1000, DEVICE, row=1000)
+    assert sizes.passes(256) - sizes.passes(255) == 1000 and sizes.passes(505) == sizes.passes(256)
+
+
 def test_memory_that_does_not_suffice_is_refused(monkeypatch):
     sizes = sizes_of(files_of(), 4096)
     with pytest.raises(ValueError, match="^memory: expected at least 0.0.* GB for this model and these settings"):

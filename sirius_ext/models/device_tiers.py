@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ..config import PREFILL_CHUNK, TOGETHER
+from ..config import MAX_AUTO_PERIOD_FROM_DISK, MAX_NODES_ON_CUDA, PREFILL_CHUNK, TOGETHER
 from ..kernels import q8
 from ..kernels.dispatch import cuda_functions
 from ..kernels.matrix import Format, Matrix
@@ -98,6 +98,10 @@ class DeviceSizes(Sizes):
         if not rest:
             return layers
         return [mlp + beside for mlp, beside in itertools.zip_longest(layers, self.beside(), fillvalue=none)]
+
+    def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK) -> int:
+        """As `Sizes.passes`. No tree is larger than this."""
+        return super().passes(min(rows, MAX_NODES_ON_CUDA))
 
     def fast(self, rest: bool) -> int:
         """As `Sizes.fast`. An embedding of which rows are read is in host memory."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..config import MAX_NODES_ON_CUDA
 from ..kernels import dispatch, ops
 from ..models.device_tiers import DeviceTiers
 from ..models.weights import Weights
@@ -18,7 +19,6 @@ from .model import Arguments, Model, arguments_of
 from .passes import Kind, Pass, Sparsity
 
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
-MAX_NODES = 256  # of a tree
 AHEAD = 2  # slots that a period beyond the end of a text may need
 FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
 
@@ -126,6 +126,8 @@ class CudaCache(Cache):
 class CudaModel(Model):
     """As `Model`. All passes are on one stream: they share the workspace, and the counters."""
 
+    most_nodes = MAX_NODES_ON_CUDA
+
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights)
         tiers = weights.tiers
@@ -150,9 +152,9 @@ class CudaModel(Model):
     def reserve(self, cache: Cache, slots: int, rows: int) -> None:
         """As `Model.reserve`. ValueError for a tree that is too large; RuntimeError that says what to lower if the device's
         memory does not suffice."""
-        if rows > MAX_NODES:
+        if rows > MAX_NODES_ON_CUDA:
             raise ValueError(
-                f"period, tree_width: expected a tree of at most {MAX_NODES} nodes on a CUDA device, got {rows}; lower one"
+                f"period, tree_width: expected a tree of at most {MAX_NODES_ON_CUDA} nodes on a CUDA device, got {rows}; lower one"
             )
         try:
             try:

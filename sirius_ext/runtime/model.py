@@ -23,7 +23,10 @@ class Model:
     time, whatever the threads that ask.
 
     caches: of the sequences that have ended last.
+    most_nodes: of a tree; None where the memory alone says.
     """
+
+    most_nodes: int | None = None
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.device = weights, weights.device
