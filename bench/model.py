@@ -345,18 +345,21 @@ RESERVED = 1.0e9  # bytes that a card loses to CUDA's context, kernels and work 
 RING = 2  # layers whose missing rows have room on the card while they are on their way
 LAUNCHES = 7  # of a layer
 DENSITIES = [step / 100 for step in range(40, 101, 2)]
-# By which drafts are accepted, and whose average advance length that is: of the recorded texts, or of the paper.
-RULES = ("threshold", "match", "threshold, the paper's AAL")
-PAPER_DENSITIES = (0.48, 0.5)  # the paper's, and what is nearly that where half of the neurons do not fit
+TILE = 16  # rows for which a pass reads weights once
+# By which drafts are accepted, and whose average advance length that is: of texts that were decoded again on paper, of such that
+# the engine decoded with trees, or of the paper.
+PAPER, IN_TREES = "threshold, the paper's AAL", ", trees"
+RULES = ("threshold", "match", "threshold" + IN_TREES, "match" + IN_TREES, PAPER)
+PAPER_DENSITIES = (0.46, 0.48, 0.5)  # the paper's, and what is nearly that where half of the neurons do not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """How F's weights are stored, and what S reads of them. Bytes per weight, scales included: `full`, `draft` of attention and
     MLP, `full_head`, `draft_head` of the LM head. copy: S has its own, beside F's; else what it reads is a part of F's. slots:
-    the card may hold the neurons of S's set alone; else it holds all. traces: the recorded texts that say how far a period of
-    such an S advances. shared: of these bytes of an MLP's weight, scales that neurons have together, which S reads whole, and
-    which stay.
+    the card may hold the neurons of S's set alone; else it holds all. texts: which recorded ones say how far a period of such an
+    S advances. loop: in which F's rows are multiplied, of INSTRUCTIONS; S's are nibbles. shared: of these bytes
+    of an MLP's weight, scales that neurons have together, which S reads whole, and which stay.
     """
 
     name: str
@@ -365,15 +368,16 @@ class Storage:
     full_head: float
     copy: bool
     slots: bool
-    traces: str
+    texts: str
+    loop: str
     draft_head: float = 4.5 / 8
     shared: float = 0.0
 
 
 STORAGES = (
-    Storage("bf16, S a copy in 4 bits", 2, 4.5 / 8, 2, True, False, "traces-qwen2.5-coder-1.5b-packed"),
-    Storage("8 bits, S the upper four", 8.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-packed"),
-    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "traces-qwen2.5-coder-1.5b-q4", shared=20 / 256 / 3),
+    Storage("bf16, S a copy in 4 bits", 2, 4.5 / 8, 2, True, False, "packed", "Plain"),
+    Storage("8 bits, S the upper four", 8.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "packed", "Q8<false>"),
+    Storage("4 bits, S the same", 4.5 / 8, 4.5 / 8, 8.5 / 8, False, True, "q4", "Nibbles", shared=20 / 256 / 3),
 )
 
 
@@ -392,16 +396,19 @@ MEMORIES = {
 }
 
 
+RECORDED_MODEL = "qwen2.5-coder-1.5b"
+
+
 @functools.cache
 def recorded(name: str) -> dict:
-    """A file of bench/traces.py."""
+    """A file of bench/traces.py, or of bench/advance.py."""
     return json.loads((OUT.parent / f"{name}.json").read_text())
 
 
 @functools.cache
 def advance_at(name: str, rule: str, density: float, period: int) -> float:
     """Tokens that a period commits on average, of a density that was recorded: the recorded texts, decoded again on paper."""
-    record = recorded(name)
+    record = recorded(f"traces-{RECORDED_MODEL}-{name}")
     index = record["densities"].index(density)
     committed = []
     for text in record["texts"]:
@@ -414,10 +421,8 @@ def advance_at(name: str, rule: str, density: float, period: int) -> float:
 
 
 def advance(name: str, rule: str, density: float, period: int) -> float | None:
-    """The same of any density, linearly between recorded ones; None outside of them. The paper's is of one period and density."""
-    if rule == RULES[-1]:
-        return AAL if period == PERIOD and density in PAPER_DENSITIES else None
-    known = sorted(recorded(name)["densities"])
+    """The same of any density, linearly between recorded ones; None outside of them."""
+    known = sorted(recorded(f"traces-{RECORDED_MODEL}-{name}")["densities"])
     below = [each for each in known if each <= density]
     above = [each for each in known if each >= density]
     if not below or not above:
@@ -428,17 +433,66 @@ def advance(name: str, rule: str, density: float, period: int) -> float | None:
     return low_advance + share * (high_advance - low_advance)
 
 
-def placed(shape: Shape, storage: Storage, memory: Memory, density: float | None, context: int) -> dict[str, float] | None:
-    """Bytes of everything, by what they are and where; None if S does not fit. density: of S; None if F decodes alone.
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """S's density, the period and the tree's width; tokens that such a period commits on average; and the share of all neurons
+    that enters S's set after it."""
+
+    density: float
+    period: int
+    width: int
+    advance: float
+    entering: float = 0.0
+
+    @property
+    def nodes(self) -> int:
+        """That F looks at in a period."""
+        return 1 + (self.period - 1) * self.width
+
+
+def all_drafts(name: str, rule: str) -> Iterator[Drafts]:
+    """Those whose advance is known: of every density and period on paper, the one of the paper, or those that the engine has
+    decoded with trees. Of all but these, as many neurons enter a set as in the chains that it has decoded."""
+    decoded = recorded(f"advance-trees-{RECORDED_MODEL}-{name}")["results"]
+    if rule.endswith(IN_TREES):
+        for each in decoded:
+            if each["tree_width"] > 1 and each["accept"] == rule.removesuffix(IN_TREES):
+                settings = each["density"], each["period"], each["tree_width"]
+                yield Drafts(*settings, each["average_advance_length"], each["entering"])
+        return
+    entering = max(each["entering"] for each in decoded if each["tree_width"] == 1)
+    if rule == PAPER:
+        yield from (Drafts(density, PERIOD, 1, AAL, entering) for density in PAPER_DENSITIES)
+        return
+    for density, period in itertools.product(DENSITIES, range(1, MAX_AUTO_PERIOD + 1)):
+        length = advance(name, rule, density, period)
+        if length is not None:
+            yield Drafts(density, period, 1, length, entering if density < 1 else 0.0)
+
+
+def placed(
+    shape: Shape,
+    storage: Storage,
+    memory: Memory,
+    density: float | None,
+    context: int,
+    nodes: int = 1,
+    entering: float = 0.0,
+) -> dict[str, float] | None:
+    """Bytes of everything, by what they are and where; None if S does not fit. density: of S; None if F decodes alone. nodes: of
+    the longest verification. entering: the share of all neurons that enters S's set after it.
 
     sparse: what S reads of weights. held: what the card holds for that. of_full: F's weights, without the embedding, of which a
     token needs a row, which it reads in the host's memory. resident: of these on the card, those that S reads included where they
-    are F's own. moved: the others, once a period. ring: where they come to, and what is in slots as well.
+    are F's own. moved: the others, once a period. entering: moved after it, into slots. ring: where they come to, and what is in
+    slots as well. verified: what the nodes of a verification leave, logits and what each neuron adds, by which a set follows the
+    text.
     """
     attention = shape.layers * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     mlp = shape.layers * 3 * shape.hidden * shape.intermediate
     head = shape.vocab * shape.hidden
-    cache = 2.0 * shape.layers * 2 * shape.kv_heads * shape.head_dim * (context + PERIOD)
+    cache = 2.0 * shape.layers * 2 * shape.kv_heads * shape.head_dim * (context + nodes)
+    verified = nodes * (4.0 * shape.vocab + (0.0 if density is None else 2.0 * shape.layers * shape.intermediate))
     own = storage.draft - storage.shared  # of an MLP's weight, what is a neuron's own
     rest = storage.draft * attention + storage.shared * mlp + storage.draft_head * head  # of S's, whatever its set
     sparse = 0.0 if density is None else rest + density * own * mlp
@@ -446,7 +500,7 @@ def placed(shape: Shape, storage: Storage, memory: Memory, density: float | None
     in_slots = own * density * mlp if density is not None and density < 1 and storage.slots else 0.0
     of_full = storage.full * (attention + mlp) + storage.full_head * head
     missing = of_full - (0.0 if storage.copy else held)
-    room = memory.size - RESERVED - cache - held
+    room = memory.size - RESERVED - cache - verified - held
     # What is kept beside S spares its place in the ring, too.
     ring = RING / shape.layers
     more = min(missing, (room - ring * (missing + in_slots)) / (1 - ring))
@@ -457,66 +511,88 @@ def placed(shape: Shape, storage: Storage, memory: Memory, density: float | None
         "size": float(memory.size),
         "reserved": RESERVED,
         "cache": cache,
+        "verified": verified,
         "sparse": sparse,
         "held": held,
         "of_full": of_full,
         "resident": of_full - moved,
         "moved": moved,
+        "entering": entering * own * mlp if in_slots else 0.0,
         "ring": ring * (moved + in_slots),
     }
 
 
-def tier_seconds(shape: Shape, memory: Memory, link: float, bytes_: dict[str, float]) -> tuple[float, float]:
+def read_seconds(card: Card, weights: float, loop: str, rows: int) -> float:
+    """Of weights that are multiplied with so many rows: as long as the bytes take, or the loop's instructions for them; once for
+    every TILE rows."""
+    per_kb = INSTRUCTIONS["dot", loop]
+    columns = next((each for each in per_kb if min(rows, TILE) <= each), TILE)
+    return -(-rows // TILE) * max(weights / card.read, per_kb[columns] * weights / 1024 / card.instructions)
+
+
+def tier_seconds(
+    shape: Shape, storage: Storage, memory: Memory, link: float, bytes_: dict[str, float], drafts: Drafts | None = None
+) -> tuple[float, float]:
     """Of a pass of S, and of one of F, whose rows come over the link while others are computed: read from the card's memory is
-    what was resident, what has come (written there first), and the cache."""
-    card = memory.card
+    what was resident, what has come (written there first), and the cache. The first layers, for which there is a ring, come while
+    S drafts, and what enters S's set after F.
+
+    drafts: none where F decodes alone.
+    """
+    card, (width, nodes) = memory.card, (drafts.width, drafts.nodes) if drafts else (1, 1)
     launched = shape.layers * (LAUNCHES * card.step + OTHERS["attention"])
-    sparse = (bytes_["sparse"] + bytes_["cache"]) / card.read + launched
-    compute = (bytes_["of_full"] + bytes_["moved"] + bytes_["cache"]) / card.read + launched
-    return sparse, max(bytes_["moved"] / link, compute)
+    sparse = read_seconds(card, bytes_["sparse"], "Nibbles", width) + bytes_["cache"] / card.read + launched
+    compute = read_seconds(card, bytes_["of_full"], storage.loop, nodes) + (bytes_["moved"] + bytes_["cache"]) / card.read
+    drafting = (drafts.period - 1) * sparse if drafts else 0.0
+    early = min(bytes_["moved"] * RING / shape.layers, drafting * link)
+    return sparse, max((bytes_["moved"] - early) / link, compute + launched) + bytes_["entering"] / link
 
 
 def tiers(storage: Storage, size: str, link: float, rule: str) -> dict | None:
-    """The plan that is predicted to be fastest: of the recorded densities and those between, and of periods up to the longest
-    that period="auto" chooses. None if no density fits, and where all of F does, so that nothing has to move."""
+    """The plan that is predicted to be fastest, of all drafts whose advance is known. None if no density fits, and where all of
+    F does, so that nothing has to move."""
     shape, memory = SHAPES[TIERS_MODEL], MEMORIES[size]
     alone = placed(shape, storage, memory, None, TIERS_CONTEXT)
     if alone is None or not alone["moved"]:
         return None
-    full_alone = tier_seconds(shape, memory, link, alone)[1]
+    full_alone = tier_seconds(shape, storage, memory, link, alone)[1]
     best = None
-    for density in DENSITIES:
-        bytes_ = placed(shape, storage, memory, density, TIERS_CONTEXT)
+    for drafts in all_drafts(storage.texts, rule):
+        bytes_ = placed(shape, storage, memory, drafts.density, TIERS_CONTEXT, drafts.nodes, drafts.entering)
         if bytes_ is None:
             continue
-        sparse, full = tier_seconds(shape, memory, link, bytes_)
-        for period in range(1, MAX_AUTO_PERIOD + 1):
-            length = advance(storage.traces, rule, density, period)
-            if length is None or (best is not None and ((period - 1) * sparse + full) / length >= best["s_per_token"]):
-                continue
+        sparse, full = tier_seconds(shape, storage, memory, link, bytes_, drafts)
+        seconds = ((drafts.period - 1) * sparse + full) / drafts.advance
+        if best is None or seconds < best["s_per_token"]:
             best = {
                 "weights": storage.name,
                 "memory": size,
                 "card": memory.card.name,
                 "link": link,
                 "rule": rule,
-                "density": density,
-                "period": period,
-                "advance": length,
+                "density": drafts.density,
+                "period": drafts.period,
+                "tree_width": drafts.width,
+                "advance": drafts.advance,
                 "s_of_sparse": sparse,
                 "s_of_full": full,
                 "s_per_token_of_full": full_alone,
-                "s_per_token": ((period - 1) * sparse + full) / length,
+                "s_per_token": seconds,
                 "bytes": bytes_,
             }
     return best
 
 
 def all_tiers() -> list[dict]:
-    """Plans by storage, memory, rule and link, numbers rounded for a file."""
+    """Plans by storage, memory, rule and link, numbers rounded for a file: with trees where they are faster than chains."""
     found = []
     for storage, size, rule, link in itertools.product(STORAGES, MEMORIES, RULES, LINKS):
-        if plan := tiers(storage, size, link, rule):
+        plan = tiers(storage, size, link, rule)
+        if plan and rule.endswith(IN_TREES):
+            chain = tiers(storage, size, link, rule.removesuffix(IN_TREES))
+            if chain and chain["s_per_token"] <= plan["s_per_token"]:
+                continue
+        if plan:
             rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in plan.items()}
             found.append(rounded | {"bytes": {name: round(value) for name, value in plan["bytes"].items()}})
     return found
@@ -527,13 +603,16 @@ def show_tiers() -> None:
     print(f"{TIERS_MODEL}, {TIERS_CONTEXT} tokens of context; s/token = ((n - 1) S + max(link, F)) / AAL; bytes in GB")
     for plan in all_tiers():
         gb = {name: value / 1e9 for name, value in plan["bytes"].items()}
+        tree = f" of {plan['tree_width']} branches" if plan["tree_width"] > 1 else ""
         print(
             f"{plan['weights']}; {plan['memory']} ({plan['card']}), {plan['link'] / 1e9:.0f} GB/s, {plan['rule']}\n"
             f"  on the card: {gb['size']:.2f} = {gb['reserved']:.2f} reserved + {gb['cache']:.2f} cache + "
+            f"{gb['verified']:.2f} for the verified + "
             f"{gb['held']:.2f} S (density {plan['density']}: {gb['sparse']:.2f} are read) + "
             f"{gb['ring']:.2f} ring + what is left for F; with what S shares {gb['resident']:.2f} of F's {gb['of_full']:.2f} are "
             "there\n"
-            f"  a period of n = {plan['period']} moves {gb['moved']:.2f}; S {1e3 * plan['s_of_sparse']:.1f} ms a pass, "
+            f"  a period of n = {plan['period']}{tree} moves {gb['moved']:.2f} and, of S's set, "
+            f"{gb['entering']:.2f}; S {1e3 * plan['s_of_sparse']:.1f} ms a pass, "
             f"F {plan['s_of_full']:.2f} s; AAL {plan['advance']:.2f}; {plan['s_per_token']:.3f} s/token, "
             f"F alone {plan['s_per_token_of_full']:.2f}"
         )

@@ -283,7 +283,8 @@ def tiers(folder: Path) -> str:
     ]
     rows: dict[tuple, dict[float, dict]] = {}
     for plan in plans:
-        same = (plan["weights"], f"{plan['memory']}, {plan['card']}", plan["rule"], plan["density"])
+        tree = f" of {plan['tree_width']}" if plan["tree_width"] > 1 else ""
+        same = (plan["weights"], f"{plan['memory']}, {plan['card']}", plan["rule"] + tree, plan["density"])
         rows.setdefault(same, {})[plan["link"]] = plan
     for (weights, card, rule, density), by_link in rows.items():
         gb = {name: value / 1e9 for name, value in next(iter(by_link.values()))["bytes"].items()}

@@ -23,7 +23,9 @@ def counts(text: str) -> list[int]:
         found = []
     if len(found) != len(KINDS) or min(found) < 0 or not sum(found) or found[-1] > len(CHAT):
         kinds = f"{', '.join(SHOTS)} and chat"
-        raise ValueError(f"items: expected three counts, of {kinds} (at most {len(CHAT)}), with commas between them, got {text!r}")
+        raise ValueError(
+            f"items: expected three counts, of {kinds} (at most {len(CHAT)}), with commas between them, got {text!r}"
+        )
     return found
 
 

@@ -32,6 +32,7 @@ from fake_cuda import FakeCuda
 from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.decoding.sparsity import CSparse
 from sirius_ext.engine import encode
 from sirius_ext.evaluation.runner import Results
 from sirius_ext.evaluation.tasks import TASKS
@@ -608,19 +609,40 @@ def test_perplexity_is_that_of_transformers(one_thread):
 
 def test_advances_are_those_of_texts_decoded_one_by_one(one_thread):
     engine = Engine(served.model(), tokenizer=served.tokenizer())
-    configs = {mode: advance.config_of(mode, SiriusConfig(period=4)) for mode in ("sirius-c", "sirius-c:follow=no")}
+    configs = {
+        mode: advance.config_of(mode, SiriusConfig(period=4, density=0.5))
+        for mode in ("sirius-c", "sirius-c:follow=no:accept=match")
+    }
     messages = ["In the inn", "there", "Hello, then"]
     prompts = [encode(engine.tokenizer, text, chat=True) for text in messages]
     kept = []
     found = advance.measure(engine, [prompt["input_ids"][0] for prompt in prompts], configs, 13, kept.append)
     assert len(kept) == 6 and kept[-1] == found
     assert [result["mode"] for result in found] == list(configs) and [result["texts"] for result in found] == [3, 3]
+    assert [result["accept"] for result in found] == ["threshold", "match"]
     for result, config in zip(found, configs.values()):
+        assert (result["period"], result["tree_width"]) == (4, 1)
         alone = [engine.generate(**prompt, config=config, max_new_tokens=13).stats.prompts[0] for prompt in prompts]
         pooled = advance.Stats(alone)
         assert result["tokens"] == pooled.tokens == 39
         for name in ("average_advance_length", "effective_density", "corrected_fraction"):
             assert result[name] == getattr(pooled, name), name
+    assert 0 < found[0]["entering"] < 0.5 and found[1]["entering"] == 0
+
+
+def test_the_share_of_neurons_that_enter_a_set():
+    with advance.entering() as shares:
+        sparsity = CSparse(2, 8, 0.5, down_squares=torch.ones(2, 8))
+        z = torch.zeros(2, 1, 8)
+        z[:, :, :4] = 1.0
+        sparsity.usage.observe(0, z[0], z[0])
+        sparsity.usage.observe(1, z[1], z[1])
+        z[0] = z[0].flip(1)
+        for _ in range(200):
+            sparsity.follow(z, [])
+    # One of two layers has its other half in the end, of its eight neurons.
+    assert sum(shares) == pytest.approx(4 / 16)
+    assert CSparse.follow.__name__ == "follow"
 
 
 @pytest.mark.parametrize(

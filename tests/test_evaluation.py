@@ -222,11 +222,13 @@ def test_modes_with_settings():
     assert config_of("sirius-f:tree_width=2", base) == dataclasses.replace(base, tree_width=2)
     assert config_of("csparse:density=0.7", base) == SiriusConfig(mode="sparse", density=0.7, threshold=0.3)
     assert config_of("sirius-c:period=auto", base).period == "auto"
+    assert config_of("sirius-c:accept=match", base).accept == "match"
     bad = {
         "sirius-c:perod=8": "settings among density, follow, period, tree_width",
         "csparse:period=8": "settings among density for csparse",
         "full:density=0.5": "settings among none for full",
         "sirius-c:period": "expected a number for period",
+        "sirius-c:accept=sample": "expected threshold or match for accept",
         "sirius-c:period=half": "expected a number for period",
         "sirius-c:period=0": "^modes: sirius-c:period=0: period: expected 1 to",
         "sirius-c:period=4:period=8": "^modes: expected period once",

@@ -480,7 +480,7 @@ def test_bytes_of_llama_3_70b_are_where_they_are_said_to_be():
                 if bytes_ is None:
                     continue
                 on_card = bytes_["resident"] + (bytes_["held"] if storage.copy else 0)
-                filled = bytes_["reserved"] + bytes_["cache"] + on_card + bytes_["ring"]
+                filled = bytes_["reserved"] + bytes_["cache"] + bytes_["verified"] + on_card + bytes_["ring"]
                 # Full to the last byte, unless there is nothing more to keep.
                 assert filled == pytest.approx(bytes_["size"]) or (bytes_["moved"] == 0 and filled < bytes_["size"])
                 assert bytes_["resident"] + bytes_["moved"] == pytest.approx(bytes_["of_full"])
@@ -512,20 +512,84 @@ def test_advances_are_those_of_the_recorded_texts(monkeypatch):
     model.advance_at.cache_clear()
 
 
+def on_link(bytes_, early):
+    """Seconds of a period at 25 GB/s, of which so many of 80 layers come while S drafts."""
+    return (bytes_["moved"] * (1 - early / 80) + bytes_["entering"]) / 25e9
+
+
+def test_layers_come_early_only_while_something_is_drafted():
+    shape, memory, eight_bits = SHAPES["llama-3-70b"], model.MEMORIES["24 GB"], model.STORAGES[1]
+    bytes_ = model.placed(shape, eight_bits, memory, 0.4, 1024, 32, entering=0.03)
+    for period, early in ((1, 0), (2, None), (32, 2)):
+        sparse, full = model.tier_seconds(shape, eight_bits, memory, 25e9, bytes_, model.Drafts(0.4, period, 1, 1.0))
+        # One draft takes less than two layers do.
+        early = 80 * sparse * 25e9 / bytes_["moved"] if early is None else early
+        assert early <= 2 and full == pytest.approx(on_link(bytes_, early))
+
+
 def test_a_plan_is_the_arithmetic_that_it_says():
     eight_bits = model.STORAGES[1]
     plan = model.tiers(eight_bits, "24 GB", 25e9, "match")
     bytes_ = plan["bytes"]
     sparse = (bytes_["sparse"] + bytes_["cache"]) / (0.92 * 1008e9) + 80 * (7 * 4.5e-6 + 0.5e-6)
-    assert plan["s_of_sparse"] == pytest.approx(sparse) and plan["s_of_full"] == pytest.approx(bytes_["moved"] / 25e9)
-    advance = model.advance(eight_bits.traces, "match", plan["density"], plan["period"])
-    assert plan["s_per_token"] == pytest.approx(((plan["period"] - 1) * sparse + bytes_["moved"] / 25e9) / advance)
+    assert plan["s_of_sparse"] == pytest.approx(sparse) and plan["s_of_full"] == pytest.approx(on_link(bytes_, 2))
+    advance = model.advance(eight_bits.texts, "match", plan["density"], plan["period"])
+    assert plan["s_per_token"] == pytest.approx(((plan["period"] - 1) * sparse + plan["s_of_full"]) / advance)
+    # Of a neuron four bits of gate, up and down and their scales enter; where S has all neurons, none do.
+    shape = SHAPES["llama-3-70b"]
+    (share,) = {drafts.entering for drafts in model.all_drafts("packed", "match") if drafts.density < 1}
+    assert bytes_["entering"] == pytest.approx(share * 80 * 3 * shape.hidden * shape.intermediate * 4.5 / 8) and share > 0
+    assert model.tiers(eight_bits, "48 GB", 25e9, "match")["bytes"]["entering"] == 0
     assert plan["s_per_token"] < plan["s_per_token_of_full"]
     # On a link of twice the speed it is faster, and shorter periods suit it.
     faster = model.tiers(eight_bits, "24 GB", 50e9, "match")
     assert faster["s_per_token"] < plan["s_per_token"] and faster["period"] <= plan["period"]
     # What fits needs no link.
     assert model.tiers(eight_bits, "80 GB", 25e9, "match") is None
+
+
+def test_what_is_verified_takes_memory():
+    """A node's logits, float32, and what the neurons of all layers add, in 16 bits; the cache has room for it, too."""
+    shape, eight_bits, memory = SHAPES["llama-3-70b"], model.STORAGES[1], model.MEMORIES["24 GB"]
+    chain, tree = (model.placed(shape, eight_bits, memory, 0.4, 1024, nodes) for nodes in (1, 249))
+    assert tree["verified"] - chain["verified"] == 248 * (4 * 128256 + 2 * 80 * 28672)
+    assert tree["cache"] - chain["cache"] == 248 * 80 * 2 * 8 * 128 * 2
+    more = tree["verified"] + tree["cache"] - chain["verified"] - chain["cache"]
+    assert tree["moved"] - chain["moved"] == pytest.approx(more / (1 - 2 / 80))
+    alone = model.placed(shape, eight_bits, memory, None, 1024, 249)
+    assert alone["verified"] == 249 * 4 * 128256  # nothing has to follow
+
+
+def test_more_rows_than_a_tile_read_weights_again():
+    card = model.MEMORIES["24 GB"].card
+    once = model.read_seconds(card, 1e9, "Plain", 16)
+    assert once == pytest.approx(1e9 / card.read) == model.read_seconds(card, 1e9, "Plain", 1)
+    assert model.read_seconds(card, 1e9, "Plain", 17) == pytest.approx(2 * once)
+    assert model.read_seconds(card, 1e9, "Plain", 249) == pytest.approx(16 * once)
+    h100 = model.MEMORIES["80 GB"].card  # which reads faster than it multiplies nibbles
+    issued = model.INSTRUCTIONS["dot", "Nibbles"][8] * 1e9 / 1024 / h100.instructions
+    assert model.read_seconds(h100, 1e9, "Nibbles", 8) == pytest.approx(issued) and issued > 1e9 / h100.read
+
+
+def test_plans_with_trees_are_of_what_was_decoded(monkeypatch, tmp_path):
+    eight_bits, decoded = model.STORAGES[1], []
+    monkeypatch.setattr(model, "recorded", lambda name: {"results": decoded})
+    assert model.tiers(eight_bits, "24 GB", 25e9, "match, trees") is None
+    asked = {"accept": "match", "density": 0.44, "period": 32, "average_advance_length": 12.0, "entering": 0.02}
+    decoded += [
+        {**asked, "tree_width": 1, "average_advance_length": 30.0},
+        {**asked, "tree_width": 8, "average_advance_length": 12.0},
+    ]
+    decoded += [{**asked, "tree_width": 8, "density": 0.9, "average_advance_length": 31.0}]  # which does not fit
+    decoded += [{**asked, "tree_width": 8, "accept": "threshold", "average_advance_length": 31.0}]
+    plan = model.tiers(eight_bits, "24 GB", 25e9, "match, trees")
+    assert (plan["tree_width"], plan["advance"], plan["density"]) == (8, 12.0, 0.44)
+    full = on_link(plan["bytes"], 2)
+    assert plan["s_of_full"] == pytest.approx(full) and plan["bytes"]["verified"] > 1.2e9
+    assert plan["s_per_token"] == pytest.approx((31 * plan["s_of_sparse"] + full) / 12.0)
+    (tmp_path / "predicted.json").write_text(json.dumps({"tiers": [plan]}))
+    shown = tables.tiers(tmp_path)
+    assert "| match, trees of 8 |" in shown and "| 32, 12.0 |" in shown
 
 
 def test_every_byte_is_printed(capsys):

@@ -72,8 +72,8 @@ class Request:
     scored: int | None = None
 
     def longest_period(self, model: Model) -> int:
-        """The period, or the longest that "auto" may choose, with a tree that is not too large. ValueError if a layer of the model
-        does not see so far back."""
+        """The period, or the longest that "auto" may choose for a tree that is not too large. ValueError if a layer of the
+        model does not see so far back."""
         longest, window = self.config.longest_period_with(model.weights.streams), model.weights.description.narrowest
         if self.config.period == "auto" and model.most_nodes is not None:
             longest = min(longest, 1 + (model.most_nodes - 1) // self.config.tree_width)

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..config import SiriusConfig
+from ..config import ACCEPT_RULES, SiriusConfig
 from ..decoding.sequence import Request, Sequence
 from ..decoding.sparsity import without_chance
 from ..decoding.stats import Period, PromptStats, Stats
@@ -28,6 +28,7 @@ from .statistics import mcnemar, wilson
 from .tasks import Item, Task
 
 T = TypeVar("T")
+GREEDY_RULES = tuple(rule for rule in ACCEPT_RULES if rule != "sample")  # which draws
 FAILURES = (ValueError, RuntimeError, MemoryError)  # of an item, which then counts as wrong
 
 # What a mode's name makes of a config.
@@ -50,6 +51,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "tree_width": int,
     "threshold": float,
     "score_temperature": float,
+    "accept": lambda text: {rule: rule for rule in GREEDY_RULES}[text],
 }
 
 
@@ -72,7 +74,7 @@ def config_of(mode: str, base: SiriusConfig) -> SiriusConfig:
         try:
             own[setting] = SETTINGS[setting](value)
         except (ValueError, KeyError) as error:
-            expected = "yes or no" if setting == "follow" else "a number"
+            expected = {"follow": "yes or no", "accept": " or ".join(GREEDY_RULES)}.get(setting, "a number")
             raise ValueError(f"modes: expected {expected} for {setting}, got {mode!r}") from error
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)} | NAMED_MODES[name]
     if "density" in own and values["thresholds"] is not None:

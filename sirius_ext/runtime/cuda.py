@@ -153,9 +153,8 @@ class CudaModel(Model):
         """As `Model.reserve`. ValueError for a tree that is too large; RuntimeError that says what to lower if the device's
         memory does not suffice."""
         if rows > MAX_NODES_ON_CUDA:
-            raise ValueError(
-                f"period, tree_width: expected a tree of at most {MAX_NODES_ON_CUDA} nodes on a CUDA device, got {rows}; lower one"
-            )
+            most = f"at most {MAX_NODES_ON_CUDA} nodes on a CUDA device"
+            raise ValueError(f"period, tree_width: expected a tree of {most}, got {rows}; lower one")
         try:
             try:
                 super().reserve(cache, slots + AHEAD, rows)
