@@ -33,7 +33,7 @@ from sirius_ext.evaluation.runner import config_of
 from sirius_ext.models.hub import DEFAULT_MODEL, WEIGHTS
 
 BASE = SiriusConfig(period=16)
-SET = ("accept", "density", "period", "tree_width")
+SET = ("accept", "density", "period", "tree_width")  # by a mode, which results say beside its name
 MOST_ROWS = 1024  # of a pass, which logits and what neurons add take memory for
 
 
@@ -97,9 +97,8 @@ def measure(
     """Of every mode the metrics pooled over the texts. keep: gets them anew after every text."""
     prefix, results = shared_prefix(prompt.tolist() for prompt in prompts), []
     for mode, config in configs.items():
-        (requests,) = zip(
-            *(engine.requests(prompt[None], config=config, max_new_tokens=new, do_sample=False) for prompt in prompts)
-        )
+        settings = {"config": config, "max_new_tokens": new, "do_sample": False}
+        requests = [request for prompt in prompts for request in engine.requests(prompt[None], **settings)]
         nodes = 1 + (config.longest_period - 1) * config.tree_width
         texts = Batch(prepare(engine.model), prefix).decode(enumerate(requests), max(1, MOST_ROWS // nodes))
         found: list[PromptStats] = []
