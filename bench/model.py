@@ -6,8 +6,8 @@ A kernel that reads weights takes the longer of two times: its bytes at the band
 multiprocessors as its blocks are; its instructions, as many for each KB as its loop has, at a card's rate. To that comes, for
 every kernel, what passes from its launch to its first bytes and from its last ones to its end.
 
-Of models that are larger than the memory it predicts less: `tiers` counts bytes, where they lie and what moves, and lets a link, a
-bandwidth and the instructions of a loop say how long that takes.
+Of models that are larger than the memory it predicts less: `tiers` counts bytes, where they lie and what moves, and lets a link,
+a bandwidth and the instructions of a loop say how long that takes.
 
 python bench/model.py            writes bench/results/predicted.json
 python bench/model.py --tiers    prints what the predictions for larger models are made of, byte for byte
