@@ -99,8 +99,9 @@ def measure(
     for mode, config in configs.items():
         settings = {"config": config, "max_new_tokens": new, "do_sample": False}
         requests = [request for prompt in prompts for request in engine.requests(prompt[None], **settings)]
-        nodes = 1 + (config.longest_period - 1) * config.tree_width
-        texts = Batch(prepare(engine.model), prefix).decode(enumerate(requests), max(1, MOST_ROWS // nodes))
+        model = prepare(engine.model)
+        nodes = max(request.tree(model).capacity for request in requests)
+        texts = Batch(model, prefix).decode(enumerate(requests), max(1, MOST_ROWS // nodes))
         found: list[PromptStats] = []
         with entering() as shares:
             for _, sequence, error in track(texts, mode, len(prompts), console=console):

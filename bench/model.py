@@ -345,7 +345,7 @@ RESERVED = 1.0e9  # bytes that a card loses to CUDA's context, kernels and work 
 RING = 2  # layers whose missing rows have room on the card while they are on their way
 LAUNCHES = 7  # of a layer
 DENSITIES = [step / 100 for step in range(40, 101, 2)]
-TILE = 16  # rows for which a pass reads weights once
+TILE = 16  # rows for which our kernels read weights once; more of 16-bit ones are a library's, which reads them once
 # By which drafts are accepted, and whose average advance length that is: of texts that were decoded again on paper, of such that
 # the engine decoded with trees, or of the paper.
 PAPER, IN_TREES = "threshold, the paper's AAL", ", trees"
@@ -523,8 +523,10 @@ def placed(
 
 
 def read_seconds(card: Card, weights: float, loop: str, rows: int) -> float:
-    """Of weights that are multiplied with so many rows: as long as the bytes take, or the loop's instructions for them; once for
-    every TILE rows."""
+    """Of weights that are multiplied with so many rows: as long as the bytes take, or the loop's instructions for them; of packed
+    ones once for every TILE rows."""
+    if loop == "Plain" and rows > TILE:
+        return weights / card.read
     per_kb = INSTRUCTIONS["dot", loop]
     columns = next((each for each in per_kb if min(rows, TILE) <= each), TILE)
     return -(-rows // TILE) * max(weights / card.read, per_kb[columns] * weights / 1024 / card.instructions)
@@ -585,17 +587,17 @@ def tiers(storage: Storage, size: str, link: float, rule: str) -> dict | None:
 
 def all_tiers() -> list[dict]:
     """Plans by storage, memory, rule and link, numbers rounded for a file: with trees where they are faster than chains."""
-    found = []
+    found: dict[tuple, dict] = {}
     for storage, size, rule, link in itertools.product(STORAGES, MEMORIES, RULES, LINKS):
+        chain = found.get((storage, size, rule.removesuffix(IN_TREES), link))  # none yet, if it is a chain's turn
         plan = tiers(storage, size, link, rule)
-        if plan and rule.endswith(IN_TREES):
-            chain = tiers(storage, size, link, rule.removesuffix(IN_TREES))
-            if chain and chain["s_per_token"] <= plan["s_per_token"]:
-                continue
-        if plan:
-            rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in plan.items()}
-            found.append(rounded | {"bytes": {name: round(value) for name, value in plan["bytes"].items()}})
-    return found
+        if plan and (chain is None or plan["s_per_token"] < chain["s_per_token"]):
+            found[storage, size, rule, link] = plan
+    out = []
+    for plan in found.values():
+        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in plan.items()}
+        out.append(rounded | {"bytes": {name: round(value) for name, value in plan["bytes"].items()}})
+    return out
 
 
 def show_tiers() -> None:

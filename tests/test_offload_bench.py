@@ -560,12 +560,17 @@ def test_what_is_verified_takes_memory():
     assert alone["verified"] == 249 * 4 * 128256  # nothing has to follow
 
 
-def test_more_rows_than_a_tile_read_weights_again():
+@pytest.mark.parametrize("loop, again", [("Q8<false>", True), ("Nibbles", True), ("Plain", False)])
+def test_more_rows_than_a_tile_read_weights_again(loop, again):
+    """Of packed weights: more of plain ones are torch's, which reads them once (`kernels.products`)."""
     card = model.MEMORIES["24 GB"].card
-    once = model.read_seconds(card, 1e9, "Plain", 16)
-    assert once == pytest.approx(1e9 / card.read) == model.read_seconds(card, 1e9, "Plain", 1)
-    assert model.read_seconds(card, 1e9, "Plain", 17) == pytest.approx(2 * once)
-    assert model.read_seconds(card, 1e9, "Plain", 249) == pytest.approx(16 * once)
+    once = model.read_seconds(card, 1e9, loop, 16)
+    assert once == pytest.approx(1e9 / card.read) == model.read_seconds(card, 1e9, loop, 1)
+    assert model.read_seconds(card, 1e9, loop, 17) == pytest.approx((2 if again else 1) * once)
+    assert model.read_seconds(card, 1e9, loop, 249) == pytest.approx((16 if again else 1) * once)
+
+
+def test_a_card_may_be_slower_at_instructions_than_at_bytes():
     h100 = model.MEMORIES["80 GB"].card  # which reads faster than it multiplies nibbles
     issued = model.INSTRUCTIONS["dot", "Nibbles"][8] * 1e9 / 1024 / h100.instructions
     assert model.read_seconds(h100, 1e9, "Nibbles", 8) == pytest.approx(issued) and issued > 1e9 / h100.read
