@@ -8,9 +8,9 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { kNone, kShort, kFails, kSlow, kStalls, kChanged, kEnds };
+enum { kNone, kShort, kFails, kSlow, kStalls, kChanged, kEnds, kFailsLate };
 
-static int kind = kNone, after = 0, calls = 0;
+static int kind = kNone, after = 0, calls = 0, faults = 0;
 static unsigned seed = 1;
 static char name[256] = "";
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -18,9 +18,17 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 // From now on, reads of files whose path ends like this go wrong, but for the first `good` ones.
 void set_fault(int what, int good, const char* path) {
   pthread_mutex_lock(&mutex);
-  kind = what, after = good, calls = 0;
+  kind = what, after = good, calls = faults = 0;
   strncpy(name, path, sizeof name - 1);
   pthread_mutex_unlock(&mutex);
+}
+
+// How many reads have, or are about to.
+int count_faults(void) {
+  pthread_mutex_lock(&mutex);
+  const int now = faults;
+  pthread_mutex_unlock(&mutex);
+  return now;
 }
 
 static int is_ours(int file) {
@@ -43,12 +51,16 @@ ssize_t pread(int file, void* to, size_t size, off_t at) {
   if (!is_ours(file)) return really(file, to, size, at);
   pthread_mutex_lock(&mutex);
   const int now = calls++ >= after ? kind : kNone;
+  faults += now != kNone;
   const unsigned random = rand_r(&seed);
   pthread_mutex_unlock(&mutex);
   switch (now) {
     case kShort:  // some bytes, a page or not
       if (random % 5 == 0) return errno = EINTR, -1;
       return really(file, to, size > 512 ? 512 * (1 + random / 8 % (size / 512)) : size, at);
+    case kFailsLate:
+      usleep(200000);
+      // fallthrough
     case kFails:
       return errno = EIO, -1;
     case kSlow:  // by times that differ, so that what was asked for first comes last

@@ -127,7 +127,7 @@ def test_what_is_read_is_counted(written):
 
 # ------------------------------------------------------------------------------------------------------------- a disk that fails
 
-SHORT, FAILS, SLOW, STALLS, CHANGED, ENDS = range(1, 7)
+SHORT, FAILS, SLOW, STALLS, CHANGED, ENDS, FAILS_LATE = range(1, 8)
 PROGRAM = """
 import ctypes, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -172,6 +172,18 @@ for kind, wanted in ((t.FAILS, "Input/output error"), (t.ENDS, "cut off"), (t.CH
     fault(kind)
     fails(None, wanted, lambda written, _: written.stream((t.GRAIN, 0)))
     fault(0)
+
+stream = written.stream((t.GRAIN, 0))
+stream.need(0)
+fault(t.FAILS_LATE)
+stream.done(0)  # reads on
+while not disk.count_faults():
+    time.sleep(0.001)
+fault(0)
+for layer in (1, 2, 3):  # which fails, but the disk has recovered
+    stream.need(layer)
+    written.check(stream, layer)
+    stream.done(layer)
 
 stream = written.stream((t.GRAIN, 0), patience=0.5)
 t.passes(written, stream)

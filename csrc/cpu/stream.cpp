@@ -493,12 +493,18 @@ void Stream::need(int layer) {
   std::unique_lock lock(s.mutex);
   s.current = layer;
   State::Buffer& own = s.buffer(layer);
-  if (own.layer != layer || (!own.ready && !s.is_loading(own))) {
-    s.wait(lock, [&] { return !s.is_loading(own); });
+  const auto arrive = [&] { s.wait(lock, [&] { return !s.is_loading(own); }); };
+  const bool ahead = own.layer == layer && (own.ready || s.is_loading(own));  // an earlier call began to read it
+  if (!ahead) {
+    arrive();
     s.start(layer);
   }
   s.read_on(layer);
-  s.wait(lock, [&] { return !s.is_loading(own); });
+  arrive();
+  if (ahead && !own.error.empty()) {  // what failed then need not fail now
+    s.start(layer);
+    arrive();
+  }
   if (!own.error.empty()) {
     const std::string error = std::exchange(own.error, {});
     own = {};

@@ -67,7 +67,8 @@ class Stream {
   // Where the first image's bundles are that a sparse model may read, by neuron; null where they are nowhere: [rows].
   const char* const* places(int layer) const;
 
-  // Waits until all of a layer is there, and has the next ones read on. StreamError if that is not possible.
+  // Waits until all of a layer is there, and has the next ones read on. StreamError if what this call reads cannot be had; what
+  // failed while it was read on is read again.
   void need(int layer);
   // The layer is not read any more: its buffer is free for another.
   void done(int layer);
