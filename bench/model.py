@@ -485,14 +485,14 @@ def placed(
     sparse: what S reads of weights. held: what the card holds for that. of_full: F's weights, without the embedding, of which a
     token needs a row, which it reads in the host's memory. resident: of these on the card, those that S reads included where they
     are F's own. moved: the others, once a period. entering: moved after it, into slots. ring: where they come to, and what is in
-    slots as well. verified: what the nodes of a verification leave, logits and what each neuron adds, by which a set follows the
-    text.
+    slots as well. verified: logits of the nodes of a verification. left: what each neuron adds in them, by which a set follows
+    the text; it goes to the host.
     """
     attention = shape.layers * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     mlp = shape.layers * 3 * shape.hidden * shape.intermediate
     head = shape.vocab * shape.hidden
     cache = 2.0 * shape.layers * 2 * shape.kv_heads * shape.head_dim * (context + nodes)
-    verified = nodes * (4.0 * shape.vocab + (0.0 if density is None else 2.0 * shape.layers * shape.intermediate))
+    verified = nodes * 4.0 * shape.vocab
     own = storage.draft - storage.shared  # of an MLP's weight, what is a neuron's own
     rest = storage.draft * attention + storage.shared * mlp + storage.draft_head * head  # of S's, whatever its set
     sparse = 0.0 if density is None else rest + density * own * mlp
@@ -518,6 +518,7 @@ def placed(
         "resident": of_full - moved,
         "moved": moved,
         "entering": entering * own * mlp if in_slots else 0.0,
+        "left": 2.0 * nodes * shape.layers * shape.intermediate if density is not None and density < 1 else 0.0,
         "ring": ring * (moved + in_slots),
     }
 
@@ -536,8 +537,9 @@ def tier_seconds(
     shape: Shape, storage: Storage, memory: Memory, link: float, bytes_: dict[str, float], drafts: Drafts | None = None
 ) -> tuple[float, float]:
     """Of a pass of S, and of one of F, whose rows come over the link while others are computed: read from the card's memory is
-    what was resident, what has come (written there first), and the cache. The first layers, for which there is a ring, come while
-    S drafts, and what enters S's set after F.
+    what was resident, what has come (written there first), and the cache; what each neuron adds goes to the host between kernels.
+    The first layers, for which there is a ring, come while S drafts; after F, what enters S's set, and twice what the accepted
+    nodes left, which a kernel reads in the host's memory.
 
     drafts: none where F decodes alone.
     """
@@ -545,9 +547,11 @@ def tier_seconds(
     launched = shape.layers * (LAUNCHES * card.step + OTHERS["attention"])
     sparse = read_seconds(card, bytes_["sparse"], "Nibbles", width) + bytes_["cache"] / card.read + launched
     compute = read_seconds(card, bytes_["of_full"], storage.loop, nodes) + (bytes_["moved"] + bytes_["cache"]) / card.read
+    compute += bytes_["left"] / link
+    after = bytes_["entering"] + (2 * bytes_["left"] * drafts.advance / nodes if drafts else 0.0)
     drafting = (drafts.period - 1) * sparse if drafts else 0.0
     early = min(bytes_["moved"] * RING / shape.layers, drafting * link)
-    return sparse, max((bytes_["moved"] - early) / link, compute + launched) + bytes_["entering"] / link
+    return sparse, max((bytes_["moved"] - early) / link, compute + launched) + after / link
 
 
 def tiers(storage: Storage, size: str, link: float, rule: str) -> dict | None:
@@ -614,7 +618,7 @@ def show_tiers() -> None:
             f"{gb['ring']:.2f} ring + what is left for F; with what S shares {gb['resident']:.2f} of F's {gb['of_full']:.2f} are "
             "there\n"
             f"  a period of n = {plan['period']}{tree} moves {gb['moved']:.2f} and, of S's set, "
-            f"{gb['entering']:.2f}; S {1e3 * plan['s_of_sparse']:.1f} ms a pass, "
+            f"{gb['entering']:.2f}, {gb['left']:.2f} to the host; S {1e3 * plan['s_of_sparse']:.1f} ms a pass, "
             f"F {plan['s_of_full']:.2f} s; AAL {plan['advance']:.2f}; {plan['s_per_token']:.3f} s/token, "
             f"F alone {plan['s_per_token_of_full']:.2f}"
         )

@@ -145,6 +145,7 @@ struct Fields<cuda::Pass> {
     v("counters", &P::counters);
     v("weights", &P::weights, optional);
     v("all_streams", &P::all_streams, optional);
+    v("z_in_host", &P::z_in_host, optional);
   }
 };
 
@@ -223,6 +224,10 @@ void bind_weight_stream(py::module_& m) {
   py::class_<cuda::PinnedMemory>(m, "PinnedMemory", py::module_local())
       .def(py::init<int64_t>(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("address", [=](const cuda::PinnedMemory& memory) { return address(memory.data()); });
+  m.def("to_host", [=](size_t from, size_t to, size_t nbytes, size_t stream) {
+    cuda::to_host(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), nbytes, on(stream));
+    launched();
+  });
   py::class_<WeightStream>(m, "WeightStream", py::module_local())
       .def(py::init(&make_weight_stream), py::kw_only(), py::arg("layers"), py::arg("buffers"))
       .def_static("granularity", &WeightStream::granularity)

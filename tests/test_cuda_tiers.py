@@ -29,7 +29,7 @@ from sirius_ext.kernels.weight_stream import Slots, StreamedImage, WeightStream
 from sirius_ext.models import device_tiers, hub, tier_files
 from sirius_ext.models.device_tiers import DeviceSizes, DeviceTiers, device_plan
 from sirius_ext.models.tiers import Draft, TooLittle, cache_bytes, row_bytes
-from sirius_ext.runtime.cuda import CudaModel
+from sirius_ext.runtime.cuda import CudaModel, is_left_in_host
 from sirius_ext.runtime.graphs import Replay
 from sirius_ext.runtime.passes import Pass
 
@@ -631,13 +631,34 @@ def test_no_longer_pass_is_planned_for_than_the_largest_tree():
     assert sizes.passes(256) - sizes.passes(255) == 1000 and sizes.passes(505) == sizes.passes(256)
 
 
+def test_what_a_verification_leaves_has_room_where_it_is(monkeypatch):
+    """On the device if all of the model is, else in the host's memory."""
+    files, model = files_of(dtype=BF16), tiny("llama3", BF16)
+    z = len(files.layers) * files.intermediate * 2
+    with emulated(_simt):
+        sizes = DeviceSizes(files, 1000, DEVICE, row_bytes(model))
+        stays, streams = (sizes.passes(256, way) - sizes.passes(255, way) for way in (False, True))
+        assert (stays, streams) == (4 * model.config.vocab_size + z, 4 * model.config.vocab_size)
+        draft = Draft(rows=20)
+        most = device_plan(sizes, 1 << 40, [draft], DEVICE).used
+        found = device_plan(sizes, most - 1, [draft], DEVICE)
+        host = found.streamed + files.embedding_bytes + 20 * z
+        monkeypatch.setattr(device_tiers, "free_memory", lambda: host)
+        assert device_plan(sizes, most - 1, [draft], DEVICE) == found
+        monkeypatch.setattr(device_tiers, "free_memory", lambda: host - 1)
+        with pytest.raises(ValueError, match="must be in host memory"):
+            device_plan(sizes, most - 1, [draft], DEVICE)
+        for resident, elsewhere in (((0, 0), True), ((70, 0), True), ((1 << 30, 0), False)):
+            assert is_left_in_host(prepare(tiered(files, resident).model).weights) == elsewhere
+
+
 def test_memory_that_does_not_suffice_is_refused(monkeypatch):
     sizes = sizes_of(files_of(), 4096)
     with pytest.raises(ValueError, match="^memory: expected at least 0.0.* GB for this model and these settings"):
         device_plan(sizes, 1, [Draft(neurons=60)], DEVICE)
     monkeypatch.setattr(device_tiers, "free_memory", lambda: 1)
     used = device_plan(sizes, 1 << 40, [Draft()], DEVICE).used
-    with pytest.raises(ValueError, match="^memory: of the weights .* must be in host memory that is pinned"):
+    with pytest.raises(ValueError, match="^memory: .*, mostly of weights, .* must be in host memory that is pinned"):
         device_plan(sizes, used - 1, [Draft()], DEVICE)
 
 

@@ -184,7 +184,9 @@ class Layers {
     const Sparsity& s = p_.sparsity;
     const int32_t *neurons = nullptr, *count = nullptr;
     int kept = m_.intermediate;
-    void* z = p_.z ? at(p_.z, size_t(layer) * p_.num_rows * m_.intermediate) : z_;
+    const size_t size = size_t(p_.num_rows) * m_.intermediate;
+    void* const kept_z = p_.z ? at(p_.z, layer * size) : nullptr;
+    void* const z = kept_z && !pass_.z_in_host ? kept_z : z_;
     const Read input = read(w.before_mlp);
     if (s.kind == Sparsity::dense || s.kind == Sparsity::listed) {
       if (s.kind == Sparsity::listed) {
@@ -282,6 +284,7 @@ class Layers {
           .num_neurons = kept},
          workspace_, stream_);
     finish_join(w.after_mlp);
+    if (kept_z && pass_.z_in_host) to_host(z_, kept_z, size * size_of(m_.dtype), stream_);
   }
 
   // What products read of x: one row is normalised by every block of them, several are before: on an H100 sixteen rows of 4096

@@ -169,6 +169,7 @@ struct Pass {
   int32_t* counters;               // [kCounters]
   WeightStream* weights = nullptr;
   bool all_streams = false;  // those of attention come from there, too
+  bool z_in_host = false;    // what p.z gets is copied there, over a link
 };
 // p.num_rows at most 16. p.argmax may be null. p.workspace: bytes.
 void decode_step(const DecodeStepParams& p, const Pass& pass, StreamHandle stream);

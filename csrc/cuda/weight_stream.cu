@@ -180,6 +180,10 @@ char* pinned(int64_t nbytes) {
 PinnedMemory::PinnedMemory(int64_t nbytes) : data_(pinned(nbytes)) {}
 PinnedMemory::~PinnedMemory() { cudaFreeHost(data_); }
 
+void to_host(const void* from, void* to, size_t nbytes, StreamHandle stream) {
+  check(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)), "cudaMemcpyAsync");
+}
+
 struct WeightStream::State {
   struct Buffer {
     Event arrived, free;

@@ -13,7 +13,7 @@
 //
 // None of what a pass calls waits for the device, so that all of it can be captured in a graph: copies are on a stream of their
 // own, which begins where `ahead` is called and has ended when the last layer is done. One such stream is enough: its copies come
-// one after another without a pause, and more of them would share the link.
+// one after another without a pause, and more of them would share the link. What goes the other way (`to_host`) does not.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,9 @@ class PinnedMemory {
  private:
   char* data_;
 };
+
+// What comes after this on the stream finds bytes of the device in pinned host memory, too.
+void to_host(const void* from, void* to, size_t nbytes, StreamHandle stream);
 
 class WeightStream {
  public:

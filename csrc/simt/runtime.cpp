@@ -46,6 +46,14 @@ void* reserve(void* at, size_t nbytes, int flags) {
   return mmap(at, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | flags, -1, 0);
 }
 
+// What comes when all before it has ended, kernels too.
+void enqueue_after_kernel(Stream* stream, std::function<void()> command) {
+  enqueue(stream, [stream, command = std::move(command)] {
+    stream ? command() : after_kernel(command);
+    return true;
+  });
+}
+
 }  // namespace
 
 void enqueue(Stream* stream, std::function<bool()> command) {
@@ -104,18 +112,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  const auto happen = [event, number = ++event->recorded] { event->happened = std::max(event->happened, number); };
-  if (stream) {
-    enqueue(stream, [happen] {
-      happen();
-      return true;
-    });
-  } else {
-    enqueue(stream, [happen] {
-      after_kernel(happen);
-      return true;
-    });
-  }
+  enqueue_after_kernel(stream, [event, number = ++event->recorded] { event->happened = std::max(event->happened, number); });
   return cudaSuccess;
 }
 
@@ -130,10 +127,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream) {
-  enqueue(stream, [=] {
-    std::memcpy(to, from, nbytes);
-    return true;
-  });
+  enqueue_after_kernel(stream, [=] { std::memcpy(to, from, nbytes); });
   return cudaSuccess;
 }
 

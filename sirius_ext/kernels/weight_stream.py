@@ -39,6 +39,15 @@ def pinned(device: torch.device, nbytes: int) -> tuple[torch.Tensor, torch.Tenso
     return memory_at(raw.address, nbytes, raw), _on_device(device, raw.address, nbytes, raw)
 
 
+def to_host(device: torch.device, from_device: torch.Tensor, to: torch.Tensor) -> None:
+    """Copy contiguous memory of the device to pinned memory of the host, as the device sees it, on torch's current stream: what
+    is launched after this finds it there."""
+    with dispatch.guard(device):
+        dispatch.cuda_functions(device).to_host(
+            from_device.data_ptr(), to.data_ptr(), from_device.nbytes, dispatch.stream(device)
+        )
+
+
 class WeightStream:
     """The images of a model's layers on a device, of which a part is there for good, and another for what is launched between
     `need` and `done` alone. These, and `ahead` and `end`, are for torch's current stream; they wait for nothing and can be

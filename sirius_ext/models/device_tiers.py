@@ -23,7 +23,7 @@ from ..kernels.dispatch import cuda_functions
 from ..kernels.matrix import Format, Matrix
 from ..kernels.weight_stream import Slots, StreamedImage, WeightStream, granularity, pinned
 from .tier_files import LayerFiles, Layout, Stored, TierFiles, matrix_in, rows_together
-from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, best_plan, free_memory
+from .tiers import BUFFERS, Draft, Plan, Sizes, Tiers, best_plan, free_memory, z_bytes
 
 _ALIGNED = 256  # matrices begin at multiples of so many bytes
 _OF_A_TABLE = 4  # bytes of an entry of the tables of `kernels.weight_stream.Slots`
@@ -99,9 +99,14 @@ class DeviceSizes(Sizes):
             return layers
         return [mlp + beside for mlp, beside in itertools.zip_longest(layers, self.beside(), fillvalue=none)]
 
-    def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK) -> int:
+    def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK, streams: bool = False) -> int:
         """As `Sizes.passes`. No tree is larger than this."""
-        return super().passes(min(rows, MAX_NODES_ON_CUDA))
+        return super().passes(min(rows, MAX_NODES_ON_CUDA), streams) - (self.left(rows) if streams else 0)
+
+    def left(self, rows: int) -> int:
+        """Bytes of what a verification leaves of every neuron. If the model does not fit the device, that is in host memory:
+        there is time to send it over the link while weights come the other way."""
+        return min(rows, MAX_NODES_ON_CUDA) * z_bytes(len(self.files.layers), self.files.intermediate, self.files.dtype)
 
     def fast(self, rest: bool) -> int:
         """As `Sizes.fast`. An embedding of which rows are read is in host memory."""
@@ -163,10 +168,12 @@ def _staying(nbytes: int) -> StreamedImage:
 def device_plan(sizes: DeviceSizes, memory: int, drafts: Iterable[Draft], device: torch.device) -> Plan:
     """As `best_plan`. ValueError that names the least if the memory does not suffice, of the device or of the host."""
     found = best_plan(sizes, memory, drafts)
-    elsewhere = found.streamed + sizes.spared(found.slots) + (sizes.files.embedding_bytes if found.streamed else 0)
+    elsewhere = found.streamed + sizes.spared(found.slots)
+    if found.streamed:
+        elsewhere += sizes.files.embedding_bytes + sizes.left(found.rows)
     if elsewhere > (free := free_memory()):
         raise ValueError(
-            f"memory: of the weights {elsewhere / 1e9:.2f} GB would not be on {device} and must be in host memory that is "
+            f"memory: {elsewhere / 1e9:.2f} GB, mostly of weights, would not be on {device} and must be in host memory that is "
             f"pinned, where {free / 1e9:.2f} GB are free; weights of fewer bits, or more of the device's memory, need less"
         )
     return found
@@ -182,6 +189,8 @@ class DeviceTiers(Tiers):
     """As `Tiers`, on a CUDA device.
 
     ValueError if the files are not what was written; MemoryError if there is no memory.
+
+    streams: not all of it is on the device.
     """
 
     def __init__(
@@ -190,6 +199,7 @@ class DeviceTiers(Tiers):
         self.files, self.plan = files, plan  # there is no `stream`: nothing comes from the disk
         sizes = DeviceSizes(files, 0, device)
         layers = sizes.layers(plan.resident, plan.slots, plan.streams_rest)
+        self.streams = any(sizes.tails(plan.resident, plan.streams_rest))
         self._scales = [None if each is None else each.to(device) for each in map(files.shared, range(len(files.layers)))]
         self.weights, self._device, self._sizes = WeightStream(device, layers, BUFFERS), device, sizes
         for layer, each in enumerate(files.layers):

@@ -68,6 +68,7 @@ class Plan:
     used: bytes of all together.
     streamed: bytes that a pass of the full model reads from the file, or from a device's host.
     parts: what `used` is made of, by words.
+    rows: tokens of the longest pass that there is room for.
     """
 
     memory: int
@@ -80,6 +81,7 @@ class Plan:
     streamed: int
     density: float | None = None
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
+    rows: int = MAX_AUTO_PERIOD_FROM_DISK
 
     def summary(self, source: str | Path) -> str:
         """For people. source: where the rest comes from."""
@@ -94,10 +96,15 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return 2 * len(d.windows) * d.kv_heads * d.head_dim * model.dtype.itemsize * min(d.context, CACHE_TOKENS)
 
 
+def z_bytes(layers: int, intermediate: int, dtype: torch.dtype) -> int:
+    """Of what a verification leaves of every neuron for a token."""
+    return layers * intermediate * dtype.itemsize
+
+
 def row_bytes(model: PreTrainedModel) -> int:
-    """Of what a pass needs for a token: mostly logits, and what a verification leaves of every neuron."""
+    """Of what a pass needs for a token: mostly logits, and what a verification leaves."""
     config = model.config
-    row: int = 4 * config.vocab_size + config.num_hidden_layers * config.intermediate_size * model.dtype.itemsize
+    row: int = 4 * config.vocab_size + z_bytes(config.num_hidden_layers, config.intermediate_size, model.dtype)
     return row
 
 
@@ -115,8 +122,8 @@ class Sizes:
         self.work = _WORK
         self.own = max(0, own - _OWN)  # of what was asked for
 
-    def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK) -> int:
-        """Of what passes need, with so many tokens in the longest one."""
+    def passes(self, rows: int = MAX_AUTO_PERIOD_FROM_DISK, streams: bool = False) -> int:
+        """Of what passes need, with so many tokens in the longest one. streams: not all of the model is in memory."""
         return self.work + rows * self.row
 
     def rest_may_stream(self, draft: Draft) -> bool:
@@ -200,11 +207,13 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
     """With as much of the MLPs in memory as there is room for; if there is none even for the least, that, which uses more."""
     files, rows = sizes.files, sizes.rows
     copy, kept = (sizes.copy() if draft.copy else 0), min(sizes.caches, memory // 16)
-    work = sizes.passes(draft.rows)
-    fixed = copy + kept + work + sizes.own + sizes.fast(not streams_rest)
+    fixed = copy + kept + sizes.own + sizes.fast(not streams_rest)
+
+    def work(first: int, second: int) -> int:
+        return sizes.passes(draft.rows, streams=any(sizes.tails((first, second), streams_rest)))
 
     def used(first: int, second: int, slots: int) -> int:
-        return fixed + sizes.neurons((first, second), slots, streams_rest)
+        return fixed + work(first, second) + sizes.neurons((first, second), slots, streams_rest)
 
     def most(fits: Callable[[int], bool]) -> int:
         """The most neurons with which it fits: all, or a multiple of GRAIN."""
@@ -233,12 +242,13 @@ def _divided(sizes: Sizes, memory: int, draft: Draft, streams_rest: bool) -> Pla
         "the sparse model": copy + sizes.slots(first, slots),
         "neurons": sizes.resident((first, second)),
         "layers that come and go": sizes.ring((first, second), streams_rest),
-        "caches and activations": kept + work,
+        "caches and activations": kept + work(first, second),
         "the process itself": sizes.own,
     }
     streamed = sum(sizes.tails((first, second), streams_rest)) - sizes.spared(slots)
     density = draft.density if streamed else None
-    return Plan(memory, (first, second), slots, copy, streams_rest, kept, sum(parts.values()), streamed, density, parts)
+    total = sum(parts.values())
+    return Plan(memory, (first, second), slots, copy, streams_rest, kept, total, streamed, density, parts, draft.rows)
 
 
 def whole_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan | None:

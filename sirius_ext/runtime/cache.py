@@ -103,8 +103,11 @@ class Cache:
         there is room made for more rows."""
         layers, intermediate = len(self.weights.layers), self.weights.intermediate
         if self._z.numel() != layers * self.rows * intermediate:
-            self._z = torch.empty(layers * self.rows * intermediate, dtype=self.weights.dtype, device=self.weights.device)
+            self._z = self._new_z(layers * self.rows * intermediate)
         return self._z[: layers * rows * intermediate].view(layers, rows, intermediate)
+
+    def _new_z(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=self.weights.dtype, device=self.weights.device)
 
     def compact(self, root: int, path: list[int]) -> None:
         """Move the entries of an accepted path of a tree, whose node i stands at slot root + i, next to the root's, in every

@@ -10,6 +10,7 @@ import torch
 
 from ..config import MAX_NODES_ON_CUDA
 from ..kernels import dispatch, ops
+from ..kernels.weight_stream import pinned, to_host
 from ..models.device_tiers import DeviceTiers
 from ..models.weights import Weights
 from .cache import Cache
@@ -24,6 +25,12 @@ FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs a
 
 # What the extension takes of a pass, and whether S reads four bits in it.
 Chosen = tuple[Arguments, bool]
+
+
+def is_left_in_host(weights: Weights) -> bool:
+    """Whether what a verification leaves of every neuron goes to pinned host memory: where the device has too little for all
+    weights, so that there is a link that is used one way only."""
+    return isinstance(weights.tiers, DeviceTiers) and weights.tiers.streams
 
 
 class CudaCache(Cache):
@@ -59,6 +66,11 @@ class CudaCache(Cache):
     def _grow(self, slots: int) -> None:
         super()._grow(slots)
         self._forget_graphs()
+
+    def _new_z(self, size: int) -> torch.Tensor:
+        if not is_left_in_host(self.weights):
+            return super()._new_z(size)
+        return pinned(self.weights.device, size * self.weights.dtype.itemsize)[1].view(self.weights.dtype)
 
     def _forget_graphs(self) -> None:
         self.steps.clear()
@@ -245,6 +257,7 @@ class CudaModel(Model):
                 counters=self.counters.data_ptr(),
                 weights=0 if self._streamed is None or drafting else self._streamed.weights.address,
                 all_streams=self._streamed is not None and self._streamed.plan.streams_rest,
+                z_in_host=is_left_in_host(self.weights),
                 stream=dispatch.stream(self.device),
             )
         return cache.logits[:m]
@@ -278,7 +291,7 @@ class CudaModel(Model):
         angles = cache.cos[:, places], cache.sin[:, places]
         x = embed(w, nodes.tokens.clamp(min=0).long())  # -1 comes after logits that are not finite
         for index, layer in enumerate(w.each_layer()):
-            neurons = _keeping(cache.z(m)[index]) if keep_z else None
+            neurons = self._keeping(cache.z(m)[index]) if keep_z else None
             x = decoder_layer(d, layer, x, angles, self._attend_in_tree(cache, nodes, index, slots), neurons)
         normed, out, first = norm(d, x, w.final_norm), cache.logits[:m], 0
         for head in w.each_part_of_head():
@@ -302,6 +315,18 @@ class CudaModel(Model):
         if argmax is not None:
             self.launch("argmax", logits=out, argmax=argmax, num_rows=m, vocab=w.vocab)
         return out
+
+    def _keeping(self, kept: torch.Tensor) -> Neurons:
+        """Keeps a layer's z, T [m, I]."""
+
+        def neurons(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            if is_left_in_host(self.weights):
+                to_host(self.device, z.contiguous(), kept)
+            else:
+                kept.copy_(z)
+            return z
+
+        return neurons
 
     def _attend_in_tree(self, cache: CudaCache, nodes: Nodes, index: int, slots: torch.Tensor) -> Attend:
         """Attention of a layer for nodes of the tree, whose keys and values go to `slots`."""
@@ -349,13 +374,3 @@ class CudaModel(Model):
                 counters=self.counters.data_ptr(),
                 stream=dispatch.stream(self.device),
             )
-
-
-def _keeping(kept: torch.Tensor) -> Neurons:
-    """Keeps a layer's z, T [m, I]."""
-
-    def neurons(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        kept.copy_(z)
-        return z
-
-    return neurons
