@@ -21,7 +21,7 @@ USUAL = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 SANITIZED = ROOT / "build" / f"asan-{sys.implementation.cache_tag}"
 MUTANTS = ROOT / "build" / "mutants"
 COMPILER = os.environ.get("CXX", "g++")
-SANITIZER = ["-O1", "-g1", "-fsanitize=address"]
+SANITIZER = ["-O1", "-g1", "-fsanitize=address", "-DSIRIUS_BF16_ALONE"]
 
 
 class Mutation(NamedTuple):

@@ -7,9 +7,10 @@ from test_simt import MUTATIONS, SANITIZER
 OPS = ["linear", "gate_up", "fsparse_ops", "down", "rms_norm", "rope_kv_write", "tree_attention", "tree_mask", "tree_expand"]
 OPS += ["accept", "kv_rewrite", "decode_step", "cascade", "q8", "q4"]
 FILES = [f"tests/test_{op}.py" for op in OPS]
-# Aligned rows and others; of the element types one that tensor cores multiply.
+# Aligned rows and others; of the element types one that tensor cores multiply. In what order threads run does not change what
+# they touch.
 CASES = (
-    "(simt-forward or simt-random) and not float32 and not (float16 and not bfloat16) and "
+    "simt-random and not float32 and not (float16 and not bfloat16) and "
     "(against_reference or test_cases or test_trees or test_shapes or select_by_threshold or at_every_size or from_memory or "
     "(norms_and_partial_rotation and 0.5) or edge_of_a_window or side_by_side or gate_and_up_of_a_list or select_from_a_list or "
     "(cuda_is_its_ops and gemma3))"

@@ -267,20 +267,22 @@ def test_window(backend, dtype, windowed, kind, softcap):
     assert_close(out.check(), exact, attention_error(q, k_cache, v_cache, visible, 0.3, softcap))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefix", [0, 1, 3, 63, 64, 127, 128, 129, 256, 300])
-def test_every_edge_of_a_window(backend, prefix):
+def test_every_edge_of_a_window(backend, prefix, dtype):
     """With q = 0 every weight is the same. Slot i has a 1 in column i, of the one head or the other, so that the result is the
     list of the slots seen."""
-    values = torch.eye(310).view(310, 2, 155).transpose(0, 1).contiguous()
-    mask = reference.tree_mask(chain(3))
+    values = torch.eye(310, dtype=dtype).view(310, 2, 155).transpose(0, 1).contiguous()
+    mask, q = reference.tree_mask(chain(3)), torch.zeros(3, 2, 155, dtype=dtype)
     positions = prefix + torch.arange(3, dtype=torch.int32)
     for window in (3, 4, 63, 64, 65, 127, 128, 129, 200, 299, 1000):
         settings = {"positions": positions, "window": window}
-        out = backend.tree_attention(torch.zeros(3, 2, 155), torch.ones_like(values), values, prefix, mask, 1.0, **settings)
+        out = backend.tree_attention(q, torch.ones_like(values), values, prefix, mask, 1.0, **settings)
         for row, position in zip(out.flatten(1), positions.tolist()):
             seen = list(range(max(0, position - window + 1), position + 1))
             assert row.nonzero().flatten().tolist() == seen
-            assert_close(row[seen], torch.full((len(seen),), 1 / len(seen)), 2 * U)
+            share = torch.full((len(seen),), 1 / len(seen))
+            assert_close(row[seen].float(), share, 2 * U if dtype == torch.float32 else 2**-8 / len(seen))
 
 
 @pytest.mark.parametrize("window", [1000, 350])
