@@ -169,7 +169,21 @@ struct CopyStream {
   ~CopyStream() { cudaStreamDestroy(handle); }
 };
 
+// Around calls that a capture of this thread would refuse, of something that is no part of it: caches come and go at any moment.
+class OutsideOfCaptures {
+#if defined(__CUDACC__)
+ public:
+  OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideOfCaptures(const OutsideOfCaptures&) = delete;
+  ~OutsideOfCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+#endif
+};
+
 char* pinned(int64_t nbytes) {
+  [[maybe_unused]] const OutsideOfCaptures outside;
   void* memory = nullptr;
   if (nbytes) check(cudaHostAlloc(&memory, size_t(nbytes), cudaHostAllocDefault), "cudaHostAlloc");
   return static_cast<char*>(memory);
@@ -178,7 +192,10 @@ char* pinned(int64_t nbytes) {
 }  // namespace
 
 PinnedMemory::PinnedMemory(int64_t nbytes) : data_(pinned(nbytes)) {}
-PinnedMemory::~PinnedMemory() { cudaFreeHost(data_); }
+PinnedMemory::~PinnedMemory() {
+  [[maybe_unused]] const OutsideOfCaptures outside;
+  cudaFreeHost(data_);
+}
 
 void to_host(const void* from, void* to, size_t nbytes, StreamHandle stream) {
   check(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)), "cudaMemcpyAsync");
