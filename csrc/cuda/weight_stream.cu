@@ -23,7 +23,7 @@ struct NoMemory : std::bad_alloc {
 };
 
 void check(cudaError_t error, const char* what) {
-  if (error == cudaErrorMemoryAllocation) throw NoMemory("out of host memory that can be pinned, for weights");
+  if (error == cudaErrorMemoryAllocation) throw NoMemory("out of host memory that can be pinned");
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 

@@ -114,8 +114,7 @@ def beside_weights(model: PreTrainedModel) -> int:
 
 
 class Sizes:
-    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. row: of what passes need for
-    a token."""
+    """Bytes of a model's parts. caches: of keys and values. own: of the process without the model. row: as `row_bytes` has it."""
 
     def __init__(self, files: Layout, caches: int, own: int = 0, row: int = 0) -> None:
         self.files, self.rows, self.caches, self.row = files, files.intermediate, caches, row
