@@ -492,7 +492,7 @@ def test_hundreds_of_requests_take_no_more_memory(process):
     for number in range(250):  # each length once
         ask(number)
     before = memory()
-    for number in range(250, 500):
+    for number in range(250, 750):
         ask(number)
     assert memory() - before < 4 << 20
 

@@ -39,13 +39,12 @@ def pinned(device: torch.device, nbytes: int) -> tuple[torch.Tensor, torch.Tenso
     return memory_at(raw.address, nbytes, raw), _on_device(device, raw.address, nbytes, raw)
 
 
-def to_host(device: torch.device, from_device: torch.Tensor, to: torch.Tensor) -> None:
-    """Copy contiguous memory of the device to pinned memory of the host, as the device sees it, on torch's current stream: what
-    is launched after this finds it there."""
+def to_host(data: torch.Tensor, to: torch.Tensor) -> None:
+    """Copy contiguous memory of a device to pinned memory of the host, as the device sees it, on torch's current stream: what is
+    launched after this finds it there."""
+    device = data.device
     with dispatch.guard(device):
-        dispatch.cuda_functions(device).to_host(
-            from_device.data_ptr(), to.data_ptr(), from_device.nbytes, dispatch.stream(device)
-        )
+        dispatch.cuda_functions(device).to_host(data.data_ptr(), to.data_ptr(), data.nbytes, dispatch.stream(device))
 
 
 class WeightStream:

@@ -321,7 +321,7 @@ class CudaModel(Model):
 
         def neurons(gates: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
             if is_left_in_host(self.weights):
-                to_host(self.device, z.contiguous(), kept)
+                to_host(z.contiguous(), kept)
             else:
                 kept.copy_(z)
             return z
