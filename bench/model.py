@@ -343,7 +343,7 @@ TIERS_MODEL, TIERS_CONTEXT = "llama-3-70b", 1024
 LINKS = (25e9, 50e9)  # bytes/s from the host's memory: what PCIe 4 and 5 reach
 RESERVED = 1.0e9  # bytes that a card loses to CUDA's context, kernels and work space
 RING = 2  # layers whose missing rows have room on the card while they are on their way
-LAUNCHES = 7  # of a layer
+LAUNCHES = 6  # of a layer
 DENSITIES = [step / 100 for step in range(40, 101, 2)]
 TILE = 16  # rows for which our kernels read weights once; more of 16-bit ones are a library's, which reads them once
 # By which drafts are accepted, and whose average advance length that is: of texts that were decoded again on paper, of such that

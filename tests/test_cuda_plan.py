@@ -115,6 +115,13 @@ def test_four_bits_are_read_by_the_bodies_for_speed(rows):
         assert norms == (2 * SHAPES["llama-3-8b"].layers + 1 if rows > 1 else 0)
 
 
+def test_how_many_launches_a_layer_is():
+    """As decode_step.cpp says, and the model of tiers counts; beside the layers there are embedding, LM head and argmax."""
+    shape = SHAPES["llama-3-8b"]
+    for kind, launches in (("dense", model.LAUNCHES), ("listed", model.LAUNCHES), ("largest", model.LAUNCHES + 2)):
+        assert len(model.launches(shape, 1, 1024, kind, 0.5, H100.processors)) == shape.layers * launches + 3
+
+
 def test_predictions_are_never_below_the_floor():
     for card in model.CARDS:
         for each in model.predict(card, "llama-3-8b", 1024):

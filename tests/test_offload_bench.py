@@ -532,7 +532,7 @@ def test_a_plan_is_the_arithmetic_that_it_says():
     eight_bits = model.STORAGES[1]
     plan = model.tiers(eight_bits, "24 GB", 25e9, "match")
     bytes_ = plan["bytes"]
-    sparse = (bytes_["sparse"] + bytes_["cache"]) / (0.92 * 1008e9) + 80 * (7 * 4.5e-6 + 0.5e-6)
+    sparse = (bytes_["sparse"] + bytes_["cache"]) / (0.92 * 1008e9) + 80 * (6 * 4.5e-6 + 0.5e-6)
     assert plan["s_of_sparse"] == pytest.approx(sparse) and bytes_["left"] > 0
     advance = model.advance(eight_bits.texts, "match", plan["density"], plan["period"])
     read_back = 2 * bytes_["left"] / plan["period"] * advance / 25e9

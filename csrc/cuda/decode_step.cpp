@@ -1,4 +1,4 @@
-// One pass of up to sixteen tokens through every layer of a model of any family. A layer is seven kernels, nine with FSparse, ten
+// One pass of up to sixteen tokens through every layer of a model of any family. A layer is six kernels, eight with FSparse, nine
 // with the cascade; one more for each norm after a product, one more where heads of q and k are normalised, one more for each
 // matrix whose format is not that of others that the same kernel would read, and of more than one token one more for each norm
 // before a product.
