@@ -23,7 +23,8 @@ from shapes import SHAPES, random_model
 from variants import draft_of, words
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.engine import GREEDY, device_of
+from sirius_ext.config import GREEDY
+from sirius_ext.engine import device_of
 
 CONFIGS = {
     "Full": SiriusConfig(mode="full"),

@@ -104,7 +104,8 @@ def ours(job: dict) -> None:
     import torch
 
     from sirius_ext import Engine, SiriusConfig, Stats
-    from sirius_ext.engine import GREEDY, prepare
+    from sirius_ext.config import GREEDY
+    from sirius_ext.engine import prepare
     from sirius_ext.models.hub import parse_dtype
 
     torch.set_num_threads(job["threads"])
@@ -137,7 +138,7 @@ def transformers(job: dict) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sirius_ext.engine import GREEDY
+    from sirius_ext.config import GREEDY
     from sirius_ext.models.hub import parse_dtype
 
     torch.set_num_threads(job["threads"])

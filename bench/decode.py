@@ -24,8 +24,10 @@ from variants import advances, check_sparsities, draft_of, full_of, numbers, own
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
-from sirius_ext.engine import GREEDY, device_of, prepare, release
-from sirius_ext.models.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
+from sirius_ext.config import GREEDY
+from sirius_ext.engine import device_of, prepare, release
+from sirius_ext.loading import DEFAULT_MODEL
+from sirius_ext.models.hub import cache_dir, default_model_path, parse_dtype
 
 
 class Silent(KeepingStreamer):

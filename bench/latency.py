@@ -31,8 +31,9 @@ from transformers.generation.streamers import BaseStreamer
 from variants import draft_of
 
 from sirius_ext import Engine, SiriusConfig
+from sirius_ext.config import GREEDY
 from sirius_ext.decoding.sparsity import density_of, drafts_of, four_bits
-from sirius_ext.engine import GREEDY, prepare
+from sirius_ext.engine import prepare
 from sirius_ext.models.hub import load_model, parse_dtype
 from sirius_ext.models.weights import Weights
 

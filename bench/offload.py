@@ -28,7 +28,8 @@ from shapes import SHAPES, random_checkpoint, shape_of
 from tables import link_busy
 from variants import advances, check_sparsities, full_of, own_arguments, own_variants, words
 
-from sirius_ext.models.hub import cache_dir, parse_dtype, parse_weights, tiers_of
+from sirius_ext.loading import parse_weights
+from sirius_ext.models.hub import cache_dir, parse_dtype, tiers_of
 from sirius_ext.runtime.speeds import direct_read_speed
 
 CHILD = Path(__file__).with_name("contestants.py")

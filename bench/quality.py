@@ -26,7 +26,7 @@ from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sparsity import CSparse, sparsity_of
 from sirius_ext.engine import Engine, Tokenizer, prepare
 from sirius_ext.evaluation.tasks import load_task
-from sirius_ext.models.hub import DEFAULT_MODEL
+from sirius_ext.loading import DEFAULT_MODEL
 from sirius_ext.runtime.model import Model
 from sirius_ext.runtime.passes import Pass
 

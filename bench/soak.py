@@ -15,7 +15,8 @@ from rich.progress import track
 from shapes import SHAPES, random_model
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.engine import GREEDY, device_of
+from sirius_ext.config import GREEDY
+from sirius_ext.engine import device_of
 from sirius_ext.models.hub import parse_dtype
 
 CONFIGS = (

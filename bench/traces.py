@@ -25,7 +25,7 @@ from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.decoding.sparsity import CSparse, sparsity_of
 from sirius_ext.engine import Engine, prepare
-from sirius_ext.models.hub import DEFAULT_MODEL, WEIGHTS
+from sirius_ext.loading import DEFAULT_MODEL, WEIGHTS
 from sirius_ext.runtime.cache import Cache
 from sirius_ext.runtime.model import Model
 from sirius_ext.runtime.passes import Pass

@@ -24,6 +24,8 @@ PREFILL_CHUNK = 256
 TOGETHER = 16
 COLDEST = 1e-6  # a temperature by which the logits of any model can be divided
 DENSITY = 0.5
+# Makes `transformers`' generate greedy, whatever sampling the model's own generation config proposes.
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclasses.dataclass(frozen=True)

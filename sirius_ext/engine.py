@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,21 +21,17 @@ from .decoding.sparsity import drafts_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
+from .loading import check_threads, parse_memory
 from .models.hub import load_model, load_within, parse_dtype, reporting
-from .models.tiers import parse_memory
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
 from .runtime.model import Model
 
 BACKENDS = ("auto", "cpu", "cuda")
-THREADS_PER_CPU = 4  # at most: more of them only wait for each other
 
 # One of `transformers`, or None. Its own types do not say of what a call returns whether it is one text or many.
 Tokenizer = Any
-
-# Makes generate greedy, whatever sampling the model's own generation config proposes.
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
 _changes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
@@ -392,18 +387,6 @@ def engine_of(source: Source, config: SiriusConfig) -> Engine:
         torch.set_num_threads(check_threads(source.threads))
     dtype = parse_dtype(source.dtype)
     return Engine.from_pretrained(source.model, config, source.device, dtype, weights=source.weights, memory=source.memory)
-
-
-def most_threads() -> int:
-    return THREADS_PER_CPU * (os.cpu_count() or 1)
-
-
-def check_threads(count: int) -> int:
-    """The same count. ValueError for one that this machine cannot serve."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most_threads():
-        expected = f"1 to {most_threads()} ({THREADS_PER_CPU} for each CPU)"
-        raise ValueError(f"threads: expected {expected}, got {count!r}")
-    return count
 
 
 def _checked(config: SiriusConfig | None) -> SiriusConfig:

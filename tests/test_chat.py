@@ -15,7 +15,7 @@ from sirius_ext import Engine, SiriusConfig
 from sirius_ext.cli import chat as module
 from sirius_ext.cli.chat import Chat, read_messages, status
 from sirius_ext.cli.main import main
-from sirius_ext.engine import GREEDY
+from sirius_ext.config import GREEDY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMMAND = [sys.executable, "-m", "sirius_ext", "chat"]

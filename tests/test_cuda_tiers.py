@@ -18,12 +18,13 @@ from tiny import prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.cli.main import main as cli
+from sirius_ext.config import GREEDY
 from sirius_ext.decoding import sequence
 from sirius_ext.decoding.period import Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.decoding.sparsity import drafts_of
-from sirius_ext.engine import GREEDY, prepare
+from sirius_ext.engine import prepare
 from sirius_ext.kernels import dispatch
 from sirius_ext.kernels.weight_stream import Slots, StreamedImage, WeightStream
 from sirius_ext.models import device_tiers, hub, tier_files

@@ -8,7 +8,7 @@ from fake_cuda import FakeCuda
 from tiny import prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
-from sirius_ext.engine import GREEDY
+from sirius_ext.config import GREEDY
 from sirius_ext.runtime.graphs import Replay
 
 SECOND = torch.device("cuda", 1)

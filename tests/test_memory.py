@@ -31,10 +31,11 @@ from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.decoding.forecast import forecast
 from sirius_ext.decoding.sparsity import drafts_of
 from sirius_ext.kernels.stream import Stream
+from sirius_ext.loading import parse_memory
 from sirius_ext.models import hub, tier_files, tiers
 from sirius_ext.models.packed import Checkpoint, Source
 from sirius_ext.models.tier_files import Layout
-from sirius_ext.models.tiers import Draft, Sizes, TooLittle, best_plan, cache_bytes, everything, free_memory, parse_memory, plan
+from sirius_ext.models.tiers import Draft, Sizes, TooLittle, best_plan, cache_bytes, everything, free_memory, plan
 from sirius_ext.models.weights import Weights
 from sirius_ext.runtime.speeds import direct_read_speed, memory_read_speed
 

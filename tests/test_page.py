@@ -8,7 +8,7 @@ import served
 from playwright.sync_api import expect, sync_playwright
 
 from sirius_ext import Engine, SiriusConfig
-from sirius_ext.models.hub import DEFAULT_MODEL
+from sirius_ext.loading import DEFAULT_MODEL
 from sirius_ext.serving.scheduler import Scheduler
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

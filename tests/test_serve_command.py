@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sirius_ext.cli.main import main
-from sirius_ext.models.tiers import parse_size
+from sirius_ext.loading import parse_size
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from rich.table import Table
 from transformers import GenerationMixin
 
-from ..config import SiriusConfig
+from ..config import GREEDY, SiriusConfig
 from ..decoding.stats import PromptStats, Stats
-from ..engine import GREEDY, Engine, encode, prepare, release
+from ..engine import Engine, encode, prepare, release
 from .streamer import KeepingStreamer
 from .terminal import Console
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import SPARSITIES, SiriusConfig
-from ..engine import THREADS_PER_CPU, most_threads
 from ..evaluation.analyze import Analysis, analyze, summary
 from ..evaluation.jobs import by_processes, by_ray, launched, processes
 from ..evaluation.plan import Plan
@@ -19,6 +18,7 @@ from ..evaluation.study import SETTINGS, Runner, plot, study
 from ..evaluation.tasks import TASKS, Item
 from ..evaluation.transcript import page, show, show_summary
 from ..extras import need
+from ..loading import THREADS_PER_CPU, most_threads
 from .arguments import (
     Commands,
     check_distinct,

@@ -8,11 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config import ACCEPT_RULES, COLDEST, DRAFT_WEIGHTS, SPARSITIES, SiriusConfig
+from ..config import ACCEPT_RULES, COLDEST, DRAFT_WEIGHTS, GREEDY, SPARSITIES, SiriusConfig
 from ..decoding.calibrate import read_thresholds
-from ..engine import GREEDY, check_threads
-from ..models.hub import DEFAULT_MODEL, parse_dtype, parse_weights
-from ..models.tiers import parse_memory
+from ..loading import DEFAULT_MODEL, check_threads, dtype_name, parse_memory, parse_weights
 from .arguments import Commands, density, input_file, integer, integer_in, number, period, reads
 
 Value = TypeVar("Value")
@@ -207,7 +205,7 @@ def _threads(text: str) -> int:
 
 @reads
 def _dtype(text: str) -> str:
-    _unnamed(parse_dtype, text)
+    _unnamed(dtype_name, text)
     return text
 
 

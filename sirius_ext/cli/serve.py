@@ -10,7 +10,7 @@ import sys
 
 from ..engine import engine_of
 from ..extras import need
-from ..models.tiers import parse_size
+from ..loading import parse_size
 from ..serving.scheduler import Scheduler
 from .arguments import Commands, integer_in, not_empty, number, reads
 from .options import TOKENS, add_command, add_mode_options, mode_config

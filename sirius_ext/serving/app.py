@@ -24,8 +24,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from ..config import COLDEST, SiriusConfig
-from ..engine import GREEDY, encode_messages, prepare
+from ..config import COLDEST, GREEDY, SiriusConfig
+from ..engine import encode_messages, prepare
 from .guard import Guard, error_body
 from .metrics import SchedulerCollector
 from .protocol import MOST_NODES, ChatRequest, TextRequest
