@@ -9,7 +9,8 @@ from tiny import NAMES, VOCAB, prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.decoding import calibrate
-from sirius_ext.decoding.calibrate import Thresholds, load_thresholds
+from sirius_ext.decoding.calibrate import load_thresholds
+from sirius_ext.decoding.thresholds import Thresholds
 from sirius_ext.engine import prepare
 
 TEXT = torch.randint(VOCAB, (600,), generator=torch.Generator().manual_seed(7))

@@ -16,7 +16,7 @@ from test_evaluation import write
 
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.arguments import Parser, as_option, check_text, output_file, reason
-from sirius_ext.decoding.calibrate import Thresholds
+from sirius_ext.decoding.thresholds import Thresholds
 
 LONG = "n" * 300
 

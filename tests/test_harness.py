@@ -13,7 +13,7 @@ from test_default_model import in_float32, loaded
 
 from sirius_ext import Engine
 from sirius_ext.cli import main as cli
-from sirius_ext.decoding.calibrate import Thresholds
+from sirius_ext.decoding.thresholds import Thresholds
 
 TEXT = "The capital of France is Paris. The capital of Italy is Rome."
 

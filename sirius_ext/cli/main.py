@@ -14,8 +14,9 @@ from rich.progress import Progress
 
 from .. import __version__
 from ..config import DENSITY, SiriusConfig
-from ..decoding.calibrate import calibrate, check_density
+from ..decoding.calibrate import calibrate
 from ..decoding.stats import CostlyDrafts, Stats
+from ..decoding.thresholds import check_density
 from ..engine import encode, engine_of, prepare
 from ..errors import reason
 from . import chat, demo, evaluation, info, interrupts, serve, tiers

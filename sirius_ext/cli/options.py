@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..config import ACCEPT_RULES, COLDEST, DRAFT_WEIGHTS, GREEDY, SPARSITIES, SiriusConfig
-from ..decoding.calibrate import read_thresholds
+from ..decoding.thresholds import read_thresholds
 from ..loading import DEFAULT_MODEL, check_threads, dtype_name, parse_memory, parse_weights
 from .arguments import Commands, density, input_file, integer, integer_in, number, period, reads
 

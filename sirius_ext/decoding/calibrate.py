@@ -1,12 +1,9 @@
-"""FSparse's threshold form: per-layer thresholds, made from a text once and kept in a file (SPEC section 2)."""
+"""FSparse's threshold form: per-layer thresholds, made from a text once (SPEC section 2)."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -14,33 +11,12 @@ from ..models.weights import Weights
 from ..runtime.cache import chunks
 from ..runtime.model import Model
 from ..runtime.passes import Prefill
+from .thresholds import Thresholds, check_density, read_thresholds
 
-FORMAT = "sirius_ext thresholds 1"
 HELD_BACK = 0.2  # of the text: what the thresholds are tried on
 LEAST_TOKENS = 64
 STRETCH = 512  # tokens that are read after each other as one text
 _BITS = 15  # of a float32 dropped: 65536 bins, each 1/256 of its values wide
-
-
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """What calibration found.
-
-    density: the fraction of neurons to keep.
-    values: c_layer, one a layer.
-    kept: the fraction that each layer keeps on the held-back text.
-    tokens: how many tokens were read, and how many held back.
-    model: `Weights.fingerprint`.
-    """
-
-    density: float
-    values: list[float]
-    kept: list[float]
-    tokens: tuple[int, int]
-    model: str
-
-    def save(self, file: str | os.PathLike[str]) -> None:
-        Path(file).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
 
 
 def calibrate(model: Model, tokens: torch.Tensor, density: float, progress: Callable[[int], None] | None = None) -> Thresholds:
@@ -73,39 +49,12 @@ def calibrate(model: Model, tokens: torch.Tensor, density: float, progress: Call
     return Thresholds(density, values, kept, (len(tokens), held_back), w.fingerprint())
 
 
-def check_density(density: float) -> None:
-    """ValueError for one that no threshold can be found for."""
-    if not 0 < density < 1:
-        raise ValueError(f"density: expected more than 0 and less than 1, got {density}")
-
-
 def load_thresholds(file: str | os.PathLike[str], weights: Weights, density: float) -> torch.Tensor:
     """The thresholds of a file, float32 [layers]. ValueError if it is not one, or made for another model or density."""
     values, model = read_thresholds(file, density)
     if model != weights.fingerprint() or len(values) != len(weights.layers):
         raise ValueError(f"thresholds: {file} was made for another model; calibrate this one")
-    return values
-
-
-def read_thresholds(file: str | os.PathLike[str], density: float) -> tuple[torch.Tensor, str]:
-    """The thresholds of a file, float32 [layers], and the model's fingerprint. ValueError if it is not one, or made for another
-    density."""
-    try:
-        record = json.loads(Path(file).read_text())
-        if record["format"] != FORMAT:
-            raise KeyError(record["format"])
-        values = torch.tensor([float(value) for value in record["values"]])
-        made_for, model = float(record["density"]), record["model"]
-        if not bool((values.isfinite() & (values >= 0)).all()):
-            raise ValueError("a threshold is not a number of at least 0")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"thresholds: no file {file}") from error
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"thresholds: {file} is not a file of `python -m sirius_ext calibrate` ({why})") from error
-    if made_for != density:
-        raise ValueError(f"thresholds: {file} was made for density {made_for}, but density is {density}")
-    return values, model
+    return torch.tensor(values, dtype=torch.float32)
 
 
 class _Histograms:

@@ -21,10 +21,11 @@ from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from ..config import GREEDY, SiriusConfig
-from ..decoding.calibrate import load_thresholds, read_thresholds
+from ..decoding.calibrate import load_thresholds
 from ..decoding.reading import Reader
 from ..decoding.sparsity import sparsity_of, without_chance
 from ..decoding.stats import PromptStats, Stats
+from ..decoding.thresholds import read_thresholds
 from ..engine import Engine, prepare
 from ..loading import check_threads
 from ..models.hub import parse_dtype
