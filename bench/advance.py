@@ -29,7 +29,7 @@ from sirius_ext.decoding.sparsity import CSparse
 from sirius_ext.decoding.stats import PromptStats, Stats
 from sirius_ext.engine import Engine, prepare
 from sirius_ext.evaluation.batched import Batch, shared_prefix
-from sirius_ext.evaluation.runner import config_of
+from sirius_ext.evaluation.modes import config_of
 from sirius_ext.loading import DEFAULT_MODEL, WEIGHTS
 
 BASE = SiriusConfig(period=16)

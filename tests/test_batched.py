@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList
 from sirius_ext import Engine
 from sirius_ext.engine import prepare
 from sirius_ext.evaluation.batched import Batch
-from sirius_ext.evaluation.runner import NAMED_MODES, config_of
+from sirius_ext.evaluation.modes import NAMED_MODES, config_of
 
 LENGTHS = (5, 1, 33, 12, 2, 40, 7, 21, 64)  # more texts than seats
 

@@ -34,7 +34,7 @@ from shapes import SHAPES, random_model
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.decoding.sparsity import CSparse
 from sirius_ext.engine import encode
-from sirius_ext.evaluation.runner import Results
+from sirius_ext.evaluation.results import Results
 from sirius_ext.evaluation.tasks import TASKS
 from sirius_ext.kernels.matrix import Format
 from sirius_ext.models.tiers import TooLittle

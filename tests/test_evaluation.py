@@ -12,8 +12,9 @@ from rich.console import Console
 from sirius_ext import Engine, SiriusConfig, evaluation
 from sirius_ext.cli import main as cli
 from sirius_ext.engine import prepare
+from sirius_ext.evaluation.modes import config_of
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.runner import Results, config_of, merge, read_results, summarize
+from sirius_ext.evaluation.results import Results, merge, read_results, summarize
 from sirius_ext.evaluation.sandbox import run_code
 from sirius_ext.evaluation.statistics import mcnemar, wilson
 from sirius_ext.evaluation.tasks import TASKS, Item, load_task, rouge1

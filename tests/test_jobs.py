@@ -19,7 +19,7 @@ from sirius_ext import SiriusConfig
 from sirius_ext.cli import main as cli
 from sirius_ext.evaluation import jobs
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.runner import Results, merge, read_results
+from sirius_ext.evaluation.results import Results, merge, read_results
 from sirius_ext.evaluation.tasks import Item
 
 QUIET = Console(quiet=True)

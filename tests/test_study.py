@@ -10,8 +10,9 @@ from sirius_ext import SiriusConfig
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.evaluation import _title
 from sirius_ext.evaluation import study
+from sirius_ext.evaluation.modes import config_of
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.runner import config_of, read_results
+from sirius_ext.evaluation.results import read_results
 
 BASE = SiriusConfig(sparsity="fsparse", period=4)
 

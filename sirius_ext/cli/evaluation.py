@@ -12,8 +12,9 @@ from typing import Any
 from ..config import SPARSITIES, SiriusConfig
 from ..evaluation.analyze import Analysis, analyze, summary
 from ..evaluation.jobs import by_processes, by_ray, launched, processes
+from ..evaluation.modes import NAMED_MODES, config_of, modes_in
 from ..evaluation.plan import Plan
-from ..evaluation.runner import NAMED_MODES, Results, config_of, merge, modes_in, report, summarize
+from ..evaluation.results import Results, merge, report, summarize
 from ..evaluation.study import SETTINGS, Runner, plot, study
 from ..evaluation.tasks import TASKS, Item
 from ..evaluation.transcript import page, show, show_summary

@@ -42,8 +42,8 @@ def check_density(density: float) -> None:
 
 
 def read_thresholds(file: str | os.PathLike[str], density: float) -> tuple[Sequence[float], str]:
-    """The thresholds of a file, one a layer, rounded to float32, and the model's fingerprint. ValueError if it is not one, or made
-    for another density."""
+    """The thresholds of a file, one a layer, rounded to float32, and the model's fingerprint. ValueError if it is not one, or was
+    made for another density."""
     try:
         record = json.loads(Path(file).read_text())
         if record["format"] != FORMAT:

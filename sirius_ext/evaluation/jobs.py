@@ -21,7 +21,8 @@ from rich.console import Console
 from ..errors import reason
 from ..extras import need
 from .plan import Plan
-from .runner import Results, merge, progress_bar, running
+from .results import Results, merge
+from .runner import progress_bar, running
 from .tasks import Item
 
 LOOK_SECONDS = 1.0  # how often to look whether a process has died without a word

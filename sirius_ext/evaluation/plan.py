@@ -13,7 +13,9 @@ from ..decoding.calibrate import load_thresholds
 from ..decoding.sparsity import without_chance
 from ..engine import Engine, engine_of, prepare
 from .hub_data import load_items
-from .runner import Keeper, config_of, evaluate
+from .modes import config_of
+from .results import Keeper
+from .runner import evaluate
 from .tasks import TASKS, Item, Task, load_task
 
 SHOTS = 5
@@ -30,7 +32,7 @@ class Plan:
     limit: items at most.
     shard: (i, k), the i-th of k parts of the items, counted from 1.
     batch: items side by side: much faster, but nothing is timed then.
-    modes: as `runner.config_of` has them.
+    modes: as `modes.config_of` has them.
     base: the settings that the modes share; what S reads of plain weights is settled in it (`without_chance`).
 
     ValueError for an unknown mode or task, or a number out of its range.

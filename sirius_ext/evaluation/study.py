@@ -7,15 +7,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..extras import need
-from .plan import Plan
-from .runner import Results, config_of, summarize
+from .modes import config_of
+from .results import Results, summarize
 from .tasks import Item
 
+if TYPE_CHECKING:
+    from .plan import Plan
+
 # Decodes what the results lack of a plan's items.
-Runner = Callable[[Plan, list[Item], Results], None]
+Runner: TypeAlias = "Callable[[Plan, list[Item], Results], None]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ def study(plan: Plan, what: str, values: Sequence[float], folder: Path, run: Run
     """Decode the plan's items by the full model, and in the plan's one mode with each value of a setting.
 
     folder: gets `results.jsonl`, as eval writes it; what is there already, from whatever study, is not done again. Returns the
-    rows of `runner.summarize`, Full's first; each has its `value`.
+    rows of `results.summarize`, Full's first; each has its `value`.
     """
     modes = vary(plan, what, values)
     plan = dataclasses.replace(plan, modes=(FULL, *modes))

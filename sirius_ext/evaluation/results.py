@@ -1,0 +1,267 @@
+"""Every result kept as soon as it is known, in a file of JSON lines; and what files of results come to, as a table."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from ..decoding.stats import Period, PromptStats, Stats
+from .modes import NAMED_MODES
+from .statistics import mcnemar, wilson
+
+
+class Keeper(Protocol):
+    """Who keeps what `evaluate` finds out: `Results`, or who sends it on to them."""
+
+    records: list[dict[str, Any]]
+
+    def add(self, record: dict[str, Any]) -> None: ...
+
+    def done(self) -> set[tuple[str, str]]:
+        """(mode, id) of what is known already."""
+
+
+class Results:
+    """A file of JSON lines: first what was run, then one line for each item and mode, written as soon as it is known. A run that
+    finds nothing out, because there is no such model say, leaves no file.
+
+    known: records that another file holds; they are not done again. ValueError if the file exists and is not to be resumed, or
+    was made by another run; a last line that was cut off is dropped.
+    """
+
+    def __init__(self, file: Path, run: dict[str, Any], resume: bool, known: Iterable[dict[str, Any]] = ()) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._known = list(known)
+        self._path, self._run = file, run
+        self._file: TextIO | None = None
+        if file.exists() and not resume:
+            raise ValueError(f"out: {file} exists; resume it, or choose another name")
+        if _has_content(file):
+            first, self.records = read_results(file)
+            if different := _difference(first, run):
+                hint = "--draft-weights same goes on with it, or " if _is_older(first) and "draft_weights" in different else ""
+                raise ValueError(f"out: {file} was made with another {different}; {hint}choose another name")
+
+    @staticmethod
+    def write(file: Path, run: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
+        """A whole file at once: the old one is there until the new one is."""
+        new = file.with_name(f"{file.name}.new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in ({"run": run}, *records)), encoding="utf-8")
+        new.replace(file)
+
+    def add(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = self._open()
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def _open(self) -> TextIO:
+        if _has_content(self._path):
+            _drop_half_a_line(self._path)
+        else:
+            self.write(self._path, self._run, [])
+        return self._path.open("a", encoding="utf-8")
+
+    def done(self) -> set[tuple[str, str]]:
+        return {(record["mode"], record["id"]) for record in (*self._known, *self.records)}
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
+def _drop_half_a_line(file: Path) -> None:
+    with file.open("rb+") as opened:
+        opened.truncate(opened.read().rfind(b"\n") + 1)
+
+
+def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What was run, and the records of a results file, but for a last line that was cut off. ValueError that names the line if it
+    is none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a file of results: it is not UTF-8 text ({error.reason})") from error
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    if not lines:
+        raise ValueError(f"{file}: not a file of results: {'its only line is cut off' if text else 'it is empty'}")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            _expect(isinstance(record, dict), "an object", record)
+            if number == 1:
+                record = record["run"]
+                _expect(isinstance(record, dict), "an object as run", record)
+            else:
+                _check_record(record)
+        except KeyError as error:
+            raise ValueError(f"{file}: not a file of results: line {number} has no {error.args[0]}") from error
+        except ValueError as error:
+            raise ValueError(f"{file}: not a file of results: line {number}: {error}") from error
+        found.append(record)
+    return found[0], found[1:]
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """ValueError or KeyError if it lacks what `summarize` reads, or has something else there."""
+    _expect(str(record["mode"]).split(":")[0] in NAMED_MODES, f"one of {', '.join(NAMED_MODES)} as mode", record["mode"])
+    _expect(isinstance(record["id"], (str, int)), "a text as id", record["id"])
+    _expect(isinstance(record["correct"], bool), "true or false as correct", record["correct"])
+    scores = record.get("scores", {})
+    _expect(isinstance(scores, dict) and all(isinstance(score, bool) for score in scores.values()), "scores", scores)
+    if "stats" in record:
+        stats = record["stats"]
+        _expect(isinstance(stats, dict), "an object as stats", stats)
+        _expect(isinstance(record["tokens"], list), "a list as tokens", record["tokens"])
+        _expect(_is_number(stats["density"]), "a number as density", stats["density"])
+        _expect(
+            stats["decode_seconds"] is None or _is_number(stats["decode_seconds"]),
+            "a number as decode_seconds",
+            stats["decode_seconds"],
+        )
+        periods = stats["periods"]
+        whole = isinstance(periods, list) and all(
+            isinstance(period, list) and len(period) == 4 and all(isinstance(each, int) for each in period) and period[2] > 0
+            for period in periods
+        )
+        _expect(whole, "a list of [drafted, accepted, committed, cut] as periods", periods)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _expect(true: bool, what: str, value: object) -> None:
+    if not true:
+        raise ValueError(f"expected {what}, got {reprlib.repr(value)}")
+
+
+def _is_older(run: dict[str, Any]) -> bool:
+    """Whether it was recorded when S read of plain weights what F reads unless something else was said."""
+    return "weights" not in run and "draft_weights" not in run
+
+
+def _difference(found: dict[str, Any], run: dict[str, Any]) -> str:
+    """What two runs do not have in common."""
+    found, run = ({**each, "draft_weights": "same"} if _is_older(each) else each for each in (found, run))
+    return ", ".join(sorted(key for key in {*run, *found} if run.get(key) != found.get(key)))
+
+
+def merge(files: Sequence[Path], run: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The run and the records of files of one run, each item and mode once: one that failed gives way to one that did not.
+
+    ValueError if a file was made by another run than `run`, or than the first file.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in files:
+        first, records = read_results(file)
+        run = first if run is None else run
+        if different := _difference(first, run):
+            raise ValueError(f"{file} was made with another {different}, so it does not go with the others")
+        for record in records:
+            key = (record["mode"], record["id"])
+            if key not in found or "error" in found[key]:
+                found[key] = record
+    assert run is not None  # it is the first file's
+    return run, list(found.values())
+
+
+def _stats(record: dict[str, Any]) -> PromptStats:
+    """What a record says of its text's decoding: enough for the metrics of a table, not for those of trees."""
+    kept = record["stats"]
+    periods = [
+        Period(drafted, drafted, accepted, None, committed, cut, []) for drafted, accepted, committed, cut in kept["periods"]
+    ]
+    return PromptStats(
+        mode=record["mode"],
+        period=max((period.drafted + 1 for period in periods), default=1),
+        density=kept["density"],
+        prompt_tokens=kept.get("prompt_tokens", 0),
+        tokens=len(record["tokens"]),
+        decode_seconds=kept["decode_seconds"],
+        periods=periods,
+    )
+
+
+def summarize(records: Sequence[dict[str, Any]], modes: Sequence[str]) -> list[dict[str, Any]]:
+    """Per mode: items, failures, accuracy with Wilson's 95 % interval, what it gained and lost against Full on the items that
+    both have and McNemar's p, and the pooled metrics of SPEC section 7."""
+    by_mode = {mode: {record["id"]: record for record in records if record["mode"] == mode} for mode in modes}
+    full = by_mode.get("full", {})
+    rows = []
+    for mode, found in by_mode.items():
+        right, total = sum(record["correct"] for record in found.values()), len(found)
+        row = {"mode": mode, "items": total, "failed": sum("error" in record for record in found.values())}
+        row |= {"accuracy": right / total if total else None, "interval": wilson(right, total)}
+        if mode != "full" and full:
+            both = [(full[key]["correct"], record["correct"]) for key, record in found.items() if key in full]
+            gained, lost = both.count((False, True)), both.count((True, False))
+            row |= {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+        row["scores"] = {
+            name: sum(record.get("scores", {}).get(name, False) for record in found.values()) / total
+            for name in next((record["scores"] for record in found.values() if "scores" in record), {})
+        }
+        rows.append(row | _pooled([record for record in found.values() if "stats" in record]))
+    return rows
+
+
+def _pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not records:
+        return {}
+    stats = Stats(_stats(record) for record in records)
+    row = {
+        name: getattr(stats, name)
+        for name in ("average_advance_length", "effective_density", "corrected_fraction", "ms_per_token")
+    }
+    if not stats.periods:
+        row["effective_density"] = stats.density
+    return row
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The summary's cells as text, column by column; columns that no row has anything for are left out."""
+
+    def shown(name: str, form: str) -> list[str]:
+        return ["" if row.get(name) is None else format(row[name], form) for row in rows]
+
+    columns = {
+        "mode": [row["mode"] for row in rows],
+        "items": shown("items", "d"),
+        "accuracy": shown("accuracy", ".3f"),
+        "95 %": ["{:.2f}-{:.2f}".format(*row["interval"]) for row in rows],
+        "+/-": [f"+{row['gained']} -{row['lost']}" if "p" in row else "" for row in rows],
+        "p": shown("p", ".3f"),
+        "AAL": shown("average_advance_length", ".2f"),
+        "density": shown("effective_density", ".3f"),
+        "corrected": shown("corrected_fraction", ".1%"),
+        "ms/token": shown("ms_per_token", ".0f"),
+    }
+    return {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def report(title: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """The summary as a table."""
+    caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
+    table = Table(title=title, caption=caption, padding=(0, 0))
+    columns = columns_of(rows)
+    columns["mode"] = [mode.replace(":", "\n") for mode in columns["mode"]]
+    for name in columns:
+        table.add_column("" if name == "mode" else name, justify="left" if name == "mode" else "right", no_wrap=True)
+    for cells in zip(*columns.values()):
+        table.add_row(*cells)
+    console.print(table)
+    failures = ", ".join(f"{row['mode']} {row['failed']}" for row in rows if row["failed"])
+    if failures:
+        console.print(f"failed, and counted as wrong (see the file for the reasons): {failures}")
