@@ -14,6 +14,7 @@ import subprocess
 import pytest
 from test_evaluation import write
 
+from sirius_ext.cli import demo
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.arguments import Parser, as_option, check_text, output_file, reason
 from sirius_ext.decoding.thresholds import Thresholds
@@ -397,7 +398,7 @@ def test_what_fails_later(capsys, monkeypatch, error, status, line):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "engine_of", fail)
+    monkeypatch.setattr(demo, "engine_of", fail)
     assert cli.main(["demo"]) == status
     assert capsys.readouterr().err == f"sirius_ext: error: {line}\n"
 

@@ -16,6 +16,13 @@ def start(command, **how):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
+def imported(command, **how):
+    """What a Python process gives and imports: its exit status, its standard output, and the packages."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True, timeout=120, **how)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done.returncode, done.stdout, {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
 def first_letters(process):
     """Once the text has begun."""
     return process.stdout.read(3)
@@ -81,6 +88,65 @@ def test_an_interrupt_while_torch_is_imported(tmp_path, way):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGINT, 130) and out == "" and "Traceback" not in error
+
+
+COMMANDS = ("generate", "chat", "serve", "calibrate", "prepare", "eval", "report", "study", "analyze", "demo", "info")
+WRONG = [
+    "",
+    "nonsense",
+    "--nonsense",
+    "generate --nonsense",
+    "generate --prompt x --threads 0",
+    "generate --prompt x --dtype int8",
+    "generate --prompt x --memory 6QB",
+    "generate --prompt x --seed 3",
+    "generate --prompt x --sparsity fsparse --thresholds nowhere",
+    "generate --prompt x --sparsity fsparse --thresholds setup.py",
+    "chat --mode full --period 3",
+    "serve --temperature 3",
+    "calibrate --text setup.py --density 2 --out /dev/null",
+    "prepare model",
+    "eval --task nonsense --out results",
+    "study --task csqa --what period --values x --out .",
+    "demo --density 2",
+    "info --memory 6GB",
+]
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", *(f"{command} --help" for command in COMMANDS)])
+def test_help_does_not_wait_for_imports(arguments):
+    status, out, packages = imported(["-m", "sirius_ext", *arguments.split()])
+    assert status == 0 and out and "sirius_ext" in packages and not packages & {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_argument_does_not_wait_for_imports(arguments):
+    status, out, packages = imported(["-m", "sirius_ext", *arguments.split()])
+    assert status == 2 and not out and "sirius_ext" in packages and not packages & {"torch", "transformers", "numpy"}
+
+
+def test_a_report_needs_no_torch(tmp_path):
+    lines = ({"run": {"task": "csqa"}}, {"mode": "full", "id": "a", "correct": True})
+    (tmp_path / "results").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, out, packages = imported(["-m", "sirius_ext", "report", str(tmp_path / "results")])
+    assert status == 0 and "full" in out and not packages & {"torch", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize("code", ["import sirius_ext", "from sirius_ext import SiriusConfig, Stats, attach, detach, generate"])
+def test_the_package_imports_nothing_that_takes_seconds(code):
+    status, _, packages = imported(["-c", code])
+    assert status == 0 and "sirius_ext" in packages and not packages & {"torch", "transformers", "numpy"}
+
+
+def test_a_kernel_needs_torch_alone():
+    status, _, packages = imported(["-c", "from sirius_ext.kernels import ops; ops.isa()"])
+    assert status == 0 and "torch" in packages and "transformers" not in packages
+
+
+def test_what_runs_is_imported():
+    """And seen by these tests."""
+    status, out, packages = imported(["-m", "sirius_ext", "info"])
+    assert status == 0 and out and packages >= {"torch", "transformers", "numpy"}
 
 
 def test_bytes_that_are_no_text():

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -461,6 +465,23 @@ def test_streaming(config, way):
     (stats,) = out.stats.prompts
     committed = [period.committed for period in stats.periods] if config.mode == "sirius" else [1] * (stats.tokens - 1)
     assert [len(put) for put in streamer.puts[1:]] == [1, *committed]
+
+
+@pytest.mark.parametrize("first", ["sirius_ext", "transformers.generation.utils"])
+def test_a_streamer_whichever_is_imported_first(first):
+    """`model.generate` is looked up before `sirius_ext.generate` is."""
+    code = f"""
+import {first}
+import sirius_ext
+from tiny import Collector, prompt, tiny
+
+streamer = Collector()
+settings = dict(max_new_tokens=3, do_sample=False, sirius_config=sirius_ext.SiriusConfig())
+tiny().generate(prompt(5), custom_generate=sirius_ext.generate, streamer=streamer, **settings)
+assert len(streamer.puts) > 1 and streamer.ends == 1
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_without_a_streamer_none_is_found():

@@ -1,6 +1,7 @@
 """The rooms of the package, and which way they may be entered."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_there_are_no_circles():
 def test_the_graph_is_what_it_seems():
     assert imported("runtime.cuda") >= {"runtime.cache", "runtime.model", "kernels.dispatch", "models.weights"}
     assert "engine" in imported("__init__") and "generation.resolve" in imported("engine")
+
+
+def test_the_extension_comes_after_torch():
+    """Whose OpenMP threads it then shares."""
+    found = set()
+    for module, file in MODULES.items():
+        names = [alias.name for node in ast.parse(file.read_text()).body if hasattr(node, "names") for alias in node.names]
+        if "_C" in names:
+            found.add(module)
+            assert "torch" in names[: names.index("_C")], module
+    assert found >= {"kernels.ops", "kernels.dispatch", "runtime.model"}
+
+
+@pytest.mark.parametrize("name", ["sirius_ext", "sirius_ext.evaluation"])
+def test_what_a_package_gives(name):
+    """Also what it imports when that is first asked for."""
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    for each in package.__all__:
+        getattr(package, each)
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'Nonsense'"):
+        package.Nonsense  # noqa: B018 - asking is the point
 
 
 def test_only_one_module_changes_transformers():

@@ -8,7 +8,7 @@ from test_evaluation import CSQA, write
 
 from sirius_ext import SiriusConfig
 from sirius_ext.cli import main as cli
-from sirius_ext.cli.evaluation import _title
+from sirius_ext.cli.report import title_of
 from sirius_ext.evaluation import study
 from sirius_ext.evaluation.modes import config_of
 from sirius_ext.evaluation.plan import Plan
@@ -113,8 +113,8 @@ def test_command(tmp_path, capsys):
 
 def test_a_title_says_what_weights_are_read_as():
     run = {"task": "gsm8k", "model": "m", "dtype": "bfloat16", "shots": 5, "density": "auto", "period": 16}
-    assert _title({**run, "weights": "q8"}) == "gsm8k, m, q8 of bfloat16, 5 shots, density auto, period 16"
-    assert _title({**run, "weights": "plain"}) == _title(run) == "gsm8k, m, bfloat16, 5 shots, density auto, period 16"
+    assert title_of({**run, "weights": "q8"}) == "gsm8k, m, q8 of bfloat16, 5 shots, density auto, period 16"
+    assert title_of({**run, "weights": "plain"}) == title_of(run) == "gsm8k, m, bfloat16, 5 shots, density auto, period 16"
 
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import reprlib
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,14 @@ def words(text: str) -> list[str]:
 
 
 @reads
+def key(text: str) -> str:
+    """A header must be able to hold it."""
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("expected printable ASCII characters without spaces")
+    return text
+
+
+@reads
 def not_empty(text: str) -> str:
     if not text:
         raise ValueError("expected some text, got none")
@@ -211,6 +220,23 @@ def _try_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"no file can be written in {folder}: {error.strerror}") from error
+
+
+def read_text(name: str, file: Path) -> str:
+    """A text that is not empty. A byte order mark at its beginning is not part of it."""
+    if str(file) == "-":
+        if sys.stdin is None:
+            raise ValueError(f"{name}: standard input is closed")
+        content, called = sys.stdin.buffer.read(), "standard input"
+    else:
+        content, called = file.read_bytes(), str(file)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: {called} is not UTF-8 text (byte {error.start}: {error.reason})") from error
+    if not text:
+        raise ValueError(f"{name}: {called} is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
 def check_distinct(**files: str | os.PathLike[str] | None) -> None:

@@ -18,8 +18,7 @@ from ..decoding.stats import PromptStats, Stats
 from ..engine import Engine, encode_messages, engine_of
 from ..errors import reason
 from ..serving.text import Answer
-from .arguments import Commands, input_file, not_empty
-from .options import MODE_CHOICES, TOKENS, add_command, add_mode_options, add_sampling_options, mode_config, sampling_of
+from .options import MODE_CHOICES, generator_of
 from .terminal import Console
 
 ROLES = ("system", "user", "assistant")
@@ -35,21 +34,7 @@ Ctrl-C ends an answer; what there is of it stays in the conversation."""
 Messages = list[dict[str, str]]
 
 
-def add(commands: Commands) -> None:
-    chat = add_command(commands, "chat", run, "talk with a model in the terminal")
-    chat.description = "Talk with a model. /help lists what else can be said; Ctrl-C ends an answer, Ctrl-D the conversation."
-    chat.add_argument("--system", metavar="TEXT", type=not_empty, help="a first message that says how to answer")
-    purpose = "begin with a conversation: a JSON file as /save writes it, a list of objects with role and content"
-    chat.add_argument("--messages", metavar="FILE", type=input_file, help=purpose)
-    add_mode_options(chat)
-    add_sampling_options(chat)
-    purpose = "length of an answer at most (default: %(default)s)"
-    chat.add_argument("--max-new-tokens", type=TOKENS, default=1024, help=purpose)
-
-
-def run(options: argparse.Namespace) -> int:
-    config = mode_config(options)
-    sampling, generator = sampling_of(options)
+def run(options: argparse.Namespace, config: SiriusConfig, sampling: dict[str, Any]) -> int:
     messages = [] if options.messages is None else read_messages(options.messages)
     if options.system is not None:
         if messages and messages[0]["role"] == "system":
@@ -57,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         messages.insert(0, {"role": "system", "content": options.system})
     engine = engine_of(options, config)
     encode_messages(engine.tokenizer, [{"role": "user", "content": "Hello"}])  # raises if the model cannot chat
-    settings = {"max_new_tokens": options.max_new_tokens, "generator": generator, **sampling}
+    settings = {"max_new_tokens": options.max_new_tokens, "generator": generator_of(options), **sampling}
     Chat(engine, config, messages, settings).talk()
     return 0
 

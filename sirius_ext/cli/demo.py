@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,11 +13,9 @@ from transformers import GenerationMixin
 
 from ..config import GREEDY, SiriusConfig
 from ..decoding.stats import PromptStats, Stats
-from ..engine import Engine, encode, prepare, release
+from ..engine import Engine, encode, engine_of, prepare, release
 from .streamer import KeepingStreamer
 from .terminal import Console
-
-MAX_NEW_TOKENS = 48
 
 PROMPTS = {
     "a summary": (
@@ -53,7 +52,15 @@ class Row:
         return mine / its if mine is not None and its else None
 
 
-def run(engine: Engine, packed: Engine | None, model_name: str, max_new_tokens: int) -> int:
+def run(options: argparse.Namespace, config: SiriusConfig) -> int:
+    packed = engine_of(options, config) if options.weights != "plain" else None
+    # Beside packed weights plain ones are for the full model alone.
+    alone = config if packed is None else replace(config, mode="full")
+    plain = engine_of(argparse.Namespace(**{**vars(options), "weights": "plain"}), alone)
+    return compare(plain, packed, options.model, options.max_new_tokens)
+
+
+def compare(engine: Engine, packed: Engine | None, model_name: str, max_new_tokens: int) -> int:
     """Decode the prompts every way, streaming, and end with a table. Returns 1 if `match` and Full differ, else 0.
 
     packed: the same model in eight or four bits; if there is one, Sirius decodes with it, and `engine` is there to compare with.

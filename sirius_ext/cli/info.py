@@ -20,30 +20,12 @@ from ..kernels.dispatch import has_cuda_kernels, is_cuda
 from ..models.hub import Division, division
 from ..models.tier_files import NEURONS
 from ..runtime.speeds import direct_read_speed, memory_read_speed
-from .arguments import Commands, not_empty
-from .options import DEFAULTS, add_device_option, add_memory_option, add_weights_options
+from .options import DEFAULTS
 
 DISK_SECONDS = 1.0  # that are spent on measuring it
 
 
-def add(commands: Commands) -> None:
-    info = commands.add_parser("info", help="version, backends, instruction sets, devices; or what of a model stays in memory")
-    info.set_defaults(command=run, parser=info)
-    info.description = (
-        "Version, backends, instruction sets and devices. With --model: what of it would stay in memory, what a period would "
-        "read from the disk, and what tokens are predicted to take on the CPU by default settings; with --device cuda what of a "
-        "GPU's memory, and what a period would move there from the host's. Nothing is loaded or prepared."
-    )
-    info.add_argument("--model", type=not_empty, help="Hugging Face id, local folder or GGUF file")
-    add_device_option(info, "cpu")
-    add_weights_options(info)
-    add_memory_option(info)
-
-
 def run(options: argparse.Namespace) -> int:
-    for name in ("device", "weights", "dtype", "memory"):
-        if options.model is None and getattr(options, name) != options.parser.get_default(name):
-            raise ValueError(f"{name}: it needs --model, of which it says something")
     for name, value in _of_machine() if options.model is None else _of_model(options):
         print(f"{name:17} {value}")
     return 0

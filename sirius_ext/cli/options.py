@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Container
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ..config import ACCEPT_RULES, COLDEST, DRAFT_WEIGHTS, GREEDY, SPARSITIES, SiriusConfig
 from ..decoding.thresholds import read_thresholds
 from ..loading import DEFAULT_MODEL, check_threads, dtype_name, parse_memory, parse_weights
 from .arguments import Commands, density, input_file, integer, integer_in, number, period, reads
 
+if TYPE_CHECKING:
+    import torch
+
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
+Run: TypeAlias = Callable[[], int]  # a command that is ready to run; it returns the exit status
+Command: TypeAlias = Callable[[argparse.Namespace], Run]
 
 DEFAULTS = SiriusConfig()
+# The paper's. Answers under "auto" would depend on what passes cost on a machine: they could not be compared.
+EVALUATION_PERIOD = 16
 # "csparse" and "fsparse" decode with that sparse model alone.
 MODE_CHOICES = ("full", *SPARSITIES, "sirius")
 # And what is drawn with where they are not given.
@@ -37,10 +42,10 @@ FIELDS = (
 )
 
 
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
-    """A command that works with a model; `run` returns the exit status."""
+def add_command(commands: Commands, name: str, command: Command, purpose: str) -> argparse.ArgumentParser:
+    """A command that works with a model."""
     parser = commands.add_parser(name, help=purpose)
-    parser.set_defaults(command=run, parser=parser)
+    parser.set_defaults(command=command, parser=parser)
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file (default: %(default)s)")
     add_device_option(parser, "auto")
@@ -151,25 +156,34 @@ def mode_config(options: argparse.Namespace) -> SiriusConfig:
     return decoding_config(options, **values, accept=accept)
 
 
-def sampling_of(options: argparse.Namespace) -> tuple[dict[str, Any], torch.Generator | None]:
-    """What generate takes, and what draws."""
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What generate takes."""
     if not options.sample:
         for name in SAMPLING:
             if hasattr(options, name):
                 raise ValueError(f"{name}: it needs --sample; greedy decoding draws nothing")
-        return GREEDY, None
+        return GREEDY
     settings = {name: getattr(options, name, default) for name, default in SAMPLING.items()}
-    seed = settings.pop("seed")
+    del settings["seed"]  # it is the generator's
     if not COLDEST <= settings["temperature"] < float("inf"):
         raise ValueError(f"temperature: expected a finite number of at least {COLDEST:f}, got {settings['temperature']}")
     if not 0 < settings["top_p"] <= 1:
         raise ValueError(f"top_p: expected more than 0 and at most 1, got {settings['top_p']}")
+    return {"do_sample": True, **settings}
+
+
+def generator_of(options: argparse.Namespace) -> torch.Generator | None:
+    """What draws, if anything does."""
+    import torch
+
+    if not options.sample:
+        return None
     generator = torch.Generator()
-    if seed is None:
+    if (seed := getattr(options, "seed", SAMPLING["seed"])) is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return {"do_sample": True, **settings}, generator
+    return generator
 
 
 def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:

@@ -19,6 +19,9 @@ else:
 
         return evaluate
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "NAMED_MODES",

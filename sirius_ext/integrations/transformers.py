@@ -1,19 +1,30 @@
-"""Drop-in use with `transformers`: one call by `custom_generate`, whole scripts by `attach`."""
+"""Drop-in use with `transformers`: one call by `custom_generate`, whole scripts by `attach`.
+
+The package imports this module at once, so it imports what takes seconds (torch, transformers, the engine) only where that is
+called.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ..config import SiriusConfig
 from ..decoding.stats import Stats
-from ..engine import Engine, SiriusOutput, Tokenizer, call, inside, is_prepared, release
-from ..generation.settings import arguments_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+    from ..engine import SiriusOutput, Tokenizer
+
+_GENERATION = "transformers.generation.utils"
 
 
 def generate(
@@ -37,6 +48,8 @@ def generate(
     Returns the sequences, int64 [batch, length], or with return_dict_in_generate=True a `SiriusOutput`, which has `stats`.
     ValueError or TypeError for what is unknown or cannot be honoured, before any work.
     """
+    from ..engine import call, inside
+
     config = sirius_config if sirius_config is not None else SiriusConfig()
     if not isinstance(config, SiriusConfig):
         raise TypeError(f"sirius_config: expected a SiriusConfig, got {type(config).__name__}")
@@ -56,6 +69,8 @@ def _redirected(original: Callable[..., Any]) -> Callable[..., Any]:
     def redirected(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("custom_generate") is not generate and not any(each is generate for each in args):
             return original(self, *args, **kwargs)
+        from ..generation.settings import arguments_of
+
         arguments = arguments_of(args, kwargs)
         del arguments["custom_generate"]
         return generate(self, **arguments)
@@ -63,7 +78,39 @@ def _redirected(original: Callable[..., Any]) -> Callable[..., Any]:
     return redirected
 
 
-GenerationMixin.generate = _redirected(GenerationMixin.generate)  # type: ignore[method-assign]  # replacing it is the point
+def _redirect() -> None:
+    from transformers.generation.utils import GenerationMixin
+
+    GenerationMixin.generate = _redirected(GenerationMixin.generate)  # type: ignore[method-assign]  # replacing it is the point
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Of the module that has `transformers`' generate, which is redirected as soon as it is there."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _redirect()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the module that has `transformers`' generate, whoever imports it. It must be redirected before it is first looked up,
+    so that importing `sirius_ext` is enough, before transformers or after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _GENERATION:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _Loader(fullname, spec.origin)
+        return spec
+
+
+if _GENERATION in sys.modules:
+    _redirect()
+else:
+    sys.meta_path.insert(0, _Finder())
 
 
 class attach:  # noqa: N801 - used like a function
@@ -77,6 +124,8 @@ class attach:  # noqa: N801 - used like a function
     """
 
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None) -> None:
+        from ..engine import Engine, inside, is_prepared
+
         self.model: Any = inside(model)  # PreTrainedModel itself is not said to have a generate
         self.stats: Stats | None = None
         self._prepared_before = is_prepared(self.model)
@@ -86,6 +135,9 @@ class attach:  # noqa: N801 - used like a function
         vars(self.model)["generate"] = self._generate
 
     def _generate(self, *args: Any, **settings: Any) -> Any:
+        from ..engine import call
+        from ..generation.settings import arguments_of
+
         if settings.get("custom_generate") is not None:
             return type(self.model).generate(self.model, *args, **settings)
         output, returned = call(self.model, arguments_of(args, settings), self._engine.config)
@@ -97,6 +149,8 @@ class attach:  # noqa: N801 - used like a function
         if vars(self.model).get("generate") == self._generate:
             del self.model.generate
             if not self._prepared_before:
+                from ..engine import release
+
                 release(self.model)
 
     def __enter__(self) -> attach:
@@ -108,6 +162,8 @@ class attach:  # noqa: N801 - used like a function
 
 def detach(model: PreTrainedModel) -> None:
     """Undo what `generate`, `attach` or an `Engine` did to the model; it is then as it was loaded, bit for bit."""
+    from ..engine import inside, release
+
     model = inside(model)
     handle = vars(model).get("generate")
     if isinstance(getattr(handle, "__self__", None), attach):
