@@ -50,12 +50,17 @@ def pytest_collection_modifyitems(config, items):
     items[:] = filter(needed, items)
 
 
+# Of fixtures and parameters: the kernels of a backend, or of an instruction set.
+BY_KERNELS = {"backend", "kernels", "cpu_kernels", "isa"}
+
+
 @pytest.fixture(autouse=True)
-def _same_everywhere():
-    """The same random numbers in every test, and two threads unless a test says otherwise."""
+def _same_everywhere(request):
+    """The same random numbers in every test. Two threads where a test is of kernels; one elsewhere: tests run side by side, and
+    threads that wake for microseconds of work cost a sixth of the time of whole texts."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(2 if BY_KERNELS & set(request.fixturenames) else 1)
     yield
     torch.set_num_threads(threads)
 

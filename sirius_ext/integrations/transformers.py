@@ -84,26 +84,26 @@ def _redirect() -> None:
     GenerationMixin.generate = _redirected(GenerationMixin.generate)  # type: ignore[method-assign]  # replacing it is the point
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Of the module that has `transformers`' generate, which is redirected as soon as it is there."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        _redirect()
-
-
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the module that has `transformers`' generate, whoever imports it. It must be redirected before it is first looked up,
-    so that importing `sirius_ext` is enough, before transformers or after it."""
+    """Finds the module that has `transformers`' generate as the other finders do, whoever imports it, and redirects it as soon as
+    it is loaded. It must be redirected before it is first looked up: so importing `sirius_ext` is enough, before transformers or
+    after it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _GENERATION:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.origin is not None:
-            spec.loader = _Loader(fullname, spec.origin)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _redirect()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this module's loader alone
         return spec
 
 
