@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before torch starts OpenMP. The work in these tests is tiny: on a busy machine, threads that spin for it take three times as
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if not needed(item)])
     items[:] = filter(needed, items)
+
+
+def pytest_collection_finish():
+    """What is there by now, modules and thousands of tests, stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # Of fixtures and parameters: the kernels of a backend, or of an instruction set.

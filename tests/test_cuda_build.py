@@ -112,17 +112,17 @@ def code(architecture):
     return {wanted[name]: instructions for name, instructions in found.items()}
 
 
-def hot_loop(instructions):
+def hot_loop(loops):
     """The loop in which weights are loaded and multiplied."""
-    (loop,) = [loop for loop in sass.loops(instructions) if _streaming(loop) and _products(loop)]
+    (loop,) = [loop for loop in loops if _streaming(loop) and _products(loop)]
     return loop
 
 
-def counted(product, instructions):
+def counted(product, loops):
     """How many instructions a step of the hot loop is: of a loop inside of it those of all rounds."""
-    outer = hot_loop(instructions)
+    outer = hot_loop(loops)
     places = {each.address for each in outer}
-    inner = [loop for loop in sass.loops(instructions) if _products(loop) and {each.address for each in loop} < places]
+    inner = [loop for loop in loops if _products(loop) and {each.address for each in loop} < places]
     weights = parts_of(product)[1]
     return len(outer) + sum((ROUNDS[weights] - 1) * len(loop) for loop in inner)
 
@@ -174,7 +174,8 @@ def test_hot_loops_stream(architecture):
 
 def loop_faults(product, instructions):
     """What is wrong with its hot loop."""
-    out, loop = [], hot_loop(instructions)
+    loops = sass.loops(instructions)
+    out, loop = [], hot_loop(loops)
     loads, products = _streaming(loop), _products(loop)
     if not all(".128" in loop[i].code for i in loads):
         out.append("weights are not read by 16 bytes")
@@ -196,7 +197,7 @@ def loop_faults(product, instructions):
     if share > (PRMT_OF_NIBBLES if weights == NIBBLES else MOST_PRMT):
         out.append(f"{share:.0%} PRMT")
     most = MOST_INSTRUCTIONS[op if op in ("gate_up", "down") else "dot", weights][columns]
-    if (count := counted(product, instructions) / kilobytes) > most:
+    if (count := counted(product, loops) / kilobytes) > most:
         out.append(f"{count:.0f} instructions per KB, and not at most {most}")
     return out
 

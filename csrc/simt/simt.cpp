@@ -63,17 +63,19 @@ constexpr size_t kMaxShared = 227 << 10;  // an H100's
 
 enum class State { ready, at_barrier, in_warp, at_grid, done };
 
-struct Fiber {
+// What a turn looks at comes first, in one line of the cache.
+struct alignas(128) Fiber {
   void* stack_pointer;
-  void* sanitizer_stack;
-  char* stack;
+  void* brought;
+  Place place;
   uint3 index;
   State state;
-  Place place;
   unsigned mask;
-  void* brought;
   bool waited;  // for the kernel before
+  void* sanitizer_stack;
+  char* stack;
 };
+static_assert(offsetof(Fiber, waited) <= 64);
 
 // A kernel that has begun, and the block of it that runs or waits.
 struct Grid {
