@@ -339,9 +339,13 @@ def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
         assert all(a <= b for (_, a), (_, b) in zip(cost["full"], cost["full"][1:])) and cost["follow"] >= 0
     Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)  # as another process would
     assert measured == configs
+    with monkeypatch.context() as patched:
+        patched.setattr(measuring, "_build", lambda: "other kernels")
+        Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)
+    assert measured == [*configs, configs[0]]
     (cache / "costs.json").write_text("no JSON")
     Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)
-    assert len(measured) == 3 and len(json.loads((cache / "costs.json").read_text())) == 1
+    assert len(measured) == 4 and len(json.loads((cache / "costs.json").read_text())) == 1
 
 
 def test_where_passes_are_slow_few_are_measured(cache, monkeypatch, one_thread):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import _C
 from ..config import SiriusConfig
 from ..kernels import ops
 from ..models.hub import cache_dir
@@ -72,10 +74,24 @@ def _key(model: Model, sparse: tuple[object, ...]) -> str:
     """What the costs depend on. sparse: the settings of S."""
     w = model.weights
     backend = ops.isa() if w.device.type == "cpu" else torch.cuda.get_device_name(w.device)
-    parts = [w.fingerprint()[:16], w.layers[0].gate.format.name, w.dtype, backend, _processor(), torch.get_num_threads()]
+    parts = [
+        w.fingerprint()[:16],
+        w.layers[0].gate.format.name,
+        w.dtype,
+        _build(),
+        backend,
+        _processor(),
+        torch.get_num_threads(),
+    ]
     if w.tiers is not None and w.streams:
         parts.append(f"reading {w.tiers.plan.streamed} of {w.tiers.files.neurons}")
     return " ".join(map(str, (*parts, *sparse)))
+
+
+@functools.cache
+def _build() -> str:
+    """Of the kernels: what others take says nothing of these."""
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16]
 
 
 @functools.cache
