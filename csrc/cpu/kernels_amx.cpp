@@ -150,29 +150,14 @@ void amx_dot(const RowPointers& all, int n, const void* packed, int m, const Row
 
 #undef SIRIUS_LOAD_WEIGHTS
 
-// Interleaves rows 2i and 2i + 1: low and high halves of 32 columns become two tiles of [16 pairs of rows, 16 columns].
-struct Interleave {
-  __m512i low, high;
-
-  Interleave() {
-    alignas(64) uint16_t index[2][32];
-    for (int c = 0; c < 16; ++c)
-      for (int half = 0; half < 2; ++half) {
-        index[half][2 * c] = uint16_t(16 * half + c);
-        index[half][2 * c + 1] = uint16_t(32 + 16 * half + c);
-      }
-    low = _mm512_load_si512(index[0]);
-    high = _mm512_load_si512(index[1]);
-  }
-};
-
 // Tiles: 0, 1 accumulators [rows, 16 columns], 2 coefficients [rows, 32], 3, 4 weights [16 pairs, 16 columns]. Sixty-four weight
 // rows at a time would halve the traffic of accumulators, but in a matrix of 4096 columns their lines share one set of the L1
 // cache: three times slower (measured).
 void amx_sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc, int m, const RowForm&, int begin, int end,
              float* acc, ptrdiff_t lda) {
   constexpr int ahead = kPrefetchBytes / int(sizeof(bf16_t));
-  const Interleave order;
+  // Of rows 2i and 2i + 1 the low and high halves of 32 columns become two tiles of [16 pairs of rows, 16 columns].
+  const __m512i low = _mm512_load_si512(kFirstPairs.index), high = _mm512_load_si512(kLastPairs.index);
   for (int m0 = 0; m0 < m; m0 += kTileRows) {
     const int block = m - m0 < kTileRows ? m - m0 : kTileRows;
     TileConfig config;
@@ -209,8 +194,8 @@ void amx_sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t 
             prefetch_now(rows[next + r + 1] + column);
             odd = _mm512_maskz_loadu_epi16(mask, rows[r + 1] + c);
           }
-          _mm512_store_si512(stage[0] + r / 2 * kDepth, _mm512_permutex2var_epi16(even, order.low, odd));
-          _mm512_store_si512(stage[1] + r / 2 * kDepth, _mm512_permutex2var_epi16(even, order.high, odd));
+          _mm512_store_si512(stage[0] + r / 2 * kDepth, _mm512_permutex2var_epi16(even, low, odd));
+          _mm512_store_si512(stage[1] + r / 2 * kDepth, _mm512_permutex2var_epi16(even, high, odd));
         }
         float* to = acc + m0 * lda + c;
         alignas(64) float edge[kTileRows * kDepth];

@@ -176,7 +176,7 @@ struct Summand {
 };
 
 #if defined(__AVX512BF16__)
-// Of two rows' 32 columns the first 16, or the last, in pairs.
+// Where `_mm512_permutex2var_epi16` finds, of two rows' 32 columns, the first 16 or the last, in pairs.
 constexpr auto pairs_from(int column) {
   struct alignas(64) {
     uint16_t index[32];
@@ -208,10 +208,9 @@ struct Summand<bf16_t> {
 #endif
 
 // Rows are added up side by side: what they are added to goes through the caches so much less often. 32 of them for kMany rows of
-// input and more, 16 for fewer, which one row of input reads as fast as eight (measured). From kFew rows of input on that is
-// faster than `sum_group` without vdpbf16ps, too. Weights are laid side by side once, since lines of many rows may share a set of
-// the L1 cache.
-constexpr int kFew = 4, kMany = 8, kTogether = 32, kStripe = 2 * Vec::width, kInputs = 8;
+// input and more, 16 for fewer, which are read as fast as eight (measured). Weights are laid side by side once, since lines of
+// many rows may share a set of the L1 cache.
+constexpr int kMany = 8, kTogether = 32, kStripe = 2 * Vec::width, kInputs = 8;
 
 // `count` products into each of J rows of accumulators, of which `columns` are there. by: [count][kInputs].
 template <class T, int J>
