@@ -5,23 +5,14 @@ from typing import TYPE_CHECKING
 
 from .config import SiriusConfig
 from .decoding.stats import Period, PromptStats, Stats
+from .extras import later
 from .integrations.transformers import attach, detach, generate
 
 if TYPE_CHECKING:
     from .engine import Engine, SiriusOutput
 else:
-
-    def __getattr__(name: str) -> object:
-        """The engine when it is first asked for: it needs torch and transformers, which take seconds to import, and not everyone
-        needs it."""
-        if name not in ("Engine", "SiriusOutput"):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import engine
-
-        return getattr(engine, name)
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    # The engine needs torch and transformers, which take seconds to import, and not everyone needs it.
+    __getattr__, __dir__ = later(__name__, {"Engine": "engine", "SiriusOutput": "engine"})
 
 
 __version__ = "0.1.0"

@@ -95,12 +95,7 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument(
         "--stop", metavar="STRING", type=not_empty, action="append", help="end the text after this; may be given again"
     )
-    generate.add_argument(
-        "--json",
-        metavar="FILE",
-        type=output_text,
-        help="write config, text, token ids and stats; - is standard output, and the text goes to standard error",
-    )
+    _add_json(generate, "write config, text, token ids and stats")
 
 
 def _generate(options: argparse.Namespace) -> Run:
@@ -109,6 +104,11 @@ def _generate(options: argparse.Namespace) -> Run:
     from .generate import run
 
     return functools.partial(run, options, config, sampling)
+
+
+def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    purpose = f"{what}; - is standard output, and the text goes to standard error"
+    parser.add_argument("--json", metavar="FILE", type=output_text, help=purpose)
 
 
 def _add_chat(commands: Commands) -> None:
@@ -311,12 +311,7 @@ def _add_analyze(commands: Commands) -> None:
     analysis.add_argument("--mode", choices=SPARSITIES, default=DEFAULTS.sparsity, help="the sparse model (default: %(default)s)")
     add_sparsity_options(analysis)
     analysis.add_argument("--out", metavar="FILE", type=output_file, required=True, help="the coloured transcripts, as HTML")
-    analysis.add_argument(
-        "--json",
-        metavar="FILE",
-        type=output_text,
-        help="the same as JSON: a summary, and a record per item; - is standard output, and the text goes to standard error",
-    )
+    _add_json(analysis, "the same as JSON: a summary, and a record per item")
 
 
 def _analyze(options: argparse.Namespace) -> Run:
