@@ -1,6 +1,7 @@
 // The inner loops for any vector width: included once by each kernels_<isa>.cpp, compiled with that file's instruction set.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "kernels.h"
@@ -18,6 +19,9 @@ namespace {
 // its lane. Without that a third of each row of 3 KB arrives late (measured: 16 rows at 512 bytes ahead outrun one linear
 // stream). Into L2 twice as far: one thread then reads a quarter more.
 constexpr int kPrefetchBytes = kFetchIntoL2 ? 1024 : 512;
+// Elements of a line, which is asked for once: what is on its way to L2 is not found in L1, and asking again costs as much.
+template <class T>
+constexpr int kLine = 64 / int(sizeof(T));
 constexpr int kGroup = 8;                                 // rows in flight
 constexpr int kAccumulators = Vec::width == 16 ? 16 : 8;  // half of the vector registers
 constexpr int kMaxColumns = 4;                            // input rows that share one load of a weight
@@ -77,8 +81,8 @@ void pack(const void* x, ptrdiff_t ldx, int m, int k, void* packed) {
 template <class T, int R, int M, bool kPrefetch>
 void dot_tile(const T* const* rows, const typename Product<T>::Input* x, int width, int k, float* out, ptrdiff_t ldo) {
   using P = Product<T>;
-  // Of fewer rows further, so that as much is under way.
-  constexpr int ahead = kPrefetchBytes / int(sizeof(T)) * (kFetchIntoL2 ? kGroup / R : 1);
+  // Of fewer rows further, so that as much is under way, but no further than to the same place in the next ones.
+  const int ahead = std::min(kPrefetchBytes / int(sizeof(T)) * (kFetchIntoL2 ? kGroup / R : 1), k);
   Vec acc[R][M];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < M; ++j) acc[r][j] = Vec::set(0.0f);
@@ -92,10 +96,10 @@ void dot_tile(const T* const* rows, const typename Product<T>::Input* x, int wid
   };
   int c = 0;
   for (; c + P::step <= k; c += P::step) {
-    if constexpr (kPrefetch) {
+    if (kPrefetch && (P::step % kLine<T> == 0 || c % kLine<T> == 0)) {
       const int target = c + ahead;
       const int next = target < k ? 0 : kGroup;
-      const int column = target < k ? target : (target - k < k ? target - k : c);
+      const int column = target < k ? target : target - k;
       for (int r = 0; r < R; ++r) prefetch(rows[r + next] + column);
     }
     step(c, [](const T* p) { return P::weight(p); });
@@ -140,33 +144,12 @@ void dot(const RowPointers& all, int n, const void* packed, int m, const RowForm
   }
 }
 
-// R weight rows are added into a row of accumulators, in their order: for one row of input.
-template <class T, int R>
-void sum_group(const T* const* rows, const T* coef, int begin, int end, float* acc) {
-  constexpr int ahead = kPrefetchBytes / int(sizeof(T));
-  Vec by[R];
-  for (int r = 0; r < R; ++r) by[r] = Vec::set(to_float(coef[r]));
-  for (int c = begin; c < end; c += Vec::width) {
-    const int n = end - c;
-    if (R == kGroup) {
-      const int next = c + ahead < end ? 0 : kGroup;
-      const int column = c + ahead < end ? c + ahead : (c + ahead - (end - begin) < end ? c + ahead - (end - begin) : c);
-      for (int r = 0; r < R; ++r) prefetch(rows[r + next] + column);
-    }
-    Vec sum = load_upto(acc + c, n);
-    for (int r = 0; r < R; ++r) sum = fma(load_upto(rows[r] + c, n), by[r], sum);
-    store_upto(sum, acc + c, n);
-  }
-}
-
-// How rows are added up for several rows of input: two vectors of columns by a coefficient. With vdpbf16ps by two, of two rows at
-// a time, and for one row of input as well: it has the same bits then.
+// How rows are added up: two vectors of columns by a coefficient. With vdpbf16ps by two, of two rows at a time.
 template <class T>
 struct Summand {
   using Weight = Vec;
   using Coefficient = float;
   static constexpr int rows = 1;
-  static constexpr bool always = false;
   static void weights(const T* const* rows, int, int c, int columns, Weight (&to)[2]) {
     for (int v = 0; v < 2; ++v) to[v] = load_upto(rows[0] + c + v * Vec::width, columns - v * Vec::width);
   }
@@ -190,7 +173,6 @@ struct Summand<bf16_t> {
   using Weight = __m512bh;
   using Coefficient = uint32_t;
   static constexpr int rows = 2;
-  static constexpr bool always = true;
   // A row that is not there counts as zero, and so does its coefficient: zero times an infinity would not be.
   static void weights(const bf16_t* const* rows, int n, int c, int columns, Weight (&to)[2]) {
     const __mmask32 there = columns < 32 ? (1u << columns) - 1 : ~0u;
@@ -230,8 +212,9 @@ template <class T>
 void sum_stripes(const T* const* rows, int n, const T* coefficients, ptrdiff_t ldc, int m, int begin, int end, float* acc,
                  ptrdiff_t lda) {
   using S = Summand<T>;
-  constexpr int ahead = kPrefetchBytes / int(sizeof(T)), most = kTogether / S::rows, blocks = 2;
+  constexpr int most = kTogether / S::rows, blocks = 2;
   const int count = (n + S::rows - 1) / S::rows;
+  const int width = end - begin, ahead = std::min(kPrefetchBytes / int(sizeof(T)), width);
   for (int m0 = 0; m0 < m; m0 += blocks * kInputs) {
     const int inputs = m - m0 < blocks * kInputs ? m - m0 : blocks * kInputs;
     typename S::Coefficient by[blocks][most * kInputs];
@@ -242,9 +225,11 @@ void sum_stripes(const T* const* rows, int n, const T* coefficients, ptrdiff_t l
     for (int c = begin; c < end; c += kStripe) {
       const int columns = end - c, target = c + ahead;
       const int next = target < end ? 0 : n;
-      const int column = target < end ? target : (target - (end - begin) < end ? target - (end - begin) : c);
+      const int column = target < end ? target : target - width;
       for (int i = 0, r = 0; i < count; ++i, r += S::rows) {
-        for (int row = r; row < r + S::rows && row < n; ++row) prefetch(rows[row + next] + column);
+        if (kStripe % kLine<T> == 0 || (c - begin) % kLine<T> == 0)
+          for (int row = r; row < r + S::rows && row < n; ++row)
+            for (int line = 0; line < kStripe; line += kLine<T>) prefetch(rows[row + next] + column + line);
         S::weights(rows + r, n - r, c, columns, weights[i]);
       }
       for (int b = 0; b * kInputs < inputs; ++b) {
@@ -269,15 +254,9 @@ void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc,
          float* acc, ptrdiff_t lda) {
   const T* const* rows = reinterpret_cast<const T* const*>(all.rows);
   const T* coef = static_cast<const T*>(coefficients);
-  int r = 0;
-  if (Summand<T>::always || m > 1) {
-    const int together = m < kMany ? kTogether / 2 : kTogether;
-    for (; r < n; r += together)
-      sum_stripes<T>(rows + r, n - r < together ? n - r : together, coef + r, ldc, m, begin, end, acc, lda);
-    return;
-  }
-  for (; r + kGroup <= n; r += kGroup) sum_group<T, kGroup>(rows + r, coef + r, begin, end, acc);
-  for (; r < n; ++r) sum_group<T, 1>(rows + r, coef + r, begin, end, acc);
+  const int together = m < kMany ? kTogether / 2 : kTogether;
+  for (int r = 0; r < n; r += together)
+    sum_stripes<T>(rows + r, std::min(n - r, together), coef + r, ldc, m, begin, end, acc, lda);
 }
 
 template <class T>
