@@ -227,6 +227,7 @@ void sum_stripes(const T* const* rows, int n, const T* coefficients, ptrdiff_t l
       const int next = target < end ? 0 : n;
       const int column = target < end ? target : target - width;
       for (int i = 0, r = 0; i < count; ++i, r += S::rows) {
+        // A stripe may be shorter than a line, or longer.
         if (kStripe % kLine<T> == 0 || (c - begin) % kLine<T> == 0)
           for (int row = r; row < r + S::rows && row < n; ++row)
             for (int line = 0; line < kStripe; line += kLine<T>) prefetch(rows[row + next] + column + line);
