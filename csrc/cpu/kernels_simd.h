@@ -189,8 +189,8 @@ struct Summand<bf16_t> {
 #endif
 
 // Rows are added up side by side: what they are added to goes through the caches so much less often. 32 of them for kMany rows of
-// input and more, 16 for fewer, which are read as fast as eight (measured). Weights are laid side by side once, since lines of
-// many rows may share a set of the L1 cache.
+// input and more, 16 for fewer, whose sums are small. Weights are laid side by side once, since lines of many rows may share a
+// set of the L1 cache.
 constexpr int kMany = 8, kTogether = 32, kStripe = 2 * Vec::width, kInputs = 8;
 
 // `count` products into each of J rows of accumulators, of which `columns` are there. by: [count][kInputs].
