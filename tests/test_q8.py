@@ -309,7 +309,8 @@ def check_batch_invariance(kernels, dtype, matrices, width):
     x, z = randn(33, width, dtype=dtype), randn(33, 65, dtype=dtype)
     single = zip(*(everything(kernels, *rows, matrices) for rows in zip(x[:17].split(1), z[:17].split(1))))
     alone = [torch.cat(outs) for outs in single]
-    for m in (2, 8, 9, 17, 33):
+    # The CPU has a body for each number of rows up to eight, and for twelve and sixteen.
+    for m in (2, 8, 9, 17, 33) if on_cuda(kernels) else (*range(2, 18), 33):
         for out, expected in zip(everything(kernels, x[:m], z[:m], matrices), alone):
             assert_same_bits(out[:17], expected[:m])
 

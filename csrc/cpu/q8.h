@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../q8.h"
 #include "kernels.h"
@@ -36,8 +37,10 @@ int start_of(int total) {
   return kUpper ? -(241 * total) >> 1 : -kZero * total;
 }
 
-// Up to kColumns rows of input. Rows that fill it up to a power of two are zero.
+// Up to kColumns rows of input, and more of zeros up to a number that `dot` has a body for.
 struct Packed {
+  using Counts = std::integer_sequence<int, 1, 2, 3, 4, 5, 6, 7, 8, 12, kColumns>;
+
   int columns;
   float* scales;    // [groups][columns], times what the format's codes are too large by
   int32_t* starts;  // [groups][columns]; of formats with minima, the bits of float sums of the rounded input
@@ -45,10 +48,12 @@ struct Packed {
 
   static constexpr size_t bytes_of_group = sizeof(float) + sizeof(int32_t) + kGroup;
 
-  static int columns_of(int m) {
-    int columns = 1;
-    while (columns < std::min(m, kColumns)) columns *= 2;
-    return columns;
+  static constexpr int columns_of(int m) {
+    return [m]<int... N>(std::integer_sequence<int, N...>) {
+      int least = kColumns;
+      ((least = N >= m ? std::min(least, N) : least), ...);
+      return least;
+    }(Counts());
   }
 
   // Of the input rows from j on, which is a multiple of kColumns. The whole packed form is such blocks, one after another.

@@ -97,7 +97,9 @@ struct Sum {
     struct Four {
       int8_t bytes[4];
     };
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(value) : "v"(codes.value), "m"(*reinterpret_cast<const Four*>(x)));
+    Ints sum = value;  // not `value` itself: GCC 12 would keep every sum of an array of them in memory
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes.value), "m"(*reinterpret_cast<const Four*>(x)));
+    value = sum;
   }
   Ints total() const { return value; }
 };
@@ -342,6 +344,14 @@ Ints start_at(const Packed& x, int at) {
   return set(Form::has_minimum ? 0 : x.starts[at]);
 }
 
+// So many rows of input take turns: the products of one wait for one another, since they are added up. (GCC 12 spills where there
+// are 16 registers.)
+#if defined(__AVX512F__)
+constexpr int kTurns = 4;
+#else
+constexpr int kTurns = 1;
+#endif
+
 // A block of kLanes rows of weights by M of input, added to sums. Meanwhile the block that comes after it is fetched. Flat,
 // because GCC 12 otherwise calls what is the same for every M, and moves vectors through memory.
 template <class Form, int M>
@@ -349,6 +359,7 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
                                         bool fetch) {
   const int upper_at = Form::header_bytes(form.cols);
   Vec acc[M];
+#pragma GCC unroll 16  // or GCC 12 stores them all in every step
   for (int j = 0; j < M; ++j) acc[j] = sums[j];
   Header<Form> header;
   for (int step = 0; step < now.groups; ++step) {
@@ -357,16 +368,19 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
     if (fetch && step < next.groups) fetch_step<Form>(next, step, upper_at);
     Codes codes[8];
     read_codes<Form>(now, g, upper_at, codes);
-#pragma GCC unroll 16
-    for (int j = 0; j < M; ++j) {
-      const int at = g * M + j;
-      Sum<!Form::has_lower> sum(start_at<Form>(x, at));
+    const auto add_rows = [&]<int... R>(int first, std::integer_sequence<int, R...>) {
+      const int at = g * M + first;
+      Sum<!Form::has_lower> totals[] = {Sum<!Form::has_lower>(start_at<Form>(x, at + R))...};
       const int8_t* values = x.values + at * kGroup;
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) sum.add_four(codes[i], values + 4 * i);
-      acc[j] = add_scaled(sum.total(), x, at, header, step % 8, acc[j]);
-    }
+      for (int i = 0; i < 8; ++i) (totals[R].add_four(codes[i], values + R * kGroup + 4 * i), ...);
+      ((acc[first + R] = add_scaled(totals[R].total(), x, at + R, header, step % 8, acc[first + R])), ...);
+    };
+#pragma GCC unroll 16
+    for (int j = 0; j + kTurns <= M; j += kTurns) add_rows(j, std::make_integer_sequence<int, kTurns>());
+    if constexpr (M % kTurns != 0) add_rows(M / kTurns * kTurns, std::make_integer_sequence<int, M % kTurns>());
   }
+#pragma GCC unroll 16
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
 }
 
@@ -455,13 +469,10 @@ void dot(const RowPointers& all, int n, const void* packed, int m, const RowForm
       const Packed x(packed, j, m, k);
       const int wanted = std::min(m - j, kColumns);
       float* to = out + j * ldo + i;
-      switch (x.columns) {
-        case 1: dot_rows<Form, 1>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
-        case 2: dot_rows<Form, 2>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
-        case 4: dot_rows<Form, 4>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
-        case 8: dot_rows<Form, 8>(rows, lowers, count, x, form, j == 0, to, ldo, wanted); break;
-        default: dot_rows<Form, 16>(rows, lowers, count, x, form, j == 0, to, ldo, wanted);
-      }
+      const auto multiply = [&]<int... M>(std::integer_sequence<int, M...>) {
+        ((x.columns == M ? dot_rows<Form, M>(rows, lowers, count, x, form, j == 0, to, ldo, wanted) : void()), ...);
+      };
+      multiply(Packed::Counts());
     }
   }
 }
