@@ -57,7 +57,7 @@ class LlamaCpp:
         )
 
     def generate(self, prompt: list[int], max_new_tokens: int) -> dict[str, float]:
-        """Decode greedily. Returns `tokens` and `seconds` of decoding, prefill excluded."""
+        """Decode greedily. Returns `tokens`, `seconds` of decoding and `prompt_seconds` of prefill."""
         self._process.stdin.write(json.dumps({"prompt": prompt, "n_predict": max_new_tokens}) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
@@ -89,7 +89,8 @@ def _serve(model: str, threads: int) -> None:
     for line in sys.stdin:
         reply = server.handle_completions({**json.loads(line), "temperature": 0, "cache_prompt": False})
         timings = (reply if isinstance(reply, dict) else json.loads(reply))["timings"]
-        print(json.dumps({"tokens": timings["predicted_n"], "seconds": timings["predicted_ms"] / 1e3}), flush=True)
+        prompt, decoded = timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3
+        print(json.dumps({"tokens": timings["predicted_n"], "seconds": decoded, "prompt_seconds": prompt}), flush=True)
 
 
 if __name__ == "__main__":

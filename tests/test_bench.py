@@ -18,6 +18,7 @@ import breakdown
 import decode
 import latency
 import ops_cuda
+import prefill
 import pytest
 import quality
 import random_tiers
@@ -659,4 +660,40 @@ def test_the_share_of_neurons_that_enter_a_set():
 def test_arguments_of_advance(arguments, message, capsys):
     with pytest.raises(SystemExit):
         advance.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- prefill
+
+
+def test_every_prompt_is_read_whole(tmp_path, monkeypatch):
+    engine = Engine(served.model(), tokenizer=served.tokenizer())
+    monkeypatch.setattr(prefill.Engine, "from_pretrained", lambda *arguments, **settings: engine)
+    out = tmp_path / "prefill.json"
+    flags = ["--model", "tiny", "--weights", "plain", "--skip", "llama.cpp", "--lengths", "9,300", "--rounds", "2"]
+    prefill.main([*flags, "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["benchmark"] == "prefill" and all(result["tokens_per_second"] > 0 for result in record["results"])
+    measured = [(result["variant"], result["length"]) for result in record["results"]]
+    assert measured == [(name, length) for length in (9, 300) for name in ("transformers", "ours, plain")]
+    ids = torch.arange(300)[None] % 200
+    engine.generate(ids, max_new_tokens=2)
+    assert prefill.ours(engine, ids) > 0
+    monkeypatch.setattr(prefill, "prepare", lambda model: types.SimpleNamespace(caches=[]))  # whose clearing clears nothing
+    with pytest.raises(RuntimeError, match="got 256 tokens of an earlier one"):
+        prefill.ours(engine, ids)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--weights", "q5"], "weights: not known: q5"),
+        (["--llama-types", "q2"], "llama_types: not known: q2"),
+        (["--lengths", "0"], "lengths: expected numbers of tokens, got [0]"),
+        (["--dtype", "int8"], "dtype: "),
+    ],
+)
+def test_arguments_of_prefill(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        prefill.parse(arguments)
     assert message in capsys.readouterr().err
