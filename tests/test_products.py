@@ -1,5 +1,7 @@
 """Products for passes of many tokens: torch's or our kernels', whichever are fast on this CPU; the same within rounding."""
 
+import types
+
 import pytest
 import torch
 from backends import assert_close, randn, sum_error
@@ -58,6 +60,9 @@ def test_what_onednn_says_is_asked(dtype, monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda known=known: known, raising=False)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda built=built: built)
         assert products._has_instructions.__wrapped__(dtype) == (known and built)
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())  # a torch that no longer says
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert not products._has_instructions.__wrapped__(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
