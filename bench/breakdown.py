@@ -20,7 +20,7 @@ import torch
 from common import console, header, save
 from rich.table import Table
 from shapes import SHAPES, random_model
-from variants import draft_of, words
+from variants import check_known, draft_of, words
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.config import GREEDY
@@ -95,10 +95,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         device_of("cuda")
+        check_known("variants", options.variants, CONFIGS)
     except ValueError as error:
         parser.error(str(error))
-    if unknown := set(options.variants) - set(CONFIGS):
-        parser.error(f"variants: not known: {', '.join(sorted(unknown))}")
     header()
     torch.manual_seed(0)
     device = torch.device("cuda")

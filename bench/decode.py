@@ -16,18 +16,18 @@ from pathlib import Path
 import latency
 import torch
 from common import alternate, console, header, save
-from llama_cpp import KINDS, LlamaCpp, converted
+from llama_cpp import KINDS, LlamaCpp, gguf_of, running
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, shape_of
-from variants import advances, check_sparsities, draft_of, full_of, numbers, own_arguments, own_variants, words
+from variants import advances, check_known, check_sparsities, draft_of, full_of, numbers, own_arguments, own_variants, words
 
 from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.config import GREEDY
 from sirius_ext.engine import device_of, prepare, release
 from sirius_ext.loading import DEFAULT_MODEL
-from sirius_ext.models.hub import cache_dir, default_model_path, parse_dtype
+from sirius_ext.models.hub import parse_dtype
 
 
 class Silent(KeepingStreamer):
@@ -172,8 +172,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         device_of(options.device)
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
-        if unknown := set(options.llama_types) - set(KINDS):
-            raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
+        check_known("llama_types", options.llama_types, KINDS)
         if options.latency and (len(options.weights) != 1 or len(options.draft_weights) != 1):
             raise ValueError("weights, draft_weights: for latency expected one kind of each")
         check_sparsities(options.sparsities, *([("csparse", "fsparse", "cascade")] if options.latency else []))
@@ -204,24 +203,16 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> None:
     bench = Bench(options)
     variants = bench.variants()
-
-    processes = []
-    gguf = options.gguf or (default_model_path() if options.model == DEFAULT_MODEL else None)
-    if "llama.cpp" not in options.skip and gguf is not None and options.device == "cpu":
-        for kind in options.llama_types:
-            file = converted(gguf, cache_dir() / f"{gguf.stem}-{kind}.gguf", kind)
-            processes.append(LlamaCpp(file, torch.get_num_threads()))
-            variants[f"llama.cpp {kind}"] = lambda process=processes[-1]: bench.llama_cpp(process)
-    try:
+    gguf = gguf_of(options) if options.device == "cpu" else None
+    with running(gguf, options.llama_types, torch.get_num_threads()) as processes:
+        for kind, process in processes.items():
+            variants[f"llama.cpp {kind}"] = lambda process=process: bench.llama_cpp(process)
         # A few tokens warm a CPU up; a graph is captured anew when a longer text needs more room.
         bench.limit = 4 if options.device == "cpu" else options.max_new_tokens
         for warm_up in variants.values():
             warm_up()
         bench.limit = options.max_new_tokens
         rates = alternate(variants, options.rounds, "decoding")
-    finally:
-        for process in processes:
-            process.close()
     report(bench, rates)
 
 

@@ -3,22 +3,28 @@ for it."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 KINDS = {"own": None, "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}
 
 
-def converted(source: Path, target: Path, kind: str) -> Path:
-    """Write the GGUF file `source` anew with its matrices of another type; norms and biases stay float32. "own" is the file
-    itself."""
+def converted(source: Path, kind: str) -> Path:
+    """The GGUF file `source` with its matrices of another type, written into the cache folder unless it is there; norms and
+    biases stay float32. "own" is the file itself."""
     if KINDS[kind] is None:
         return source
     import gguf
     import numpy as np
 
+    from sirius_ext.models.hub import cache_dir
+
+    target = cache_dir() / f"{source.stem}-{kind}.gguf"
     if target.exists():
         return target
     reader = gguf.GGUFReader(source)
@@ -68,6 +74,26 @@ class LlamaCpp:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
+
+
+@contextlib.contextmanager
+def running(gguf: Path | None, kinds: Iterable[str], threads: int) -> Iterator[dict[str, LlamaCpp]]:
+    """A process for each kind of a GGUF file's weights, by the kind; none without a file."""
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for kind in kinds if gguf is not None else ():
+            found[kind] = LlamaCpp(converted(gguf, kind), threads)
+            stack.callback(found[kind].close)
+        yield found
+
+
+def gguf_of(options: argparse.Namespace) -> Path | None:
+    """The file for llama.cpp that a benchmark's options name, or the default model's; None where it is skipped or not known."""
+    from sirius_ext.models.hub import DEFAULT_MODEL, default_model_path
+
+    if "llama.cpp" in options.skip:
+        return None
+    return options.gguf or (default_model_path() if options.model == DEFAULT_MODEL else None)
 
 
 def server_of(model: Path | str, threads: int, context: int, mapped: bool = False):

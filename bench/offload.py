@@ -26,7 +26,7 @@ from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, random_checkpoint, shape_of
 from tables import link_busy
-from variants import advances, check_sparsities, full_of, own_arguments, own_variants, words
+from variants import advances, check_known, check_sparsities, full_of, own_arguments, own_variants, words
 
 from sirius_ext.loading import parse_weights
 from sirius_ext.models.hub import cache_dir, parse_dtype, tiers_of
@@ -208,7 +208,7 @@ def contestants(options: argparse.Namespace, model: Path) -> list[Contestant]:
         found.append(Contestant(name, job, files, full_of(weights)))
     if options.gguf is not None and "llama.cpp" not in options.skip:
         for kind in (kind for kind in options.llama_types if asked(f"llama.cpp {kind}")):
-            file = converted(options.gguf, cache_dir() / f"{options.gguf.stem}-{kind}.gguf", kind)
+            file = converted(options.gguf, kind)
             found.append(Contestant(f"llama.cpp {kind}", {"contestant": "llama.cpp", "model": str(file)}, (file,)))
     if "transformers" not in options.skip and asked(name := "transformers, disk offload"):
         found.append(Contestant(name, {"contestant": "transformers", "model": str(model)}, (model,)))
@@ -311,10 +311,8 @@ def check(options: argparse.Namespace) -> None:
         parse_weights(weights)
     parse_dtype(options.dtype)
     check_sparsities(options.sparsities)
-    if unknown := set(options.llama_types) - set(KINDS):
-        raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
-    if unknown := set(options.prompts) - set(PROMPTS):
-        raise ValueError(f"prompts: not known: {', '.join(sorted(unknown))}")
+    check_known("llama_types", options.llama_types, KINDS)
+    check_known("prompts", options.prompts, PROMPTS)
     if options.gguf is not None and not options.gguf.is_file():
         raise ValueError(f"gguf: there is no file {options.gguf}")
     if options.shape is None:

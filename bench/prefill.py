@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 from common import alternate, console, header, save
-from llama_cpp import KINDS, LlamaCpp, converted
+from llama_cpp import KINDS, LlamaCpp, gguf_of, running
 from prompts import PROMPTS
 from rich.table import Table
-from variants import numbers, words
+from variants import check_known, numbers, words
 
 from sirius_ext import Engine, SiriusConfig
 from sirius_ext.engine import prepare, release
-from sirius_ext.models.hub import DEFAULT_MODEL, cache_dir, default_model_path, parse_dtype
+from sirius_ext.loading import DEFAULT_MODEL, WEIGHTS
+from sirius_ext.models.hub import parse_dtype
 
 
 def ours(engine: Engine, ids: torch.Tensor) -> float:
@@ -43,21 +44,18 @@ def llama_cpp(process: LlamaCpp, ids: torch.Tensor) -> float:
     return ids.shape[1] / process.generate(ids[0].tolist(), 1)["prompt_seconds"]
 
 
-def contestants(options: argparse.Namespace, engines: dict[str, Engine]) -> tuple[dict[str, Callable], list[LlamaCpp]]:
-    """By name: what reads a prompt. And the processes to be closed."""
-    found: dict[str, Callable] = {}
-    processes = []
+def contestants(
+    options: argparse.Namespace, engines: dict[str, Engine], processes: dict[str, LlamaCpp]
+) -> dict[str, Callable[[torch.Tensor], float]]:
+    """By name: what reads a prompt."""
+    found: dict[str, Callable[[torch.Tensor], float]] = {}
     if "transformers" not in options.skip and "plain" in engines:
         found["transformers"] = lambda ids: transformers(engines["plain"], ids)
     for weights, engine in engines.items():
         found[f"ours, {weights}"] = lambda ids, engine=engine: ours(engine, ids)
-    gguf = options.gguf or (default_model_path() if options.model == DEFAULT_MODEL else None)
-    if "llama.cpp" not in options.skip and gguf is not None:
-        for kind in options.llama_types:
-            file = converted(gguf, cache_dir() / f"{gguf.stem}-{kind}.gguf", kind)
-            processes.append(LlamaCpp(file, torch.get_num_threads()))
-            found[f"llama.cpp, {kind}"] = lambda ids, process=processes[-1]: llama_cpp(process, ids)
-    return found, processes
+    for kind, process in processes.items():
+        found[f"llama.cpp, {kind}"] = lambda ids, process=process: llama_cpp(process, ids)
+    return found
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
     parser.add_argument("--llama-types", type=words, default="own", help=f"of {', '.join(KINDS)}; own is the file as it is")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--weights", type=words, default="plain,q8,q4", help="of plain, q8, q4")
+    parser.add_argument("--weights", type=words, default=",".join(WEIGHTS), help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--lengths", type=numbers(int), default="64,256,1024,2048", help="of prompts, in tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", type=words, default="", help="of transformers, llama.cpp")
@@ -75,10 +73,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     try:
-        if unknown := set(options.llama_types) - set(KINDS):
-            raise ValueError(f"llama_types: not known: {', '.join(sorted(unknown))}")
-        if unknown := set(options.weights) - {"plain", "q8", "q4"}:
-            raise ValueError(f"weights: not known: {', '.join(sorted(unknown))}")
+        check_known("llama_types", options.llama_types, KINDS)
+        check_known("weights", options.weights, WEIGHTS)
         if not options.lengths or min(options.lengths) < 1:
             raise ValueError(f"lengths: expected numbers of tokens, got {options.lengths}")
         parse_dtype(options.dtype)
@@ -100,10 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     text = next(iter(engines.values())).tokenizer("\n\n".join(PROMPTS.values()), return_tensors="pt").input_ids
     text = text.repeat(1, -(-max(options.lengths) // text.shape[1]))
-    found, processes = contestants(options, engines)
-    table = Table("prompt", *found, title=f"{options.model}, {options.dtype}: tokens of a prompt per second")
     results = []
-    try:
+    with running(gguf_of(options), options.llama_types, torch.get_num_threads()) as processes:
+        found = contestants(options, engines, processes)
+        table = Table("prompt", *found, title=f"{options.model}, {options.dtype}: tokens of a prompt per second")
         for length in options.lengths:
             variants = {name: lambda read=read, ids=text[:, :length]: read(ids) for name, read in found.items()}
             for warm_up in variants.values():
@@ -111,9 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rates = alternate(variants, options.rounds, f"prompts of {length} tokens")
             table.add_row(str(length), *(f"{rates[name]:.0f}" for name in found))
             results += [{"variant": name, "length": length, "tokens_per_second": rate} for name, rate in rates.items()]
-    finally:
-        for process in processes:
-            process.close()
     console.print(table)
     about = {"benchmark": "prefill", "model": str(options.model), "dtype": options.dtype, "rounds": options.rounds}
     save(options.out, {**about, "results": results})

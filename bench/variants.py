@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from sirius_ext import SiriusConfig
@@ -52,10 +52,15 @@ def own_arguments(parser: argparse.ArgumentParser, default: Callable[[str], str]
     parser.add_argument("--lookup", action="store_true", help="also with copies from the text" + limits)
 
 
-def check_sparsities(given: list[str], known: tuple[str, ...] = ("csparse", "csparse-fixed", "fsparse", "cascade")) -> None:
-    """ValueError that names those which are not known."""
+def check_known(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError that names the words of a flag which are not known."""
     if unknown := set(given) - set(known):
-        raise ValueError(f"sparsities: not known: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{flag}: not known: {', '.join(sorted(unknown))}")
+
+
+def check_sparsities(given: list[str], known: tuple[str, ...] = ("csparse", "csparse-fixed", "fsparse", "cascade")) -> None:
+    """As `check_known`."""
+    check_known("sparsities", given, known)
 
 
 def full_of(weights: str) -> str:
