@@ -70,12 +70,6 @@ struct SlotList {
   int first, n;
 };
 
-__device__ __forceinline__ void prefetch([[maybe_unused]] const void* at) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-#endif
-}
-
 // 16 bytes of keys or values, `Bytes` after `at`; they stay in L2 for blocks of other queries. `into` stays what it is unless
 // they are `there`: what it was is as good wherever nothing is. As load_weights, but not by the path for what no kernel writes:
 // the kernel before wrote some of it.

@@ -283,6 +283,12 @@ __device__ __forceinline__ Packed<uint32_t, 2> load_two_words(const void* at, bo
   return out;
 }
 
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* at) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 // Activations, caches: read again soon. `at` is a multiple of 16.
 template <class T>
 __device__ __forceinline__ Vec<T> load(const T* at) {
@@ -356,15 +362,24 @@ __device__ __forceinline__ float warp_max(float value) {
   return warp_reduce(value, [](float a, float b) { return a > b ? a : b; });
 }
 
+// counter + 1, atomically; returns what it was. What this thread wrote before, and what its block did before a barrier, is
+// visible to whoever arrives later, and what those who came before it wrote is visible to this one.
+__device__ __forceinline__ int32_t arrive(int32_t* counter) {
+#if defined(__CUDA_ARCH__)
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+#else
+  return atomicAdd(counter, 1);
+#endif
+}
+
 // Whether this is the last of `blocks` blocks to arrive; true in all its threads or in none. What the others wrote before is then
-// visible: a barrier orders what a block's threads have written before the fence of the one that arrives for all. The counter
-// starts at zero and is zero again when the last block has arrived. `memory`: one int of shared memory.
+// visible. The counter starts at zero and is zero again when the last block has arrived. `memory`: one int of shared memory.
 __device__ __forceinline__ bool last_block(int32_t* counter, int blocks, int32_t* memory) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    const int32_t arrived = atomicAdd(counter, 1);
-    __threadfence();
+    const int32_t arrived = arrive(counter);
     *memory = arrived == blocks - 1;
     if (arrived == blocks - 1) *counter = 0;
   }
@@ -387,18 +402,40 @@ struct Divisor {
 
 // ------------------------------------------------------------------------------------------------- elementwise functions
 
+// 1 / sqrt(x) and a / b for normal numbers, to the last bit or two: all of their bits would take a GPU some hundred instructions
+// each, on the way of all that comes after them.
+__device__ __forceinline__ float inverse_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+
+__device__ __forceinline__ float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+#else
+  return a / b;
+#endif
+}
+
 __device__ __forceinline__ float activate(Activation activation, float x) {
   // 1 + tanh(y) is 2 / (1 + exp(-2 y)): both functions are x times a sigmoid.
   const float y = activation == Activation::silu ? x : 1.5957691216057308f * fmaf(0.044715f * x * x, x, x);
-  return x / (1.0f + expf(-y));
+  return quotient(x, 1.0f + expf(-y));
 }
 
 // softcap(v), where softcap is not 0.
-__device__ __forceinline__ float capped(float v, float softcap) { return softcap * tanhf(v / softcap); }
+__device__ __forceinline__ float capped(float v, float softcap) { return softcap * tanhf(quotient(v, softcap)); }
 
 // softcap(scale * sum) + residual. The last two operations are one, in all kernels alike.
 __device__ __forceinline__ float scaled(float sum, float scale, float softcap, float residual) {
-  return softcap != 0.0f ? fmaf(softcap, tanhf(scale * sum / softcap), residual) : fmaf(scale, sum, residual);
+  return softcap != 0.0f ? fmaf(softcap, tanhf(quotient(scale * sum, softcap)), residual) : fmaf(scale, sum, residual);
 }
 
 // ---------------------------------------------------------------------------------------------------------- dispatching

@@ -1,11 +1,12 @@
 // Rows of weights, wherever they are, times 1..16 rows of input: what gate, up and the projections of attention share.
 //
-// A block has up to sixteen rows of each of its matrices; its warps take turns at 128 bytes of every row, and their sums are
+// A tile is up to sixteen rows of each matrix. A block's warps take turns at 128 bytes of every row of it, and their sums are
 // added up in order. How a row is cut depends on its length alone, so a column's bits depend neither on the other columns nor on
 // the grid. Bytes that must move: the weights', once for every 16 rows of input. Input comes from L1, or one row from shared
 // memory.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "mma.cuh"
@@ -38,11 +39,23 @@ constexpr int kLargestRow = 16384;
 constexpr int kLongestStep = kNibbleStep * q4::kGroup;
 __host__ __device__ constexpr int filled_up(int width) { return ceil_div(width, kLongestStep) * kLongestStep; }
 
+// What a warp needs in shared memory to multiply rows of a matrix.
+template <class T, class W, int Columns>
+struct ScratchOf {
+  using type = typename WeightRow<T, W, true>::Scratch;
+};
+template <class T, int Columns>
+struct ScratchOf<T, Nibbles, Columns> {
+  using type = NibbleCodes<(Columns > 1)>;
+};
+
 template <class T, class W, int Columns, int Matrices>
 struct alignas(16) DotShared {
-  // Of a warp: first what it needs to read weights, then its sums.
+  using Scratch = typename ScratchOf<T, W, Columns>::type[Matrices];
+
+  // Of a warp: first what it needs to multiply, then its sums.
   union Warp {
-    typename WeightRow<T, W, true>::Scratch scratch[Matrices];
+    Scratch scratch;
     float parts[Matrices][kTileRows][Columns];
   };
   Warp warps[kDotWarps];
@@ -124,14 +137,6 @@ class InputRows {
     load<q4::kGroup / 2>(group * q4::kGroup + lane_part() * kTogether<T>, out);
   }
 
-  // What those of two groups each add up to.
-  struct Totals {
-    __device__ __forceinline__ typename Sums::Totals of(int, const Vec<T> (&x)[Sums::kInputs]) const {
-      return typename Sums::Totals(x);
-    }
-  };
-  __device__ __forceinline__ Totals totals(int) const { return {}; }
-
   // The same of elements k and on, as `load_halves` has them.
   template <int Apart = kTogether<T>>
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[Sums::kInputs]) const {
@@ -173,15 +178,19 @@ class InputRows<T, W, Aligned, 1> {
     constexpr int kStride = kDotWarps * kWarp;
     const int vectors = in.width / Vec<T>::size, all = filled_up(in.width) / Vec<T>::size;
     // Zeros after the row. With nibbles they are brought by the warp that has the vectors before them.
+#pragma unroll 1
     for (int i = int(threadIdx.x) + (kGroups ? vectors / kStride * kStride : vectors); i < all; i += kStride)
       if (!kGroups || i >= vectors) put(i, {});
     if (!weights) {
+#pragma unroll 2
       for (int i = int(threadIdx.x); i < vectors; i += kStride) put(i, cuda::load(x + i * Vec<T>::size));
     } else {
       const float sum = warp_squares<Aligned>(x, in.width);
       if (threadIdx.x % kWarp == 0) shared.squares[0][threadIdx.x / kWarp] = sum;
       __syncthreads();
       const float scale = inverse_rms(shared.squares[0], in.width, in.norm.eps);
+// Codes of eight bits leave no registers for two.
+#pragma unroll(std::is_same_v<W, Q8<false>> ? 1 : 2)
       for (int i = int(threadIdx.x); i < vectors; i += kStride) {
         const Vec<T> from = cuda::load(x + i * Vec<T>::size), weight = cuda::load(weights + i * Vec<T>::size);
         float normed[Vec<T>::size];
@@ -198,18 +207,11 @@ class InputRows<T, W, Aligned, 1> {
 
   __device__ __forceinline__ void load(int k, Vec<T> (&out)[1]) const { out[0] = row_[unsigned(k) / Vec<T>::size]; }
 
-  __device__ __forceinline__ void load_group(int group, Vec<T> (&out)[1]) const {
-    out[0] = row_[group * kGroupVectors + lane_part()];
-  }
+  __device__ __forceinline__ Vec<T> load_group(int group) const { return row_[group * kGroupVectors + lane_part()]; }
 
-  struct Totals {
-    Packed<float, 2> two;
-    __device__ __forceinline__ typename Tile<T, 1>::Totals of(int i, const Vec<T> (&)[1]) const {
-      return typename Tile<T, 1>::Totals(two[i]);
-    }
-  };
-  __device__ __forceinline__ Totals totals(int group) const {
-    return {*reinterpret_cast<const Packed<float, 2>*>(totals_ + group)};
+  // What this group and the next one add up to.
+  __device__ __forceinline__ Packed<float, 2> totals(int group) const {
+    return *reinterpret_cast<const Packed<float, 2>*>(totals_ + group);
   }
 
  private:
@@ -257,6 +259,7 @@ struct Products {
   static constexpr int kStep = kParts * kPart;
   static constexpr bool kAhead = sizeof(T) == 2 && Aligned;  // the other bodies stay small
   using Scratch = NoScratch[Matrices];
+  using Sums = Tile<T, Columns>;
 
   WeightRow<T, W, Aligned> rows[Matrices][2];
   Vec<T> loaded[kParts][Matrices][2], weights[kParts][Matrices][2];
@@ -285,7 +288,7 @@ struct Products {
   }
 
   __device__ __forceinline__ void multiply(int step, const InputRows<T, W, Aligned, Columns>& input, Scratch&,
-                                           Tile<T, Columns> (&tiles)[Matrices]) const {
+                                           Sums (&tiles)[Matrices]) const {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       Vec<T> x[Tile<T, Columns>::kInputs];
@@ -302,6 +305,7 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   static constexpr int kStep = kStepGroups;
   static constexpr bool kAhead = Columns * Matrices < 32;
   using Scratch = Q8Codes[Matrices];
+  using Sums = Tile<T, Columns>;
 
   WeightRow<T, Q8<false>, Aligned> rows[Matrices][2];
   Q8Group<false> loaded[Matrices][2];
@@ -327,7 +331,7 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   }
 
   __device__ __forceinline__ void multiply(int step, const InputRows<T, Q8<false>, Aligned, Columns>& input, Scratch& codes,
-                                           Tile<T, Columns> (&tiles)[Matrices]) const {
+                                           Sums (&tiles)[Matrices]) const {
     // Beyond the last group scales and input are zero.
 #pragma unroll(!Aligned ? 1 : Columns == 1 ? kStepGroups : 2)
     for (int i = 0; i < kStepGroups; ++i) {
@@ -344,12 +348,14 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   }
 };
 
-// The same of nibbles. A warp loads eight groups of a row at a time, 128 bytes and a header.
+// The same of nibbles. A warp loads eight groups of a row at a time, 128 bytes and a header. What two groups give is added up
+// first, and that to the sums: as one row of input has it, see below.
 template <class T, bool Aligned, int Columns, int Matrices>
 struct Products<T, Nibbles, Aligned, Columns, Matrices> {
   static constexpr int kStep = kNibbleStep;
   static constexpr bool kAhead = Columns * Matrices < 32;
-  using Scratch = NibbleCodes[Matrices];
+  using Scratch = NibbleCodes<true>[Matrices];
+  using Sums = Tile<T, Columns>;
 
   WeightRow<T, Nibbles, Aligned> rows[Matrices][2];
   NibbleGroups loaded[Matrices][2];
@@ -369,94 +375,229 @@ struct Products<T, Nibbles, Aligned, Columns, Matrices> {
   __device__ __forceinline__ void take(const Input& in, Scratch& codes) {
     __syncwarp();  // all lanes have used the nibbles before
 #pragma unroll
-    for (int m = 0; m < Matrices; ++m) codes[m].template put<T>(in.format, loaded[m]);
+    for (int m = 0; m < Matrices; ++m) {
+      codes[m].template put<T>(loaded[m]);
+      codes[m].put_affine(NibbleAffine(in.format, {loaded[m][0].header, loaded[m][1].header}));
+    }
     __syncwarp();
   }
 
   __device__ __forceinline__ void multiply(int step, const InputRows<T, Nibbles, Aligned, Columns>& input, Scratch& codes,
-                                           Tile<T, Columns> (&tiles)[Matrices]) const {
+                                           Sums (&tiles)[Matrices]) const {
     // Beyond the last group scales, minima and input are zero.
 #pragma unroll 1
     for (int first = 0; first < kNibbleStep; first += 2) {
       Vec<uint32_t> words[Matrices];
 #pragma unroll
       for (int m = 0; m < Matrices; ++m) words[m] = codes[m].two_groups(first);
-      const auto totals = input.totals(step + first);
+      Sums two[Matrices];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        Vec<T> x[Tile<T, Columns>::kInputs];
+        Vec<T> x[Sums::kInputs];
         input.load_group(step + first + i, x);
-        const auto total = totals.of(i, x);
+        const typename Sums::Totals total(x);
 #pragma unroll
         for (int m = 0; m < Matrices; ++m) {
           const Vec<float> affine = codes[m].groups[first + i].affine[lane_row()];
-          tiles[m].add_scaled(eight_numbers<T>(words[m].words[2 * i]), eight_numbers<T>(words[m].words[2 * i + 1]), affine[0],
-                              affine[2], x);
-          tiles[m].add_totals(total, affine[1], affine[3]);
+          two[m].add_scaled(eight_numbers<T>(words[m].words[2 * i]), eight_numbers<T>(words[m].words[2 * i + 1]), affine[0],
+                            affine[2], x);
+          two[m].add_totals(total, affine[1], affine[3]);
         }
+      }
+#pragma unroll
+      for (int m = 0; m < Matrices; ++m) tiles[m].add(two[m]);
+    }
+  }
+};
+
+// Of one row of input, the sums of a warp's tile: in every lane those of rows g and g + 8.
+struct RowSums {
+  float of[2] = {};
+
+  __device__ __forceinline__ void put(float (&out)[kTileRows][1]) const {
+    if (lane_part() == 0)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) out[lane_row() + half * 8][0] = of[half];
+  }
+};
+
+// The same with one row of input, where tensor cores have eight columns: the eight groups of a step have one each, as if they
+// were rows of input that are zero but for a group. So the sums of all groups come about side by side, and lane 4 g + t then has
+// those of rows g and g + 8 in groups 2 t and 2 t + 1: the ones of which it has loaded the scales itself.
+template <class T, bool Aligned, int Matrices>
+struct Products<T, Nibbles, Aligned, 1, Matrices> {
+  static constexpr int kStep = kNibbleStep;
+  static constexpr bool kAhead = true;
+  using Scratch = NibbleCodes<false>[Matrices];
+  using Sums = RowSums;
+
+  WeightRow<T, Nibbles, Aligned> rows[Matrices][2];
+  NibbleGroups loaded[Matrices][2];
+  Packed<uint32_t, 2> headers[Matrices][2];
+  NibblePlaces places;
+  Format format;
+
+  __device__ __forceinline__ explicit Products(const Input& in) : places(in.format, in.width), format(in.format) {}
+
+  __device__ __forceinline__ static int steps(int width) { return q4::groups(width); }
+
+  __device__ __forceinline__ void load(int step, const Input&) {
+#pragma unroll
+    for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) rows[m][half].template load<kAhead>(loaded[m][half], places, step);
+  }
+
+  __device__ __forceinline__ void take(const Input&, Scratch& codes) {
+    __syncwarp();  // all lanes have used the nibbles before
+#pragma unroll
+    for (int m = 0; m < Matrices; ++m) {
+      codes[m].template put<T>(loaded[m]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) headers[m][half] = loaded[m][half].header;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void multiply(int step, const InputRows<T, Nibbles, Aligned, 1>& input, Scratch& codes,
+                                           Sums (&sums)[Matrices]) const {
+    const Vec<T> x = input.load_group(step + lane_row());
+    float products[Matrices][4] = {};
+#pragma unroll
+    for (int first = 0; first < kNibbleStep; first += 2) {
+      Vec<uint32_t> words[Matrices];
+#pragma unroll
+      for (int m = 0; m < Matrices; ++m) words[m] = codes[m].two_groups(first);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Vec<T> column{};
+        if (lane_row() == first + i) column = x;
+#pragma unroll
+        for (int m = 0; m < Matrices; ++m)
+          multiply_rows<T>(products[m], eight_numbers<T>(words[m].words[2 * i]), eight_numbers<T>(words[m].words[2 * i + 1]),
+                           column);
+      }
+    }
+    const Packed<float, 2> totals = input.totals(step + 2 * lane_part());
+#pragma unroll
+    for (int m = 0; m < Matrices; ++m) {
+      const NibbleAffine affine(format, headers[m]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float two = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          two = fmaf(totals[i], affine.of[i][half].minimum, fmaf(products[m][2 * half + i], affine.of[i][half].scale, two));
+        // In the order of the groups.
+#pragma unroll
+        for (int part = 0; part < 4; ++part) sums[m].of[half] += __shfl_sync(kAllLanes, two, part, 4);
       }
     }
   }
 };
 
-// Leaves every sum of the block's tiles in `shared`. row_at(matrix, row): the WeightRow of one of the 16 rows of a matrix, of
-// which each must be readable. The first weights are on their way before the kernel before has ended. Returns the rows of input.
-template <class T, class W, bool Aligned, int Columns, int Matrices, class RowAt>
-__device__ __forceinline__ int dot_rows(const Input& in, DotShared<T, W, Columns, Matrices>& shared, RowAt&& row_at) {
+// finish(tile, rows of input) for each of the block's tiles, when all of a tile's sums are in `shared`. line_at(tile, row): which
+// row is one of a tile's sixteen, as row_at(matrix, line) wants it for the WeightRow; each must be readable. The first weights
+// are on their way before the kernel before has ended.
+//
+// A block has one tile; or with `Several` each gridDim.x-th, and then the first weights of the next one are on their way while
+// the last of this one are multiplied. Between one block's end and the next one's begin memory would have nothing to do. But it
+// costs a step some twenty instructions, which is worth it where there are far more tiles than blocks run at a time.
+template <bool Several, class T, class W, bool Aligned, int Columns, int Matrices, class LineAt, class RowAt, class Finish>
+__device__ __forceinline__ void for_each_tile(const Input& in, DotShared<T, W, Columns, Matrices>& shared, int tiles,
+                                              LineAt&& line_at, RowAt&& row_at, Finish&& finish) {
   using Part = Products<T, W, Aligned, Columns, Matrices>;
   const int warp = int(threadIdx.x) / kWarp, begin = warp * Part::kStep, end = Part::steps(in.width);
   auto& scratch = shared.warps[warp].scratch;
   Part part(in);
+  int lines[2];
+  const auto look_up = [&](int tile) {
 #pragma unroll
-  for (int m = 0; m < Matrices; ++m)
+    for (int half = 0; half < 2; ++half) lines[half] = line_at(tile, lane_row() + half * 8);
+  };
+  const auto point_to_lines = [&] {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) part.rows[m][half] = row_at(m, lane_row() + half * 8);
+    for (int m = 0; m < Matrices; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) part.rows[m][half] = row_at(m, lines[half]);
+  };
+  int tile = int(blockIdx.x);
+  look_up(tile);
+  point_to_lines();
+  prefetch_norm(in.norm.weight, in.width * int(sizeof(T)));
   if (Part::kAhead) part.load(begin, in);
 
   wait_for_kernel_before();
   InputRows<T, W, Aligned, Columns> input;
   input.begin(in, shared);
-  Tile<T, Columns> tiles[Matrices];
-  in_steps<Part::kAhead>(
-      begin, end, kDotWarps * Part::kStep, [&](int step) { part.load(step, in); }, [&] { part.take(in, scratch); },
-      [&](int step) { part.multiply(step, input, scratch, tiles); });
-  __syncwarp();  // the sums are put where the scratch was
+  const int left = in.num_rows - int(blockIdx.y) * kTileRows, input_rows = left < Columns ? left : Columns;
+#pragma unroll 1
+  while (true) {
+    const int next = tile + int(gridDim.x);
+    const bool more = Several && next < tiles;
+    if (more) look_up(next);
+    typename Part::Sums sums[Matrices];
+    in_steps<Part::kAhead>(
+        begin, end, kDotWarps * Part::kStep,
+        [&](int step) {
+          if (Part::kAhead && more && step >= end) {
+            point_to_lines();
+            step = begin;
+          }
+          part.load(step, in);
+        },
+        [&] { part.take(in, scratch); }, [&](int step) { part.multiply(step, input, scratch, sums); });
+    __syncwarp();  // the sums are put where the scratch was
 #pragma unroll
-  for (int m = 0; m < Matrices; ++m) tiles[m].put(shared.warps[warp].parts[m]);
-  __syncthreads();
-  const int rows = in.num_rows - int(blockIdx.y) * kTileRows;
-  return rows < Columns ? rows : Columns;
+    for (int m = 0; m < Matrices; ++m) sums[m].put(shared.warps[warp].parts[m]);
+    __syncthreads();
+    finish(tile, input_rows);
+    if (!more) return;
+    if (!Part::kAhead) point_to_lines();
+    tile = next;
+    __syncthreads();  // the scratch comes where the sums were
+  }
 }
 
 // body(row of the tile, row of the input) for every sum, one thread each.
 template <int Columns, class Body>
 __device__ __forceinline__ void for_each_sum(int rows, int input_rows, Body&& body) {
-  for (int i = int(threadIdx.x); i < kTileRows * Columns; i += kDotWarps * kWarp)
-    if (i % kTileRows < rows && i / kTileRows < input_rows) body(i % kTileRows, i / kTileRows);
+  static_assert(kTileRows * Columns <= kDotWarps * kWarp);
+  const int i = int(threadIdx.x), row = i % kTileRows, column = i / kTileRows;
+  if (row < rows && column < input_rows) body(row, column);
 }
 
-// What a block takes of a matrix's rows, from `begin` on: up to sixteen, and fewer where all multiprocessors then have more
+// How a matrix's rows, from `begin` on, are cut into tiles: up to sixteen, and fewer where all multiprocessors then have more
 // equally much to read.
 struct Tiling {
-  int rows, of_tile, begin;
+  int rows, of_tile, begin, tiles, blocks;
 
-  explicit Tiling(int rows_, int begin_ = 0) : rows(rows_), of_tile(kTileRows), begin(begin_) {
+  // most: blocks that there shall be, each with several tiles if need be. 0: one for each tile.
+  explicit Tiling(int rows_, int begin_ = 0, int most = 0) : rows(rows_), of_tile(kTileRows), begin(begin_) {
     const int processors = multiprocessors();
-    const auto busiest = [&](int each) { return ceil_div(ceil_div(rows, each), processors) * each; };  // rows that it reads
+    const auto blocks_of = [&](int each) {
+      const int tiles = ceil_div(rows, each);
+      return most > 0 && most < tiles ? most : tiles;
+    };
+    const auto busiest = [&](int each) {  // rows that a multiprocessor reads at most
+      return ceil_div(ceil_div(rows, each), blocks_of(each)) * ceil_div(blocks_of(each), processors) * each;
+    };
     // Tiles that are not full cost instructions.
     for (int each = kTileRows - 1; each >= kTileRows * 3 / 4; --each)
       if (busiest(each) * 32 <= busiest(of_tile) * 31) of_tile = each;
+    tiles = ceil_div(rows, of_tile);
+    blocks = blocks_of(of_tile);
   }
 
-  dim3 grid(int num_rows) const { return dim3(ceil_div(rows, of_tile), ceil_div(num_rows, kTileRows)); }
+  dim3 grid(int num_rows) const { return dim3(blocks, ceil_div(num_rows, kTileRows)); }
 
-  __device__ __forceinline__ int first() const { return begin + int(blockIdx.x) * of_tile; }
-  __device__ __forceinline__ int count() const {
-    const int left = rows - int(blockIdx.x) * of_tile;
+  __device__ __forceinline__ int first(int tile) const { return begin + tile * of_tile; }
+  __device__ __forceinline__ int count(int tile) const {
+    const int left = rows - tile * of_tile;
     return left < of_tile ? left : of_tile;
   }
-  // One of the tile's sixteen rows. What is no row of this block is its last one: the same bytes, which are loaded once.
-  __device__ __forceinline__ int at(int row) const { return first() + (row < count() ? row : count() - 1); }
+  // One of a tile's sixteen rows. What is no row of it is its last one: the same bytes, which are loaded once.
+  __device__ __forceinline__ int at(int tile, int row) const { return first(tile) + (row < count(tile) ? row : count(tile) - 1); }
 };
 
 // Whether every row of a [*, width] array of T can be read by 16-byte loads.

@@ -59,6 +59,28 @@ int parts_of(int stretches, int resident, int num_neurons) {
 template <class T>
 using Quad = Packed<T, kLaneNeurons>;
 
+// A coefficient times its neuron's scale, as two numbers of bf16: their sum.
+struct ScaledQuad {
+  Quad<bf16_t> first, rest;
+
+  template <class T>
+  __device__ __forceinline__ ScaledQuad(const Quad<T>& x, const Vec<float>& scales) {
+    float product[kLaneNeurons], beyond[kLaneNeurons];
+#pragma unroll
+    for (int k = 0; k < kLaneNeurons; ++k) product[k] = x[k] * scales[k];
+    first = Quad<bf16_t>::rounded(product);
+#pragma unroll
+    for (int k = 0; k < kLaneNeurons; ++k) beyond[k] = product[k] - first[k];
+    rest = Quad<bf16_t>::rounded(beyond);
+  }
+
+  // sums += a times the column of input that this is.
+  __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4]) const {
+    mma<bf16_t>(sums, {{a[0], a[1], a[2], a[3]}, {first.words[0], first.words[1]}});
+    mma<bf16_t>(sums, {{a[0], a[1], a[2], a[3]}, {rest.words[0], rest.words[1]}});
+  }
+};
+
 // The sums of a warp: kStretch columns of out by Columns rows of input.
 template <class T, class W, int Columns>
 class Sums {
@@ -145,18 +167,9 @@ class Sums<T, Q8<kUpper>, Columns> {
       const Vec<float> scales = load(codes.scales[group] + lane_part() * kLaneNeurons);
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) {
-        float product[kLaneNeurons], beyond[kLaneNeurons];
+        const ScaledQuad scaled(x[i], scales);
 #pragma unroll
-        for (int k = 0; k < kLaneNeurons; ++k) product[k] = x[i][k] * scales[k];
-        const auto first = Quad<bf16_t>::rounded(product);
-#pragma unroll
-        for (int k = 0; k < kLaneNeurons; ++k) beyond[k] = product[k] - first[k];
-        const auto rest = Quad<bf16_t>::rounded(beyond);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {first.words[0], first.words[1]}});
-          mma<bf16_t>(sums_[group][j][i], {{a[j][0], a[j][1], a[j][2], a[j][3]}, {rest.words[0], rest.words[1]}});
-        }
+        for (int j = 0; j < 2; ++j) scaled.multiply(sums_[group][j][i], a[j]);
       }
     }
   }
@@ -182,6 +195,61 @@ class Sums<T, Q8<kUpper>, Columns> {
   float sums_[kStepGroups][2][kInputs][4] = {};
 };
 
+// The upper nibbles of sixteen neurons' codes, and their scales, in a warp's shared memory.
+struct alignas(16) UpperCodes {
+  NibbleQuads quads;
+  float scales[kStepGroups][kTileRows + 8];  // neurons apart: 32 lanes write to 32 banks
+
+  __device__ __forceinline__ void put(int neuron, int group, const Q8Group<true>& from) {
+    quads.put(neuron % 8, neuron / 8, group, from.upper);
+    scales[group][neuron] = to_float(from.scale);
+  }
+};
+
+// The same of the upper nibbles alone with one row of input, where tensor cores have eight columns: four of them are the row
+// times the scales of the stretch's four groups. A tile has columns of `out` from two groups, and each counts where its group is.
+template <class T>
+class Sums<T, Q8<true>, 1> {
+ public:
+  static constexpr int kInputs = 1;
+  __device__ static __forceinline__ int column(int) { return 0; }
+
+  __device__ __forceinline__ void add(const UpperCodes& codes, const Quad<T> (&x)[1]) {
+    const ScaledQuad scaled(x[0], load(codes.scales[lane_row() % kStepGroups] + lane_part() * kLaneNeurons));
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      uint32_t words[kLaneNeurons];
+#pragma unroll
+      for (int i = 0; i < kLaneNeurons; ++i) words[i] = codes.quads.word(lane_part(), i, lane_row() + 8 * q);
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        uint32_t a[4];
+        nibble_tile<bf16_t>(words, b, a);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) a[k] = upper_numbers(a[k], 0xc1c0c1c0u);  // 16 + code - 24
+        scaled.multiply(sums_[q][b], a);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(float (&out)[1][kStretch<T, Q8<true>>]) const {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      if (lane_part() != q) continue;
+      const int second = lane_row() / 4;  // of the tile's groups
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          out[0][(2 * q + second) * q8::kGroup + half * 16 + lane_row() % 4 * 4 + b] =
+              second ? sums_[q][b][2 * half + 1] : sums_[q][b][2 * half];
+    }
+  }
+
+ private:
+  float sums_[2][4][4] = {};
+};
+
 // 32 slots for neurons of one group, of which a lane multiplies four in each half.
 constexpr int kSlots = q4::kGroup;
 
@@ -205,7 +273,7 @@ class Sums<T, Across<kHeld>, Columns> {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int i = 0; i < kLaneNeurons; ++i) words[half][i] = codes.word(half, lane_part(), i, lane_row() + 8 * q);
+        for (int i = 0; i < kLaneNeurons; ++i) words[half][i] = codes.quads[half].word(lane_part(), i, lane_row() + 8 * q);
       // One of a word's four bytes after the other: all sums at once are more than a thread has registers for.
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
@@ -238,14 +306,10 @@ class Sums<T, Across<kHeld>, Columns> {
   }
 
  private:
-  // The tile's row g is what byte b of the neurons' words has in its lower nibble, and row g + 8 what it has in its upper one.
   __device__ static __forceinline__ void multiply(float (&sums)[kInputs][4], const uint32_t (&words)[kLaneNeurons], int b,
                                                   const Quad<T> (&x)[kInputs]) {
-    const unsigned bytes = b < 2 ? 0x5410 : 0x7632;  // of two neurons, side by side: b and its neighbour
-    const uint32_t two[2] = {__byte_perm(words[0], words[1], bytes), __byte_perm(words[2], words[3], bytes)};
     uint32_t a[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) a[k] = nibble_numbers<T>(two[k / 2], b % 2 * 8 + k % 2 * 4);
+    nibble_tile<T>(words, b, a);
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) mma<T>(sums[i], {{a[0], a[1], a[2], a[3]}, {x[i].words[0], x[i].words[1]}});
   }
@@ -253,9 +317,26 @@ class Sums<T, Across<kHeld>, Columns> {
   float sums_[2][4][kInputs][4] = {};
 };
 
+// What a warp has in shared memory of a step, and how many steps' weights it loads at a time: as many as keep memory busy.
+template <class T, class W, int Columns>
+struct StepOf {
+  using Scratch = typename WeightRow<T, W, true>::Scratch;
+  static constexpr int kTogether = 1;
+};
+template <class T>
+struct StepOf<T, Q8<true>, 1> {
+  using Scratch = UpperCodes;
+  static constexpr int kTogether = 2;
+};
+
 template <class T, class W, int Columns>
 struct Shared {
-  float sums[kWarps][Columns][kStretch<T, W>];
+  // Of a warp: first what it multiplies, then its sums.
+  union Warp {
+    typename StepOf<T, W, Columns>::Scratch scratch[StepOf<T, W, Columns>::kTogether];
+    float sums[Columns][kStretch<T, W>];
+  };
+  Warp warps[kWarps];
   int32_t last;
 };
 
@@ -326,38 +407,53 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
 
 // The same in eight bits. A lane loads a group of each of two neurons, and multiplies four columns of four neurons in each group.
 template <class T, class W, bool Aligned, int Columns, bool kUpper>
-__device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part, Q8Codes* codes,
+__device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& part,
+                                            typename StepOf<T, Q8<kUpper>, Columns>::Scratch* codes,
                                             Sums<T, Q8<kUpper>, Columns>& sums) {
   constexpr bool kAhead = kUpper || Columns == 8;
-  constexpr int kStride = kWarps * kStep;
+  constexpr int kStride = kWarps * kStep, kTogether = StepOf<T, Q8<kUpper>, Columns>::kTogether;
   const int begin = part.begin + int(threadIdx.x) / kWarp * kStep;
-  int next[2];
+  int next[kTogether][2];
   const auto look_up = [&](int first) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) next[half] = part.neuron(p, first + lane_row() + half * 8);
-  };
-  Q8Group<kUpper> loaded[2];
-  const auto load = [&](int first) {
-    const int neurons[2] = {next[0], next[1]};
-    look_up(first + kStride);
+    for (int i = 0; i < kTogether; ++i)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      WeightRow<T, W, Aligned>(p.down, neurons[half])
-          .load(loaded[half], part.column / q8::kGroup + lane_part(), p.down.cols, first + lane_row() + half * 8 < part.end);
+      for (int half = 0; half < 2; ++half) next[i][half] = part.neuron(p, first + i * kStride + lane_row() + half * 8);
+  };
+  Q8Group<kUpper> loaded[kTogether][2];
+  const auto load = [&](int first) {
+    int neurons[kTogether][2];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) neurons[i][half] = next[i][half];
+    look_up(first + kTogether * kStride);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        WeightRow<T, W, Aligned>(p.down, neurons[i][half])
+            .load(loaded[i][half], part.column / q8::kGroup + lane_part(), p.down.cols,
+                  first + i * kStride + lane_row() + half * 8 < part.end);
   };
   const auto take = [&] {
     __syncwarp();  // all lanes have used the codes before
 #pragma unroll
-    for (int half = 0; half < 2; ++half) codes->put(lane_row() + half * 8, lane_part(), loaded[half]);
+    for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) codes[i].put(lane_row() + half * 8, lane_part(), loaded[i][half]);
     __syncwarp();
   };
   look_up(begin);
   if (kAhead) load(begin);
   wait_for_kernel_before();
-  in_steps<kAhead>(begin, part.end, kStride, load, take, [&](int first) {
-    Quad<T> inputs[Sums<T, W, Columns>::kInputs];
-    part.template load<Sums<T, W, Columns>>(p, first + lane_part() * kLaneNeurons, inputs);
-    sums.add(*codes, inputs);
+  in_steps<kAhead>(begin, part.end, kTogether * kStride, load, take, [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      Quad<T> inputs[Sums<T, W, Columns>::kInputs];
+      part.template load<Sums<T, W, Columns>>(p, first + i * kStride + lane_part() * kLaneNeurons, inputs);
+      sums.add(codes[i], inputs);
+    }
   });
   __syncwarp();  // the sums are put where the codes were
 }
@@ -452,13 +548,11 @@ __device__ __forceinline__ void add_neurons(const DownParams& p, const Part<T>& 
 // grid: [stretches of columns, rows of input / 16, parts of the neurons]
 template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4            ? 1
-                                                  : Columns == 8 && Aligned ? kResident<T, W>
+                                                  : Columns <= 8 && Aligned ? kResident<T, W>
                                                                             : 2))
     down_kernel(const DownParams p, const Workspace workspace, int first_row) {
   auto& shared = shared_memory<Shared<T, W, Columns>>();
   constexpr int stretch = kStretch<T, W>;
-  using Scratch = typename WeightRow<T, W, Aligned>::Scratch;
-  static_assert(sizeof(Scratch) <= sizeof(shared.sums[0]), "a warp's scratch lies where its sums are put");
   if ((p.neurons || p.num_neurons_at) && !p.settled) wait_for_kernel_before();
   const int neurons = p.num_neurons_at ? *p.num_neurons_at : p.num_neurons, hidden = p.down.cols;
   const int row = first_row + int(blockIdx.y) * kTileRows, rows = p.num_rows - row < Columns ? p.num_rows - row : Columns;
@@ -468,9 +562,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4            ? 1
   const T* x = static_cast<const T*>(p.x) + size_t(row) * p.num_neurons;
 
   Sums<T, W, Columns> sums;
-  add_neurons<T, W, Aligned, Columns>(p, {x, rows, begin, end, column},
-                                      reinterpret_cast<Scratch*>(shared.sums[threadIdx.x / kWarp]), sums);
-  sums.put(shared.sums[threadIdx.x / kWarp]);
+  auto& warp = shared.warps[threadIdx.x / kWarp];
+  add_neurons<T, W, Aligned, Columns>(p, {x, rows, begin, end, column}, warp.scratch, sums);
+  sums.put(warp.sums);
   __syncthreads();
 
   const auto finish = [&](int m, int c, float sum) {
@@ -484,9 +578,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, (sizeof(T) == 4            ? 1
   for (int i = int(threadIdx.x); i < Columns * stretch; i += kWarps * kWarp) {
     const int m = i / stretch, c = i % stretch;
     if (m >= rows || c >= columns) continue;
-    float sum = shared.sums[0][m][c];
+    float sum = shared.warps[0].sums[m][c];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += shared.sums[w][m][c];
+    for (int w = 1; w < kWarps; ++w) sum += shared.warps[w].sums[m][c];
     if (parts == 1)
       finish(m, c, sum);
     else
@@ -533,7 +627,11 @@ void down(const DownParams& p, Workspace workspace, StreamHandle stream) {
               "down", grid, kWarps * kWarp, sizeof(Shared<T, W, columns.value>), stream, p, workspace, first * kTileRows);
         }
       };
-      const auto for_speed = [&](auto aligned) { with_columns(p.num_rows, [&](auto columns) { start(aligned, columns); }); };
+      const auto for_speed = [&](auto aligned) {
+        if constexpr (std::is_same_v<W, Q8<true>>)
+          if (p.num_rows == 1) return start(aligned, std::integral_constant<int, 1>());
+        with_columns(p.num_rows, [&](auto columns) { start(aligned, columns); });
+      };
       if constexpr (std::is_same_v<W, Plain>)
         with_flag(weights_aligned<T>(p.down), for_speed);
       else if constexpr (sizeof(T) == 2)

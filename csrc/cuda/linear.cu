@@ -19,28 +19,32 @@ struct Place {
   }
 };
 
-// grid: [outputs of some parts / a tile's, rows of input / 16]
+// grid: [tiles of some parts' outputs, rows of input / 16]
 template <class T, class W, bool Aligned, int Columns>
 __global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
     linear_kernel(const LinearParams p, const Norm norm, const Tiling tiling, Format format) {
   auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
   const Input in{p.x, norm, p.num_rows, p.parts[0].weight.cols, format};
-  const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int, int row) {
-    const Place at(p, tiling.at(row));
-    return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight, at.row);
-  });
-  for_each_sum<Columns>(tiling.count(), input_rows, [&](int row, int column) {
-    const size_t to = (size_t(blockIdx.y) * kTileRows + column) * p.out_features + tiling.first() + row;
-    const Place at(p, tiling.first() + row);
-    float sum = shared.sum(0, row, column);
-    if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) sum += to_float(bias[at.row]);
-    const float residual = p.residual ? to_float(static_cast<const T*>(p.residual)[to]) : 0.0f;
-    const float value = scaled(sum, p.scale, p.softcap, residual);
-    if (p.out_f32)
-      static_cast<float*>(p.out)[to] = value;
-    else
-      static_cast<T*>(p.out)[to] = from_float<T>(value);
-  });
+  for_each_tile<false, T, W, Aligned>(
+      in, shared, tiling.tiles, [&](int tile, int row) { return tiling.at(tile, row); },
+      [&](int, int line) {
+        const Place at(p, line);
+        return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight, at.row);
+      },
+      [&](int tile, int input_rows) {
+        for_each_sum<Columns>(tiling.count(tile), input_rows, [&](int row, int column) {
+          const size_t to = (size_t(blockIdx.y) * kTileRows + column) * p.out_features + tiling.first(tile) + row;
+          const Place at(p, tiling.first(tile) + row);
+          float sum = shared.sum(0, row, column);
+          if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) sum += to_float(bias[at.row]);
+          const float residual = p.residual ? to_float(static_cast<const T*>(p.residual)[to]) : 0.0f;
+          const float value = scaled(sum, p.scale, p.softcap, residual);
+          if (p.out_f32)
+            static_cast<float*>(p.out)[to] = value;
+          else
+            static_cast<T*>(p.out)[to] = from_float<T>(value);
+        });
+      });
 }
 
 }  // namespace

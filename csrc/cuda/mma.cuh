@@ -108,6 +108,13 @@ __device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) { retur
 template <class T>
 constexpr uint32_t kOnes = std::is_same_v<T, bf16_t> ? 0x3f803f80u : 0x3c003c00u;
 
+// sums += 16 bytes each of weight rows g and g + 8 times the same elements of column g.
+template <class T>
+__device__ __forceinline__ void multiply_rows(float (&sums)[4], const Vec<T>& a, const Vec<T>& b, const Vec<T>& x) {
+  mma<T>(sums, {{a.words[0], b.words[0], a.words[1], b.words[1]}, {x.words[0], x.words[1]}});
+  mma<T>(sums, {{a.words[2], b.words[2], a.words[3], b.words[3]}, {x.words[2], x.words[3]}});
+}
+
 // The sums of a warp's tile: 16 rows of weights by Columns (1, 8 or 16) rows of input. One row is the first of eight.
 template <class T, int Columns>
 class Tile {
@@ -118,21 +125,16 @@ class Tile {
   // 16 bytes of weight rows g and g + 8, and the same elements of the input rows column(0), column(1).
   __device__ __forceinline__ void add(const Vec<T>& first, const Vec<T>& second, const Vec<T> (&x)[kInputs]) {
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) multiply(sums_[i], first, second, x[i]);
+    for (int i = 0; i < kInputs; ++i) multiply_rows<T>(sums_[i], first, second, x[i]);
   }
 
   // What the input rows of a vector each add up to: their product with ones.
   class Totals {
    public:
-    // Of one row, where it is known.
-    __device__ __forceinline__ explicit Totals(float total) {
-      static_assert(Columns == 1);
-      sums_[0][0] = total;
-    }
     __device__ __forceinline__ explicit Totals(const Vec<T> (&x)[kInputs]) {
       const Vec<T> ones = all_ones();
 #pragma unroll
-      for (int i = 0; i < kInputs; ++i) multiply(sums_[i], ones, ones, x[i]);
+      for (int i = 0; i < kInputs; ++i) multiply_rows<T>(sums_[i], ones, ones, x[i]);
     }
 
     // Of column 2 t, or 2 t + 1.
@@ -142,6 +144,14 @@ class Tile {
     friend Tile;
     float sums_[kInputs][4] = {};  // as those of a tile, whose rows are all alike
   };
+
+  // Sums that were added up apart.
+  __device__ __forceinline__ void add(const Tile& others) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; j += kEvery) sums_[i][j] += others.sums_[i][j];
+  }
 
   // A number for each row times what the input rows add up to.
   __device__ __forceinline__ void add_totals(const Totals& totals, float first, float second) {
@@ -157,7 +167,7 @@ class Tile {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
       float sums[4] = {};
-      multiply(sums, first, second, x[i]);
+      multiply_rows<T>(sums, first, second, x[i]);
 #pragma unroll
       for (int j = 0; j < 4; j += kEvery) sums_[i][j] = fmaf(sums[j], j < 2 ? first_scale : second_scale, sums_[i][j]);
     }
@@ -175,11 +185,6 @@ class Tile {
   static constexpr int kEvery = Columns > 1 ? 1 : 2;  // sums of the second of a lane's two columns, if there is one
 
   __device__ static __forceinline__ Vec<T> all_ones() { return {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>}; }
-
-  __device__ static __forceinline__ void multiply(float (&sums)[4], const Vec<T>& a, const Vec<T>& b, const Vec<T>& x) {
-    mma<T>(sums, {{a.words[0], b.words[0], a.words[1], b.words[1]}, {x.words[0], x.words[1]}});
-    mma<T>(sums, {{a.words[2], b.words[2], a.words[3], b.words[3]}, {x.words[2], x.words[3]}});
-  }
 
   float sums_[kInputs][4] = {};
 };

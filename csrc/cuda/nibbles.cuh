@@ -133,33 +133,39 @@ struct NibbleGroups {
   }
 };
 
-// The nibbles of sixteen rows by eight groups, in a warp's shared memory, and their scales and minima. The 16 bytes of a row's
-// group are a row of an 8x8 matrix of 16-bit elements: as `matrix_words` reads them, lane 4 g + t gets word t of row g. What it
-// reads of scales and minima of rows g and g + 8 lies together. Groups are apart by what is odd times 16 bytes, so that no eight
-// lanes, of two rows by four parts, meet in a bank as they write to every other group; those that read have one of eight rows.
-struct NibbleCodes {
-  struct alignas(16) Group {
-    uint32_t words[kTileRows][4];
-    Vec<float> affine[kTileRows / 2 + 1];  // scale, minimum of row g, scale, minimum of row g + 8; one that is not used
-  };
-  static constexpr int kGroup = sizeof(Group) / 16;
-  static_assert(kGroup % 2 == 1);
+// Scales and minima of a lane's groups, from headers: [2 t, 2 t + 1][of row g, of row g + 8]. By all lanes of a warp.
+struct NibbleAffine {
+  Affine of[2][2];
 
-  Group groups[kNibbleStep];
+  __device__ __forceinline__ NibbleAffine(Format format, const Packed<uint32_t, 2> (&headers)[2]) {
+    if (format == Format::q8_upper)
+      halves_alone(headers);
+    else
+      halves_times_fields(format == Format::q4_k, headers);
+  }
 
-  // By all lanes of a warp: what each has of rows lane_row() and lane_row() + 8.
-  template <class T>
-  __device__ __forceinline__ void put(Format format, const NibbleGroups (&from)[2]) {
-    const bool supers = format == Format::q4_k, pairs = format == Format::q4;
-    // Scale and minimum are two halves times two numbers of six bits, and a factor: where there are no such numbers, times these.
-    // The halves are in two words, of groups 2 t and 2 t + 1 by turns where each has its own.
+ private:
+  // A half for each group; two parts have the same two words.
+  __device__ __forceinline__ void halves_alone(const Packed<uint32_t, 2> (&headers)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t word = lane_part() % 2 ? headers[half].words[1] : headers[half].words[0];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float scale = half_of<f16_t>(word, i);
+        of[i][half] = {16.0f * scale, -(q8::kUpperZero + 16.0f * kNibbleStart) * scale};
+      }
+    }
+  }
+
+  // Scale and minimum are two halves times two numbers of six bits: where there are no such numbers, times one.
+  __device__ __forceinline__ void halves_times_fields(bool supers, const Packed<uint32_t, 2> (&headers)[2]) {
     uint32_t fields[2], words[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      fields[half] = pairs ? 0x041041u : 0x050050u;  // 1 and 1, or 16 and 1
+      fields[half] = 0x041041u;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) words[half][i] = from[half].header.words[i];
-      if (format == Format::q8_upper && lane_part() % 2) words[half][0] = words[half][1];
+      for (int i = 0; i < 2; ++i) words[half][i] = headers[half].words[i];
     }
     if (supers) {
       // Fields of the last two groups are in the top bytes of the words of the others: of part 3's own, and of part 1's two.
@@ -170,29 +176,57 @@ struct NibbleCodes {
       for (int half = 0; half < 2; ++half) {
         const uint32_t last = __byte_perm(words[half][1], tops, half == 0 ? 0x0543 : 0x0763);
         fields[half] = lane_part() == 3 ? last : lane_part() == 1 ? words[half][0] : words[half][1];
-        words[half][0] = __shfl_sync(kAllLanes, words[half][0], 0, 4);
+        words[half][0] = words[half][1] = __shfl_sync(kAllLanes, words[half][0], 0, 4);
       }
     }
-    const float factor = supers ? -1.0f : pairs ? 1.0f : -q8::kUpperZero;
-    const unsigned halves[2] = {supers || pairs ? 0x3210u : 0x1010u, supers ? 0x3210u : pairs ? 0x7654u : 0x3232u};
+    const float sign = supers ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      Group& group = groups[2 * lane_part() + i];
-      float affine[4];
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = half_of<f16_t>(words[half][i], 0) * float(fields[half] >> 12 * i & 63),
+                    minimum = half_of<f16_t>(words[half][i], 1) * float(fields[half] >> (12 * i + 6) & 63);
+        of[i][half] = {scale, fmaf(minimum, sign, -kNibbleStart * scale)};
+      }
+  }
+};
+
+// The nibbles of sixteen rows by eight groups, in a warp's shared memory, and their scales and minima if these are needed there.
+// The 16 bytes of a row's group are a row of an 8x8 matrix of 16-bit elements: as `matrix_words` reads them, lane 4 g + t gets
+// word t of row g. What it reads of scales and minima of rows g and g + 8 lies together. Groups are apart by what is odd times 16
+// bytes, so that no eight lanes, of two rows by four parts, meet in a bank as they write to every other group; those that read
+// have one of eight rows.
+template <bool kScales>
+struct NibbleCodes {
+  struct alignas(16) Group {
+    uint32_t words[kTileRows][4];
+    Vec<float> affine[kScales ? kTileRows / 2 + 1 : 1];  // scale, minimum of row g, those of row g + 8; the last is not used
+  };
+  static constexpr int kGroup = sizeof(Group) / 16;
+  static_assert(kGroup % 2 == 1);
+
+  Group groups[kNibbleStep];
+
+  // By all lanes of a warp: what each has of rows lane_row() and lane_row() + 8.
+  template <class T>
+  __device__ __forceinline__ void put(const NibbleGroups (&from)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Vec<uint32_t> nibbles;
 #pragma unroll
         for (int w = 0; w < 4; ++w) nibbles.words[w] = turned<T>(from[half].nibbles[i].words[w]);
-        store(group.words[lane_row() + half * 8], nibbles);
-        const uint32_t header = __byte_perm(words[half][0], words[half][1], halves[i]);
-        const float scale = half_of<f16_t>(header, 0) * float(fields[half] >> 12 * i & 63),
-                    minimum = half_of<f16_t>(header, 1) * float(fields[half] >> (12 * i + 6) & 63);
-        affine[2 * half] = scale;
-        affine[2 * half + 1] = fmaf(minimum, factor, -kNibbleStart * scale);
+        store(groups[2 * lane_part() + i].words[lane_row() + half * 8], nibbles);
       }
-      group.affine[lane_row()] = Vec<float>::rounded(affine);
-    }
+  }
+
+  __device__ __forceinline__ void put_affine(const NibbleAffine& from) {
+    static_assert(kScales);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      groups[2 * lane_part() + i].affine[lane_row()] =
+          Vec<float>::rounded({from.of[i][0].scale, from.of[i][0].minimum, from.of[i][1].scale, from.of[i][1].minimum});
   }
 
   // Of a group and the next one, a word each of rows g and g + 8: weights 4 t .. 4 t + 3, and those 16 further on.
@@ -226,25 +260,43 @@ struct AcrossScales {
   }
 };
 
-// The nibbles of 32 rows by four groups of columns, as 16-bit pairs want them, and the scales of these columns.
+// The nibbles of sixteen rows by four groups of columns, as 16-bit pairs of rows want them.
 //
-// A lane of those that multiply, 4 g + t, has of rows 4 t .. 4 t + 3, and of rows 16 further on, words g and g + 8: of group g /
-// 4 columns 4 (g % 4) .. 4 (g % 4) + 3 and those 16 further on, and the same of the group after the next. Rows are places apart
-// so that lanes share no bank.
-struct alignas(16) AcrossCodes {
+// A lane of those that multiply, 4 g + t, has of rows 4 t .. 4 t + 3 words g and g + 8: of group g / 4 columns 4 (g % 4) ..
+// 4 (g % 4) + 3 and those 16 further on, and the same of the group after the next. Rows are places apart so that lanes share no
+// bank.
+struct alignas(16) NibbleQuads {
   static constexpr int kRow = 4 * 4, kFour = 4 * kRow + 8;  // words of a row, and from one four to the next
 
-  uint32_t words[2][4 * kFour];
-  Affine affine[2][4][8][2];  // of column 32 (2 i + g / 4) + 16 k + 4 (g % 4) + b at [i][b][g][k]
+  uint32_t words[4 * kFour];
 
   // Group `group` of the stretch, of row `row` + 8 `eight`, row < 8.
   __device__ __forceinline__ void put(int row, int eight, int group, const Vec<uint32_t>& nibbles) {
-    store(words[eight / 2] + row / 4 * kFour + row % 4 * kRow + 4 * group + eight % 2 * 2 * kFour, nibbles);
+    store(words + row / 4 * kFour + row % 4 * kRow + 4 * group + eight * 2 * kFour, nibbles);
   }
 
-  // Word `word` of row 4 `part` + i, or of that 16 further on.
-  __device__ __forceinline__ uint32_t word(int half, int part, int i, int word) const {
-    return words[half][part * kFour + word + i * kRow];
+  // Word `word` of row 4 `part` + i.
+  __device__ __forceinline__ uint32_t word(int part, int i, int word) const { return words[part * kFour + word + i * kRow]; }
+};
+
+// A tile of what such words w[i], of rows 4 t + i, have in byte `byte`: its row g is the lower nibble, and row g + 8 the upper
+// one, as numbers `16 + code` of T.
+template <class T>
+__device__ __forceinline__ void nibble_tile(const uint32_t (&w)[4], int byte, uint32_t (&a)[4]) {
+  const unsigned bytes = byte < 2 ? 0x5410 : 0x7632;  // of two rows, side by side: this one and its neighbour
+  const uint32_t two[2] = {__byte_perm(w[0], w[1], bytes), __byte_perm(w[2], w[3], bytes)};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) a[k] = nibble_numbers<T>(two[k / 2], byte % 2 * 8 + k % 2 * 4);
+}
+
+// 32 rows of nibbles, and the scales of four groups of columns.
+struct alignas(16) AcrossCodes {
+  NibbleQuads quads[2];
+  Affine affine[2][4][8][2];  // of column 32 (2 i + g / 4) + 16 k + 4 (g % 4) + b at [i][b][g][k]
+
+  // As of quads, of whose second sixteen rows two eights are.
+  __device__ __forceinline__ void put(int row, int eight, int group, const Vec<uint32_t>& nibbles) {
+    quads[eight / 2].put(row, eight % 2, group, nibbles);
   }
 
   // Columns 4 `four` .. 4 `four` + 3 of the stretch.

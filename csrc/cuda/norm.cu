@@ -7,6 +7,7 @@ namespace {
 template <class T, bool Aligned>
 __global__ void __launch_bounds__(kNormWarps* kWarp) rms_norm_kernel(const RmsNormParams p) {
   auto& squares = shared_memory<Squares<1>>();
+  prefetch_norm(p.norm.weight, p.hidden * int(sizeof(T)));
   wait_for_kernel_before<true>();
   const size_t at = size_t(blockIdx.x) * p.hidden;
   const T *x = static_cast<const T*>(p.x) + at, *weight = static_cast<const T*>(p.norm.weight);

@@ -24,12 +24,21 @@ __device__ __forceinline__ float warp_squares(const T* row, int n) {
   return warp_sum(squares);
 }
 
+// A block's threads ask for weights of so many bytes, which no kernel writes: before they wait for the kernel before.
+__device__ __forceinline__ void prefetch_norm(const void* weights, int bytes) {
+  constexpr int kLine = 128;
+  if (weights)
+#pragma unroll 1
+    for (int at = int(threadIdx.x) * kLine; at < bytes; at += kNormWarps * kWarp * kLine)
+      prefetch(static_cast<const char*>(weights) + at);
+}
+
 // 1 / sqrt(mean(row^2) + eps), from the sums of the warps: with the same bits wherever it is needed.
 __device__ __forceinline__ float inverse_rms(const float (&warps)[kNormWarps], int n, float eps) {
   float sum = warps[0];
 #pragma unroll
   for (int w = 1; w < kNormWarps; ++w) sum += warps[w];
-  return 1.0f / sqrtf(sum / float(n) + eps);
+  return inverse_root(quotient(sum, float(n)) + eps);
 }
 
 }  // namespace sirius::cuda

@@ -58,6 +58,12 @@ __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c)
   return out;
 }
 
+// Two codes of q8_upper as the numbers that they stand for, without their scale, in bf16: `16 * code - 120.5`. number: the code
+// and something, which `less` takes off, and eight.
+__device__ __forceinline__ uint32_t upper_numbers(uint32_t number, uint32_t less) {
+  return fma_pair<bf16_t>(fma_pair<bf16_t>(number, 0x3f803f80u, less), 0x41804180u, 0x40f040f0u);  // (code - 8) * 16 + 7.5
+}
+
 // Two codes as the numbers that they stand for, without their scale: `code - 128`, or of q8_upper `16 * code - 120.5`, exact in
 // T. codes: in bytes 0 and 2; what the others hold does not matter.
 template <class T, bool kUpper>
@@ -66,8 +72,7 @@ __device__ __forceinline__ uint32_t q8_numbers(uint32_t codes) {
   if constexpr (std::is_same_v<T, bf16_t>) {
     constexpr uint32_t one = 0x3f803f80u;
     if constexpr (kUpper) {
-      const uint32_t less = fma_pair<T>(masked_or(codes, 0x000f000fu, 0x43004300u), one, 0xc308c308u);  // 128 + code - 136
-      return fma_pair<T>(less, 0x41804180u, 0x40f040f0u);                                               // * 16 + 7.5
+      return upper_numbers(masked_or(codes, 0x000f000fu, 0x43004300u), 0xc308c308u);  // 128 + code - 136
     } else {
       // Seven bits fit beside 128. Of the eighth it depends whether 128 or 256 is taken off.
       return fma_pair<T>(masked_or(codes, 0x007f007fu, 0x43004300u), one,

@@ -4,17 +4,16 @@
 namespace sirius::cuda {
 namespace {
 
-constexpr int kPairs = kTileRows / 2;
-
 // Pair number `pair` of all heads of q, k and v: two elements of a head. First come the pairs that are rotated; what is left of a
 // head is paired in the same way.
 struct Place {
   int part, head, first, second;  // head: of all; the elements are numbered within the head
   bool rotated;
 
-  __device__ Place(const RopeParams& rope, int pair) {
-    const int head_dim = rope.cache.head_dim, d = pair % (head_dim / 2), half = rope.rotary_dim / 2;
-    head = pair / (head_dim / 2);
+  // half_head: head_dim / 2
+  __device__ Place(const RopeParams& rope, Divisor half_head, int pair) {
+    const int head_dim = rope.cache.head_dim, d = half_head.rest(pair), half = rope.rotary_dim / 2;
+    head = half_head.quotient(pair);
     part = head < rope.heads ? 0 : head < rope.heads + rope.cache.kv_heads ? 1 : 2;
     rotated = d < half && part < 2;
     first = d < half ? d : d + half;
@@ -27,38 +26,41 @@ struct Place {
   }
 };
 
-// grid: [pairs of some parts / 8, rows of input / 16]. The tile's rows r and r + 8 are a pair, which is rotated as soon as it is
-// summed up.
+// grid: [tiles of some parts' pairs, rows of input / 16]. A pair's two elements are rows of two matrices, as it were: it is
+// rotated as soon as it is summed up.
 template <class T, class W, bool Aligned, int Columns>
-__global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 1>))
-    qkv_kernel(const LinearParams p, const RopeParams rope, const Norm norm, int first_pair, int pairs, Format format) {
-  auto& shared = shared_memory<DotShared<T, W, Columns, 1>>();
-  const int head_dim = rope.cache.head_dim, width = p.parts[0].weight.cols;
-  const int first = first_pair + int(blockIdx.x) * kPairs, end = first_pair + pairs;
-  const Input in{p.x, norm, p.num_rows, width, format};
-  const int input_rows = dot_rows<T, W, Aligned>(in, shared, [&](int, int row) {
-    const int pair = first + row % kPairs;
-    const Place at(rope, pair < end ? pair : end - 1);
-    return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight,
-                                    at.line(rope) + (row < kPairs ? at.first : at.second));
-  });
-  for_each_sum<Columns>(end - first < kPairs ? end - first : kPairs, input_rows, [&](int row, int column) {
-    const Place at(rope, first + row);
-    const int m = int(blockIdx.y) * kTileRows + column;
-    Pair sum{shared.sum(0, row, column), shared.sum(0, row + kPairs, column)};
-    if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) {
-      sum.first += to_float(bias[at.line(rope) + at.first]);
-      sum.second += to_float(bias[at.line(rope) + at.second]);
-    }
-    if (at.rotated) {
-      const size_t angle = angles_of(rope, m) + at.first;
-      sum = rotate(sum, rope.cos[angle], rope.sin[angle]);
-    }
-    T* const q = static_cast<T*>(rope.qkv) + (size_t(m) * rope.heads + at.head) * head_dim;
-    T* const out = head_output(rope, q, m, at.head);
-    out[at.first] = from_float<T>(sum.first);
-    out[at.second] = from_float<T>(sum.second);
-  });
+__global__ void __launch_bounds__(kDotWarps* kWarp, (kDotBlocks<T, Aligned, Columns, 2>))
+    qkv_kernel(const LinearParams p, const RopeParams rope, const Norm norm, Divisor half_head, const Tiling tiling,
+               Format format) {
+  auto& shared = shared_memory<DotShared<T, W, Columns, 2>>();
+  const int head_dim = rope.cache.head_dim;
+  const Input in{p.x, norm, p.num_rows, p.parts[0].weight.cols, format};
+  for_each_tile<false, T, W, Aligned>(
+      in, shared, tiling.tiles, [&](int tile, int row) { return tiling.at(tile, row); },
+      [&](int which, int pair) {
+        const Place at(rope, half_head, pair);
+        return WeightRow<T, W, Aligned>(projection_at(p.parts, at.part).weight,
+                                        at.line(rope) + (which == 0 ? at.first : at.second));
+      },
+      [&](int tile, int input_rows) {
+        for_each_sum<Columns>(tiling.count(tile), input_rows, [&](int row, int column) {
+          const Place at(rope, half_head, tiling.first(tile) + row);
+          const int m = int(blockIdx.y) * kTileRows + column;
+          Pair sum{shared.sum(0, row, column), shared.sum(1, row, column)};
+          if (const T* bias = static_cast<const T*>(projection_at(p.parts, at.part).bias)) {
+            sum.first += to_float(bias[at.line(rope) + at.first]);
+            sum.second += to_float(bias[at.line(rope) + at.second]);
+          }
+          if (at.rotated) {
+            const size_t angle = angles_of(rope, m) + at.first;
+            sum = rotate(sum, rope.cos[angle], rope.sin[angle]);
+          }
+          T* const q = static_cast<T*>(rope.qkv) + (size_t(m) * rope.heads + at.head) * head_dim;
+          T* const out = head_output(rope, q, m, at.head);
+          out[at.first] = from_float<T>(sum.first);
+          out[at.second] = from_float<T>(sum.second);
+        });
+      });
 }
 
 }  // namespace
@@ -70,10 +72,11 @@ void qkv_rope_kv_write(const LinearParams& p, const RopeParams& rope, const Norm
     using W = typename decltype(format)::type;
     int pairs = 0;
     for (int i = begin; i < end; ++i) pairs += p.parts[i].weight.rows / 2;
-    launch<qkv_kernel<T, W, aligned.value, columns.value>>(
-        "qkv_rope_kv_write", dim3(ceil_div(pairs, kPairs), ceil_div(p.num_rows, kTileRows)), kDotWarps * kWarp,
-        DotShared<T, W, columns.value, 1>::bytes(p.parts[0].weight.cols), stream, p, rope, norm, done, pairs,
-        p.parts[begin].weight.format);
+    const Tiling tiling(pairs, done);
+    launch<qkv_kernel<T, W, aligned.value, columns.value>>("qkv_rope_kv_write", tiling.grid(p.num_rows), kDotWarps * kWarp,
+                                                           DotShared<T, W, columns.value, 2>::bytes(p.parts[0].weight.cols),
+                                                           stream, p, rope, norm, Divisor(rope.cache.head_dim / 2), tiling,
+                                                           p.parts[begin].weight.format);
     done += pairs;
   });
 }

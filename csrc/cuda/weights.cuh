@@ -66,8 +66,6 @@ class WeightRow<T, Q8<kUpper>, Aligned> {
 template <class T, bool Aligned>
 class WeightRow<T, Nibbles, Aligned> {
  public:
-  using Scratch = NibbleCodes;
-
   WeightRow() = default;
   __device__ __forceinline__ WeightRow(const Matrix& matrix, int row)
       : row_(added_up(static_cast<const char*>(row_at(matrix, row)))) {}

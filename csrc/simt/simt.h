@@ -184,7 +184,6 @@ T atomicAdd(T* at, T value) {
   *at = T(old + value);
   return old;
 }
-inline void __threadfence() {}
 
 using std::max;
 using std::min;
