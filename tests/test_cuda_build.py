@@ -32,6 +32,7 @@ def named(op, weights, columns):
 
 PRODUCTS = {named(op, weights, columns) for op in DOTS for weights in OF_DOTS for columns in (1, 8, 16)}
 PRODUCTS |= {named("down", weights, columns) for weights in OF_DOWN for columns in (8, 16)}
+PRODUCTS.add(named("down", UPPER, 1))
 # Whose registers do not suffice to load a step's weights before the products of the step before.
 LATE = {named("gate_up", weights, 16) for weights in (Q8, NIBBLES)}
 LATE |= {named("down", weights, 16) for weights in (Q8, ACROSS, HELD)}
@@ -40,19 +41,20 @@ ROUNDS = {Q8: 2, NIBBLES: 4}
 # Of a hot loop: the share of instructions that put words together from halves, and how many instructions there are for each KB of
 # weights that is streamed, by columns. What nvcc 13 makes of them, and a tenth on top. An H100 has time for 290 if it shall read
 # 3.3 TB/s. Scales that are not streamed are no part of it: of nibbles they are an eighth of a KB more, of q4 a quarter. Where
-# input is normalised before the product (decode_step.cpp), a part of the instructions is passed over.
+# input is normalised before the product (decode_step.cpp), a part of the instructions is passed over; and of gate_up's, in all
+# steps of a tile but its last one, those that find the next tile's rows.
 MOST_PRMT = 0.14
-PRMT_OF_NIBBLES = 0.18  # which are numbers of bf16 by their bytes
+PRMT_OF_NIBBLES = 0.22  # which are numbers of bf16 by their bytes
 MOST_INSTRUCTIONS = {
-    ("gate_up", PLAIN): {1: 31, 8: 63, 16: 94},
+    ("gate_up", PLAIN): {1: 41, 8: 77, 16: 110},
     ("down", PLAIN): {8: 111, 16: 117},
     ("dot", PLAIN): {1: 37, 8: 103, 16: 161},
-    ("gate_up", Q8): {1: 136, 8: 229, 16: 297},
+    ("gate_up", Q8): {1: 173, 8: 251, 16: 288},
     ("down", Q8): {8: 250, 16: 300},
-    ("dot", Q8): {1: 150, 8: 327, 16: 445},
-    ("down", UPPER): {8: 402, 16: 567},
-    ("gate_up", NIBBLES): {1: 180, 8: 364, 16: 543},
-    ("dot", NIBBLES): {1: 205, 8: 557, 16: 860},
+    ("dot", Q8): {1: 146, 8: 327, 16: 445},
+    ("down", UPPER): {1: 311, 8: 400, 16: 564},
+    ("gate_up", NIBBLES): {1: 186, 8: 385, 16: 557},
+    ("dot", NIBBLES): {1: 196, 8: 576, 16: 860},
     ("down", ACROSS): {8: 337, 16: 425},
     ("down", HELD): {8: 337, 16: 425},
 }
@@ -113,9 +115,10 @@ def code(architecture):
 
 
 def hot_loop(loops):
-    """The loop in which weights are loaded and multiplied."""
-    (loop,) = [loop for loop in loops if _streaming(loop) and _products(loop)]
-    return loop
+    """The loop in which weights are loaded and multiplied: the innermost of one tile's steps and a block's tiles."""
+    found = sorted((loop for loop in loops if _streaming(loop) and _products(loop)), key=len)
+    assert [len(_products(loop)) for loop in found] in ([len(_products(found[0]))], [len(_products(found[0]))] * 2)
+    return found[0]
 
 
 def counted(product, loops):

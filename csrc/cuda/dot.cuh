@@ -332,8 +332,8 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
 
   __device__ __forceinline__ void multiply(int step, const InputRows<T, Q8<false>, Aligned, Columns>& input, Scratch& codes,
                                            Sums (&tiles)[Matrices]) const {
-    // Beyond the last group scales and input are zero.
-#pragma unroll(!Aligned ? 1 : Columns == 1 ? kStepGroups : 2)
+    // Beyond the last group scales and input are zero. All groups at once leave two matrices no registers to load a step ahead.
+#pragma unroll(!Aligned ? 1 : Columns == 1 && Matrices == 1 ? kStepGroups : 2)
     for (int i = 0; i < kStepGroups; ++i) {
       Vec<T> x[Tile<T, Columns>::kInputs];
       input.load((step + i) * q8::kGroup + lane_part() * Vec<T>::size, x);

@@ -233,17 +233,17 @@ class Sums<T, Q8<true>, 1> {
   }
 
   __device__ __forceinline__ void put(float (&out)[1][kStretch<T, Q8<true>>]) const {
+    const bool second = lane_row() >= 4;  // of the tile's groups
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      if (lane_part() != q) continue;
-      const int second = lane_row() / 4;  // of the tile's groups
+    for (int q = 0; q < 2; ++q)
 #pragma unroll
       for (int b = 0; b < 4; ++b)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          out[0][(2 * q + second) * q8::kGroup + half * 16 + lane_row() % 4 * 4 + b] =
-              second ? sums_[q][b][2 * half + 1] : sums_[q][b][2 * half];
-    }
+        for (int half = 0; half < 2; ++half) {
+          const float of_first = sums_[q][b][2 * half], of_second = sums_[q][b][2 * half + 1];
+          if (lane_part() == q)
+            out[0][(2 * q + second) * q8::kGroup + half * 16 + lane_row() % 4 * 4 + b] = second ? of_second : of_first;
+        }
   }
 
  private:
