@@ -252,19 +252,18 @@ def larger(folder: Path) -> str:
             of_full = {r["context"]: r["ms_per_token"] for r in record["results"] if r["variant"] == "Full"}
             model = f"{record['model']}, {record['dtype'] if record['stored'] == 'plain' else record['stored']}"
             card = record["machine"].get("gpu", "no GPU")
-            where = f"{_gpu(card) or card}, {_budget(record['memory_bytes'])}, {record['link_bandwidth'] / 1e9:.0f} GB/s"
+            where = f"{_gpu(card) or card}, {_budget(record['memory_bytes'])}"
             for r in record["results"]:
                 ratio = "" if r["variant"] == "Full" else f" ({r['ms_per_token'] / of_full[r['context']]:.2f})"
                 advance = "" if r["advance"] is None else f"{r['advance']:.1f}"
-                lines.append(
-                    f"| {model} | {where} | {r['variant']} | {advance} | {r['ms_per_token'] / 1e3:.3f}{ratio} | "
-                    f"{r['moved_bytes'] / 1e9:.1f} | {r['link_busy']:.0%} |"
-                )
+                moved, seconds = r["moved_bytes"] / 1e9, r["ms_per_token"] / 1e3
+                link = f"{moved:.1f} | {moved / seconds:.1f}" if moved else " | "
+                lines.append(f"| {model} | {where} | {r['variant']} | {advance} | {seconds:.3f}{ratio} | {link} |")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a file that a benchmark wrote with --out ({error!r})") from error
     if not lines:
         return "Not measured."
-    head = "| | card, memory, link | | AAL, given | s/token (of Full) | GB moved a token | link busy |"
+    head = "| | card, memory | | AAL, given | s/token (of Full) | GB moved a token | GB/s |"
     return "\n".join([head, "|---" * 7 + "|", *lines])
 
 

@@ -221,9 +221,11 @@ def test_latency_of_a_shape_larger_than_the_device(weights, emulated, one_thread
         assert each["ms_per_token"] == pytest.approx(each["ms_per_period"] / 2.5)
     assert all(each["link_busy"] > 0 for each in (full, chain, tree))
     table = tables.larger(tmp_path).splitlines()
-    first = f"| tiny, {'bfloat16' if weights == 'plain' else weights} | no GPU, {options.memory:g} GB, "
+    first = f"| tiny, {'bfloat16' if weights == 'plain' else weights} | no GPU, {options.memory:g} GB | "
     assert len(table) == 2 + 4 and all(line.startswith(first) for line in table[2:])
     assert f"| 2.5 | {chain['ms_per_token'] / 1e3:.3f} ({chain['ms_per_token'] / full['ms_per_token']:.2f}) |" in table[4]
+    rates = [f"{each['moved_bytes'] / each['ms_per_token'] / 1e6:.1f}" for each in (full, chain, tree)]
+    assert [table[i].split(" | ")[-1] for i in (2, 4, 5)] == [f"{rate} |" for rate in rates] and table[3].endswith(" |  |  |")
     (tmp_path / "half.json").write_text(json.dumps(record | {"results": [{"variant": "Full"}]}))
     with pytest.raises(ValueError, match="half.json: expected a file that a benchmark wrote"):
         tables.larger(tmp_path)
