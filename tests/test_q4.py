@@ -24,10 +24,12 @@ from test_q8 import (
     TINY,
     check_batch_invariance,
     check_faults_stay,
+    check_several_tiles,
     check_thread_invariance,
     check_views,
     multiplied,
     on_cuda,
+    rows_of_several_tiles,
 )
 
 from sirius_ext.kernels import dispatch, ops, q4, q8, reference
@@ -358,6 +360,12 @@ def test_down_of_rows_that_say_whose_they_are(kernels, dtype, supers, shape):
 def three(supers, width=151):
     along = [Matrix.of_groups(groups_of(65, width, supers)) for _ in "gu"]
     return [*along, Matrix.of_groups(groups_of(width, 65, supers), transposed=True)]
+
+
+@pytest.mark.parametrize("width", [264, 2600])
+def test_blocks_with_several_tiles(kernels, supers, width):
+    gate, up = (Matrix.of_groups(groups_of(rows_of_several_tiles(kernels), width, supers)) for _ in "gu")
+    check_several_tiles(kernels, torch.bfloat16, gate, up)
 
 
 @pytest.mark.parametrize("width", [151, 200])

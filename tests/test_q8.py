@@ -340,6 +340,28 @@ def check_faults_stay(kernels, dtype, matrices, value):
         assert out[::2].isfinite().all()
 
 
+def rows_of_several_tiles(kernels) -> int:
+    """Of gate and up, so many that a block of a GPU has several tiles of them."""
+    return 4500 if isinstance(kernels, OnDevice) else 150
+
+
+def check_several_tiles(kernels, dtype, gate, up):
+    """gate_up, whose blocks have several tiles on a GPU, gives what gate and up do, whose blocks have one each."""
+    neurons = torch.randperm(gate.shape[0])[: gate.shape[0] - 9].sort().values.int()
+    for m in (1, 8, 16):
+        x = randn(m, gate.shape[1], dtype=dtype)
+        gates = kernels.gate(x, gate)
+        assert_same_bits(kernels.gate_up(x, gate, up, neurons), kernels.up(x, up, gates, neurons))
+        all_of_them = torch.arange(gate.shape[0], dtype=torch.int32)
+        assert_same_bits(kernels.gate_up(x, gate, up), kernels.up(x, up, gates, all_of_them))
+
+
+@pytest.mark.parametrize("width", [264, 2600])  # one step of one of a block's warps, and two of some
+def test_blocks_with_several_tiles(kernels, form, width):
+    gate, up = (packed(torch.randn(rows_of_several_tiles(kernels), width), form) for _ in "gu")
+    check_several_tiles(kernels, torch.bfloat16, gate, up)
+
+
 @pytest.mark.parametrize("width", [151, 200])
 def test_batch_invariance(kernels, dtype, form, width):
     check_batch_invariance(kernels, dtype, three(form, width), width)

@@ -144,11 +144,11 @@ BF16 = torch.bfloat16
 # A fault in a kernel, and a case of the op's tests that must find it.
 MUTATIONS = {
     "linear adds up the warps' sums before they are there": (
-        without_barrier("dot.cuh", "tiles[m].put(shared.warps[warp].parts[m]);", "linear.cu"),
+        without_barrier("dot.cuh", "sums[m].put(shared.warps[warp].parts[m]);", "linear.cu", indent=4),
         lambda: test_linear.test_against_reference(ops, BF16, (5, 100, 129), "plain"),
     ),
     "down adds up the warps' sums before they are there": (
-        without_barrier("down.cu", "sums.put(shared.sums[threadIdx.x / kWarp]);", "down.cu"),
+        without_barrier("down.cu", "sums.put(warp.sums);", "down.cu"),
         lambda: test_down.test_against_reference(ops, BF16, (3, 151, 129), "dense"),
     ),
     "linear multiplies codes before they are there": (
@@ -156,8 +156,20 @@ MUTATIONS = {
         lambda: test_q8.test_linear_against_reference(ops, BF16, Format.Q8, (3, 160, 17), "plain"),
     ),
     "down multiplies codes before they are there": (
-        without_barrier("down.cu", "lane_part(), loaded[half]);", "down.cu", 4, "__syncwarp"),
+        without_barrier("down.cu", "lane_part(), loaded[i][half]);", "down.cu", 4, "__syncwarp"),
         lambda: test_q8.test_down_against_reference(ops, BF16, Format.Q8, (3, 151, 129), "dense"),
+    ),
+    "linear multiplies one row with nibbles before they are there": (
+        without_barrier("dot.cuh", "headers[m][half] = loaded[m][half].header;\n    }", "linear.cu", 4, "__syncwarp"),
+        lambda: test_q4.test_linear_against_reference(ops, BF16, True, (1, 1600, 16), "plain"),
+    ),
+    "gate_up has codes of a tile where sums of the one before are read": (
+        Mutation("dot.cuh", "tile = next;\n    __syncthreads();", "tile = next;", "gate_up.cu"),
+        lambda: test_q8.test_blocks_with_several_tiles(ops, Format.Q8, 2600),
+    ),
+    "gate_up multiplies the rows of the tile before": (
+        Mutation("dot.cuh", "point_to_lines();\n            step = begin;", "step = begin;", "gate_up.cu"),
+        lambda: test_q8.test_blocks_with_several_tiles(ops, Format.Q8_UPPER, 264),
     ),
     "down adds up neurons of two groups with the scales of one": (
         Mutation("down.cu", "row >= 0 && neuron / q4::kGroup == group", "row >= 0", "down.cu"),
