@@ -194,6 +194,20 @@ def test_demo_ends_with_a_table_and_match_equals_full(capsys, monkeypatch):
         assert row in out
 
 
+def test_a_demo_decodes_a_prompt_every_way_before_the_next_one(capsys, monkeypatch):
+    """transformers each time with the weights as it loaded them, and Full with the same text whatever came between."""
+    monkeypatch.setattr(demo, "PROMPTS", {"one": PROMPT, "two": PROMPT})
+    status, out, _ = run(capsys, "demo", "--max-new-tokens", "6")
+    assert status == 0
+    headings = [line for line in out.splitlines() if line.endswith((": one", ": two"))]
+    rows = [line.removesuffix(": one") for line in headings[: len(headings) // 2]]
+    assert rows[0] == "transformers" and rows[-1] == "Sirius, match"
+    assert headings == [f"{row}: {title}" for title in ("one", "two") for row in rows]
+    places = [out.splitlines().index(heading) for heading in headings]
+    texts = [out.splitlines()[place + 1] for place in places]
+    assert texts[: len(rows)] == texts[len(rows) :]
+
+
 def test_a_demo_of_one_token_has_no_speed(capsys, monkeypatch):
     monkeypatch.setattr(demo, "PROMPTS", {"a prompt": PROMPT})
     status, out, _ = run(capsys, "demo", "--max-new-tokens", "1")

@@ -77,15 +77,14 @@ def compare(engine: Engine, packed: Engine | None, model_name: str, max_new_toke
     chat = engine.tokenizer is not None and engine.tokenizer.chat_template is not None
     prompts = {title: encode(engine.tokenizer, prompt, chat) for title, prompt in PROMPTS.items()}
     assert engine.tokenizer is not None  # or `encode` has raised
-    # transformers first, on the weights as it loaded them.
-    release(engine.model)
     for row in rows:
-        warm_up = next(iter(prompts.values()))
-        _decode(row.engine, row.config, warm_up, 2, None)
-        for title, inputs in prompts.items():
+        _decode(row, next(iter(prompts.values())), 2, None)
+    # Every prompt by every row in turn: what else the machine does meanwhile then slows all of them.
+    for title, inputs in prompts.items():
+        for row in rows:
             console.print(f"\n[bold]{row.name}[/bold]: {title}")
             streamer = KeepingStreamer(engine.tokenizer)
-            stats = _decode(row.engine, row.config, inputs, max_new_tokens, streamer)
+            stats = _decode(row, inputs, max_new_tokens, streamer)
             row.texts.append(streamer.tokens)
             row.seconds += streamer.seconds
             row.stats += stats.prompts if stats else []
@@ -103,19 +102,15 @@ def compare(engine: Engine, packed: Engine | None, model_name: str, max_new_toke
     return 0 if equal else 1
 
 
-def _decode(
-    engine: Engine,
-    config: SiriusConfig | None,
-    inputs: dict[str, torch.Tensor],
-    max_new_tokens: int,
-    streamer: KeepingStreamer | None,
-) -> Stats | None:
-    """What was counted, which is nothing of transformers."""
+def _decode(row: Row, inputs: dict[str, torch.Tensor], max_new_tokens: int, streamer: KeepingStreamer | None) -> Stats | None:
+    """What was counted, which is nothing of transformers. That has the weights as it loaded them."""
     settings: dict[str, Any] = dict(inputs, max_new_tokens=max_new_tokens, streamer=streamer, **GREEDY)
-    if config is not None:
-        return engine.generate(config=config, **settings).stats
-    assert isinstance(engine.model, GenerationMixin)
-    engine.model.generate(**settings)
+    if row.config is not None:
+        return row.engine.generate(config=row.config, **settings).stats
+    model = row.engine.model
+    assert isinstance(model, GenerationMixin)
+    release(model)
+    model.generate(**settings)
     return None
 
 
