@@ -424,6 +424,11 @@ __device__ __forceinline__ float quotient(float a, float b) {
 #endif
 }
 
+// 1 / sqrt(mean(row^2) + eps), from the sum of a row's n squares: with the same bits wherever it is needed.
+__device__ __forceinline__ float inverse_rms(float squares, int n, float eps) {
+  return inverse_root(quotient(squares, float(n)) + eps);
+}
+
 __device__ __forceinline__ float activate(Activation activation, float x) {
   // 1 + tanh(y) is 2 / (1 + exp(-2 y)): both functions are x times a sigmoid.
   const float y = activation == Activation::silu ? x : 1.5957691216057308f * fmaf(0.044715f * x * x, x, x);

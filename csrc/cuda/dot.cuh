@@ -258,7 +258,7 @@ struct Products {
   static constexpr int kParts = 2;
   static constexpr int kStep = kParts * kPart;
   static constexpr bool kAhead = sizeof(T) == 2 && Aligned;  // the other bodies stay small
-  using Scratch = NoScratch[Matrices];
+  using Scratch = typename DotShared<T, W, Columns, Matrices>::Scratch;
   using Sums = Tile<T, Columns>;
 
   WeightRow<T, W, Aligned> rows[Matrices][2];
@@ -304,7 +304,7 @@ template <class T, bool Aligned, int Columns, int Matrices>
 struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   static constexpr int kStep = kStepGroups;
   static constexpr bool kAhead = Columns * Matrices < 32;
-  using Scratch = Q8Codes[Matrices];
+  using Scratch = typename DotShared<T, Q8<false>, Columns, Matrices>::Scratch;
   using Sums = Tile<T, Columns>;
 
   WeightRow<T, Q8<false>, Aligned> rows[Matrices][2];
@@ -348,20 +348,18 @@ struct Products<T, Q8<false>, Aligned, Columns, Matrices> {
   }
 };
 
-// The same of nibbles. A warp loads eight groups of a row at a time, 128 bytes and a header. What two groups give is added up
-// first, and that to the sums: as one row of input has it, see below.
+// Of nibbles a warp loads eight groups of a row at a time, 128 bytes and a header.
 template <class T, bool Aligned, int Columns, int Matrices>
-struct Products<T, Nibbles, Aligned, Columns, Matrices> {
+struct NibbleProducts {
   static constexpr int kStep = kNibbleStep;
   static constexpr bool kAhead = Columns * Matrices < 32;
-  using Scratch = NibbleCodes<true>[Matrices];
-  using Sums = Tile<T, Columns>;
+  using Scratch = typename DotShared<T, Nibbles, Columns, Matrices>::Scratch;
 
   WeightRow<T, Nibbles, Aligned> rows[Matrices][2];
   NibbleGroups loaded[Matrices][2];
   NibblePlaces places;
 
-  __device__ __forceinline__ explicit Products(const Input& in) : places(in.format, in.width) {}
+  __device__ __forceinline__ explicit NibbleProducts(const Input& in) : places(in.format, in.width) {}
 
   __device__ __forceinline__ static int steps(int width) { return q4::groups(width); }
 
@@ -371,6 +369,15 @@ struct Products<T, Nibbles, Aligned, Columns, Matrices> {
 #pragma unroll
       for (int half = 0; half < 2; ++half) rows[m][half].template load<kAhead>(loaded[m][half], places, step);
   }
+};
+
+// What two groups give is added up first, and that to the sums: as one row of input has it, see below.
+template <class T, bool Aligned, int Columns, int Matrices>
+struct Products<T, Nibbles, Aligned, Columns, Matrices> : NibbleProducts<T, Aligned, Columns, Matrices> {
+  using Base = NibbleProducts<T, Aligned, Columns, Matrices>;
+  using Base::Base, Base::loaded;
+  using typename Base::Scratch;
+  using Sums = Tile<T, Columns>;
 
   __device__ __forceinline__ void take(const Input& in, Scratch& codes) {
     __syncwarp();  // all lanes have used the nibbles before
@@ -425,28 +432,16 @@ struct RowSums {
 // were rows of input that are zero but for a group. So the sums of all groups come about side by side, and lane 4 g + t then has
 // those of rows g and g + 8 in groups 2 t and 2 t + 1: the ones of which it has loaded the scales itself.
 template <class T, bool Aligned, int Matrices>
-struct Products<T, Nibbles, Aligned, 1, Matrices> {
-  static constexpr int kStep = kNibbleStep;
-  static constexpr bool kAhead = true;
-  using Scratch = NibbleCodes<false>[Matrices];
+struct Products<T, Nibbles, Aligned, 1, Matrices> : NibbleProducts<T, Aligned, 1, Matrices> {
+  using Base = NibbleProducts<T, Aligned, 1, Matrices>;
+  using Base::loaded;
+  using typename Base::Scratch;
   using Sums = RowSums;
 
-  WeightRow<T, Nibbles, Aligned> rows[Matrices][2];
-  NibbleGroups loaded[Matrices][2];
   Packed<uint32_t, 2> headers[Matrices][2];
-  NibblePlaces places;
   Format format;
 
-  __device__ __forceinline__ explicit Products(const Input& in) : places(in.format, in.width), format(in.format) {}
-
-  __device__ __forceinline__ static int steps(int width) { return q4::groups(width); }
-
-  __device__ __forceinline__ void load(int step, const Input&) {
-#pragma unroll
-    for (int m = 0; m < Matrices; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) rows[m][half].template load<kAhead>(loaded[m][half], places, step);
-  }
+  __device__ __forceinline__ explicit Products(const Input& in) : Base(in), format(in.format) {}
 
   __device__ __forceinline__ void take(const Input&, Scratch& codes) {
     __syncwarp();  // all lanes have used the nibbles before

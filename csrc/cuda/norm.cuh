@@ -33,12 +33,12 @@ __device__ __forceinline__ void prefetch_norm(const void* weights, int bytes) {
       prefetch(static_cast<const char*>(weights) + at);
 }
 
-// 1 / sqrt(mean(row^2) + eps), from the sums of the warps: with the same bits wherever it is needed.
+// The same from the sums of the warps.
 __device__ __forceinline__ float inverse_rms(const float (&warps)[kNormWarps], int n, float eps) {
   float sum = warps[0];
 #pragma unroll
   for (int w = 1; w < kNormWarps; ++w) sum += warps[w];
-  return inverse_root(quotient(sum, float(n)) + eps);
+  return inverse_rms(sum, n, eps);
 }
 
 }  // namespace sirius::cuda

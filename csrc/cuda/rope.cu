@@ -29,7 +29,7 @@ class Head {
 #pragma unroll
       for (int i = 0; i < Vec<T>::size; ++i) squares += part[i] * part[i];
     }
-    scale_ = inverse_root(quotient(warp_sum(squares), float(head_dim)) + norm.eps);
+    scale_ = inverse_rms(warp_sum(squares), head_dim, norm.eps);
   }
 
   // Elements [begin + c, begin + c + N), of which those from begin + n on are not looked at.
