@@ -92,11 +92,18 @@ def in_turn(variants: Mapping[str, Callable[[], T]], rounds: int, title: str) ->
             yield name, run()
 
 
-def alternate(variants: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, float]:
-    """Medians of what the (warm) variants return, run in turn."""
+def alternate(
+    variants: dict[str, Callable[[], float]],
+    rounds: int,
+    title: str,
+    on_median: Callable[[str, float], None] = lambda name, median: None,
+) -> dict[str, float]:
+    """Medians of what the (warm) variants return, run in turn. on_median: told a name and its median so far after each result, so
+    that a benchmark which is ended has something to show."""
     results: dict[str, list[float]] = {name: [] for name in variants}
     for name, result in in_turn(variants, rounds, title):
         results[name].append(result)
+        on_median(name, statistics.median(results[name]))
     return {name: statistics.median(values) for name, values in results.items()}
 
 

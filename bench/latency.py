@@ -120,14 +120,21 @@ class Latency:
                 variants["dense, torch.compile"] = lambda ids=ids, dense=dense: dense.decode(ids, count)[1] / (count - 1)
             for warm_up in variants.values():
                 warm_up()
-            for name, seconds in alternate(variants, options.rounds, f"baselines, context {context}").items():
-                self._add({"variant": name, "context": context, "ms_per_token": 1e3 * seconds})
+            put = lambda name, seconds, context=context: self._put(name, context, {"ms_per_token": 1e3 * seconds})  # noqa: E731
+            alternate(variants, options.rounds, f"baselines, context {context}", put)
             variants.clear()
             dense = None  # its cache and fused weights
             self._collect()
 
-    def _add(self, record: dict) -> None:
-        self.records.append(record)
+    def _put(self, variant: str, context: int, measured: dict) -> None:
+        """In place of what is known of that variant so far."""
+        record = {"variant": variant, "context": context, **measured}
+        for i, known in enumerate(self.records):
+            if (known["variant"], known["context"]) == (variant, context):
+                self.records[i] = record
+                break
+        else:
+            self.records.append(record)
         self.on_result()
 
     def _transformers(self, ids: torch.Tensor, **settings) -> float:
@@ -181,59 +188,61 @@ class Latency:
         return found
 
     def ours(self) -> None:
-        engine, options = Engine(self.model), self.options
-        for context in options.context:
-            ids, configs = self.prompt(context), self.configs()
-            last: dict[str, Measured] = {}
+        engine = Engine(self.model)
+        for context in self.options.context:
+            self._ours_after(engine, context)
 
-            def run(name: str, config: SiriusConfig, ids: torch.Tensor = ids, last: dict = last) -> float:
-                last[name] = self._measure(engine, ids, config)
-                return last[name]["ms_per_token"]
+    def _ours_after(self, engine: Engine, context: int) -> None:
+        options, ids, configs = self.options, self.prompt(context), self.configs()
+        last: dict[str, Measured] = {}
 
-            variants = {name: lambda name=name, config=config: run(name, config) for name, config in configs.items()}
-            # The widest first: room made for it makes graphs captured before it void.
-            for warm_up in reversed(variants.values()):
-                warm_up()
-            allocates = self.device.type == "cuda" and self.link is None  # else most of the memory is none of torch's
-            if allocates:
-                torch.cuda.reset_peak_memory_stats(self.device)
-            with profiled_range(options.profile):
-                times = alternate(variants, options.rounds, f"ours, context {context}")
-            peak = torch.cuda.max_memory_allocated(self.device) if allocates else None
-            weights = prepare(self.model).weights
-            stored = sum(p.nbytes for p in self.model.parameters()) + kv_bytes(weights, context + options.max_new_tokens)
-            full_floor = 1e3 * bytes_per_token(weights, SiriusConfig(mode="full"), context) / self.bandwidth
-            for record in self.records:
-                if record["context"] == context and "floor_ms" not in record:  # a baseline
-                    record |= {"floor_ms": full_floor, "over_floor": record["ms_per_token"] / full_floor}
-            for name, config in configs.items():
-                advance = last[name]["advance"]
-                floor = 1e3 * bytes_per_token(weights, config, context, advance) / self.bandwidth
-                moved = 0.0 if self.link is None else moved_per_token(weights, config, advance)
-                if self.link is not None:  # what comes may come while it is read; drafts and F's own pass are one after the other
-                    full_pass = 0.0 if config.mode == "sparse" else full_floor / (advance or 1.0)
-                    floor += max(0.0, 1e3 * moved / self.link - full_pass)
-                decode = lambda ids=ids, config=config: self._decode(engine, ids, config)  # noqa: E731
-                # Where a token takes a second, another text is too long to wait for.
-                idle = idle_share(prepare(self.model), self.device, decode) if self.link is None else None
-                self._add(
-                    {
-                        "variant": name,
-                        "context": context,
-                        **last[name],
-                        "ms_per_token": times[name],
-                        "floor_ms": floor,
-                        "over_floor": times[name] / floor,
-                        "idle_share": idle,
-                        **(
-                            {}
-                            if self.link is None
-                            else {"moved_bytes": moved, "link_busy": 1e3 * moved / self.link / times[name]}
-                        ),
-                        "peak_bytes": peak,
-                        "peak_over_stored": None if peak is None else peak / stored,
-                    }
-                )
+        def run(name: str) -> float:
+            last[name] = self._measure(engine, ids, configs[name])
+            return last[name]["ms_per_token"]
+
+        # The widest first: room made for it makes graphs captured before it void.
+        for name in reversed(configs):
+            run(name)
+        weights = prepare(self.model).weights
+        full_floor = self._floor_ms(weights, SiriusConfig(mode="full"), context)
+        for record in self.records:
+            if record["context"] == context and "floor_ms" not in record:  # a baseline
+                record |= {"floor_ms": full_floor, "over_floor": record["ms_per_token"] / full_floor}
+
+        def put(name: str, ms: float, **more: float | None) -> None:
+            bounds = self._bounds(weights, configs[name], context, ms, last[name]["advance"])
+            self._put(name, context, {**last[name], "ms_per_token": ms, **bounds, **more})
+
+        allocates = self.device.type == "cuda" and self.link is None  # else most of the memory is none of torch's
+        if allocates:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with profiled_range(options.profile):
+            variants = {name: functools.partial(run, name) for name in configs}
+            times = alternate(variants, options.rounds, f"ours, context {context}", put)
+        peak = torch.cuda.max_memory_allocated(self.device) if allocates else None
+        stored = sum(p.nbytes for p in self.model.parameters()) + kv_bytes(weights, context + options.max_new_tokens)
+        for name, config in configs.items():
+            decode = functools.partial(self._decode, engine, ids, config)
+            # Where a token takes a second, another text is too long to wait for.
+            idle = idle_share(prepare(self.model), self.device, decode) if self.link is None else None
+            put(name, times[name], idle_share=idle, peak_bytes=peak, peak_over_stored=None if peak is None else peak / stored)
+
+    def _floor_ms(self, weights: Weights, config: SiriusConfig, context: int, advance: float | None = None) -> float:
+        """What a token takes at least, all of it read from the device's memory."""
+        return 1e3 * bytes_per_token(weights, config, context, advance) / self.bandwidth
+
+    def _bounds(self, weights: Weights, config: SiriusConfig, context: int, ms: float, advance: float | None) -> Measured:
+        """What a token of `ms` would take at least, and what it has of the link."""
+        floor = self._floor_ms(weights, config, context, advance)
+        if self.link is None:
+            return {"floor_ms": floor, "over_floor": ms / floor}
+        moved = moved_per_token(weights, config, advance)
+        # What comes may come while it is read; drafts and F's own pass are one after the other.
+        full = self._floor_ms(weights, SiriusConfig(mode="full"), context)
+        full_pass = 0.0 if config.mode == "sparse" else full / (advance or 1.0)
+        floor += max(0.0, 1e3 * moved / self.link - full_pass)
+        busy = 1e3 * moved / self.link / ms
+        return {"floor_ms": floor, "over_floor": ms / floor, "moved_bytes": moved, "link_busy": busy}
 
     def _decode(self, engine: Engine, ids: torch.Tensor, config: SiriusConfig):
         return engine.generate(ids, config=config, max_new_tokens=self.options.max_new_tokens, **GREEDY).stats

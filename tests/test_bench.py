@@ -263,6 +263,27 @@ def test_results_are_written_as_they_come(emulated, one_thread, tmp_path, monkey
         measured(tmp_path, "--context", "9", "--max-new-tokens", "12")
     kept = json.loads(out.read_text())
     assert [r["variant"] for r in kept["results"]] == ["transformers", "dense, torch.compile"]
+    monkeypatch.undo()
+
+    # Our own, of which each is measured in three rounds after it was warmed up, and is cut short in the second.
+    measure, times = latency.Latency._measure, []
+
+    def cut_short(bench, *of_what):
+        if len(times) == 3 + 3 + 1:
+            raise KeyboardInterrupt
+        times.append(measure(bench, *of_what))
+        return times[-1]
+
+    monkeypatch.setattr(latency.Latency, "_measure", cut_short)
+    asked = "--context", "9", "--periods", "4", "--widths", "1", "--sparsities", "csparse", "--max-new-tokens", "16"
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path, *asked, "--skip", "transformers,dense", "--rounds", "3")
+    kept = json.loads(out.read_text())["results"]
+    assert [r["variant"] for r in kept] == ["Full", "CSparse 0.5", "Sirius, CSparse 0.5, period 4, width 1"]
+    full, sparse, chain = ([each["ms_per_token"] for each in times[i::3]] for i in (3, 4, 5))
+    assert [len(full), len(sparse), len(chain)] == [2, 1, 1]
+    assert [r["ms_per_token"] for r in kept] == [sum(full) / 2, *sparse, *chain] and all("over_floor" in r for r in kept)
+    monkeypatch.undo()
 
     cases = lambda shape, where: ops_cuda.Cases(shape, where, cold_bytes=1, contexts=[6], vocab=151)  # noqa: E731
     seen = []
