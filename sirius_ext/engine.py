@@ -21,7 +21,8 @@ from .decoding.sparsity import drafts_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
-from .loading import check_threads, parse_memory
+from .kernels.threads import choose_threads, cpu_threads
+from .loading import parse_memory
 from .models.hub import load_model, load_within, parse_dtype, reporting
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
@@ -146,6 +147,7 @@ class Engine:
         """
         device = device_of(device, backend)
         config = _checked(config)
+        cpu_threads()  # before torch reads and converts weights with too many
         if memory is not None and config.offload == "never":
             raise ValueError('memory: with offload="never" all weights are loaded, whatever they need')
         if config.offload == "auto":
@@ -384,7 +386,7 @@ class Source(Protocol):
 def engine_of(source: Source, config: SiriusConfig) -> Engine:
     """The engine, and so many CPU threads, if it says how many."""
     if source.threads is not None:
-        torch.set_num_threads(check_threads(source.threads))
+        choose_threads(source.threads)
     dtype = parse_dtype(source.dtype)
     return Engine.from_pretrained(source.model, config, source.device, dtype, weights=source.weights, memory=source.memory)
 

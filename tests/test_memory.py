@@ -19,6 +19,7 @@ import test_gguf
 import torch
 import transformers
 from hypothesis import strategies as st
+from machines import fake_machine
 from model_files import write_gguf
 from safetensors.torch import save_file
 from test_stream import faulty_disk
@@ -245,14 +246,6 @@ def test_amounts(text, size):
 def test_no_amounts(text):
     with pytest.raises(ValueError, match="^memory: expected .*(bytes|size as).*, got "):
         parse_memory(text)
-
-
-def fake_machine(monkeypatch, root, files):
-    """A machine with these files, under /proc and /sys alone."""
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    monkeypatch.setattr(tiers, "Path", lambda path: root / path[1:] if path.startswith("/") else Path(path))
 
 
 MEMINFO = {"proc/meminfo": "MemTotal:       9999999 kB\nMemFree:  1 kB\nMemAvailable:    1000000 kB\nHugePages_Total:  0\n"}

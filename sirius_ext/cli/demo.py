@@ -14,6 +14,7 @@ from transformers import GenerationMixin
 from ..config import GREEDY, SiriusConfig
 from ..decoding.stats import PromptStats, Stats
 from ..engine import Engine, encode, engine_of, prepare, release
+from ..kernels.threads import cpu_threads
 from .streamer import KeepingStreamer
 from .terminal import Console
 
@@ -118,7 +119,7 @@ def _table(model: str, config: SiriusConfig, rows: list[Row], full: Row) -> Tabl
     """full: what the others are compared with."""
     transformers = rows[0]
     table = Table(
-        title=f"{model}, {torch.get_num_threads()} threads, density {config.density}, period {config.period}",
+        title=f"{model}, {cpu_threads()} threads, density {config.density}, period {config.period}",
         caption="vs hf: transformers' speed is 1. eff. dens.: weights read per token. = Full: share of Full's text.",
         padding=(0, 0),
     )

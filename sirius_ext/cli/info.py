@@ -17,6 +17,7 @@ from ..decoding.sparsity import drafts_of
 from ..engine import device_of
 from ..kernels import ops
 from ..kernels.dispatch import has_cuda_kernels, is_cuda
+from ..kernels.threads import cpu_threads
 from ..models.hub import Division, division
 from ..models.tier_files import NEURONS
 from ..runtime.speeds import direct_read_speed, memory_read_speed
@@ -39,7 +40,7 @@ def _of_machine() -> Iterable[tuple[str, object]]:
         ("backends", "cpu, cuda" if has_cuda_kernels() else "cpu"),
         ("instruction sets", sets),
         ("devices", ", ".join(devices)),
-        ("threads", torch.get_num_threads()),
+        ("threads", cpu_threads()),
         ("torch", torch.__version__),
         ("transformers", transformers.__version__),
         ("python", platform.python_version()),

@@ -51,7 +51,7 @@ def add_command(commands: Commands, name: str, command: Command, purpose: str) -
     add_device_option(parser, "auto")
     add_weights_options(parser)
     add_memory_option(parser)
-    add("--threads", type=_threads, help="CPU threads (default: torch's)")
+    add("--threads", type=_threads, help="CPU threads (default: torch's, and no more than a container allows)")
     return parser
 
 

@@ -22,6 +22,7 @@ import torch
 from .. import _C
 from ..config import SiriusConfig
 from ..kernels import ops
+from ..kernels.threads import cpu_threads
 from ..models.hub import cache_dir
 from ..runtime.model import Model
 from ..runtime.passes import Pass
@@ -54,7 +55,7 @@ def costs_of(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
         less = four_bits(config, model.weights)
         density = density_of(config, model.weights)
         sparse = config.sparsity, config.follow, density, config.thresholds, config.tree_width, less, copies
-    asked, at_hand = (ops.isa(), torch.get_num_threads(), *sparse), _at_hand.setdefault(model, {})
+    asked, at_hand = (ops.isa(), cpu_threads(), *sparse), _at_hand.setdefault(model, {})
     if asked not in at_hand:
         at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, copies, thresholds))
     return at_hand[asked]
@@ -81,7 +82,7 @@ def _key(model: Model, sparse: tuple[object, ...]) -> str:
         _build(),
         backend,
         _processor(),
-        torch.get_num_threads(),
+        cpu_threads(),
     ]
     if w.tiers is not None and w.streams:
         parts.append(f"reading {w.tiers.plan.streamed} of {w.tiers.files.neurons}")

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ..errors import reason
 from ..extras import need
+from ..kernels.threads import cpu_threads
 from .plan import Plan
 from .results import Results, merge
 from .runner import progress_bar, running
@@ -90,7 +91,7 @@ def split(plan: Plan, items: list[Item], done: set[tuple[str, str]], count: int,
 def by_processes(plan: Plan, items: list[Item], results: Results, count: int, console: Console) -> None:
     """Decode what `results` lacks in `count` processes of this machine, each with a model of its own; on CUDA they take the
     devices in turn. ChildProcessError if some could not finish; what is known by then is kept."""
-    parts = split(plan, items, results.done(), count, torch.get_num_threads())
+    parts = split(plan, items, results.done(), count, cpu_threads())
     if plan.device == "cuda":
         devices = max(1, torch.cuda.device_count())  # without one, the engine says so
         parts = [

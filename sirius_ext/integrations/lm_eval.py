@@ -27,7 +27,7 @@ from ..decoding.sparsity import sparsity_of, without_chance
 from ..decoding.stats import PromptStats, Stats
 from ..decoding.thresholds import read_thresholds
 from ..engine import Engine, prepare
-from ..loading import check_threads
+from ..kernels.threads import choose_threads
 from ..models.hub import parse_dtype
 
 SCORERS = ("full", "sparse")
@@ -76,7 +76,7 @@ class SiriusLM(TemplateLM):
         if isinstance(max_gen_toks, bool) or not isinstance(max_gen_toks, int) or max_gen_toks < 1:
             raise ValueError(f"max_gen_toks: expected an integer of at least 1, got {max_gen_toks!r}")
         if threads is not None:
-            torch.set_num_threads(check_threads(threads))
+            choose_threads(threads)
         if isinstance(device, int) and not isinstance(device, bool):
             device = f"cuda:{device}"
         if str(device).startswith("cuda") and not torch.cuda.is_available():

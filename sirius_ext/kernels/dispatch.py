@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from .. import _C
+from .threads import cpu_threads
 
 
 class Backend(Protocol):
@@ -30,7 +31,7 @@ class CpuBackend:
 
     def run(self, device: torch.device, name: str, workspace: tuple[int, ...], fields: dict[str, object]) -> None:
         """As `Backend.run`. The ops make their workspace themselves."""
-        getattr(self.functions, name)(**fields, threads=torch.get_num_threads())
+        getattr(self.functions, name)(**fields, threads=cpu_threads())
 
 
 class CudaBackend:

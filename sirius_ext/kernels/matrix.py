@@ -11,6 +11,7 @@ import torch
 
 from .. import _C
 from . import q4, q8
+from .threads import cpu_threads
 
 
 class Format(enum.IntEnum):
@@ -224,7 +225,7 @@ class Matrix:
         data = planes[0] if upper else planes
         packed = Matrix(data, (form, self.cols))
         numbers = self.data.contiguous()
-        _C.pack(dtype=int(self.format), x=numbers.data_ptr(), out=packed.raw, threads=torch.get_num_threads())
+        _C.pack(dtype=int(self.format), x=numbers.data_ptr(), out=packed.raw, threads=cpu_threads())
         q8.check_scales(planes[0], self.cols)
         return packed
 

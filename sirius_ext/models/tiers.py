@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import MAX_AUTO_PERIOD_FROM_DISK
+from ..control_groups import groups
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
 from .families import describe
@@ -293,7 +294,8 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(1024 * int(lines["MemAvailable"].split()[0]))
-    for folder, names in _groups():
+    for folder, version in groups("memory"):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
         with contextlib.suppress(OSError, ValueError):
             most, now = (int((folder / name).read_text()) for name in names)
             free.append(most - now + _pages_of_files(folder))
@@ -308,20 +310,6 @@ def _pages_of_files(group: Path) -> int:
         names = ("total_inactive_file", "total_active_file") if "total_cache" in said else ("inactive_file", "active_file")
         return sum(int(said.get(name, 0)) for name in names)
     return 0
-
-
-def _groups() -> Iterator[tuple[Path, tuple[str, str]]]:
-    """The control groups that limit this process's memory: of each its folder, and the files with the limit and what is used."""
-    root = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds and "memory" not in kinds.split(","):
-                continue
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-            own = Path(path.lstrip("/"))
-            for each in (own, *own.parents):  # a group's limit holds for those inside it, too
-                yield root / ("memory" if kinds else "") / each, names
 
 
 def memory_in_use() -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
+from ..kernels.threads import cpu_threads
 from ..models.weights import View, Weights
 from .cache import Cache, KeptCaches, chunks
 from .layers import Attend, Neurons, attention, decoder_layer, embed, logits, norm
@@ -192,7 +193,7 @@ class Model:
                 first_slot=asked.first_slot,
                 prefix=asked.prefix,
                 capacity=cache.capacity,
-                threads=torch.get_num_threads(),
+                threads=cpu_threads(),
             )
         return out, argmax
 
