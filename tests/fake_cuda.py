@@ -25,19 +25,28 @@ class FakeCuda:
     @contextlib.contextmanager
     def _device(self, device):
         before, self.device = self.device, self._index(device)
-        yield
-        self.device = before
+        try:
+            yield
+        finally:
+            self.device = before
 
     def _current_stream(self, device=None):
         index = self._index(device)
-        return self.streams.get(index) or SimpleNamespace(device=index, name="default", cuda_stream=0)
+        return self.streams.get(index) or SimpleNamespace(
+            device=index,
+            name="default",
+            cuda_stream=0,
+            wait_stream=lambda other: self.log.append(("wait of the default stream", other.name)),
+        )
 
     @contextlib.contextmanager
     def _stream(self, stream):
         before = self.streams.get(stream.device)
         self.streams[stream.device] = stream
-        yield
-        self.streams[stream.device] = before
+        try:
+            yield
+        finally:
+            self.streams[stream.device] = before
 
     def _Stream(self, device=None):  # noqa: N802
         made = SimpleNamespace(device=self._index(device), name=f"own {len(self.log)}", cuda_stream=1)

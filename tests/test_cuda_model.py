@@ -11,6 +11,7 @@ from tier_models import files_of, tiered, whole
 from tiny import decoder, own_bits, prompt, seeded, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
+from sirius_ext.config import MAX_NODES_ON_CUDA
 from sirius_ext.decoding import reference, sequence
 from sirius_ext.decoding.period import Costs
 from sirius_ext.decoding.period_graph import PeriodGraph
@@ -20,6 +21,7 @@ from sirius_ext.decoding.sparsity import FSparse
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import dispatch
 from sirius_ext.runtime import cuda
+from sirius_ext.runtime.cache import CACHE_GRAIN
 from sirius_ext.runtime.cuda import CudaModel
 from sirius_ext.runtime.graphs import Nodes
 from sirius_ext.runtime.passes import Kind
@@ -295,6 +297,15 @@ def test_the_cache_doubles(place):
     assert cache.capacity == 2 * cuda.FIRST_CAPACITY and not cache.periods
     assert torch.equal(cache.k[:, :, : len(cache.tokens)], held)
     assert decode(engine, prompt(5), config, 6)[0] == short
+
+
+def test_a_cache_is_no_longer_than_any_text(place):
+    """Of a long context keys and values are most of what a card holds."""
+    model = prepare(Engine(tiny("mistral", max_position_embeddings=1000).to(place.device)).model)
+    cache, most = model.new_cache(), 1000 + MAX_NODES_ON_CUDA + cuda.AHEAD
+    for slots, capacity in ((300, 512), (600, 1024), (1025, -(-most // CACHE_GRAIN) * CACHE_GRAIN)):
+        cache.reserve(slots)
+        assert slots <= cache.capacity == capacity
 
 
 def test_an_adaptive_period_keeps_to_the_largest_tree(place, monkeypatch):

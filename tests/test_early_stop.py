@@ -220,15 +220,17 @@ def test_graphs_without_conditions_leave_it_to_the_host(monkeypatch):
         assert period_graph.replayed_periods(*asked) is None
 
 
+@pytest.mark.parametrize("cause", [None, torch.OutOfMemoryError("no room")])
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_cannot_be_captured_is_left_to_the_host(monkeypatch, count):
-    """With a warning, once, and the same text: at its beginning and on the way, after periods of F alone or not."""
+def test_what_cannot_be_captured_is_left_to_the_host(monkeypatch, count, cause):
+    """With a warning, once, and the same text: at its beginning and on the way, after periods of F alone or not. For good, unless
+    it was memory that did not suffice this time."""
     start, left = PeriodGraph.start, [count]
 
     def refused(graph, stops=None):
         left[0] -= graph.depth > 0
         if graph.depth and left[0] <= 0:
-            raise graphs.ConditionsError("cuda: a period of 8 could not be captured as a graph (not supported)")
+            raise graphs.ConditionsError("cuda: a period of 8 could not be captured as a graph (not supported)") from cause
         return start(graph, stops)
 
     monkeypatch.setattr(PeriodGraph, "start", refused)
@@ -239,7 +241,9 @@ def test_what_cannot_be_captured_is_left_to_the_host(monkeypatch, count):
         with pytest.warns(RuntimeWarning, match="^cuda: a period of 8 could not .*; the host decides instead") as warned:
             tokens, stats = decode(engine, config_of(density=0.8))
         assert tokens == expected[0] and rows(stats.periods) == rows(expected[1].periods) and len(warned) == 1
-        assert decode(engine, config_of(density=0.8))[0] == tokens and left[0] == 0
+        assert prepare(engine.model).conditions == (cause is not None)
+        left[0] = 100
+        assert decode(engine, config_of(density=0.8))[0] == tokens and (left[0] == 100) == (cause is None)
 
 
 def test_a_fault_is_found(monkeypatch):
@@ -462,6 +466,17 @@ def test_a_part_is_captured_on_a_stream_of_its_own(monkeypatch):
 
     def refused(body):
         raise RuntimeError("cudaStreamEndCapture: not supported")
+
+    log.clear()
+
+    def failing():
+        if replay._run is graphs._Run.CAPTURE:
+            raise torch.OutOfMemoryError("no room")
+
+    replay = Replay(lambda: replay.only_if(lambda _: None, flag, failing), device, True, "a period", stream=outer, inner=inner)
+    with pytest.raises(graphs.ConditionsError, match="^cuda: a period could not be captured .*no room.*; lower") as caught:
+        replay()
+    assert log[-1] == ("end", 2) and isinstance(caught.value.__cause__, torch.OutOfMemoryError)  # no capture stays open
 
     functions.end_if = refused
     replay = Replay(body, device, True, "a period", stream=outer, inner=inner)

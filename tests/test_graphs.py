@@ -1,5 +1,8 @@
 """What is asked of CUDA around a capture, noted by a stand-in. That graphs compute the same is tested in test_cuda_model.py."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 from backends import emulated
@@ -9,6 +12,7 @@ from tiny import prompt, tiny
 
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.config import GREEDY
+from sirius_ext.runtime.cuda import LaunchLock
 from sirius_ext.runtime.graphs import Replay
 
 SECOND = torch.device("cuda", 1)
@@ -54,6 +58,43 @@ def test_a_failing_capture_names_what_it_was(cuda):
 
     with pytest.raises(RuntimeError, match="^cuda: a period of 4 could not be captured as a graph .operation not permitted"):
         Replay(body, SECOND, True, "a period of 4", stream=torch.cuda.Stream(SECOND))()
+
+
+def test_after_a_capture_that_could_not_end(cuda, monkeypatch):
+    """torch leaves the capture's stream behind then, and the run before the capture may not have ended."""
+    own = torch.cuda.Stream(SECOND)
+
+    @contextlib.contextmanager
+    def refused(graph, stream, **_):
+        cuda.streams[1] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    where = []
+    with pytest.raises(RuntimeError, match="a pass could not be captured"):
+        Replay(lambda: where.append((len(cuda.log), gc.isenabled())), SECOND, True, "a pass", stream=own)()
+    assert torch.cuda.current_stream(SECOND).name == "default" and gc.isenabled()
+    (_, before), (captured, within) = where
+    assert before and not within  # collected
+    assert ("synchronize", 1) in cuda.log[captured:]
+
+
+def test_a_model_is_launched_in_order_whatever_the_stream(cuda):
+    """Of its own device: kernels of two streams would overlap otherwise, and share what they write."""
+    lock, first, second = LaunchLock(SECOND), torch.cuda.Stream(SECOND), torch.cuda.Stream(SECOND)
+    for stream in (first, first, second, second, first):
+        with torch.cuda.stream(stream), lock:
+            cuda.log.append(("launch", stream))
+    waits = [each for each in cuda.log if each[0] in ("wait", "launch")]
+    after = lambda stream, other: ("wait", stream, other.name)  # noqa: E731
+    launch = lambda stream: ("launch", stream)  # noqa: E731
+    assert waits == [
+        launch(first), launch(first), after(second, first), launch(second), launch(second), after(first, second), launch(first)
+    ]  # fmt: skip
+    with lock:
+        assert not lock._lock.acquire(blocking=False)
+    assert cuda.log[-1] == ("wait of the default stream", first.name) and not lock._lock.locked()
 
 
 # ---------------------------------------------------------------------------------------------------- what is captured

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -48,16 +50,40 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
+// For a kernel that writes weights: the next one asks for such before it waits, so it begins when this one has ended.
+__device__ __forceinline__ void wait_and_be_waited_for() {
+#if defined(__CUDA_ARCH__)
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#elif !defined(__CUDACC__)
+  simt::wait_for_grid_before(false);
+#endif
+}
+
 #if defined(__CUDACC__)
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Lets a kernel have so much shared memory. What it may have only grows, since another thread may be about to launch it with what
+// it has asked for.
+template <auto Kernel>
+void allow_shared(const char* name, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<int, size_t> allowed;  // by device
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard lock(mutex);
+  if (bytes <= allowed[device]) return;
+  check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
+  allowed[device] = bytes;
+}
+
 // Kernel<<<grid, block, shared_bytes, stream>>>(arguments...), checked.
 template <auto Kernel, class... Arguments>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, StreamHandle stream, Arguments&&... arguments) {
-  if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+  if (shared_bytes > (48 << 10)) allow_shared<Kernel>(name, shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

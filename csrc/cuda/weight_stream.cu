@@ -350,9 +350,9 @@ void WeightStream::done(int layer, StreamHandle stream) {
 void WeightStream::end(StreamHandle stream) {
   State& s = *state_;
   if (s.next < 0) return;
+  s.next = -1;  // even if a capture that has failed does not let it be recorded
   s.begun.record(s.copies.handle);
   s.begun.precede(static_cast<cudaStream_t>(stream));
-  s.next = -1;
 }
 
 }  // namespace sirius::cuda

@@ -111,11 +111,12 @@ class PeriodGraph:
 
     def begin(self, token: int, length: int, remaining: int) -> None:
         """A text whose last committed token, x0, will stand at slot `length`, and that may take so many more tokens."""
-        self.record.tokens[:1].fill_(token)
-        self.record.fault.zero_()
-        self._cache.base.fill_(length)
-        self._remaining.fill_(remaining)
-        self._limit.fill_(max(0, min(self.depth, remaining - 1)))
+        with self._model.lock:
+            self.record.tokens[:1].fill_(token)
+            self.record.fault.zero_()
+            self._cache.base.fill_(length)
+            self._remaining.fill_(remaining)
+            self._limit.fill_(max(0, min(self.depth, remaining - 1)))
 
     def periods(self) -> Iterator[Record]:
         """The record of each period, one after the other; never ends. The device is always one period ahead."""
@@ -159,7 +160,7 @@ class PeriodGraph:
     def _start(self, copy: torch.Tensor) -> torch.cuda.Event | None:
         with self._model.lock:
             self._replay()
-        copy.copy_(self.record.memory, non_blocking=True)
+            copy.copy_(self.record.memory, non_blocking=True)
         if self._model.device.type != "cuda":
             return None
         with dispatch.guard(self._model.device):  # an event belongs to the current device
@@ -346,8 +347,9 @@ def replayed_periods(
         return None
     if adaptive is not None and not model.conditions:
         return None
-    draft = cache.take(sparsity)
-    judge = draft if config.mode == "sparse" else cache.take(None)
+    with model.lock:
+        draft = cache.take(sparsity)
+        judge = draft if config.mode == "sparse" else cache.take(None)
     follows = config.mode == "sirius" and sparsity is not None and sparsity.follows
     rule = config.prune, config.accept, config.threshold, config.score_temperature
 
@@ -398,7 +400,7 @@ def _until_they_stop(
         try:
             record_of = graph.start(stops)
         except ConditionsError as error:
-            model.conditions = False
+            model.conditions = isinstance(error.__cause__, torch.OutOfMemoryError)  # which says nothing of the next text
             warnings.warn(f"{error}; the host decides instead when drafts stop, which takes longer", RuntimeWarning, stacklevel=2)
             return
         running.append((graph, record_of, remaining, adaptive.ledger))

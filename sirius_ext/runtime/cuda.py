@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,27 @@ from .passes import Kind, Pass, Sparsity
 FEW_ROWS = 16  # rows of a pass up to which our own kernels read the weights; a library multiplies more
 AHEAD = 2  # slots that a period beyond the end of a text may need
 FIRST_CAPACITY = 256  # slots of a new cache; it doubles as needed, and graphs are captured anew when it does
+
+
+class LaunchLock:
+    """Held by whoever launches something of a model: one thread at a time, and after all that was launched of it before, on
+    whatever stream that was."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._lock = device, threading.Lock()
+        self._last: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._device.type == "cuda":
+            now = torch.cuda.current_stream(self._device)
+            if self._last is not None and self._last != now:
+                now.wait_stream(self._last)
+            self._last = now
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
 
 # What the extension takes of a pass, and whether S reads four bits in it.
 Chosen = tuple[Arguments, bool]
@@ -61,7 +83,8 @@ class CudaCache(Cache):
         capacity = max(FIRST_CAPACITY, self.capacity)
         while capacity < slots:
             capacity *= 2
-        return capacity
+        longest = super()._grown(self.weights.context + MAX_NODES_ON_CUDA + AHEAD)  # more no text needs
+        return max(min(capacity, longest), super()._grown(slots))
 
     def _grow(self, slots: int) -> None:
         super()._grow(slots)
@@ -136,12 +159,13 @@ class CudaCache(Cache):
 
 
 class CudaModel(Model):
-    """As `Model`. All passes are on one stream: they share the workspace, and the counters."""
+    """As `Model`. Passes share the workspace and the counters, so that each waits for the one before, on whatever stream."""
 
     most_nodes = MAX_NODES_ON_CUDA
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights)
+        self.lock = LaunchLock(self.device)
         tiers = weights.tiers
         self._streamed = tiers if isinstance(tiers, DeviceTiers) else None
         self.graph_mode = graph_mode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -54,6 +55,20 @@ class _Run(enum.Enum):
     DIRECT = enum.auto()
     BEFORE_CAPTURE = enum.auto()
     CAPTURE = enum.auto()
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Around a capture. Nothing is collected meanwhile: what goes with another model may ask for what a capture does not allow.
+    Afterwards the current stream is what it was, even if torch could not end the capture and so left its own one behind."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream(device)):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Replay:
@@ -107,9 +122,11 @@ class Replay:
             condition = functions.new_condition(stream)
             decide(condition)
             functions.begin_if(condition, stream, self._inner.cuda_stream)
-            with torch.cuda.stream(self._inner):
-                part()
-            functions.end_if(self._inner.cuda_stream)
+            try:
+                with torch.cuda.stream(self._inner):
+                    part()
+            finally:  # a capture that stays open would forbid this thread nearly everything
+                functions.end_if(self._inner.cuda_stream)
             return True
         decide(0)
         # Before a capture all kernels must have been loaded.
@@ -132,9 +149,12 @@ class Replay:
                 torch.cuda.synchronize(self._device)
                 # Other threads may go on meanwhile: what they ask of the device does not concern this graph.
                 self._run = _Run.CAPTURE
-                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                captured = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+                with _undisturbed(self._device), captured:
                     self._body()
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)  # what the run before the capture began may still write what others use
             raise (ConditionsError if self._conditional else RuntimeError)(
                 f"cuda: {self._what} could not be captured as a graph ({error}); lower period, tree_width or max_new_tokens, or "
                 "set SIRIUS_GRAPHS=off"

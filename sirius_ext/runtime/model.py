@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ class Model:
         self.caches = KeptCaches(self.new_cache)
         if weights.tiers is not None:
             self.caches.most_bytes = weights.tiers.plan.caches
-        self.lock = threading.Lock()  # held for a pass
+        self.lock: contextlib.AbstractContextManager[object] = threading.Lock()  # held for a pass
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
         self._handle = self._extension().Model(**weights.arguments())
