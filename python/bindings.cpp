@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../csrc/cpu/checks.h"
+#include "../csrc/cpu/crew.h"
 #include "../csrc/cpu/isa.h"
 #include "../csrc/cpu/ops.h"
 #include "../csrc/cpu/team.h"
@@ -104,6 +105,11 @@ PYBIND11_MODULE(_C, m) {
   define(m, "accept", cpu::accept, [](AcceptParams& p) { return floats(2 * size_t(p.num_rows), p.workspace); });
   define(m, "argmax", cpu::argmax);
   define(m, "kv_rewrite", cpu::kv_rewrite);
+
+  py::class_<cpu::Crew>(m, "Crew", py::module_local())
+      .def(py::init<>())
+      .def("size", &cpu::Crew::size, py::arg("most"))
+      .def("passed", &cpu::Crew::passed, py::arg("threads"), py::arg("seconds"), py::arg("stalled"));
 
   m.def("checksums", [](size_t data, size_t size, int count, size_t sums) {
     const py::gil_scoped_release unlocked;

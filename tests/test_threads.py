@@ -6,6 +6,7 @@ import pytest
 import torch
 from machines import fake_machine
 
+from sirius_ext import _C
 from sirius_ext.control_groups import cpu_limit
 from sirius_ext.kernels import threads
 from sirius_ext.kernels.threads import choose_threads, cpu_threads
@@ -110,3 +111,64 @@ def test_ops_take_that_many(fresh):
 
     ops.linear(torch.ones(1, 4), torch.ones(3, 4))
     assert torch.get_num_threads() == 2
+
+
+# ----------------------------------------------------------------------------------------------- a machine that others use, too
+
+
+class Machine:
+    """Passes of a crew on as many cores, of which others use some for half of the time."""
+
+    def __init__(self, cores):
+        self.cores, self.crew, self.used = cores, _C.Crew(), []
+
+    def run(self, seconds, others):
+        """For so long. Returns the tokens that were decoded, a second of one thread's work each, and how many threads did it."""
+        tokens, sizes = 0.0, []
+        while seconds > 0:
+            size = self.crew.size(self.cores)
+            stands = size > self.cores - others  # a thread has no core of its own
+            took = 0.01 * (2 if stands else 1)
+            self.crew.passed(size, took, 0.01 * (size - 1) if stands else 0.0)
+            tokens += 0.01 * size
+            seconds -= took
+            sizes.append(size)
+        return tokens, sizes
+
+
+@pytest.mark.parametrize("cores, others", [(8, 1), (8, 3), (3, 1), (16, 2)])
+def test_fewer_threads_where_others_use_some_cores(cores, others):
+    machine = Machine(cores)
+    quiet, sizes = machine.run(30, 0)
+    assert quiet == pytest.approx(30 * cores, rel=0.01) and set(sizes) == {cores}
+    tokens, sizes = machine.run(60, others)
+    assert set(sizes[len(sizes) // 4 :]) <= {cores - others, cores - others + 1}  # one more is tried now and then
+    assert tokens > 0.95 * 60 * (cores - others) and tokens > 1.2 * 60 * cores / 2
+    machine.run(20, 0)
+    assert machine.run(1, 0)[1][-1] == cores  # they all come back
+
+
+def test_a_thread_is_not_left_out_for_little():
+    """Seven threads do what eight do while one of them stands for an eighth of the time."""
+    crew = _C.Crew()
+    for _ in range(1000):
+        assert crew.size(8) == 8
+        crew.passed(8, 0.01, 7 * 0.01 / 8)
+
+
+def test_the_last_thread_stays():
+    crew = _C.Crew()
+    for _ in range(1000):
+        size = crew.size(2)
+        assert size in (1, 2)
+        crew.passed(size, 0.05, 0.04 * (size - 1))
+    assert crew.size(2) == 1
+    assert crew.size(1) == 1 and crew.size(4) == 4  # other passes
+
+
+def test_a_pass_of_other_times_does_not_count():
+    crew = _C.Crew()
+    assert crew.size(4) == 4
+    for _ in range(100):
+        crew.passed(3, 1.0, 2.0)
+    assert crew.size(4) == 4

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <exception>
 
+#include "crew.h"
 #include "isa.h"
 #include "ops.h"
 #include "stream.h"
@@ -333,9 +334,14 @@ class Pass {
 }  // namespace
 
 void decode_step(const DecodeStepParams& p, int threads) {
+  static Crew crew;
   std::exception_ptr failed;
-  with_team(threads, [&] { Pass(p, &failed).run(); });
+  const int size = crew.size(threads);
+  const Clock::time_point begun = Clock::now();
+  const double stalled = with_team(size, [&] { Pass(p, &failed).run(); });
   if (failed) std::rethrow_exception(failed);
+  // Where weights come from a disk threads wait for that.
+  if (!p.model->stream) crew.passed(size, std::chrono::duration<double>(Clock::now() - begun).count(), stalled);
 }
 
 size_t decode_workspace(const ModelWeights& m, int num_rows, int slots) {

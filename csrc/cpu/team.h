@@ -10,6 +10,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -18,15 +19,20 @@
 
 namespace sirius::cpu {
 
+using Clock = std::chrono::steady_clock;
+
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
 
-  void wait() {
+  // since: when the caller's last wait ended; when this one has, afterwards.
+  void wait(Clock::time_point& since) {
+    const Clock::time_point reached = Clock::now();
     const int generation = generation_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
+      since = reached;
       return;
     }
     constexpr int kSpins = 200;  // some microseconds: more than a balanced op needs
@@ -36,7 +42,16 @@ class Barrier {
       else
         sched_yield();
     }
+    const Clock::time_point released = Clock::now();
+    const Clock::duration waited = released - reached;
+    if (waited > kStall && waited > 2 * (reached - since))
+      stalled_.fetch_add(std::chrono::nanoseconds(waited).count(), std::memory_order_relaxed);
+    since = released;
   }
+
+  // How long threads have stood still because another was kept from its work: waited for far longer than they had worked. One
+  // that is merely slower, on a smaller core, does not make others wait so long.
+  double stalled() const { return 1e-9 * double(stalled_.load(std::memory_order_relaxed)); }
 
  private:
   static void pause() {
@@ -45,34 +60,40 @@ class Barrier {
 #endif
   }
 
+  static constexpr Clock::duration kStall = std::chrono::microseconds(300);  // less than others take a core at once
+
   const int threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> generation_{0};
+  std::atomic<int64_t> stalled_{0};
 };
 
 struct Member {
   int id = 0, size = 1;
   Barrier* barrier = nullptr;
+  Clock::time_point since{};  // when it last began to work
 };
 
 inline thread_local Member member;  // this thread's place in its team
 
 inline void sync() {
-  if (member.barrier) member.barrier->wait();
+  if (member.barrier) member.barrier->wait(member.since);
 }
 
+// Returns how long threads were stalled, in seconds.
 template <class Body>
-void with_team(int threads, const Body& body) {
+double with_team(int threads, const Body& body) {
   std::unique_ptr<Barrier> barrier;
 #pragma omp parallel num_threads(threads)
   {
     const int size = omp_get_num_threads();  // OpenMP may grant fewer threads than asked for
 #pragma omp single
     barrier = std::make_unique<Barrier>(size);
-    member = {omp_get_thread_num(), size, barrier.get()};
+    member = {omp_get_thread_num(), size, barrier.get(), Clock::now()};
     body();
     member = {};
   }
+  return barrier->stalled();
 }
 
 struct Range {
