@@ -162,6 +162,15 @@ def test_strict_and_flexible(tmp_path):
     assert verdict.correct and verdict.answer == "1040"
 
 
+def test_a_number_that_no_float_holds(tmp_path):
+    """What a model says that repeats a digit to its last token is wrong, and no reason to stop."""
+    write("gsm8k", tmp_path)
+    task, (item,) = load_task("gsm8k", tmp_path)
+    for number in ("9" * 400, "-" + "9" * 400, "9" * 400 + ".5"):
+        verdict = task.judge(item, f" The answer is {number}.")
+        assert verdict.answer in ("inf", "-inf") and verdict.scores == {"strict": False, "flexible": False}
+
+
 def test_rouge1():
     assert rouge1("the cat sat", "The cat, sat!") == 1
     assert rouge1("a b", "b c") == 0.5

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,9 +206,10 @@ def _mbpp_prompt(item: Item, count: int) -> str:
 
 
 def number(text: str) -> str:
-    """A number without currency, commas and a trailing fraction of zeros; ValueError if it is none."""
+    """A number without currency, commas and a trailing fraction of zeros, "inf" if it is larger than any of float64; ValueError
+    if it is none."""
     value = float(re.sub(r"[,$%\s]", "", text).rstrip("."))
-    return str(int(value)) if value == int(value) else str(value)
+    return str(value) if math.isinf(value) or value != int(value) else str(int(value))
 
 
 _NUMBER = r"-?[$]?[0-9][0-9,]*(?:\.[0-9]+)?"
