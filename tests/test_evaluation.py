@@ -183,6 +183,8 @@ def test_rouge1():
         ("x = 1", "passed"),
         ("assert False, 'no'", "AssertionError: no"),
         ("raise SystemExit(3)", "exit status 3"),
+        ("exit()\nassert False", "RuntimeError: it exits before the end"),
+        ("import sys\nsys.exit(0)", "RuntimeError: it exits before the end"),
         ("while True: pass", "timeout"),
         ("x = bytearray(2 << 30)", "MemoryError"),
         ("import socket; socket.socket()", "PermissionError: socket.__new__ is not allowed here"),

@@ -25,19 +25,25 @@ def _audit(event, arguments):
         raise PermissionError(event + " is not allowed here")
 sys.addaudithook(_audit)
 """
+# The tests come last in it: code that exits before they are through has not passed them.
+_JUDGED = """
+try:
+    exec(compile({code!r}, "answer", "exec"), {{"__name__": "answer"}})
+except SystemExit as end:
+    if end.code not in (None, 0):
+        raise
+    raise RuntimeError("it exits before the end") from None
+"""
 
 
 def run_code(code: str, seconds: int = SECONDS, memory: int = MEMORY_BYTES) -> str:
-    """Run Python code to its end. Returns "passed" if it ended by itself without an exception, else why not: "timeout" or the
-    last line of its error.
+    """Run Python code to its end. Returns "passed" if it came to its last line without an exception, else why not: "timeout" or
+    the last line of its error.
 
     A guard against accidents, not against an attacker: run benchmarks of models that you trust as much as their code.
     """
     with tempfile.TemporaryDirectory() as folder:
-        program = (
-            _LIMITS.format(memory=memory, seconds=seconds)
-            + f"\nexec(compile({code!r}, 'answer', 'exec'), {{'__name__': 'answer'}})\n"
-        )
+        program = _LIMITS.format(memory=memory, seconds=seconds) + _JUDGED.format(code=code)
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-I", "-c", program]
         try:
