@@ -344,6 +344,24 @@ def test_gguf(cache, tmp_path, monkeypatch):
     assert len(list((cache / "converted").iterdir())) == 2
 
 
+def test_a_conversion_that_another_process_has_made_meanwhile(cache, tmp_path, monkeypatch):
+    """It stays where it is: that process may be opening its files one by one."""
+    expected = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", expected)
+    convert, made = hub._convert, []
+
+    def beside(*arguments):
+        if not made:
+            made.append(None)
+            made.append(hub._converted(tmp_path / "tiny.gguf", "tiny.gguf", torch.float32, False).stat().st_ino)
+        convert(*arguments)
+
+    monkeypatch.setattr(hub, "_convert", beside)
+    assert_same_weights(hub.load_model(tmp_path / "tiny.gguf", dtype="fp32", progress=False)[0], expected)
+    (folder,) = (cache / "converted").iterdir()
+    assert folder.stat().st_ino == made[1]
+
+
 @pytest.mark.parametrize("content", [b"", b"GG", b"ggml and more", b"\x80\x02pickled"])
 def test_not_a_gguf(cache, tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)

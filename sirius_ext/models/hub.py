@@ -644,6 +644,8 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole:
                 _convert(file.absolute(), name, dtype, whole, fresh)
             sizes = {item.name: item.stat().st_size for item in fresh.iterdir()}
             (fresh / gguf_files.CONVERTED).write_text(json.dumps(sizes, indent=1))
+            if _is_intact(folder):  # another process was faster, and may be reading it: it stays where it is
+                return folder
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, Path(temporary) / "damaged")
             try:
