@@ -211,6 +211,63 @@ def test_it_is_packed_once(folder):
     assert len(kept(folder)) == 3
 
 
+@pytest.mark.parametrize("share", [0, 0.01, 0.5])
+def test_a_kept_file_that_is_cut_off(folder, share):
+    """It is packed again, as a damaged conversion is made again: every load would fail otherwise until somebody deletes it."""
+    expected = full_text(load(folder), prompt(20), 20)
+    (file,) = kept(folder)
+    os.truncate(file, int(share * file.stat().st_size))
+    assert full_text(load(folder), prompt(20), 20) == expected
+    assert kept(folder) == [file]
+
+
+def change(tensors):
+    """Other numbers by the same names."""
+    return {name: tensor * 0.5 for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_other_weights_in_the_folder(folder, weights):
+    """Of several files the model's are those that transformers reads, alone or by an index."""
+    expected = packed("qwen2", weights=weights)
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(change(tensors), folder / "model_before.safetensors", {"format": "pt"})
+    for key, parameter in load(folder, weights).model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(key)), key
+
+    names = sorted(tensors)
+    parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for part, own in parts.items():
+        safetensors.torch.save_file({name: tensors[name] for name in own}, folder / part, {"format": "pt"})
+    file.unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: part for part, own in parts.items() for name in own}}))
+    for key, parameter in load(folder, weights).model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(key)), key
+    (folder / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json names model-2-of-2\.safetensors, which is not there"):
+        load(folder, weights)
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_a_head_that_the_config_ties(folder, weights):
+    """transformers ties nothing that a checkpoint has twice with different numbers, whatever the config says."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    model = load(folder, weights).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tensors["lm_head.weight"][-1, -1] += 8.0
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    model = load(folder, weights).model
+    head = Matrix(tensors["lm_head.weight"]).in_eight_bits()
+    assert torch.equal(model.lm_head.weight, head.bytes) and not model.config.tie_word_embeddings
+    assert torch.equal(model.model.embed_tokens.weight, packed("qwen2").model.embed_tokens.weight)
+
+
 def test_generation_settings_are_kept(folder):
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [7, 9]}))

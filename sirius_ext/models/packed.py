@@ -8,6 +8,8 @@ the kernels here can read, so that calling it is refused. Which format they are 
 from __future__ import annotations
 
 import abc
+import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 VERSION = 3  # another number where files come out differently: what older versions left in the cache is not used then
+
+_SOME_ROWS = 4096  # of a matrix that are compared at once
 
 # Told how many tensors there are, and how many are done.
 Progress: TypeAlias = Callable[[int, int], None] | None
@@ -119,13 +123,30 @@ class Checkpoint(Source):
         weights: str = "q8",
         quantized: Quantized | None = None,
     ) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        super().__init__(config, folder, files, dtype, weights, repr((weights, quantized)))
+        files = _weight_files(folder)
         self._files = {name: file for file in files for name in _names(file)}
+        if config.tie_word_embeddings and self._has_own_head(dtype):
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False  # as transformers takes it then
+        super().__init__(config, folder, files, dtype, weights, repr((weights, quantized)))
         self._quantized = quantized
         self._parts = {name: quantized.parts(name, self._files) for name in self.names} if quantized else {}
         known = self.names | {part for parts in self._parts.values() for part in parts} | {"lm_head.weight"}
         self._check_names(set(self._files) - known)
+
+    def _has_own_head(self, dtype: torch.dtype) -> bool:
+        """Whether there is an LM head which is another matrix than the embedding, whatever the config says of the two."""
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        if not all(name in self._files for name in names):
+            return False
+        with contextlib.ExitStack() as stack:
+            opened = (stack.enter_context(safetensors.safe_open(self._files[name], framework="pt")) for name in names)
+            embedding, head = (file.get_slice(name) for file, name in zip(opened, names))
+            shape = embedding.get_shape()
+            if head.get_shape() != shape:
+                return True
+            parts = (slice(first, first + _SOME_ROWS) for first in range(0, shape[0], _SOME_ROWS))
+            return not all(torch.equal(embedding[part].to(dtype), head[part].to(dtype)) for part in parts)
 
     def _check_names(self, unknown: set[str]) -> None:
         unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # old ones: the config says the angles
@@ -189,13 +210,16 @@ def load_packed(source: Source, cache: Path, on_progress: Progress = None) -> Pr
     """The model, packed. From the second time on it is read from the cache folder. At no time are there more than the result and
     one matrix in memory."""
     kept = cache / "packed" / f"{source.key}.safetensors"
-    if not kept.is_file():
+    try:
+        found = load(kept)
+    except (FileNotFoundError, safetensors.SafetensorError):  # it is not there, or was cut off
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix="pack-") as temporary:
             fresh = Path(temporary) / kept.name
             save(fresh, sorted(source.names), source.read, on_progress)
             os.replace(fresh, kept)
-    return fill(source.model, *load(kept), source.folder)
+        found = load(kept)
+    return fill(source.model, *found, source.folder)
 
 
 def empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -286,6 +310,23 @@ def _as_it_is(name: str, tensors: Tensors) -> Matrix:
 
 def _parameter(data: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights: those that transformers reads, whatever else lies beside them; all that there are if it
+    would find none. ValueError if one that the index names is missing."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model: {index.name} has no weight_map that says where the weights are") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"model: {index.name} names {missing[0]}, which is not there")
+    return [folder / name for name in names]
 
 
 def _names(file: Path) -> list[str]:
