@@ -7,6 +7,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -321,24 +322,46 @@ def slow(address):
     return response
 
 
-def test_the_second_signal_ends_texts(monkeypatch):
-    """The first one lets them go on; a stream says that it was cut."""
+@pytest.fixture
+def signalled(monkeypatch):
+    """A scheduler, its server's address and thread, and what a signal to end does."""
     made = Scheduler(Engine(served.model(), served.CONFIG, TOKENIZER))
     servers = []
     listener = listen("127.0.0.1", 0)
     init = run._Server.__init__
     monkeypatch.setattr(run._Server, "__init__", lambda self, *all: (servers.append(self), init(self, *all))[1])
     addresses = queue.Queue()
-    thread = threading.Thread(target=run.serve, args=(made, Options(served.NAME), listener, addresses.put))
+    thread = threading.Thread(target=run.serve, args=(made, Options(served.NAME), listener, addresses.put), daemon=True)
     thread.start()
-    address = addresses.get(timeout=60)
+    yield made, addresses.get(timeout=60), thread, lambda: servers[0].handle_exit(signal.SIGINT, None)
+    made.close()
+
+
+def test_the_second_signal_ends_texts(signalled):
+    """The first one lets them go on; a stream says that it was cut."""
+    made, address, thread, end = signalled
     response = slow(address)
-    servers[0].handle_exit(signal.SIGINT, None)
+    end()
     _when(lambda: made.stopping, "the first signal was not heard")
     assert made.alive
-    servers[0].handle_exit(signal.SIGINT, None)
+    end()
     assert "[DONE]" not in (rest := response.read().decode()) and "the server was stopped" in rest
     thread.join(60)
+    assert not thread.is_alive() and not made.alive
+
+
+def test_the_second_signal_ends_what_clients_keep_open(signalled):
+    """A body that does not come to its end has no answer that could."""
+    made, address, thread, end = signalled
+    with socket.create_connection(urllib.parse.urlsplit(address).netloc.split(":")) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        client.sendall(b'Content-Length: 100\r\n\r\n{"model"')
+        assert send(address, "/health")[0] == 200
+        end()
+        thread.join(1)
+        assert thread.is_alive(), "the rest of the body may come"
+        end()
+        thread.join(20)
     assert not thread.is_alive() and not made.alive
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -10,6 +11,8 @@ import uvicorn
 
 from .app import Options, create_app
 from .scheduler import Scheduler
+
+LAST_SECONDS = 2.0  # after the second signal, in which streams say that they were cut
 
 
 class _Server(uvicorn.Server):
@@ -36,6 +39,16 @@ class _Server(uvicorn.Server):
         elif self._signals > 1:
             self._scheduler.abort()
         return await super().on_tick(counter) or (self._signals > 0 and self._scheduler.idle)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for answers to be read to their ends, and for what clients have begun to send, until the second signal comes: a
+        client that does neither would be waited for without end."""
+        over = asyncio.ensure_future(super().shutdown(sockets))
+        while not over.done() and self._signals < 2:
+            await asyncio.wait({over}, timeout=0.1)
+        await asyncio.wait({over}, timeout=LAST_SECONDS)
+        over.cancel()
+        await asyncio.gather(over, return_exceptions=True)
 
 
 def serve(scheduler: Scheduler, options: Options, listener: socket.socket, ready: Callable[[str], None]) -> None:
