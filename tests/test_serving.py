@@ -188,6 +188,18 @@ def test_logprobs(client, scheduler):
     assert all(len(each) == 2 for each in old.top_logprobs) and old.text_offset[0] == 0
 
 
+def test_offsets_while_text_is_held_back(client):
+    """Because a stop string may begin in it: tokens are where they are in the text, and not in what was given out of it."""
+    asked = {"model": served.NAME, "prompt": "hello", "logprobs": 0, "max_tokens": 30}
+    choice = client.completions.create(**asked).choices[0]
+    for first in range(3, 20):
+        stop = choice.text[first : first + 6] + "\n"
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stop=stop, stream=True)]
+        assert "".join(chunk.text for chunk in chunks) == choice.text
+        offsets = [offset for chunk in chunks if chunk.logprobs for offset in chunk.logprobs.text_offset]
+        assert offsets == choice.logprobs.text_offset
+
+
 def test_settings_of_a_request(client, scheduler):
     """Whatever the mode, `match` and `full` are one text; and a trace says where it comes from."""
     config = SiriusConfig(mode="sparse", density=0.4)

@@ -453,7 +453,7 @@ class _Writer:
 
     def chunks(self, index: int, event: Event) -> list[dict[str, Any]]:
         """Nothing for an event that says nothing yet."""
-        offset = len(self._texts[index])
+        offset = sum(len(token.text) for token in self._tokens[index])  # that of the last ones may still be held back
         self.add(index, event)
         logprobs = self._logprobs(event.tokens, offset)
         if not (event.text or event.finish or logprobs or self._body.sirius.trace):
