@@ -14,12 +14,14 @@ import threading
 import time
 import urllib.parse
 
+import fastapi
 import openai
 import pytest
 import schemathesis
 import serve as bench
 import served
 import torch
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from openai.types.chat import ChatCompletion
 
@@ -27,7 +29,7 @@ from sirius_ext import Engine, SiriusConfig
 from sirius_ext.cli.serve import listen
 from sirius_ext.engine import prepare
 from sirius_ext.serving import run
-from sirius_ext.serving.app import Options
+from sirius_ext.serving.app import Options, create_app
 from sirius_ext.serving.guard import is_loopback
 from sirius_ext.serving.scheduler import Scheduler
 
@@ -313,6 +315,18 @@ def test_a_key(scheduler):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{address}/v1", api_key="other", max_retries=0).models.list()
         assert send(address, "/health")[0] == send(address, "/")[0] == 200
+
+
+def test_a_key_under_another_path(scheduler):
+    """As where Ray Serve is told a route_prefix: the paths that need the key begin after it."""
+    app = fastapi.FastAPI()
+    app.mount("/here", create_app(scheduler, Options(served.NAME, api_key="secret")))
+    with TestClient(app) as client:
+        for path in ("/here/v1/models", "/here/metrics", "/here/v1/sirius"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.post("/here/v1/chat/completions", json=chat_body()).status_code == 401
+        assert client.get("/here/health").status_code == 200
 
 
 def test_without_a_key_only_this_machine(address):

@@ -51,7 +51,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if (refusal := self._refusal(scope["path"], headers)) is not None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # under which it is mounted, by Ray Serve say
+        if (refusal := self._refusal(path, headers)) is not None:
             await refusal(scope, receive, send)
             return
         read = 0
