@@ -7,11 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import served
+import tokenizers
+import torch
+import transformers
 from rich.console import Console
 
 from sirius_ext import Engine, SiriusConfig, evaluation
 from sirius_ext.cli import main as cli
+from sirius_ext.decoding.stats import PromptStats
 from sirius_ext.engine import prepare
+from sirius_ext.evaluation import runner
 from sirius_ext.evaluation.modes import config_of
 from sirius_ext.evaluation.plan import Plan
 from sirius_ext.evaluation.results import Results, merge, read_results, summarize
@@ -169,6 +174,20 @@ def test_a_number_that_no_float_holds(tmp_path):
     for number in ("9" * 400, "-" + "9" * 400, "9" * 400 + ".5"):
         verdict = task.judge(item, f" The answer is {number}.")
         assert verdict.answer in ("inf", "-inf") and verdict.scores == {"strict": False, "flexible": False}
+
+
+def test_code_keeps_its_first_space(tmp_path):
+    """Of a tokenizer that strips the first one of a text, as sentencepiece's do: an answer is not the beginning of one."""
+    words = ["▁def", "▁double(x):\n", "▁▁▁▁x", "▁*=", "▁2\n▁▁▁▁return", "▁x\n"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}))
+    made.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    write("humaneval", tmp_path)
+    task, (item,) = load_task("humaneval", tmp_path)
+    stats = PromptStats("full", 1, 1.0, 2)
+    text = SimpleNamespace(tokens=[2, 3, 4, 5], request=SimpleNamespace(prompt=torch.tensor([0, 1])), run=lambda: stats)
+    found = runner._judged(tokenizer, task, item, lambda: text)
+    assert found["text"] == "    x *= 2\n    return x\n" and found["correct"], found
 
 
 def test_rouge1():

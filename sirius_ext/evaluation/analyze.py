@@ -14,6 +14,7 @@ from ..decoding.calibrate import load_thresholds
 from ..decoding.reading import Reader
 from ..decoding.sparsity import sparsity_of
 from ..engine import Engine, encode, prepare
+from ..serving.text import text_after
 from .tasks import Item, Task
 
 
@@ -71,7 +72,7 @@ class _Oracle:
         weights = model.weights
         prompt = encode(engine.tokenizer, task.prompt(item, shots), chat=False)["input_ids"][0]
         assert engine.tokenizer is not None  # or `encode` has raised
-        self.tokenizer = engine.tokenizer
+        self.tokenizer, self.prompt = engine.tokenizer, prompt.tolist()
         self.start, self.limit = len(prompt), min(task.max_new_tokens, weights.context - len(prompt))
         if self.limit < 1:
             raise ValueError(
@@ -138,7 +139,7 @@ class _Oracle:
             Token(
                 piece=piece,
                 likelihood=likelihood,
-                full=self._text([choice]),
+                full=str(self.tokenizer.decode([choice])),
                 rejected=likelihood < self.config.threshold and token != choice,
                 corrected=index in corrections,
             )
@@ -147,7 +148,7 @@ class _Oracle:
         return Transcript(tokens, verdict.answer, verdict.correct)
 
     def _text(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+        return text_after(self.tokenizer, self.prompt, tokens, skip_special_tokens)
 
     def _pieces(self, text: list[int]) -> list[str]:
         """What each token adds to the decoded text; one that ends inside a character adds it with the next."""

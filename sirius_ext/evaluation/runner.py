@@ -17,6 +17,7 @@ from ..config import GREEDY, SiriusConfig
 from ..decoding.sequence import Request, Sequence
 from ..decoding.sparsity import without_chance
 from ..engine import Engine, make_copy, prepare
+from ..serving.text import text_after
 from .batched import Batch, shared_prefix
 from .modes import config_of
 from .results import Keeper
@@ -114,7 +115,7 @@ def _judged(tokenizer: PreTrainedTokenizerBase, task: Task, item: Item, decode: 
     try:
         sequence = decode()
         stats, tokens = sequence.run(), sequence.tokens
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        text = text_after(tokenizer, sequence.request.prompt.tolist(), tokens)
         verdict = task.judge(item, task.answer_in(text))
     except FAILURES as error:
         return {"correct": False, "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}

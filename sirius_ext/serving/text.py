@@ -13,6 +13,18 @@ CONTEXT = 6  # tokens of the prompt: what a token looks like may depend on the o
 MOST_PENDING = 8  # tokens that a character can be spread over, and some; what is longer is no character
 
 
+def text_after(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool = True
+) -> str:
+    """The text of tokens as it goes on after a prompt's. By themselves sentencepiece's would lose the first space."""
+    before = list(prompt[-CONTEXT:])
+    known, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+        for ids in (before, [*before, *tokens])
+    )
+    return whole[len(known) :]
+
+
 class TextDecoder:
     """The text of a sequence's new tokens, token by token. A character that several tokens share comes with the last of them.
 
