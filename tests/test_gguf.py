@@ -194,6 +194,17 @@ def test_a_part_of_a_model(load):
         load(tiny_llama(), values={"split.count": 3})
 
 
+@pytest.mark.parametrize("weights", ["plain", "q4"])
+def test_every_token_that_ends_a_text(cache, tmp_path, weights):
+    """As llama.cpp does, it stops at the end of a turn as well, which Gemma's files have beside that of a text."""
+    ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 7}
+    for values, expected in (({}, 1), (ends, [1, 5, 7]), ({"tokenizer.ggml.eot_token_id": 1}, 1)):
+        write_gguf(tmp_path / "tiny.gguf", tiny("gemma2"), values=values)
+        model, tokenizer = hub.load_model(tmp_path / "tiny.gguf", "fp32", progress=False, weights=weights)
+        assert model.config.eos_token_id == model.generation_config.eos_token_id == expected
+        assert tokenizer.eos_token_id == 1
+
+
 @pytest.mark.parametrize(
     "architecture, hint", [("smollm3", "; load its safetensors instead"), ("granite", "; load"), ("mamba", "")]
 )

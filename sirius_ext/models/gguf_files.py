@@ -45,7 +45,8 @@ _NEUTRAL = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}
+_SPECIAL = {"bos": "bos", "pad": "padding"}
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn and of a message: after each of them llama.cpp stops
 _ROPE_TENSORS = ("rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight")
 _YARN = {
     "attention_factor": "rope.scaling.yarn_attn_factor",
@@ -222,6 +223,7 @@ def config_settings(header: Header) -> dict[str, Any]:
         "max_position_embeddings": said.integer("context_length"),
         "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
+        "eos_token_id": _ends(header),
         **{f"{name}_token_id": header.values.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()},
     }
     if said.integer("attention.value_length", head_dim) != head_dim:
@@ -245,6 +247,13 @@ def config_settings(header: Header) -> dict[str, Any]:
     said.finish()
     _check_tensors(header, architecture, settings)
     return settings
+
+
+def _ends(header: Header) -> int | list[int] | None:
+    """The tokens that end a text, the tokenizer's own first."""
+    found = [header.values.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    ends = list(dict.fromkeys(token for token in found if token is not None))
+    return ends if len(ends) > 1 else ends[0] if ends else None
 
 
 def _gemma(said: _Settings, architecture: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WITH_IMAGES = ("gemma3", "mistral3")  # models for text and images that have a text model of ours inside
-_CONVERSION = 2  # another number where GGUF files come out differently: what older versions left in the cache is not used then
+_CONVERSION = 3  # another number where GGUF files come out differently: what older versions left in the cache is not used then
 
 
 class ModelLoadError(ValueError):
@@ -678,8 +678,8 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
             model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
-    if config.eos_token_id is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    if (end := header.values.get("tokenizer.ggml.eos_token_id")) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if whole:
         model.save_pretrained(folder)
     else:
