@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -216,6 +218,16 @@ def test_rouge1():
 )
 def test_sandbox(code, outcome):
     assert run_code(code, seconds=2) == outcome
+
+
+def test_the_sandbox_takes_no_memory_of_ours():
+    """Whatever is written to standard error meanwhile, of which a pipe takes gigabytes in a second."""
+    code = "from sirius_ext.evaluation.sandbox import run_code; import resource\n"
+    code += "print(run_code('import sys\\nwhile True: sys.stderr.write(\"x\" * 65536)', seconds=1))\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    outcome, peak = done.stdout.rsplit(maxsplit=1)
+    assert outcome != "passed" and int(peak) < 1 << 20, done.stdout  # KB, most of them of what is imported
 
 
 def test_wilson():

@@ -42,7 +42,8 @@ def run_code(code: str, seconds: int = SECONDS, memory: int = MEMORY_BYTES) -> s
 
     A guard against accidents, not against an attacker: run benchmarks of models that you trust as much as their code.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # What it says goes to a file, whose size is limited: a pipe would be read to its end into our own memory.
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:
         program = _LIMITS.format(memory=memory, seconds=seconds) + _JUDGED.format(code=code)
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-I", "-c", program]
@@ -53,15 +54,16 @@ def run_code(code: str, seconds: int = SECONDS, memory: int = MEMORY_BYTES) -> s
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=said,
                 timeout=2 * seconds,
                 start_new_session=True,
             )
         except subprocess.TimeoutExpired:
             return "timeout"
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
     if done.returncode == 0:
         return "passed"
     if done.returncode < 0:  # by a signal: SIGXCPU, SIGKILL or SIGSEGV
         return "timeout" if done.returncode in (-24, -9) else f"signal {-done.returncode}"
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
     return lines[-1][:200] if lines else f"exit status {done.returncode}"
