@@ -3,6 +3,9 @@
 import copy
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -16,6 +19,7 @@ from sirius_ext.decoding.sparsity import sparse_density
 from sirius_ext.engine import prepare
 from sirius_ext.kernels import ops, q4, q8
 from sirius_ext.kernels.matrix import Format, Matrix
+from sirius_ext.models import scratch
 from sirius_ext.models.packed import Checkpoint, load_packed, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,6 +223,23 @@ def test_a_kept_file_that_is_cut_off(folder, share):
     os.truncate(file, int(share * file.stat().st_size))
     assert full_text(load(folder), prompt(20), 20) == expected
     assert kept(folder) == [file]
+
+
+def test_what_a_killed_process_has_left(folder, monkeypatch):
+    """Half a file, which nobody else would ever remove. That of a process at work stays."""
+    monkeypatch.setattr(scratch, "YOUNG_SECONDS", -1.0)
+    code = "import os, sys, torch\nfrom sirius_ext.models import packed\nfrom test_packed import load\nfrom pathlib import Path\n"
+    stopping = "packed._rounded = lambda *_: (print('begun', flush=True), sys.stdin.read())"
+    command = [sys.executable, "-c", f"{code}{stopping}\nload(Path({str(folder)!r}))"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parent}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == b"begun\n"
+        (half,) = kept(folder)
+        load(folder)
+        assert half in kept(folder)
+        process.kill()
+    load(folder, "q4")
+    assert len(kept(folder)) == 2 and half not in kept(folder)
 
 
 def change(tensors):

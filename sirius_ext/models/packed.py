@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,6 +27,7 @@ from ..kernels.matrix import Format, Matrix
 from .gguf_files import Header
 from .gguf_tensors import Tensors
 from .quantized import Quantized
+from .scratch import scratch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -213,9 +213,8 @@ def load_packed(source: Source, cache: Path, on_progress: Progress = None) -> Pr
     try:
         found = load(kept)
     except (FileNotFoundError, safetensors.SafetensorError):  # it is not there, or was cut off
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix="pack-") as temporary:
-            fresh = Path(temporary) / kept.name
+        with scratch(kept.parent, "pack-") as temporary:
+            fresh = temporary / kept.name
             save(fresh, sorted(source.names), source.read, on_progress)
             os.replace(fresh, kept)
         found = load(kept)
