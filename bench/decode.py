@@ -9,8 +9,11 @@ milliseconds per token instead, after prompts of these lengths: see latency.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import latency
@@ -159,6 +162,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", type=words, default="", help="of transformers, static, llama.cpp, dense")
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--busy", type=int, default=0, help="processes that use a core each meanwhile, as others do on a machine in use"
+    )
     parser.add_argument("--profile", action="store_true", help="cudaProfilerStart and Stop around our own rounds of latency")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
@@ -182,6 +188,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError("memory, advance: only with a shape, whose weights are random")
         if options.memory is not None and not options.device.startswith("cuda"):
             raise ValueError(f"memory: expected a CUDA device, got {options.device}; of CPUs see offload.py")
+        if options.busy < 0:
+            raise ValueError(f"busy: expected a number of processes, got {options.busy}")
         if options.profile and not options.device.startswith("cuda"):
             raise ValueError(f"profile: expected device cuda, got {options.device}")
     except ValueError as error:
@@ -194,10 +202,23 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     header()
-    if options.latency:
-        latency.run(options)
-    else:
-        compare(options)
+    with busy(options.busy):
+        if options.latency:
+            latency.run(options)
+        else:
+            compare(options)
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many other processes compute meanwhile, and nothing else."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -262,7 +283,14 @@ def report(bench: Bench, rates: dict[str, float]) -> None:
     console.print(table)
     save(
         options.out,
-        {"benchmark": "decode", "model": options.model, "dtype": options.dtype, "prompts": options.prompts, "results": records},
+        {
+            "benchmark": "decode",
+            "model": options.model,
+            "dtype": options.dtype,
+            "prompts": options.prompts,
+            "busy": options.busy,
+            "results": records,
+        },
     )
 
 

@@ -370,12 +370,22 @@ def test_bytes_of_llama_3_8b_are_the_published_ones():
         (["--shape", "tiny", "--lookup"], "lookup: not for latency"),
         (["--shape", "tiny", "--profile"], "profile: expected device cuda"),
         (["--device", "tpu"], "device: "),
+        (["--busy", "-1"], "busy: expected a number of processes, got -1"),
     ],
 )
 def test_arguments_of_the_decoding_benchmark(arguments, message, capsys):
     with pytest.raises(SystemExit):
         decode.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_others_are_busy_meanwhile_and_not_longer(monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *command: started.append(start(*command)) or started[-1])
+    with pytest.raises(KeyboardInterrupt), decode.busy(2):
+        assert [each.poll() for each in started] == [None, None]
+        raise KeyboardInterrupt
+    assert all(each.poll() is not None for each in started)
 
 
 def test_what_is_measured_depends_on_what_is_asked_for():
