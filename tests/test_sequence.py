@@ -109,6 +109,30 @@ def test_stepping_is_generating(ours, case):
         text.step()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_torchs_defaults_do_not_matter(place, default):
+    """The default dtype (which `from_pretrained` sets for as long as it loads, for other threads too) and the default device are
+    for who names none. Where kernels find room for 16 bits and write 32, they end the process."""
+
+    def texts(engine, ids):
+        for case in (1, 3, 6, 8, 9, 10, 12):
+            asked = request(case)
+            asked["config"] = dataclasses.replace(asked["config"], draft_weights=("q4", "same")[case % 2])
+            yield alone(engine, ids, **asked)
+
+    ids = prompt(9)
+    model, expected = tiny("mistral"), list(texts(engine_at(place), ids))
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        assert list(texts(Engine(model), ids)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def test_what_a_step_gives_is_what_a_streamer_gets(ours):
     streamer = Collector()
     text, steps = ours.start(prompt(9), streamer=streamer, **request(4)), []

@@ -81,7 +81,7 @@ def _quantile(counts: torch.Tensor, density: float) -> float:
 
 def _share_from(counts: torch.Tensor, value: float) -> float:
     """The fraction of the counted ones that reach `value`."""
-    index = int(torch.tensor([value]).view(torch.int32) >> _BITS)
+    index = int(torch.tensor([value], dtype=torch.float32).view(torch.int32) >> _BITS)
     low, high = _edges(index)
     reached = int(counts[index + 1 :].sum()) + float(counts[index]) * (high - value) / (high - low)
     return reached / int(counts.sum())

@@ -135,13 +135,13 @@ def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
     cache.k.zero_()
     cache.v.zero_()
     if isinstance(sparsity, CSparse):  # any neurons, but not the first ones, which stand side by side
-        generator = torch.Generator().manual_seed(0)  # torch's own one draws the user's samples
+        generator = torch.Generator("cpu").manual_seed(0)  # torch's own one draws the user's samples
         for layer in range(len(w.layers)):
-            z = torch.randn(1, w.intermediate, generator=generator).to(w.device)
+            z = torch.randn(1, w.intermediate, generator=generator, dtype=torch.float32, device="cpu").to(w.device)
             sparsity.usage.observe(layer, z, z)
 
     def run(rows: int, by: CSparse | FSparse | None, follow: bool = False) -> Callable[[], float]:
-        asked = Pass.chain(torch.zeros(rows, dtype=torch.int32), _SLOTS - rows, by, keep_z=follow)
+        asked = Pass.chain(torch.zeros(rows, dtype=torch.int32, device="cpu"), _SLOTS - rows, by, keep_z=follow)
 
         def body() -> float:
             begun = time.perf_counter()

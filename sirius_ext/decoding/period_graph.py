@@ -78,12 +78,12 @@ class PeriodGraph:
         self._offsets = (places + self.width - 1) // self.width
         self._parents = places - 1
         words = -(-nodes // 64)
-        self._mask = torch.zeros(nodes, words, dtype=torch.int64)
+        self._mask = torch.zeros(nodes, words, dtype=torch.int64, device="cpu")
         for node in range(nodes):
             for ancestor in range(node + 1 if self.width == 1 else 1):
                 self._mask[node, ancestor // 64] |= _bit(ancestor % 64)
         self._mask = self._mask.to(device)
-        self._scores = torch.zeros(nodes, device=device)
+        self._scores = torch.zeros(nodes, dtype=torch.float32, device=device)
         self._rows = torch.zeros_like(places[: self.width])
         self._argmax = torch.zeros_like(places)
         self._remaining, self._limit, self._root, self._kept = (torch.zeros_like(places[:1]) for _ in range(4))
@@ -133,7 +133,7 @@ class PeriodGraph:
         """
         if self._stops:
             assert stops is not None
-            self._rule_given.copy_(torch.tensor(stops.numbers(self.depth), dtype=torch.float64))
+            self._rule_given.copy_(torch.tensor(stops.numbers(self.depth), dtype=torch.float64, device="cpu"))
             self._rule.copy_(self._rule_given, non_blocking=True)
         copy = next(self._copies)
         return functools.partial(self._read, copy, self._start(copy))

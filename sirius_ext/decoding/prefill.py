@@ -49,7 +49,7 @@ def read(cache: Cache, prompt: torch.Tensor, sparsity: CSparse | FSparse | None 
         observer = None if usage is None or known else Usage(len(usage.squares), usage.squares.shape[1], usage.squares.device)
         asked.append(Prefill(prompt, start, stop, observer))
     # Zeros, and the logits after the last chunk; NaN stays NaN.
-    logits = torch.zeros((), device=cache.weights.device)
+    logits = torch.zeros((), dtype=torch.float32, device=cache.weights.device)
     for first in range(0, len(asked), cache.chunks_together):
         some = tuple(asked[first : first + cache.chunks_together])
         keep = None

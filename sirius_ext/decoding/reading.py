@@ -24,7 +24,7 @@ class Reader:
     def __init__(self, model: Model, capacity: int) -> None:
         self._model, self._cache, self._capacity = model, model.new_cache(), capacity
         model.reserve(self._cache, capacity, ROWS)
-        self._mask = ops.tree_mask(torch.arange(-1, ROWS - 1, dtype=torch.int32))
+        self._mask = ops.tree_mask(torch.arange(-1, ROWS - 1, dtype=torch.int32, device="cpu"))
 
     def prefill(self, prompt: torch.Tensor, sparsity: CSparse | FSparse | None = None) -> None:
         """Begin anew with a prompt, int64 [t], as F, or with a new sparsity as S: F reads the prompt then too, as in decoding.
@@ -41,7 +41,7 @@ class Reader:
         """Go on with tokens, int32 [m]. Returns, in the host's memory, the logarithm of each one's likelihood,
         softmax(logits / temperature), float32 [m], and what is likeliest in its place, int64 [m]."""
         self._check(len(self.tokens) + len(tokens))
-        scores, likeliest = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
+        scores, likeliest = [torch.empty(0, dtype=torch.float32, device="cpu")], [torch.empty(0, dtype=torch.int64, device="cpu")]
         for part in tokens.split(self._rows):
             before = torch.cat((self.next[None], self._step(part)))
             self.next = before[-1]
@@ -63,7 +63,7 @@ class Reader:
 
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         start, m = len(self.tokens), len(tokens)
-        positions = torch.arange(start, start + m, dtype=torch.int32)
+        positions = torch.arange(start, start + m, dtype=torch.int32, device="cpu")
         asked = Pass(tokens.contiguous(), positions, self._mask[:m], prefix=start, first_slot=start, sparsity=self._sparsity)
         logits, argmax = self._model.step(self._cache, asked)
         best = argmax.tolist()

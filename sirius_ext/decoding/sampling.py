@@ -103,7 +103,8 @@ class Sampling:
                 left[tokens[-1]] = 0
                 parents.append(row)
                 scores.append(reach[row] + child_score(index))
-        tree.grow(torch.tensor(tokens, dtype=torch.int32), torch.tensor(parents, dtype=torch.int32), torch.tensor(scores))
+        chosen, leaf = (torch.tensor(each, dtype=torch.int32, device="cpu") for each in (tokens, parents))
+        tree.grow(chosen, leaf, torch.tensor(scores, dtype=torch.float32, device="cpu"))
 
     def accept(self, tree: Tree, logits: Logits) -> tuple[list[int], int, list[float]]:
         tokens, parents = tree.tokens[: tree.size].tolist(), tree.parents[: tree.size].tolist()
@@ -133,7 +134,7 @@ class Sampling:
         return [float(each) for each in likelihoods.tolist()]
 
     def _uniform(self) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator, device="cpu"))
 
     def _draw(self, weights: torch.Tensor) -> int:
         """A token in proportion to weights, float64 [V]: the inverse of the distribution function at one uniform number."""

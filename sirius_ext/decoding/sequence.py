@@ -209,7 +209,7 @@ class Sequence:
                 self._adaptive = AdaptivePeriod(costs, config.accept, config.tree_width, longest, neurons, self._copying)
                 self.stats.sparse_cost = costs.sparse
         # The text so far, for who wants to see it: logits processors.
-        self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64) if request.process else None
+        self._ids = torch.empty(len(prompt) + request.limit, dtype=torch.int64, device="cpu") if request.process else None
         self._replayed: Iterator[Replayed] | None = None  # one for every step, where a device decodes whole periods
         self._give_back = weakref.finalize(self, give_back, cache)
         self._give_back.atexit = False
@@ -299,7 +299,7 @@ class Sequence:
         request = self.request
         if self._ids is not None:
             end = len(request.prompt) + len(self.tokens) + len(tokens)
-            self._ids[end - len(tokens) : end] = torch.tensor(tokens)
+            self._ids[end - len(tokens) : end] = torch.tensor(tokens, device="cpu")
         self._tree.plant(tokens[-1], self._length + len(tokens))
         if self._copying is not None:
             self._copying.commit(tokens)
@@ -318,7 +318,7 @@ class Sequence:
         committed = self.tokens[before:]
         self.cache.hold(self.tokens[max(0, before - 1) : -1])
         if request.streamer is not None:
-            request.streamer.put(torch.tensor(committed))
+            request.streamer.put(torch.tensor(committed, device="cpu"))
         self.stats.tokens = len(self.tokens)
         if period is not None:
             period.committed = len(committed)
@@ -470,7 +470,7 @@ class Sequence:
         # A row's choice takes the place of the token that was copied for the next one. By then that has been read.
         chosen = tree.tokens[first + 1 : first + 1 + rows]
         if copies:
-            chosen[:-1] = torch.tensor(copies, dtype=torch.int32)
+            chosen[:-1] = torch.tensor(copies, dtype=torch.int32, device="cpu")
         result = yield from self._ask(slice(first, first + rows), sparsity, chosen)
         logits, best, tokens = self._logits(result, first), result.argmax.tolist(), []
         for row, copy in enumerate((*copies, None)):

@@ -150,7 +150,8 @@ class Usage:
     """
 
     def __init__(self, num_layers: int, intermediate: int, device: torch.device | str = "cpu") -> None:
-        self.squares, self.tokens = torch.zeros(num_layers, intermediate, device=device), 0
+        self.squares = torch.zeros(num_layers, intermediate, dtype=torch.float32, device=device)
+        self.tokens = 0
 
     def observe(self, layer: int, gates: torch.Tensor, z: torch.Tensor) -> None:
         """Add tokens z = silu(gate x) * (up x), T [tokens, I]. A token whose z is all zero adds nothing."""

@@ -19,13 +19,13 @@ class Tree:
 
     def __init__(self, depth: int, width: int) -> None:
         self.width, self.capacity = width, 1 + depth * width
-        self.tokens = torch.zeros(self.capacity, dtype=torch.int32)
-        self.scores = torch.zeros(self.capacity)
-        self._depths = torch.zeros(self.capacity, dtype=torch.int32)
-        self.parents = torch.full((self.capacity,), -1, dtype=torch.int32)
+        self.tokens = torch.zeros(self.capacity, dtype=torch.int32, device="cpu")
+        self.scores = torch.zeros(self.capacity, dtype=torch.float32, device="cpu")
+        self._depths = torch.zeros_like(self.tokens)
+        self.parents = torch.full_like(self.tokens, -1)
         if width == 1:  # the shape of a chain never changes
-            self.parents = torch.arange(-1, depth, dtype=torch.int32)
-            self._depths = torch.arange(self.capacity, dtype=torch.int32)
+            self.parents = torch.arange(-1, depth, dtype=torch.int32, device="cpu")
+            self._depths = self.parents + 1
         self.mask = ops.tree_mask(self.parents)
         self.plant(0, 0)
 

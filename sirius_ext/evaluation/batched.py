@@ -333,7 +333,7 @@ class _Pass:
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             q = q.view(len(q), w.kv_heads, -1, w.head_dim)
-            out, weight = torch.empty_like(q), torch.empty(q.shape[:-1])
+            out, weight = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32)
             # As in `Model._attend`: 0, or NaN for a row whose query or key is not finite.
             hidden = 0 * (q.sum((1, 2, 3), dtype=torch.float32) + k.sum((1, 2), dtype=torch.float32))
             for rows, share, bias in zip(self._asked, self._shares, self._own[window]):

@@ -39,7 +39,7 @@ class Call:
     def padded(self, texts: Sequence[list[int]]) -> torch.Tensor:
         """Prompts and texts, int64 [batch, length]."""
         longest = max(map(len, texts))
-        rows = [torch.tensor(text + [self.pad] * (longest - len(text))) for text in texts]
+        rows = [torch.tensor(text + [self.pad] * (longest - len(text)), device="cpu") for text in texts]
         return torch.cat((self.input_ids, torch.stack(rows).to(self.input_ids.device)), dim=1)
 
 
@@ -142,8 +142,8 @@ class _Criteria:
         self._criteria, self._row, self._batch = criteria, row, batch
 
     def __call__(self, tokens: list[int]) -> bool:
-        ids = torch.cat((self._batch[self._row], torch.tensor(tokens))).repeat(len(self._batch), 1)
-        done = torch.zeros(len(self._batch), dtype=torch.bool)
+        ids = torch.cat((self._batch[self._row], torch.tensor(tokens, device="cpu"))).repeat(len(self._batch), 1)
+        done = torch.zeros(len(self._batch), dtype=torch.bool, device="cpu")
         for criterion in self._criteria:
             done = done | criterion(ids, None)  # a tensor, or as transformers has it, a single bool
         return bool(done[self._row])

@@ -42,7 +42,7 @@ class CudaBackend:
     def run(self, device: torch.device, name: str, workspace: tuple[int, ...], fields: dict[str, object]) -> None:
         """As `Backend.run`."""
         floats = getattr(self.functions, f"{name}_workspace")(*workspace) if workspace else 0
-        memory = torch.empty(floats, device=device)
+        memory = torch.empty(floats, dtype=torch.float32, device=device)
         with guard(device):
             getattr(self.functions, name)(
                 **fields,

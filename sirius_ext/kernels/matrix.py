@@ -221,7 +221,7 @@ class Matrix:
         upper = form == Format.Q8_UPPER
         if self.device.type != "cpu":
             return Matrix(q8.encode(self.data, upper), (form, self.cols))
-        planes = torch.zeros(1 if upper else 2, self.rows, q8.row_bytes(self.cols), dtype=torch.uint8)
+        planes = torch.zeros(1 if upper else 2, self.rows, q8.row_bytes(self.cols), dtype=torch.uint8, device="cpu")
         data = planes[0] if upper else planes
         packed = Matrix(data, (form, self.cols))
         numbers = self.data.contiguous()

@@ -284,7 +284,7 @@ def gate_up(
     if ups.format == gates.format or not is_cuda(x.device):
         run(x.device, "gate_up", **shared, gate=gates.raw, up=ups.raw, out=po, activation=act)
         return out
-    values = torch.empty(m, intermediate, device=x.device)  # no kernel reads two formats
+    values = torch.empty(m, intermediate, dtype=torch.float32, device=x.device)  # no kernel reads two formats
     run(x.device, "gate", **shared, gate=gates.raw, out=values.data_ptr(), activation=act)
     run(x.device, "up", **shared, up=ups.raw, gates=values.data_ptr(), out=po)
     return out
@@ -330,7 +330,7 @@ def gate(
 def _places(out: torch.Tensor | None, neurons: torch.Tensor | None, x: torch.Tensor, intermediate: int) -> torch.Tensor | None:
     """Where listed neurons' values go to their places: zeros, if the caller has nothing there."""
     if out is None and neurons is not None:
-        return torch.zeros(len(x), intermediate, device=x.device)
+        return torch.zeros(len(x), intermediate, dtype=torch.float32, device=x.device)
     return out
 
 
@@ -782,7 +782,7 @@ def tree_expand(
     if not 1 <= width <= 16:
         raise ValueError(f"width: expected 1 to 16, got {width}")
     _check_temperature(score_temperature)
-    empty = functools.partial(torch.empty, device=logits.device)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
     tokens, parents, new_scores = empty(width, dtype=torch.int32), empty(width, dtype=torch.int32), empty(width)
     count = empty(1, dtype=torch.int32)
     run(
@@ -843,7 +843,7 @@ def accept(
     if parents is not None and bool(((parents < 0) | (parents >= torch.arange(n, device=parents.device)))[1:].any()):
         raise ValueError(f"parents: expected 0 <= parents[i] < i after the root, got {parents.tolist()}")
     ps = _optional("scores", scores, torch.float32, n)
-    empty = functools.partial(torch.empty, device=logits.device)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
     likelihoods, argmax, path = empty(n - 1), empty(n, dtype=torch.int32), empty(n - 1, dtype=torch.int32)
     accepted = empty(1, dtype=torch.int32)
     run(

@@ -53,7 +53,7 @@ def check_scales(upper: torch.Tensor, cols: int) -> None:
 def _encode(weight: torch.Tensor, planes: torch.Tensor) -> None:
     rows, cols = weight.shape
     count, start = groups(cols), scale_bytes(cols)
-    grouped = torch.zeros(rows, count * GROUP, device=weight.device)
+    grouped = torch.zeros(rows, count * GROUP, dtype=torch.float32, device=weight.device)
     grouped[:, :cols] = weight
     grouped = grouped.view(rows, count, GROUP)
     scales = (grouped.abs().amax(-1) / _LARGEST).half()

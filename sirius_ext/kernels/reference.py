@@ -395,7 +395,7 @@ def tree_expand(
     kept = candidates[:width]
     tokens = torch.tensor([c[2] for c in kept], dtype=torch.int32)
     leaves = torch.tensor([c[1] for c in kept], dtype=torch.int32)
-    return tokens, leaves, torch.tensor([c[0] for c in kept])
+    return tokens, leaves, torch.tensor([c[0] for c in kept], dtype=torch.float32)
 
 
 def accept(
@@ -434,7 +434,7 @@ def accept(
         runs.append(run)
         if run and (len(run) > len(best) or (len(run) == len(best) and score_of[node] > score_of[best[-1]])):
             best = run
-    return torch.tensor(likelihoods), argmax, torch.tensor(best, dtype=torch.int32)
+    return torch.tensor(likelihoods, dtype=torch.float32), argmax, torch.tensor(best, dtype=torch.int32)
 
 
 def argmax(logits: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -156,7 +156,7 @@ class Slots:
         for row_of, neuron_of, first in zip(self._row_of, self.neuron_of, self._firsts):
             row_of[:first] = neuron_of[:first] = torch.arange(first, dtype=torch.int32, device=device)
         self._taken, self.listed_rows, self._count = torch.zeros_like(self.neuron_of), table(rows), table(1)
-        self.row_weights = torch.zeros(len(layers), rows, device=device)
+        self.row_weights = torch.zeros(len(layers), rows, dtype=torch.float32, device=device)
         stream.share(self._held, self._row_of)
         self._sizes = {"layers": len(layers), "intermediate": intermediate, "rows": rows}
 

@@ -66,7 +66,7 @@ class Cache:
         w = self.weights
         self.capacity = self.rows = 0
         self.k = self.v = self._keys_or_values(0)
-        self.cos = self.sin = self.logits = torch.empty(0, device=w.device)
+        self.cos = self.sin = self.logits = torch.empty(0, dtype=torch.float32, device=w.device)
         self.argmax = torch.empty(0, dtype=torch.int32, device=w.device)
         self._z = torch.empty(0, dtype=w.dtype, device=w.device)
 
@@ -94,8 +94,9 @@ class Cache:
         self.k, self.v, self.capacity = k, v, capacity
 
     def _make_room(self, rows: int) -> None:
-        self.logits = torch.empty(rows, self.weights.vocab, device=self.weights.device)
-        self.argmax = torch.empty(rows, dtype=torch.int32, device=self.weights.device)
+        device = self.weights.device
+        self.logits = torch.empty(rows, self.weights.vocab, dtype=torch.float32, device=device)
+        self.argmax = torch.empty(rows, dtype=torch.int32, device=device)
         self.rows = rows
 
     def z(self, rows: int) -> torch.Tensor:

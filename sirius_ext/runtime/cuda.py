@@ -320,7 +320,7 @@ class CudaModel(Model):
         normed, out, first = norm(d, x, w.final_norm), cache.logits[:m], 0
         for head in w.each_part_of_head():
             # Products are written side by side: of a part of the columns first to memory of their own.
-            part = out if head.rows == w.vocab else torch.empty(m, head.rows, device=self.device)
+            part = out if head.rows == w.vocab else torch.empty(m, head.rows, dtype=torch.float32, device=self.device)
             if not head.plain:
                 ops.linear(normed, head, scale=d.logit_scale, softcap=d.logit_softcap, out_dtype=torch.float32, out=part)
             elif w.dtype == torch.float32:

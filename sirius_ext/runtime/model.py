@@ -36,8 +36,9 @@ class Model:
         if weights.tiers is not None:
             self.caches.most_bytes = weights.tiers.plan.caches
         self.lock: contextlib.AbstractContextManager[object] = threading.Lock()  # held for a pass
-        self._workspace = torch.empty(0, dtype=torch.uint8)
-        self._hidden = torch.zeros((), device=self.device)  # NaN where a query or key of a prefill was not finite
+        self._workspace = torch.empty(0, dtype=torch.uint8, device="cpu")
+        # NaN where a query or key of a prefill was not finite.
+        self._hidden = torch.zeros((), dtype=torch.float32, device=self.device)
         self._handle = self._extension().Model(**weights.arguments())
         self._drafting: dict[bool, tuple[Any, View]] = {}  # the same with S's views, once there is a use for them
 
@@ -76,7 +77,7 @@ class Model:
         """A workspace for passes of up to so many rows over a cache."""
         size = self._handle.workspace(rows, cache.capacity)
         if size > self._workspace.numel():
-            self._workspace = torch.empty(size, dtype=torch.uint8)
+            self._workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def compute(self, cache: Cache, asked: Prefill | Pass | Fault) -> Result:
         """What a sequence asks for, over its cache."""
@@ -93,7 +94,7 @@ class Model:
         Returns what `Result` says.
         """
         with self.lock:
-            self._hidden = torch.zeros((), device=self.device)
+            self._hidden = torch.zeros((), dtype=torch.float32, device=self.device)
             chunks = (asked, *asked.later)
             # Of the activations only what the last layer makes is kept.
             (x,) = collections.deque(self._layers(cache, chunks), maxlen=1)
@@ -145,7 +146,8 @@ class Model:
             return self._fault(cache, asked.tokens, asked.start, asked.sparsity)
 
     def _fault(self, cache: Cache, tokens: torch.Tensor, start: int, sparsity: Sparsity | None) -> str | None:
-        layers, end, self._hidden = len(self.weights.layers), start + len(tokens), torch.zeros((), device=self.device)
+        layers, end = len(self.weights.layers), start + len(tokens)
+        self._hidden = torch.zeros((), dtype=torch.float32, device=self.device)
         # S reads token by token, as it drafts: FSparse chooses for a pass.
         parts = chunks(start, end) if sparsity is None else ((place, place + 1) for place in range(start, end))
         for begin, stop in parts:

@@ -125,8 +125,8 @@ class Pass:
     def chain(cls, tokens: torch.Tensor, first: int, sparsity: Sparsity | None = None, keep_z: bool = False) -> Pass:
         """Of tokens, int32 [m], one after another from position `first` on, after all that stand before it."""
         rows = len(tokens)
-        positions = torch.arange(first, first + rows, dtype=torch.int32)
-        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32))
+        positions = torch.arange(first, first + rows, dtype=torch.int32, device="cpu")
+        mask = ops.tree_mask(torch.arange(-1, rows - 1, dtype=torch.int32, device="cpu"))
         return cls(tokens, positions, mask, first, first, sparsity, keep_z=keep_z)
 
 
