@@ -367,6 +367,16 @@ def ends_each_with(tokens):
     return lambda input_ids, scores: input_ids[:, -1] == torch.tensor(tokens)
 
 
+def says_only(texts):
+    """Each row may say one thing, and a text that is not its own can have no next token."""
+
+    def allowed(row, ids):
+        said = ids[9:].tolist()
+        return texts[row][len(said) : len(said) + 1] if said == texts[row][: len(said)] else []
+
+    return allowed
+
+
 @every_way
 @pytest.mark.parametrize(
     "settings",
@@ -380,6 +390,7 @@ def ends_each_with(tokens):
         {"encoder_repetition_penalty": 2.5, "max_new_tokens": 12},
         {"max_length": 15, "min_length": 14, "eos_token_id": greedy(length=9)[2]},
         {"prefix_allowed_tokens_fn": lambda row, ids: range(20 * row, 20 * row + 20), "max_new_tokens": 6},
+        {"prefix_allowed_tokens_fn": says_only([list(range(20 * row, 20 * row + 6)) for row in range(3)]), "max_new_tokens": 6},
         {"stopping_criteria": [lambda ids, scores: torch.full((len(ids),), ids.shape[1] >= 14)], "max_new_tokens": 12},
     ],
     ids=lambda settings: "-".join(settings),

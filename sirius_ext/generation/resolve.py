@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from ..config import SiriusConfig
@@ -103,9 +108,10 @@ def _stop_strings(taken: Taken) -> list[StopStringCriteria]:
 class _Processor:
     """`transformers`' logits processors, which want the batch as it was given: its padding, and this prompt in its row."""
 
-    def __init__(self, processors: LogitsProcessorList, row: int, batch: torch.Tensor, length: int) -> None:
+    def __init__(self, processors: Sequence[Any], row: int, batch: torch.Tensor, length: int) -> None:
         self._row, self._rows = row, len(batch)
         self._padding = batch[row, : batch.shape[1] - length]
+        processors = [_of_row(each, row) for each in processors]
         # After a top-k a top-p looks at k tokens: it need not sort the vocabulary.
         first = next((i for i, each in enumerate(processors) if isinstance(each, TopKLogitsWarper)), len(processors))
         few = all(isinstance(each, (TopPLogitsWarper, MinPLogitsWarper)) for each in processors[first + 1 :])
@@ -132,6 +138,15 @@ class _Processor:
             what = "scores of -inf alone" if most < 0 else f"a score of {float(most)}"
             raise ValueError(f"logits_processor: expected a likeliest token, got {what} at position {ids.shape[1]} of the text")
         return logits
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """As it is, but for the one that asks the caller (prefix_allowed_tokens_fn) what may come in each row. All rows that it sees
+    are of one text here, and what the caller allows the others may rule that out."""
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn
+    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
 
 
 class _Criteria:
