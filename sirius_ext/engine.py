@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ Tokenizer = Any
 _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDictionary()
 _changes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 _advised: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_preparing = threading.Lock()  # two threads must not lay the same weights out, each in memory of its own
 
 
 def inside(model: object) -> PreTrainedModel:
@@ -50,24 +52,27 @@ def inside(model: object) -> PreTrainedModel:
 
 def prepare(model: PreTrainedModel) -> Model:
     """The decoding model that shares this `transformers` model's weights; made at the first call, then kept with the model."""
-    # What was computed with weights that have been changed in place since (by an optimizer, say) must not be reused, and a copy
-    # of them is no longer one. A change by way of `weight.data` is not seen: `release` the model after one.
-    changes = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
-    ready, changed = _models.get(model), _changes.get(model) != changes
-    if ready is None or not ready.weights.is_current(model) or (changed and ready.weights.has_copy):
-        ready = _models[model] = model_of(Weights(model))
-    if changed:
-        _changes[model] = changes
-        ready.caches.clear()
-    return ready
+    # What was computed with weights that have been changed in place since (by an optimizer, say) must not be reused: neither the
+    # caches, also of texts that have not ended yet, nor what is known of the weights, nor a copy of them. A change by way of
+    # `weight.data` is not seen: `release` the model after one.
+    with _preparing:
+        changes = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+        ready = _models.get(model)
+        if ready is None or _changes.get(model) != changes or not ready.weights.is_current(model):
+            if ready is not None:
+                ready.caches.clear()
+            ready = _models[model] = model_of(Weights(model))
+            _changes[model] = changes
+        return ready
 
 
 def release(model: PreTrainedModel) -> None:
     """Forget what `prepare` made and give the model's weights their layout back."""
-    ready = _models.pop(model, None)
-    if ready is not None:
-        ready.caches.clear()
-        restore(model)
+    with _preparing:
+        ready = _models.pop(model, None)
+        if ready is not None:
+            ready.caches.clear()
+            restore(model)
 
 
 def is_prepared(model: PreTrainedModel) -> bool:

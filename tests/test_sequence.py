@@ -5,17 +5,20 @@ import dataclasses
 import functools
 import gc
 import threading
+import time
 
 import pytest
 import torch
 from backends import emulated
 from tiny import Collector, engine, own_bits, prompt, seeded, tiny
 
+import sirius_ext
 from sirius_ext import Engine, SiriusConfig, _simt
 from sirius_ext.decoding import sequence
 from sirius_ext.decoding.period import Costs
 from sirius_ext.decoding.sequence import start
 from sirius_ext.engine import prepare
+from sirius_ext.models.weights import Weights
 
 COUNT = 12
 PLAIN = {"do_sample": False}
@@ -226,6 +229,29 @@ def test_threads(how):
         thread.join(timeout=120)
     assert found == expected
     assert not prepare(ours.model).lock.locked()
+
+
+def test_threads_prepare_a_model_once(monkeypatch):
+    """Each would lay the weights out in memory of its own, and only the last of these is the model's."""
+    model, made, found, begin = tiny("mistral"), [], [], threading.Barrier(4)
+
+    def weights(model):
+        time.sleep(0.1)  # the other threads are here by then
+        made.append(Weights(model))
+        return made[-1]
+
+    def ask():
+        begin.wait()
+        found.append(prepare(model))
+
+    monkeypatch.setattr(sirius_ext.engine, "Weights", weights)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(made) == 1 and len(found) == 4 and len(set(map(id, found))) == 1
+    assert found[0].weights.layers[0].down.data.data_ptr() == model.model.layers[0].mlp.down_proj.weight.data_ptr()
 
 
 # ------------------------------------------------------------------------------------------------------ cancelled and dropped

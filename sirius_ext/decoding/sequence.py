@@ -592,7 +592,7 @@ def start(model: Model, request: Request, cache: Cache | None = None, reuse_deco
 
 def _check_cache(model: Model, cache: Cache, prompt: list[int], observed: bool) -> None:
     if cache.weights is not model.weights:
-        raise ValueError("past_key_values: this cache was made by another model")
+        raise ValueError("past_key_values: this cache was made by another model, or before this one's weights were changed")
     if prompt[: len(cache.tokens)] != cache.tokens:
         raise ValueError(
             f"past_key_values: the prompt, of {len(prompt)} tokens, does not begin with the {len(cache.tokens)} that this cache "
