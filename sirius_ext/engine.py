@@ -28,7 +28,7 @@ from .models.hub import load_model, load_within, parse_dtype, reporting
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
-from .runtime.model import Model
+from .runtime.model import Model, lasting
 
 BACKENDS = ("auto", "cpu", "cuda")
 
@@ -50,13 +50,14 @@ def inside(model: object) -> PreTrainedModel:
     return model
 
 
+@lasting
 def prepare(model: PreTrainedModel) -> Model:
     """The decoding model that shares this `transformers` model's weights; made at the first call, then kept with the model."""
     # What was computed with weights that have been changed in place since (by an optimizer, say) must not be reused: neither the
     # caches, also of texts that have not ended yet, nor what is known of the weights, nor a copy of them. A change by way of
     # `weight.data` is not seen: `release` the model after one.
     with _preparing:
-        changes = sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+        changes = sum(map(_version, model.parameters()))
         ready = _models.get(model)
         if ready is None or _changes.get(model) != changes or not ready.weights.is_current(model):
             if ready is not None:
@@ -66,6 +67,15 @@ def prepare(model: PreTrainedModel) -> Model:
         return ready
 
 
+def _version(parameter: torch.Tensor) -> int:
+    """How often it was changed in place; what was made in `torch.inference_mode` does not say, even with other data."""
+    try:
+        return parameter._version
+    except RuntimeError:
+        return 0
+
+
+@lasting
 def release(model: PreTrainedModel) -> None:
     """Forget what `prepare` made and give the model's weights their layout back."""
     with _preparing:
@@ -250,6 +260,7 @@ class Engine:
         return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)
 
 
+@lasting
 def make_copy(model: PreTrainedModel, config: SiriusConfig, progress: bool) -> None:
     """Make the copy of plain weights that the config's sparse model reads, if it reads one that is not there: that takes seconds,
     and is said. progress: on stderr."""

@@ -11,7 +11,7 @@ import transformers
 from tiny import Collector, prompt, tiny
 from torch import nn
 
-from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach
+from sirius_ext import Engine, SiriusConfig, SiriusOutput, attach, detach
 from sirius_ext.decoding.prefill import drive, read
 from sirius_ext.engine import device_of
 from sirius_ext.models.weights import Weights
@@ -413,6 +413,34 @@ def test_threads_do_not_change_the_text(name, config):
         engine = Engine(tiny(name, torch.bfloat16), config)
         texts.append([text(engine, length, count=40) for length in (1, 9, 33)])
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_inference_mode_does_not_matter(config):
+    """Tensors that are made in it cannot be written to outside of it: nothing that stays may be one."""
+    model, expected = tiny("llama3"), text(Engine(tiny("llama3"), config), 8)
+    with torch.inference_mode():
+        engine = Engine(model, config)
+        begun = engine.start(prompt(8), max_new_tokens=COUNT)
+        begun.step()
+        assert text(engine, 8) == expected
+    assert begun.run() and begun.tokens == expected == text(engine, 8)
+    with torch.inference_mode():
+        assert text(engine, 8) == expected
+    model(prompt(8)).logits.sum().backward()  # the model can still be trained, and so it can when it is given back
+    model.zero_grad()
+    with torch.inference_mode():
+        detach(model)
+    model(prompt(8)).logits.sum().backward()
+
+
+def test_a_model_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        model = tiny("llama3")
+    engine = Engine(model, MATCH)
+    assert text(engine, 8) == text(engine, 8) == greedy()
+    with torch.inference_mode():
+        assert text(engine, 8) == greedy()
 
 
 def test_gradients_and_modes_do_not_matter():

@@ -14,7 +14,7 @@ import torch
 from ..config import SiriusConfig
 from ..runtime.cache import Cache
 from ..runtime.graphs import profiled
-from ..runtime.model import Model, not_finite
+from ..runtime.model import Model, lasting, not_finite
 from ..runtime.passes import Fault, Pass, Result
 from .costs import costs_of
 from .lookup import MOST, Lookup
@@ -223,7 +223,7 @@ class Sequence:
         """Of the text in the cache: the last token, x0, is not among it yet."""
         return len(self.request.prompt) + len(self.tokens) - 1
 
-    @torch.no_grad()
+    @lasting
     def step(self) -> Step:
         """Go on: at first read the prompt and choose the first token; then decode one period, or one token where nothing is
         corrected. RuntimeError if the text has ended. ValueError if logits of F or S are not finite: what was committed before
@@ -566,6 +566,7 @@ def _always(logits: Logits, row: int) -> bool:
     return True
 
 
+@lasting
 def start(model: Model, request: Request, cache: Cache | None = None, reuse_decoded: bool = False) -> Sequence:
     """A sequence over a cache of the model's own. What of the prompt a kept cache holds already is not read again, where the
     result is bit for bit the same.

@@ -6,9 +6,9 @@ import collections
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -18,6 +18,21 @@ from ..models.weights import View, Weights
 from .cache import Cache, KeptCaches, chunks
 from .layers import Attend, Neurons, attention, decoder_layer, embed, logits, norm
 from .passes import Fault, Kind, Observer, Pass, Prefill, Result, Sparsity, reads_four_bits
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def lasting(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A function whose tensors live on and are written to again, whoever calls it: without gradients, but never in
+    `torch.inference_mode`, whose tensors nobody may write to outside of it, nor train."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 class Model:
