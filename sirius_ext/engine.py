@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 import jinja2
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 from transformers.utils.logging import is_progress_bar_enabled
@@ -65,6 +66,17 @@ def prepare(model: PreTrainedModel) -> Model:
             ready = _models[model] = model_of(Weights(model))
             _changes[model] = changes
         return ready
+
+
+def _trained(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Fused optimizers change weights in place, and their versions stay. So all of them say when they have made a step."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if _models else set()
+    for model in tuple(_models):
+        if any(id(parameter) in own for parameter in model.parameters()):
+            _changes.pop(model, None)
+
+
+register_optimizer_step_post_hook(_trained)
 
 
 def _version(parameter: torch.Tensor) -> int:

@@ -150,7 +150,7 @@ def test_a_cache_that_must_grow(place):
 
 
 def change(engine, name="up_proj"):
-    """By an optimizer, say: some neurons' weights become other ones, in place."""
+    """Some neurons' weights become other ones, in place."""
     with torch.no_grad():
         weight = engine.model.model.layers[0].mlp.get_submodule(name).weight
         (weight.t() if name == "down_proj" else weight)[::3].mul_(5)
@@ -167,6 +167,23 @@ def test_weights_that_change(name):
     other = fresh()
     change(other, name)
     assert_the_same(out, decode(other, ids, CSPARSE), 25)
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {}], ids=str)
+def test_weights_that_are_trained(how):
+    """By an optimizer. A fused one does not say so in the weights' versions."""
+    engine, other, ids = fresh(), fresh(), prompt(25)
+    decode(engine, ids, CSPARSE)
+    for model in (engine.model, other.model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **how)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    out = decode(engine, ids, CSPARSE)
+    assert out.stats.prompts[0].reused_tokens == 0
+    assert_the_same(out, decode(other, ids, CSPARSE), 25)
+    assert decode(engine, ids, CSPARSE).stats.prompts[0].reused_tokens == 24
+    optimizer.step()  # the other model's
+    assert decode(engine, ids, CSPARSE).stats.prompts[0].reused_tokens == 24
 
 
 def test_weights_that_change_while_a_text_is_decoded():
