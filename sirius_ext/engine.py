@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .config import SiriusConfig
+from .decoding.costs import keep_costs
 from .decoding.sequence import Request, Sequence, start
 from .decoding.sparsity import drafts_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
@@ -60,12 +61,16 @@ def prepare(model: PreTrainedModel) -> Model:
     with _preparing:
         changes = sum(map(_version, model.parameters()))
         ready = _models.get(model)
-        if ready is None or _changes.get(model) != changes or not ready.weights.is_current(model):
-            if ready is not None:
-                ready.caches.clear()
-            ready = _models[model] = model_of(Weights(model))
-            _changes[model] = changes
-        return ready
+        current = ready is not None and ready.weights.is_current(model)
+        if ready is not None and current and _changes.get(model) == changes:
+            return ready
+        if ready is not None:
+            ready.caches.clear()
+        new = model_of(Weights(model))
+        if ready is not None and current:
+            keep_costs(ready, new)
+        _models[model], _changes[model] = new, changes
+        return new
 
 
 def _trained(optimizer: torch.optim.Optimizer, *_: object) -> None:

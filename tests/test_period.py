@@ -4,8 +4,10 @@ nothing but the time."""
 import dataclasses
 import json
 import random
+import threading
 
 import pytest
+import torch
 from paper import Text, full_with_copies, replay, texts
 from tiny import NAMES, decoder, engine, own_bits, prompt, seeded, tiny
 
@@ -346,6 +348,33 @@ def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
     (cache / "costs.json").write_text("no JSON")
     Engine(tiny("llama3")).generate(prompt(8), config=configs[0], max_new_tokens=5)
     assert len(measured) == 4 and len(json.loads((cache / "costs.json").read_text())) == 1
+
+
+def test_texts_that_begin_together_have_the_same_costs(cache, monkeypatch, one_thread):
+    model, found, begin = prepare(tiny("llama3")), [], threading.Barrier(3)
+
+    def ask():
+        begin.wait()
+        found.append(measuring.costs_of(model, SiriusConfig(density=0.4), False))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and len(set(map(id, found))) == 1
+
+
+def test_costs_stay_when_weights_change(cache, monkeypatch, one_thread):
+    """In training, say: every step would wait for them, and leave its own in the file. Another model's are not these."""
+    model, config = tiny("llama3"), SiriusConfig(density=0.4)
+    costs = measuring.costs_of(prepare(model), config, False)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight.mul_(1.5)
+    assert prepare(model).weights.fingerprint()[:16] not in (cache / "costs.json").read_text()
+    assert measuring.costs_of(prepare(model), config, False) is costs
+    del model.model.layers[1:]
+    assert measuring.costs_of(prepare(model), config, False) is not costs
 
 
 def test_where_passes_are_slow_few_are_measured(cache, monkeypatch, one_thread):

@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ _SLOTS = 128  # of the cache that is measured over
 
 # Of each model, by what it was asked for. Every text asks, and a key for the file wants all layers hashed.
 _at_hand: weakref.WeakKeyDictionary[Model, dict[tuple[object, ...], Costs]] = weakref.WeakKeyDictionary()
+_measuring = threading.Lock()  # two texts that begin together have the same costs, and do not measure each other
 
 
 def costs_of(model: Model, config: SiriusConfig, copies: bool, thresholds: torch.Tensor | None = None) -> Costs:
@@ -56,9 +58,16 @@ def costs_of(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
         density = density_of(config, model.weights)
         sparse = config.sparsity, config.follow, density, config.thresholds, config.tree_width, less, copies
     asked, at_hand = (ops.isa(), cpu_threads(), *sparse), _at_hand.setdefault(model, {})
-    if asked not in at_hand:
-        at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, copies, thresholds))
+    with _measuring:
+        if asked not in at_hand:
+            at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, copies, thresholds))
     return at_hand[asked]
+
+
+def keep_costs(old: Model, new: Model) -> None:
+    """Those of the old model are the new one's, too: its weights have other values, and nothing else is different."""
+    if old in _at_hand:
+        _at_hand[new] = dict(_at_hand[old])
 
 
 def _kept_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
