@@ -290,6 +290,24 @@ def test_going_on_from_all_tokens(place, config):
         assert torch.equal(more.sequences, decode(fresh(), ids, config).sequences)
 
 
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[5]], ids=["full", "match"])
+def test_what_the_sparse_model_decoded_is_its_own(place, config):
+    """Over its entries the full model would say something else than its own text."""
+    engine = fresh()
+    for again in (True, False):
+        out = decode(engine, prompt(19), CONFIGS[2])
+        ids = torch.cat((out.sequences, prompt(5)), 1)
+        if again:
+            assert decode(engine, ids, CONFIGS[2], cache=out.cache).stats.prompts[0].reused_tokens == 19 + COUNT - 1
+    with pytest.raises(ValueError, match="^past_key_values: the sparse model alone has decoded"):
+        decode(engine, ids, config, cache=out.cache)
+    text = engine.start(ids, config=config, max_new_tokens=COUNT, reuse_decoded=True)
+    assert text.run().reused_tokens == 19
+    assert text.tokens == decode(fresh(), ids, config).sequences[0, ids.shape[1] :].tolist()
+    more = torch.cat((ids, torch.tensor([text.tokens]), prompt(5)), 1)
+    assert decode(engine, more, config, cache=text.cache).stats.prompts[0].reused_tokens == more.shape[1] - 6
+
+
 def test_a_prompt_that_is_there_already():
     """The last token is read again, and counted once."""
     engine, ids = fresh(), prompt(19)

@@ -316,7 +316,7 @@ class Sequence:
             if finish:
                 break
         committed = self.tokens[before:]
-        self.cache.hold(self.tokens[max(0, before - 1) : -1])
+        self.cache.hold(self.tokens[max(0, before - 1) : -1], exact=request.config.mode != "sparse")
         if request.streamer is not None:
             request.streamer.put(torch.tensor(committed, device="cpu"))
         self.stats.tokens = len(self.tokens)
@@ -576,11 +576,11 @@ def start(model: Model, request: Request, cache: Cache | None = None, reuse_deco
     ValueError if the prompt does not begin with them, or it cannot be used here.
     """
     prompt, observed = request.prompt.tolist(), request.config.mode != "full" and request.config.sparsity != "fsparse"
-    tree = request.tree(model)
+    tree, exact = request.tree(model), request.config.mode != "sparse"
     if cache is None:
-        cache = model.caches.take(prompt, observed, reuse_decoded)
+        cache = model.caches.take(prompt, observed, reuse_decoded, exact)
     else:
-        _check_cache(model, cache, prompt, observed)
+        _check_cache(model, cache, prompt, observed, exact)
         model.caches.claim(cache)
     try:
         # Slots for the whole text, and for drafts beyond its end that are never committed.
@@ -591,13 +591,18 @@ def start(model: Model, request: Request, cache: Cache | None = None, reuse_deco
         raise
 
 
-def _check_cache(model: Model, cache: Cache, prompt: list[int], observed: bool) -> None:
+def _check_cache(model: Model, cache: Cache, prompt: list[int], observed: bool, exact: bool) -> None:
     if cache.weights is not model.weights:
         raise ValueError("past_key_values: this cache was made by another model, or before this one's weights were changed")
     if prompt[: len(cache.tokens)] != cache.tokens:
         raise ValueError(
             f"past_key_values: the prompt, of {len(prompt)} tokens, does not begin with the {len(cache.tokens)} that this cache "
             "holds (the model lends the caches of ended texts to later ones)"
+        )
+    if exact and cache.exact < len(cache.tokens):
+        raise ValueError(
+            'past_key_values: the sparse model alone has decoded into this cache (mode="sparse"), and what the full model says '
+            "would depend on that"
         )
     if observed and any(stretch.observed is None for stretch in cache.stretches):
         raise ValueError(

@@ -47,6 +47,7 @@ class Cache:
     cos, sin: float32 [tables, capacity, rotary_dim / 2], of the angles of every position.
     tokens: those that it holds, from position 0 on.
     stretches: which of them were prefilled.
+    exact: the first so many of them have entries that F computed; S's, where it decoded alone, would change what F says next.
     in_use: by a sequence that has not ended.
     """
 
@@ -54,6 +55,7 @@ class Cache:
         self.weights = weights
         self.tokens: list[int] = []
         self.stretches: list[Stretch] = []
+        self.exact = 0
         self.in_use = False
         self._release()
 
@@ -116,8 +118,10 @@ class Cache:
         if path and path[-1] != len(path):
             ops.kv_rewrite(self.k, self.v, root, torch.tensor([0, *path], dtype=torch.int32, device=self.k.device))
 
-    def hold(self, tokens: Sequence[int], observed: object | None = None, prefilled: bool = False) -> None:
-        """Say that the next tokens' entries are there; of prefilled ones also what was observed."""
+    def hold(self, tokens: Sequence[int], observed: object | None = None, prefilled: bool = False, exact: bool = True) -> None:
+        """Say that the next tokens' entries are there; of prefilled ones also what was observed. exact: F computed them."""
+        if exact and self.exact == len(self.tokens):
+            self.exact += len(tokens)
         if prefilled:
             self.stretches.append(Stretch(len(self.tokens), len(self.tokens) + len(tokens), observed))
         self.tokens += tokens
@@ -125,6 +129,7 @@ class Cache:
     def rewind(self, length: int) -> None:
         """Forget all tokens after the first `length`, and every stretch that does not end before them."""
         del self.tokens[length:]
+        self.exact = min(self.exact, length)
         self.stretches = [stretch for stretch in self.stretches if stretch.stop <= length]
 
     @property
@@ -137,17 +142,19 @@ class Cache:
 
         return [each for _, each in itertools.takewhile(whole, enumerate(self.stretches))]
 
-    def reusable(self, prompt: Sequence[int], observed: bool, decoded: bool = False) -> int:
+    def reusable(self, prompt: Sequence[int], observed: bool, decoded: bool = False, exact: bool = True) -> int:
         """How many tokens of a prompt, but for its last one, need not be prefilled again: those of the whole chunks that it
         has in common with this cache. The result is then bit for bit what prefilling them gives.
 
         observed: a chunk counts only if what was observed in it is known.
         decoded: all tokens in common count, decoded ones too, whose bits differ from a prefill's. Of prefilled ones a stretch
             counts as a whole or not at all, because of what was observed in it.
+        exact: but for those whose entries are S's.
         """
         if decoded:
-            pairs = enumerate(zip(self.tokens, itertools.islice(prompt, len(prompt) - 1)))
-            length = next((i for i, (mine, its) in pairs if mine != its), min(len(self.tokens), len(prompt) - 1))
+            most = min(self.exact if exact else len(self.tokens), len(prompt) - 1)
+            pairs = enumerate(zip(self.tokens, itertools.islice(prompt, most)))
+            length = next((i for i, (mine, its) in pairs if mine != its), most)
             known = (each.start for each in self.stretches if each.stop > length or (observed and each.observed is None))
             return min(length, next(known, length))
         length = 0
@@ -193,10 +200,10 @@ class KeptCaches:
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self)
 
-    def take(self, prompt: Sequence[int], observed: bool, decoded: bool = False) -> Cache:
+    def take(self, prompt: Sequence[int], observed: bool, decoded: bool = False, exact: bool = True) -> Cache:
         """A cache for a prompt; it holds what of the prompt need not be prefilled again (`Cache.reusable`)."""
         with self._lock:
-            common = [cache.reusable(prompt, observed, decoded) for cache in self._kept]
+            common = [cache.reusable(prompt, observed, decoded, exact) for cache in self._kept]
             # Without anything in common, one that would serve no prompt at all, or the oldest if there is no room for another.
             idle = (cache for cache in self._kept if not (cache.tokens if decoded else cache.whole_chunks))
             oldest = self._kept[:1] if self._full(len(self._kept) + 1) else []
