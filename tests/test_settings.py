@@ -110,6 +110,13 @@ BAD = {
         TypeError,
         "generation_config: expected a GenerationConfig, got dict",
     ),
+    "half a token": ({"max_length": 10.5}, TypeError, "max_length: expected an integer, got 10.5"),
+    "length as a string": ({"min_new_tokens": "2"}, TypeError, "min_new_tokens: expected an integer, got '2'"),
+    "half a token in a config": (
+        {"generation_config": transformers.GenerationConfig(max_new_tokens=2.5)},
+        TypeError,
+        "max_new_tokens: expected an integer, got 2.5",
+    ),
     "streamer": ({"streamer": print}, TypeError, "streamer: expected an object with put and end, got builtin"),
     "generator": ({"generator": 3}, TypeError, "generator: expected a torch.Generator, got int"),
     "empty stop string": ({"stop_strings": ["a", ""]}, ValueError, "stop_strings: expected strings of at least one character"),

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -195,6 +196,8 @@ def take(arguments: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str
     if config is not None:
         refuse(vars(config), _own_settings(config))
     refuse(vars(model.generation_config), _own_settings(model.generation_config) & vars(GenerationConfig()).keys())
+    for values in (arguments, vars(config or model.generation_config)):
+        _check_lengths(values)
     _check_ids(arguments)
     _check_mask(arguments)
     strings = arguments.pop("stop_strings", None)
@@ -298,6 +301,14 @@ def _check_ids(arguments: dict[str, Any]) -> None:
     if ids.dim() != 2 or len(ids) == 0:
         raise ValueError(f"input_ids: expected shape [batch, t], got {list(ids.shape)}")
     arguments[name] = ids.long()
+
+
+def _check_lengths(values: Mapping[str, Any]) -> None:
+    for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens"):
+        try:
+            operator.index(0 if values.get(name) is None else values[name])
+        except TypeError:
+            raise TypeError(f"{name}: expected an integer, got {values[name]!r}") from None
 
 
 def _check_mask(arguments: Mapping[str, Any]) -> None:
