@@ -1,6 +1,8 @@
 """Caches outlive their prompts: what a new one has in common with a kept one is not read again, bit for bit as if it were."""
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -380,6 +382,16 @@ def test_a_cache_on_loan():
     out = decode(engine, ids, CSPARSE, past_key_values=out.cache)
     assert out.stats.prompts[0].reused_tokens == 0
     assert_the_same(out, decode(fresh(), ids, CSPARSE), 19)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda out: pickle.loads(pickle.dumps(out))], ids=["copy", "pickle"])
+def test_an_output_is_copied_without_its_cache(copied):
+    """That is the model's own, with all of the model behind it."""
+    out = decode(fresh(), prompt(9), CSPARSE)
+    other = copied(out)
+    assert torch.equal(other.sequences, out.sequences) and other.stats.prompts == out.stats.prompts
+    assert other.cache is None and other.past_key_values is None and out.cache is not None
+    assert decode(fresh(), prompt(9), CSPARSE, cache=other.cache).stats.prompts[0].reused_tokens == 0
 
 
 def test_no_cache_of_several_texts():

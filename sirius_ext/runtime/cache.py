@@ -59,6 +59,10 @@ class Cache:
         self.in_use = False
         self._release()
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Of copies, and of what is pickled: it is on loan from a model that is in this process, so an output goes without it."""
+        return type(None), ()
+
     @property
     def chunks_together(self) -> int:
         """Chunks of a prompt that whoever computes passes over this cache reads together (`Prefill.later`)."""
