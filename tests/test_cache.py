@@ -16,7 +16,7 @@ from sirius_ext.decoding.reading import Reader
 from sirius_ext.decoding.sparsity import sparsity_of
 from sirius_ext.engine import prepare, release
 from sirius_ext.runtime import cache as caches
-from sirius_ext.runtime.cache import Cache, chunks
+from sirius_ext.runtime.cache import Cache, KeptCaches, chunks
 
 CHUNK, COUNT = 8, 8
 CONFIGS = [
@@ -369,6 +369,24 @@ def test_what_cannot_be_gone_on_from():
     refused("past_key_values: another sequence that has not ended uses this cache")
     text.cancel()
     assert decode(engine, longer, CSPARSE, past_key_values=out.cache).stats.prompts[0].reused_tokens == 26
+
+
+def test_a_cache_that_another_thread_takes_first(monkeypatch):
+    """What it holds is looked at when nobody else can take it any more."""
+    engine, took = fresh(), []
+    prepare(engine.model).caches.most = 1
+    out = decode(engine, prompt(19), CSPARSE)
+    more = torch.cat((out.sequences, prompt(5)), 1)
+    claim = KeptCaches.claim
+
+    def late(self, cache, *check):
+        took.append(decode(engine, prompt(3), CSPARSE).cache)
+        claim(self, cache, *check)
+
+    monkeypatch.setattr(KeptCaches, "claim", late)
+    with pytest.raises(ValueError, match="^past_key_values: the prompt, of 32 tokens, does not begin with the 10"):
+        decode(engine, more, CSPARSE, cache=out.cache)
+    assert took == [out.cache]
 
 
 def test_a_cache_on_loan():

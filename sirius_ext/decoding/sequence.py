@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 import weakref
@@ -580,8 +581,7 @@ def start(model: Model, request: Request, cache: Cache | None = None, reuse_deco
     if cache is None:
         cache = model.caches.take(prompt, observed, reuse_decoded, exact)
     else:
-        _check_cache(model, cache, prompt, observed, exact)
-        model.caches.claim(cache)
+        model.caches.claim(cache, functools.partial(_check_cache, model, cache, prompt, observed, exact))
     try:
         # Slots for the whole text, and for drafts beyond its end that are never committed.
         model.reserve(cache, len(prompt) + request.limit + tree.capacity, tree.capacity)

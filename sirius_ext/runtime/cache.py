@@ -219,11 +219,13 @@ class KeptCaches:
             cache.rewind(max(common, default=0))
             return cache
 
-    def claim(self, cache: Cache) -> None:
-        """Take this one, with all that it holds. ValueError if a sequence uses it."""
+    def claim(self, cache: Cache, check: Callable[[], None]) -> None:
+        """Take this one, with all that it holds. ValueError if a sequence uses it. check: raises if it will not do; nobody takes
+        it in between, and leaves something else in it."""
         with self._lock:
             if cache.in_use:
                 raise ValueError("past_key_values: another sequence that has not ended uses this cache")
+            check()
             self._take(cache)
 
     def _take(self, cache: Cache) -> None:
