@@ -17,6 +17,7 @@ import test_gguf
 import test_quantized
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from model_files import write_gguf
 from tiny import FAMILY_NAMES, NAMES, prompt, tiny
 
@@ -256,6 +257,23 @@ def test_models_of_the_hub(model, out, tmp_path, monkeypatch):
         hub.ModelLoadError, match="^model: cannot load 'org/other': not a local file or folder, and the Hugging Face"
     ):
         prepare("org/other", tmp_path / "other")
+
+
+def test_weights_are_not_fetched_twice(model, out, monkeypatch):
+    """Mistral's and Llama's makers put theirs beside what transformers reads."""
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    wanted = {*shards, "model.safetensors.index.json", "config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+    there = {*wanted, "consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "README.md", "x.bin"}
+    asked = []
+
+    def fetch(name, **patterns):
+        asked.append(set(filter_repo_objects(sorted(there), **patterns)))
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr(hub, "_supported_config", lambda *_: (transformers.AutoConfig.from_pretrained(model), None))
+    prepare("org/tiny", out)
+    assert asked == [wanted]
 
 
 def test_checksums(model, out):

@@ -468,7 +468,10 @@ def _source(found: _Found, config: PreTrainedConfig, weights: str, quantized: Qu
     if not found.local:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(found.source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        # Makers put the weights there a second time, in names of their own.
+        twice = ["consolidated*", "original/*"]
+        folder = Path(snapshot_download(found.source, allow_patterns=wanted, ignore_patterns=twice))
         check_files(folder, found.name)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
