@@ -14,7 +14,7 @@ def need(module: str, extra: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise ValueError(f"{what} needs {package} ({error}): pip install 'sirius_ext[{extra}]'") from error
+        raise ValueError(f"{what} needs {package} ({error}): pip install '.[{extra}]' in the clone") from error
 
 
 def later(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:

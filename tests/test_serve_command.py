@@ -51,7 +51,7 @@ def test_without_the_extra(capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["serve"]) == 2
     error = capsys.readouterr().err
-    assert f"serve needs {package}" in error and "pip install 'sirius_ext[serve]'" in error
+    assert f"serve needs {package}" in error and "pip install '.[serve]' in the clone" in error
 
 
 def test_nothing_else_needs_the_extra():
