@@ -1,6 +1,7 @@
 """Every argument of a generate call is used or refused by name, and so is what stands around the call."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -161,6 +162,61 @@ def test_bad_input(case, way, model):
     assert way(model, MATCH, IDS, max_new_tokens=3).shape == (1, 11), "the model decodes as before"
 
 
+# (name, what is given, the error's type, what it expects); the last ones only where tokens are drawn.
+BAD_NUMBERS = [
+    ("max_new_tokens", 2.5, TypeError, "an integer, at least 1"),
+    ("max_new_tokens", 4.0, TypeError, "an integer, at least 1"),
+    ("max_new_tokens", True, TypeError, "an integer, at least 1"),
+    ("max_new_tokens", "4", TypeError, "an integer, at least 1"),
+    ("max_new_tokens", 0, ValueError, "an integer, at least 1"),
+    ("max_new_tokens", np.float32(3), TypeError, "an integer, at least 1"),
+    ("max_length", "9", TypeError, "an integer, at least 1"),
+    ("min_new_tokens", -3, ValueError, "an integer, at least 0"),
+    ("num_return_sequences", 0, ValueError, "an integer, at least 1"),
+    ("max_time", "long", TypeError, "a number of seconds"),
+    ("repetition_penalty", 0, ValueError, "a number above 0"),
+    ("top_k", "a", TypeError, "an integer, at least 0"),
+    ("temperature", "a", TypeError, "a number above 0"),
+    ("eos_token_id", "x", TypeError, "a token id or a list of them"),
+    ("eos_token_id", [3, "x"], TypeError, "a token id or a list of them"),
+    ("eos_token_id", 3.0, TypeError, "a token id or a list of them"),
+    ("pad_token_id", [1], TypeError, "a token id"),
+]
+BAD_WHERE_DRAWN = [
+    ("temperature", 0.0, ValueError, "a number above 0"),
+    ("temperature", float("nan"), ValueError, "a number above 0"),
+    ("top_k", -3, ValueError, "an integer, at least 0"),
+    ("top_k", 2.5, TypeError, "an integer, at least 0"),
+    ("top_p", 2.0, ValueError, "a number above 0, at most 1"),
+    ("top_p", 0, ValueError, "a number above 0, at most 1"),
+    ("min_p", -1, ValueError, "a number, 0 to 1"),
+    ("typical_p", 2.5, ValueError, "a number above 0, at most 1"),
+]
+
+
+@every_way
+@pytest.mark.parametrize(("name", "value", "kind", "expected"), BAD_NUMBERS + BAD_WHERE_DRAWN, ids=str)
+def test_numbers_that_are_none(name, value, kind, expected, way, model):
+    drawn = (name, value, kind, expected) in BAD_WHERE_DRAWN
+    config = SiriusConfig(accept="sample", period=4) if drawn else MATCH
+    with pytest.raises(kind, match=re.escape(f"{name}: expected {expected}")) as caught:
+        way(model, config, IDS, **{"max_new_tokens": 3, "do_sample": drawn, name: value})
+    assert str(caught.value).startswith(f"{name}: ") and str(caught.value).endswith(f"got {value!r}")
+
+
+def test_only_numbers_in_effect_are_looked_at(model):
+    """An argument stands before the given config, and that before the model's own; None means that nothing was asked."""
+    config = transformers.GenerationConfig(max_new_tokens=3)
+    config.max_time = "long"
+    engine = Engine(model, MATCH)
+    with pytest.raises(TypeError, match="^max_time: expected a number of seconds, got 'long'"):
+        engine.generate(IDS, generation_config=config)
+    assert engine.generate(IDS, generation_config=config, max_time=60).stats.tokens == 3
+    assert engine.generate(IDS, max_new_tokens=3, top_p=2.0, temperature=0, top_k=-3).stats.tokens == 3, "nothing is drawn"
+    nothing = dict.fromkeys(("top_k", "top_p", "temperature", "eos_token_id", "max_length"))
+    assert engine.generate(IDS, max_new_tokens=3, **nothing).stats.tokens == 3
+
+
 BAD_IDS = {
     "list": ([[1, 2]], TypeError, "expected an integer tensor, got list"),
     "floats": (torch.ones(1, 3), TypeError, "expected an integer tensor, got torch.float32"),
@@ -198,6 +254,16 @@ def test_numpy_numbers(way, model):
     assert [type(value) for value in (config.period, config.tree_width, config.density)] == [int, int, float]
     expected = way(model, MATCH, IDS, max_new_tokens=9)
     assert torch.equal(way(model, config, IDS, max_new_tokens=np.int64(9)), expected)
+
+
+@every_way
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_scalars_of_numpy_and_torch(kind, way, model):
+    config = SiriusConfig(accept="sample", period=4)
+    real = torch.tensor if kind is torch.tensor else np.float32
+    settings = {"do_sample": True, "max_new_tokens": kind(9), "eos_token_id": kind(148), "top_k": kind(1)}
+    expected = way(model, MATCH, IDS, max_new_tokens=9, eos_token_id=148)
+    assert torch.equal(way(model, config, IDS, temperature=real(0.5), top_p=real(0.9), **settings), expected)
 
 
 def test_a_mask_of_any_type(model):

@@ -11,9 +11,10 @@ import copy
 import dataclasses
 import functools
 import inspect
-import operator
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -152,6 +153,40 @@ _HINTS = {
 }
 
 
+class _Number(NamedTuple):
+    """What a setting must be.
+
+    expected: in words.
+    whole: an integer.
+    right: whether a number of that kind is among those expected.
+    drawn: only where tokens are drawn does it matter which number it is.
+    """
+
+    expected: str
+    whole: bool
+    right: Callable[[Any], bool]
+    drawn: bool = False
+
+
+# What transformers would take for something else, or refuse without its name.
+_NUMBERS = {
+    "max_new_tokens": _Number("an integer, at least 1", True, lambda value: value >= 1),
+    "max_length": _Number("an integer, at least 1", True, lambda value: value >= 1),
+    "min_new_tokens": _Number("an integer, at least 0", True, lambda value: value >= 0),
+    "min_length": _Number("an integer, at least 0", True, lambda value: value >= 0),
+    "num_return_sequences": _Number("an integer, at least 1", True, lambda value: value >= 1),
+    "max_time": _Number("a number of seconds", False, lambda value: not math.isnan(value)),
+    "repetition_penalty": _Number("a number above 0", False, lambda value: value > 0),
+    "temperature": _Number(
+        "a number above 0 (do_sample=False takes the likeliest tokens)", False, lambda value: 0 < value < math.inf, drawn=True
+    ),
+    "top_k": _Number("an integer, at least 0 (0: all tokens)", True, lambda value: value >= 0, drawn=True),
+    "top_p": _Number("a number above 0, at most 1", False, lambda value: 0 < value <= 1, drawn=True),
+    "min_p": _Number("a number, 0 to 1", False, lambda value: 0 <= value <= 1, drawn=True),
+    "typical_p": _Number("a number above 0, at most 1", False, lambda value: 0 < value <= 1, drawn=True),
+}
+
+
 def arguments_of(args: tuple[Any, ...], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a generate call by their names, model left out. TypeError as Python has it for too many, or one twice."""
     bound = _signature().bind(None, *args, **settings)
@@ -196,10 +231,9 @@ def take(arguments: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str
     if config is not None:
         refuse(vars(config), _own_settings(config))
     refuse(vars(model.generation_config), _own_settings(model.generation_config) & vars(GenerationConfig()).keys())
-    for values in (arguments, vars(config or model.generation_config)):
-        _check_lengths(values)
     _check_ids(arguments)
     _check_mask(arguments)
+    _check_numbers(arguments, [each for each in (config, model.generation_config) if each is not None])
     strings = arguments.pop("stop_strings", None)
     if config is not None and config.stop_strings is not None:
         config = arguments["generation_config"] = copy.deepcopy(config)
@@ -303,14 +337,6 @@ def _check_ids(arguments: dict[str, Any]) -> None:
     arguments[name] = ids.long()
 
 
-def _check_lengths(values: Mapping[str, Any]) -> None:
-    for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens"):
-        try:
-            operator.index(0 if values.get(name) is None else values[name])
-        except TypeError:
-            raise TypeError(f"{name}: expected an integer, got {values[name]!r}") from None
-
-
 def _check_mask(arguments: Mapping[str, Any]) -> None:
     mask = arguments.get("attention_mask")
     if mask is None:
@@ -322,6 +348,41 @@ def _check_mask(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask: expected zeros and ones, got other numbers")
+
+
+def _check_numbers(arguments: dict[str, Any], configs: Iterable[GenerationConfig]) -> None:
+    """Those that are in effect. Numbers of numpy and torch among the arguments become Python's, of which transformers asks some
+    settings to be. configs: the given one and the model's own, in this order."""
+
+    def in_effect(name: str) -> Any:
+        if name in arguments:
+            return arguments[name]
+        return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+    for name, number in _NUMBERS.items():
+        given = in_effect(name)
+        if given is None:
+            continue
+        value = _as_python(given)
+        kind = numbers.Integral if number.whole else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {number.expected}, got {given!r}")
+        if (in_effect("do_sample") or not number.drawn) and not number.right(value):
+            raise ValueError(f"{name}: expected {number.expected}, got {given!r}")
+        if name in arguments:
+            arguments[name] = value
+    for name, expected in (("eos_token_id", "a token id or a list of them"), ("pad_token_id", "a token id")):
+        given = in_effect(name)
+        tokens = _as_python(given)
+        listed = tokens if name == "eos_token_id" and isinstance(tokens, (list, tuple)) else [tokens]
+        integers = (isinstance(each, numbers.Integral) and not isinstance(each, bool) for each in map(_as_python, listed))
+        if given is not None and not all(integers):
+            raise TypeError(f"{name}: expected {expected}, got {given!r}")
+
+
+def _as_python(value: Any) -> Any:
+    """A scalar of numpy or torch as a number, an array or tensor as a list, anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _check_strings(strings: object) -> None:
