@@ -64,6 +64,30 @@ def test_what_is_unknown_is_refused_by_name(name, way, model):
         way(model, MATCH, IDS, max_new_tokens=3, **{name: torch.ones(1, 8)})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 1}, "seed unknown to sirius_ext (generator=torch.Generator().manual_seed(1) draws the same again)"),
+        ({"sirius_config": MATCH}, "sirius_config unknown to sirius_ext (an Engine and attach take config=)"),
+        ({"max_new_token": 3}, "max_new_token unknown to sirius_ext (did you mean max_new_tokens?)"),
+        (
+            {"temprature": 1, "seed": 1},
+            "(generator=torch.Generator().manual_seed(1) draws the same again; did you mean temperature?)",
+        ),
+        ({"labels": 1}, "labels unknown to sirius_ext (misspelt, or newer than this version of it)"),
+    ],
+    ids=str,
+)
+def test_what_may_have_been_meant(settings, message, model):
+    with pytest.raises(ValueError, match=f"^generate: .*{re.escape(message)}$"):
+        by_engine(model, MATCH, IDS, **settings)
+
+
+def test_what_a_call_of_the_model_names_the_config(model):
+    with pytest.raises(ValueError, match="config unknown to sirius_ext .with custom_generate it is sirius_config=.$"):
+        model.generate(IDS, custom_generate=sirius_ext.generate, config=MATCH)
+
+
 @every_way
 @pytest.mark.parametrize("where", ["argument", "given config", "the model's config"])
 def test_a_setting_that_a_later_transformers_adds(where, way, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -152,6 +153,13 @@ _HINTS = {
     "past_key_values": "past_key_values: only what an earlier call gave as past_key_values",
 }
 
+# What those who give an unknown argument want, where its name is like none that is known.
+_INSTEAD = {
+    "seed": "generator=torch.Generator().manual_seed(1) draws the same again",
+    "sirius_config": "an Engine and attach take config=",
+    "config": "with custom_generate it is sirius_config=",
+}
+
 
 class _Number(NamedTuple):
     """What a setting must be.
@@ -256,10 +264,17 @@ def refuse(values: Mapping[str, Any], names: Iterable[str]) -> None:
     given = [name for name in names if not name.startswith("_") and values[name] is not None]
     unknown = sorted(name for name in given if name not in KNOWN)
     if unknown:
-        raise ValueError(f"generate: {', '.join(unknown)} unknown to sirius_ext (misspelt, or newer than this version of it)")
+        hints = [hint for name in unknown if (hint := _instead_of(name))] or ["misspelt, or newer than this version of it"]
+        raise ValueError(f"generate: {', '.join(unknown)} unknown to sirius_ext ({'; '.join(hints)})")
     refused = [_HINTS.get(name, name) for name in given if name in ONLY and not _is_one_of(values[name], ONLY[name])]
     if refused:
         raise ValueError(f"generate: not supported by sirius_ext: {'; '.join(refused)}")
+
+
+def _instead_of(unknown: str) -> str:
+    """What may have been meant by an unknown name; "" if nothing is like it."""
+    close = difflib.get_close_matches(unknown, sorted(USED), n=1, cutoff=0.75)
+    return _INSTEAD.get(unknown, f"did you mean {close[0]}?" if close else "")
 
 
 def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: int, taken: Taken) -> None:
