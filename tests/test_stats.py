@@ -265,3 +265,48 @@ def test_advice_is_given_once_a_model():
         warnings.simplefilter("error")
         Engine(model, config).generate(prompt(8), max_new_tokens=60)
         Engine(tiny("llama3"), SiriusConfig(density=1.0, accept="match", period=4)).generate(prompt(8), max_new_tokens=60)
+
+
+@pytest.mark.parametrize(
+    ("weights", "draft_weights", "hint"),
+    [
+        ("bfloat16", "same", "; four bits make it cheaper: weights='q8', or draft_weights='q4', for which there must be memory"),
+        ("q8", "same", "; four bits make it cheaper: draft_weights='q4'"),
+        ("bfloat16", "q4", ""),
+        ("q8", "q4", ""),
+        ("q4", "q4", ""),
+        ("q4", "same", ""),
+        ("", "", ""),
+    ],
+)
+def test_only_what_can_be_followed_is_advised(weights, draft_weights, hint):
+    """Nobody can have fewer bits than four."""
+    values = {"sparse_cost": 0.95, "density": 0.99, "weights": weights, "draft_weights": draft_weights}
+    expected = (
+        "the full model decoded 100% of the steps alone: a pass of the sparse model costs 0.95 of a pass of the full model here, "
+        f"and a draft was not expected to bring more than it costs{hint}"
+    )
+    text = prompt_stats([period(0, 0)] * 5, period="auto", **values)
+    assert text.abstained == Stats([text]).abstained == expected
+
+
+@pytest.mark.parametrize(
+    ("packed", "config", "weights", "draft_weights"),
+    [
+        (None, SiriusConfig(period=4), "bfloat16", "q4"),
+        (None, own_bits(period=4), "bfloat16", "same"),
+        (None, SiriusConfig(mode="full"), "bfloat16", ""),
+        ("q8", SiriusConfig(period=4), "q8", "q4"),
+        ("q8", own_bits(period=4), "q8", "same"),
+        ("q4", SiriusConfig(period=4), "q4", "q4"),
+    ],
+    ids=str,
+)
+def test_what_weights_are_read(packed, config, weights, draft_weights, tmp_path, monkeypatch):
+    model = tiny("llama3", torch.bfloat16)
+    if packed:
+        monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
+        model.save_pretrained(tmp_path / "model")
+        model = Engine.from_pretrained(str(tmp_path / "model"), config, "cpu", progress=False, weights=packed).model
+    stats = Engine(model, config).generate(prompt(6), max_new_tokens=3).stats
+    assert (stats.weights, stats.draft_weights) == (weights, draft_weights)

@@ -23,7 +23,7 @@ from .period import AdaptivePeriod, Copying
 from .period_graph import Replayed, replayed_periods
 from .prefill import Passes, drive, read
 from .sampling import Logits, rule_of
-from .sparsity import CSparse, FSparse, density_of, sparse_density, sparsity_of
+from .sparsity import CSparse, FSparse, density_of, four_bits, sparse_density, sparsity_of
 from .stats import Period, PromptStats
 from .tree import Tree
 
@@ -183,16 +183,19 @@ class Sequence:
         self._lookup = Lookup(prompt.tolist()) if request.copies(model) else None
         self._tree = request.tree(model)
         verifies = config.mode == "full" and self._lookup is not None  # F alone, what is copied
-        density = 1.0
+        density, draft_weights = 1.0, ""
         if config.mode != "full":
             self._sparsity = sparsity_of(config, model.weights, request.thresholds)
             density = sparse_density(config, model.weights)
+            draft_weights = "q4" if four_bits(config, model.weights) else "same"
         corrects = config.mode == "sirius"
         self.stats = PromptStats(
             mode=config.mode,
             period=config.period if corrects else self._tree.capacity - 1 if verifies else 1,
             tree_width=config.tree_width if corrects else 1,
             density=density,
+            weights=model.weights.form,
+            draft_weights=draft_weights,
             prompt_tokens=len(prompt),
             reused_tokens=min(len(cache.tokens), len(prompt) - 1),
         )

@@ -66,6 +66,8 @@ class _Metrics:
     period: int | str
     density: float
     sparse_cost: float | None
+    weights: str
+    draft_weights: str
     tokens: int
     decode_seconds: float | None
 
@@ -151,12 +153,15 @@ class _Metrics:
         """In one line, that S drafted for less than half of a text with adaptive periods, and why; None elsewhere."""
         if self.sparse_cost is None or self.alone is None or self.alone <= 0.5:
             return None
-        # With four bits it reads less than that whatever its neurons.
-        cheaper = "; four bits make it cheaper: weights in eight bits, or draft_weights='q4', for which there must be memory"
-        hint = cheaper if self.density > 0.55 else ""
+        cheaper = ""
+        if self.draft_weights == "same" and self.weights != "q4":  # else S reads four bits already
+            packed = "" if self.weights == "q8" else "weights='q8', or "
+            memory = "" if self.weights == "q8" else ", for which there must be memory"
+            cheaper = f"; four bits make it cheaper: {packed}draft_weights='q4'{memory}"
         return (
             f"the full model decoded {self.alone:.0%} of the steps alone: a pass of the sparse model costs "
-            f"{self.sparse_cost:.2f} of one of its own here, and a draft was not expected to bring more than it costs{hint}"
+            f"{self.sparse_cost:.2f} of a pass of the full model here, and a draft was not expected to bring more than it costs"
+            f"{cheaper}"
         )
 
     def metrics(self) -> dict[str, float | None]:
@@ -172,6 +177,8 @@ class PromptStats(_Metrics):
 
     mode, period, tree_width: as configured; with copies in mode "full", period is the most that one of its passes may commit.
     density: of the sparse model, parameters touched per token / all parameters (1 in mode "full").
+    weights: the form of the full model's, "q8", "q4" or a dtype's name.
+    draft_weights: what the sparse model read of them, "same" or "q4"; "" where there is none. Both are "" where it is not known.
     prompt_tokens, tokens: lengths of prompt and returned text.
     reused_tokens: of the prompt, those that a cache held already and that were not prefilled again.
     sparse_cost: of a pass of S, in passes of F over one token, where periods are adaptive.
@@ -188,6 +195,8 @@ class PromptStats(_Metrics):
     reused_tokens: int = 0
     tokens: int = 0
     sparse_cost: float | None = None
+    weights: str = ""
+    draft_weights: str = ""
     finish: str = ""
     prefill_seconds: float | None = 0.0
     decode_seconds: float | None = 0.0
@@ -205,6 +214,7 @@ class Stats(_Metrics):
         self.prompts = list(prompts)
         self.period, self.tree_width = self.prompts[0].period, self.prompts[0].tree_width
         self.density, self.sparse_cost = self.prompts[0].density, self.prompts[0].sparse_cost
+        self.weights, self.draft_weights = self.prompts[0].weights, self.prompts[0].draft_weights
         self.periods = [period for prompt in self.prompts for period in prompt.periods]
         self.tokens = sum(prompt.tokens for prompt in self.prompts)
         self.decode_seconds = _total(prompt.decode_seconds for prompt in self.prompts)

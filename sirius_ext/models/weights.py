@@ -155,6 +155,15 @@ class Weights:
         """Whether the matrices are bytes, of which S reads four bits a weight."""
         return not self.lm_head.plain
 
+    @property
+    def form(self) -> str:
+        """In which form F reads its matrices: "q8" or "q4" of packed ones, else the name of their dtype. Some of "q4" may have
+        eight bits."""
+        if not self.packed:
+            return str(self.dtype).removeprefix("torch.")
+        matrices = itertools.chain.from_iterable(map(_matrices, self.layers))
+        return "q4" if any(matrix.format.four_bits for matrix in matrices) else "q8"
+
     @functools.cached_property
     def four_bits(self) -> View:
         """What S reads of its weights if it is to read four bits of each: of matrices in eight bits their upper halves and of
