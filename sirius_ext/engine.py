@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import jinja2
@@ -25,7 +26,7 @@ from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
 from .kernels.dispatch import check_device, has_cuda_kernels
 from .kernels.threads import choose_threads, cpu_threads
-from .loading import parse_memory
+from .loading import DEFAULT_MODEL, parse_memory
 from .models.hub import load_model, load_within, parse_dtype, reporting
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
@@ -144,7 +145,20 @@ class Engine:
     def __init__(self, model: PreTrainedModel, config: SiriusConfig | None = None, tokenizer: Tokenizer = None) -> None:
         self.config = _checked(config)
         self.model, self.tokenizer = inside(model), tokenizer
+        self._name = self.model.name_or_path or ""  # to be shown
         prepare(self.model)
+
+    def __repr__(self) -> str:
+        """What one wants to see of it in one line: the model's name and family, the form of its weights, where they are, and how
+        they decode."""
+        config, ready, device = self.config, _models.get(self.model), str(self.model.device)
+        name = Path(self._name).name if Path(self._name).is_absolute() else self._name
+        known = [name] if name else []
+        known += [self.model.config.model_type, f"{ready.weights.form} on {device}" if ready else device]
+        known.append(f"mode={config.mode!r}")
+        known += [f"sparsity={config.sparsity!r}"] if config.mode != "full" else []
+        known += [f"period={config.period!r}, accept={config.accept!r}"] if config.mode == "sirius" else []
+        return f"Engine({', '.join(known)})"
 
     @classmethod
     def from_pretrained(
@@ -196,6 +210,7 @@ class Engine:
                 f"device: {device} has no room for {size:.1f} GB of weights; try a smaller model or dtype"
             ) from error
         engine = cls(model, config, tokenizer)
+        engine._name = str(name or DEFAULT_MODEL)  # what was loaded may be a file of the cache folder
         make_copy(engine.model, config, progress)
         return engine
 

@@ -70,6 +70,29 @@ def test_from_a_folder_in_bfloat16_unless_told_otherwise(tmp_path):
     assert Engine.from_pretrained(tmp_path, progress=False).model.dtype == torch.bfloat16
 
 
+def test_what_is_shown_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path / "cache"))
+    tiny("llama3", torch.bfloat16).save_pretrained(tmp_path / "small")
+    load = functools.partial(Engine.from_pretrained, str(tmp_path / "small"), MATCH, "cpu", progress=False)
+    decodes = "mode='sirius', sparsity='csparse', period=4, accept='match'"
+    engine = load()
+    assert repr(engine) == f"Engine(small, llama, bfloat16 on cpu, {decodes})"
+    assert repr(load(weights="q8")) == f"Engine(small, llama, q8 on cpu, {decodes})"
+    assert repr(Engine(tiny("qwen2"), FULL)) == "Engine(qwen2, float32 on cpu, mode='full')"
+    sequence = engine.start(prompt(8), max_new_tokens=5)
+    assert repr(sequence) == "Sequence(8 tokens of prompt, 0 new, not ended)"
+    assert repr(sequence.cache) == f"Cache(0 tokens, capacity {sequence.cache.capacity}, bfloat16 on cpu, in use)"
+    sequence.run()
+    assert repr(sequence) == "Sequence(8 tokens of prompt, 5 new, ended: length)"
+    assert repr(sequence.cache) == f"Cache(12 tokens, capacity {sequence.cache.capacity}, bfloat16 on cpu)"
+    shown = repr(engine)
+    with attach(engine.model, MATCH) as handle:
+        assert repr(handle) == f"attach({shown}, attached)"
+    assert repr(handle) == f"attach({shown}, detached)"
+    detach(engine.model)
+    assert repr(engine) == f"Engine(small, llama, cpu, {decodes})"
+
+
 @pytest.mark.parametrize("way", [Engine, attach])
 def test_a_config_of_the_wrong_type(way):
     model = tiny()

@@ -218,6 +218,10 @@ class Sequence:
         self._give_back = weakref.finalize(self, give_back, cache)
         self._give_back.atexit = False
 
+    def __repr__(self) -> str:
+        end = f"ended: {self.finish}" if self.ended else "not ended"
+        return f"Sequence({len(self.request.prompt)} tokens of prompt, {len(self.tokens)} new, {end})"
+
     @property
     def ended(self) -> bool:
         return bool(self.finish)

@@ -134,6 +134,13 @@ class attach:  # noqa: N801 - used like a function
         self._engine = Engine(self.model, config)
         vars(self.model)["generate"] = self._generate
 
+    def __repr__(self) -> str:
+        return f"attach({self._engine!r}, {'attached' if self._is_attached else 'detached'})"
+
+    @property
+    def _is_attached(self) -> bool:
+        return bool(vars(self.model).get("generate") == self._generate)
+
     def _generate(self, *args: Any, **settings: Any) -> Any:
         from ..engine import call
         from ..generation.settings import arguments_of
@@ -146,7 +153,7 @@ class attach:  # noqa: N801 - used like a function
 
     def detach(self) -> None:
         """Give the model back as it was. A second call does nothing."""
-        if vars(self.model).get("generate") == self._generate:
+        if self._is_attached:
             del self.model.generate
             if not self._prepared_before:
                 from ..engine import release

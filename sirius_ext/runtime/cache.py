@@ -63,6 +63,12 @@ class Cache:
         """Of copies, and of what is pickled: it is on loan from a model that is in this process, so an output goes without it."""
         return type(None), ()
 
+    def __repr__(self) -> str:
+        use = ", in use" if self.in_use else ""
+        dtype = str(self.weights.dtype).removeprefix("torch.")
+        held = f"{len(self.tokens)} tokens, capacity {self.capacity}"
+        return f"{type(self).__name__}({held}, {dtype} on {self.weights.device}{use})"
+
     @property
     def chunks_together(self) -> int:
         """Chunks of a prompt that whoever computes passes over this cache reads together (`Prefill.later`)."""
