@@ -226,6 +226,8 @@ class Engine:
 
         input_ids: int64 [batch, t], left-padded where attention_mask is 0; on any device. The text's batch-mates do not matter:
             prompts are decoded one by one.
+        attention_mask: [batch, t] of zeros and ones. Without it `transformers` infers it: pad_token_id is padding, unless it is
+            an end-of-text token, too.
         config: in place of the engine's.
         settings: max_new_tokens, max_length, eos_token_id, stop_strings, stopping_criteria, logits_processor, streamer, ...; a
             setting that cannot be honoured (num_beams > 1, do_sample where drafts are not accepted by "sample", ...) is a
@@ -277,16 +279,11 @@ class Engine:
     ) -> Call:
         if not isinstance(input_ids, torch.Tensor):
             raise TypeError(f"input_ids: expected an integer tensor, got {type(input_ids).__name__}")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        elif not isinstance(attention_mask, torch.Tensor):
+        arguments = {"return_dict_in_generate": True, "input_ids": input_ids.to(self.model.device), **settings}
+        if isinstance(attention_mask, torch.Tensor):
+            arguments["attention_mask"] = attention_mask.to(self.model.device)
+        elif attention_mask is not None:
             raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
-        arguments = {
-            "return_dict_in_generate": True,
-            "input_ids": input_ids.to(self.model.device),
-            "attention_mask": attention_mask.to(self.model.device),
-            **settings,
-        }
         if arguments.get("tokenizer") is None:
             arguments["tokenizer"] = self.tokenizer
         return resolve(self.model, arguments, self.config if config is None else _checked(config), _weights_of)

@@ -419,6 +419,34 @@ def test_one_padded_prompt(setting):
     assert torch.equal(by_call(ours(), MATCH, **inputs, **settings), plain().generate(**inputs, **settings))
 
 
+@every_way
+def test_a_mask_that_is_left_out_is_inferred(way):
+    """As transformers does it: pad_token_id is padding, unless a text may end with it."""
+    inputs = batch()
+    settings = {"max_new_tokens": 12, "pad_token_id": PAD}
+    given = way(ours(), MATCH, **inputs, **settings)
+    del inputs["attention_mask"]
+    assert torch.equal(way(ours(), MATCH, **inputs, **settings), given)
+    assert torch.equal(plain().generate(**inputs, **settings), given)
+    settings["eos_token_id"] = PAD
+    assert torch.equal(way(ours(), MATCH, **inputs, **settings), plain().generate(**inputs, **settings))
+
+
+@every_way
+def test_padding_in_other_places_says_what_to_do(way):
+    message = r"^attention_mask: expected left padding only .*, got right padding .*padding_side=\"left\".* in row 0"
+    inputs = {name: value.flip(1) for name, value in batch().items()}
+    with pytest.raises(ValueError, match=f"{message}$"):
+        way(ours(), MATCH, **inputs, max_new_tokens=4)
+    del inputs["attention_mask"]
+    with pytest.raises(ValueError, match=f"{message}; none was given, and pad_token_id in input_ids was taken for padding$"):
+        way(ours(), MATCH, **inputs, max_new_tokens=4, pad_token_id=PAD)
+    with pytest.raises(ValueError, match="^attention_mask: .*, got zeros elsewhere in row 0; none was given, and pad_token_id"):
+        way(ours(), MATCH, IDS, max_new_tokens=4, pad_token_id=int(IDS[0, 3]))
+    mask = torch.ones_like(IDS)
+    assert way(ours(), MATCH, input_ids=IDS, attention_mask=mask, max_new_tokens=4, pad_token_id=int(IDS[0, 3])).shape == (1, 12)
+
+
 def test_stats_of_a_batch():
     first = row_texts()[0]
     end = first.index(first[4]) + 1

@@ -291,6 +291,18 @@ def test_bodies_that_are_none(address):
     assert refusal(address, {"model": served.NAME, "prompt": []}, "/v1/completions")[0] == 422
 
 
+def test_no_token_of_a_client_is_padding(address, scheduler):
+    """Wherever the model's pad token is in a prompt."""
+    own = scheduler.engine.model.generation_config
+    own.pad_token_id = 7
+    try:
+        body = {"model": served.NAME, "prompt": [7, 5, 7, 9], "max_tokens": 3}
+        status, text = send(address, "/v1/completions", body)
+        assert status == 200 and json.loads(text)["usage"]["prompt_tokens"] == 4
+    finally:
+        own.pad_token_id = None
+
+
 def test_a_body_is_limited(scheduler):
     with served.running(scheduler, most_bytes=2000) as address:
         large = json.dumps(chat_body(user="x" * 4000))

@@ -132,7 +132,7 @@ class Chat:
 
     def _start(self, ids: torch.Tensor) -> Sequence:
         try:
-            return self.engine.start(ids, config=self.config, reuse_decoded=True, **self._settings)
+            return self.engine.start(ids, torch.ones_like(ids), config=self.config, reuse_decoded=True, **self._settings)
         except ValueError as error:
             if str(error).startswith("input_ids: "):
                 raise ValueError(f"the conversation is too long ({str(error)[11:]}); /reset begins anew") from error

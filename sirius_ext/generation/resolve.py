@@ -78,7 +78,7 @@ def resolve(
         thresholds = None
         if config.thresholds is not None and config.mode != "full":
             thresholds = load_thresholds(config.thresholds, weights, config.density_with())
-        prompts = _prompts(input_ids, mask, weights)
+        prompts = _prompts(input_ids, mask, passed.get("attention_mask") is None, weights)
 
         def request(row: int, prompt: torch.Tensor) -> Request:
             ends = _ends(row, input_ids.cpu(), weights.context - len(prompt), criteria)
@@ -189,14 +189,21 @@ def _check_positions(positions: torch.Tensor | None, attention_mask: torch.Tenso
         raise ValueError("position_ids: expected those of the prompt, 0, 1, 2, ..., got others")
 
 
-def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weights: Weights) -> list[torch.Tensor]:
-    """The prompts without their padding, int64 [t] each; ValueError if one is empty, too long or not a prompt at all."""
+def _prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, inferred: bool, weights: Weights
+) -> list[torch.Tensor]:
+    """The prompts without their padding, int64 [t] each; ValueError if one is empty, too long or not a prompt at all.
+
+    inferred: the mask is not the caller's; `transformers` made it."""
     prompts = []
     for row, ids in enumerate(input_ids.cpu()):
         if attention_mask is not None:
             mask = attention_mask[row].bool().cpu()
             if not bool((mask[1:] >= mask[:-1]).all()):
-                raise ValueError(f"attention_mask: expected left padding only (0 ... 0 1 ... 1), got something else in row {row}")
+                raise ValueError(
+                    f"attention_mask: expected left padding only (0 ... 0 1 ... 1), got {_padding_of(mask)} in row {row}"
+                    + ("; none was given, and pad_token_id in input_ids was taken for padding" if inferred else "")
+                )
             ids = ids[mask]
         if len(ids) == 0:
             raise ValueError(f"input_ids: prompt {row} is empty")
@@ -208,6 +215,13 @@ def _prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, weigh
             raise ValueError(f"input_ids: expected token ids in [0, {weights.vocab}), got {int(ids.min())} to {int(ids.max())}")
         prompts.append(ids)
     return prompts
+
+
+def _padding_of(mask: torch.Tensor) -> str:
+    """What is wrong with a mask that has other padding than at the left. mask: bool [t]."""
+    if bool((mask[1:] <= mask[:-1]).all()):
+        return 'right padding (a tokenizer with padding_side="left" pads as it should be)'
+    return "zeros elsewhere"
 
 
 def _pad_token(settings: GenerationConfig) -> int:

@@ -185,8 +185,9 @@ class SiriusLM(TemplateLM):
             raise ValueError(f"max_gen_toks: expected 1 to {self.max_length - 1}, got {limit}")
         tokens = self._fitting(self.tok_encode(context), self.max_length - limit)
         stop = self._stop(until) if until else None
+        ids = torch.tensor([tokens])
         out = self.engine.generate(
-            torch.tensor([tokens]), config=self.config, max_new_tokens=limit, stopping_criteria=stop, **settings
+            ids, torch.ones_like(ids), config=self.config, max_new_tokens=limit, stopping_criteria=stop, **settings
         )
         assert out.stats is not None and out.sequences is not None
         self.prompts += out.stats.prompts

@@ -306,7 +306,8 @@ class _Service:
             settings |= {"top_p": 1.0 if body.top_p is None else body.top_p, "top_k": body.top_k or 0}
         limit = body.limit or self.options.max_tokens
         try:
-            (request,) = self.scheduler.engine.requests(ids, config=config, max_new_tokens=limit, **settings)
+            mask = torch.ones_like(ids)  # of the client's tokens none is padding
+            (request,) = self.scheduler.engine.requests(ids, mask, config=config, max_new_tokens=limit, **settings)
             request.longest_period(prepare(self.scheduler.engine.model))
         except ValueError as error:
             name, _, rest = str(error).partition(": ")
