@@ -283,6 +283,71 @@ def test_what_cannot_be_honoured(address, more, status, param):
     assert found[:2] == (status, param) and found[2].startswith(param.split(".")[0])
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "message"),
+    [
+        ("", {"prompt": ""}, 'prompt: expected a text, token ids, or a list of up to 16 of either, none of them empty, got ""'),
+        ("", {"prompt": [1, "a"]}, 'prompt: expected a text, token ids, or a list of up to 16 .*, got [1, "a"]'),
+        ("", {"suffix": "x"}, 'suffix: expected "", since text is only continued, got "x"'),
+        ("", {"echo": True}, "echo: expected false, got true"),
+        ("", {"frequency_penalty": 0.7}, "frequency_penalty: expected 0, since penalties are not supported, got 0.7"),
+        ("", {"logit_bias": {"5": 1}}, 'logit_bias: expected {}, since biases are not supported, got {"5": 1}'),
+        ("", {"stop": ["a"] * 5}, 'stop: expected a string of 1 to 256 characters, or a list of up to 4 of them, got ["a", .*]'),
+        ("", {"max_tokens": "4"}, 'max_tokens: expected an integer, got "4"'),
+        ("", {"n": 0}, "n: expected at least 1, got 0"),
+        ("", {"user": 7 * 10**90}, "user: expected a string, got 7" + 56 * "0" + "..."),
+        ("", {"what": 1}, "what: this server does not know or support it; /openapi.json has all fields"),
+        ("", {"what-is": 1}, '"what-is": this server does not know or support it; /openapi.json has all fields'),
+        ("", {"\ud800": 1}, 'body: expected Unicode, of which no surrogate is a part by itself, got "\\ud800"'),
+        ("", {"sirius": {"density": 1}}, "sirius.density: this server does not .*; expected some of mode, sparsity, .*, trace"),
+        ("", {"sirius": {"period": 0}}, 'sirius.period: expected an integer, 1 to 256, or "auto", got 0'),
+        ("", {"sirius": 5}, "sirius: expected an object with some of mode, sparsity, .*, got 5"),
+        ("chat/", {"tools": [{}]}, "tools: expected [], since tools are not supported, got [{}]"),
+        ("chat/", {"messages": []}, "messages: expected a length of at least 1, got []"),
+        ("chat/", {"messages": [{"role": "user"}]}, "messages.0.content: it is missing"),
+        ("chat/", {"response_format": {"type": "json"}}, "response_format.type: expected 'text', got \"json\""),
+    ],
+    ids=str,
+)
+def test_what_is_supported_is_said_in_plain_words(address, path, more, message):
+    body = {**(chat_body() if path else {"model": served.NAME, "prompt": "hello"}), **more}
+    status, _, found = refusal(address, body, f"/v1/{path}completions")
+    assert status == 422 and re.fullmatch(re.escape(message).replace(r"\.\*", ".*"), found), found
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("POST", "/v1/embeddings", 404, "/v1/embeddings: there is no such endpoint; /openapi.json has all of them"),
+        ("GET", "/v1/embeddings", 404, "/v1/embeddings: there is no such endpoint; /openapi.json has all of them"),
+        ("POST", "/v1/completions/", 404, "/v1/completions/: there is no such endpoint; /openapi.json has all of them"),
+        ("GET", "/no.js", 404, "/no.js: there is no such endpoint; /openapi.json has all of them"),
+        ("GET", "/v1/completions", 405, "/v1/completions: expected POST, got GET"),
+        ("POST", "/v1/models", 405, "/v1/models: expected GET, got POST"),
+        ("DELETE", f"/v1/models/{served.NAME}", 405, f"/v1/models/{served.NAME}: expected GET, got DELETE"),
+        ("PUT", "/page.js", 405, "/page.js: expected GET or HEAD, got PUT"),
+    ],
+)
+def test_endpoints_that_are_none(address, method, path, status, message):
+    found, text = send(address, path, method=method)
+    error = json.loads(text)["error"]
+    assert found == status and error == {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+
+
+def test_the_page_is_at_its_root(address):
+    assert send(address, "/") == send(address, "/index.html") and "<title>Sirius</title>" in send(address, "/")[1]
+    assert send(address, "/", method="HEAD") == (200, "")
+    assert {send(address, f"/{name}")[0] for name in ("page.js", "style.css", "icon.svg")} == {200}
+
+
+def test_more_tokens_than_the_context_has(address):
+    body = {"model": served.NAME, "prompt": [5] * (served.CONTEXT - 9), "max_tokens": 10**6}
+    status, text = send(address, "/v1/completions", body)
+    found = json.loads(text)
+    assert status == 200 and found["choices"][0]["finish_reason"] == "length"
+    assert found["usage"]["total_tokens"] == served.CONTEXT
+
+
 def test_bodies_that_are_none(address):
     assert refusal(address, "{")[0] == 422 and refusal(address, b"\xff\xfe{}")[0] in (400, 422)
     assert refusal(address, "[]")[0] == 422 and refusal(address, "null")[0] == 422

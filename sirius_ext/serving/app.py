@@ -28,7 +28,7 @@ from ..config import COLDEST, GREEDY, SiriusConfig
 from ..engine import encode_messages, prepare
 from .guard import Guard, error_body
 from .metrics import SchedulerCollector
-from .protocol import MOST_NODES, ChatRequest, TextRequest
+from .protocol import MOST_NODES, ChatRequest, TextRequest, what_is_wrong
 from .scheduler import Ask, Event, Job, Listener, QueueFull, Scheduler, Stopping, Token
 from .text import TokenNames
 
@@ -68,7 +68,7 @@ def create_app(scheduler: Scheduler, options: Options) -> FastAPI:
     registry = CollectorRegistry()
     registry.register(SchedulerCollector(scheduler))
     # The pages that FastAPI makes of the description would load their scripts from elsewhere.
-    app = FastAPI(title="sirius_ext", docs_url=None, redoc_url=None)
+    app = FastAPI(title="sirius_ext", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, key=options.api_key, most_bytes=options.most_bytes)
     problems: dict[int | str, dict[str, Any]] = {
         status: {"description": what, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
@@ -128,7 +128,7 @@ def create_app(scheduler: Scheduler, options: Options) -> FastAPI:
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.mount("/", _Page(directory=PAGE, html=True), name="page")
+    _add_page(app)
     return app
 
 
@@ -150,6 +150,17 @@ _ERROR_SCHEMA = {
 }
 
 
+def _add_page(app: FastAPI) -> None:
+    """Its files one by one: mounted at / they would be what every unknown path and wrong method comes to."""
+    page = _Page(directory=PAGE, html=True)
+
+    async def file(request: Request) -> Response:
+        return await page.get_response(page.get_path(request.scope), request.scope)
+
+    for path in ("/", *(f"/{each.name}" for each in sorted(PAGE.iterdir()))):
+        app.add_route(path, file, include_in_schema=False)
+
+
 class _Page(StaticFiles):
     """The page's files. A browser loads nothing else into it, from nowhere else, and no other site shows it."""
 
@@ -168,26 +179,23 @@ async def _refused(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(str(error), kind, error.param, error.code), error.status, headers)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"{request.url.path}: there is no such endpoint; /openapi.json has all of them"
+    elif error.status_code == 405:
+        message = f"{request.url.path}: {request.method} is not for this endpoint"
+        if allowed := (error.headers or {}).get("Allow"):
+            message = f"{request.url.path}: expected {' or '.join(sorted(allowed.split(', ')))}, got {request.method}"
+    return JSONResponse(error_body(message), error.status_code, error.headers)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
     """The first thing that is wrong with a body, by the field's name."""
     assert isinstance(error, RequestValidationError)
-    errors = error.errors()
-    # A field that may have several types has an error for each of them. The one that got furthest is the likeliest to be meant.
-    first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
-    # The types' names are among the places, and say nothing to who has sent it.
-    place = [str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
-    place = [part for part in place if part not in ("str", "int", "float")]
-    if first["type"] == "json_invalid":
-        return JSONResponse(error_body(f"body: it is not JSON: {first.get('ctx', {}).get('error', '')}"), 422)
-    message = first["msg"].removeprefix("Value error, ")
-    name = ".".join(place) or (message.partition(":")[0] if ": " in message else "body")
-    shown = message if message.startswith(f"{name}: ") else f"{name}: {message}"
-    return JSONResponse(error_body(shown, param=name), 422)
+    message, name = what_is_wrong(error.errors(), error.body)
+    return JSONResponse(error_body(message, param=name), 422)
 
 
 class _Service:

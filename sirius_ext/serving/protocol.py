@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -189,3 +191,80 @@ class TextRequest(Request):
     @property
     def scored(self) -> int | None:
         return self.logprobs
+
+
+# In words, where a bound of one of the types that a field may have says too little: what is taken.
+_TAKEN = {
+    "prompt": f"a text, token ids, or a list of up to {MOST_CHOICES} of either, none of them empty",
+    "stop": "a string of 1 to 256 characters, or a list of up to 4 of them",
+    "frequency_penalty": "0, since penalties are not supported",
+    "presence_penalty": "0, since penalties are not supported",
+    "logit_bias": "{}, since biases are not supported",
+    "tools": "[], since tools are not supported",
+    "suffix": '"", since text is only continued',
+    "sirius": f"an object with some of {', '.join(Settings.model_fields)}",
+    "sirius.period": f'an integer, 1 to {MAX_PERIOD}, or "auto"',
+}
+_TYPES = {
+    "string_type": "a string",
+    "string_unicode": "Unicode, of which no surrogate is a part by itself",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+# By the kind of an error and the name of what it tells.
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+    "too_short": ("a length of at least", "min_length"),
+    "string_too_short": ("a length of at least", "min_length"),
+    "too_long": ("a length of at most", "max_length"),
+    "string_too_long": ("a length of at most", "max_length"),
+}
+
+
+def what_is_wrong(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
+    """The first of pydantic's errors in a body in words of our own, and the field's name if it is about one."""
+    # A field that may have several types has an error for each of them. The one that got furthest is the likeliest to be meant.
+    first = max((each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]), key=lambda each: len(each["loc"]))
+    kind, context, given = first["type"], first.get("ctx", {}), first.get("input")
+    if kind == "json_invalid":
+        return f"body: it is not JSON: {context.get('error', '')}", None
+    # The types' names are among the places, and say nothing to who has sent it.
+    place = [str(part) for part in first["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
+    place = [part for part in place if part not in ("str", "int", "float")]
+    name = ".".join(place) or "body"
+    if kind == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        name = name if place else message.partition(":")[0]
+        return message if message.startswith(f"{name}: ") else f"{name}: {message}", name
+    if kind == "missing":
+        return f"{name}: it is missing", name
+    if kind == "extra_forbidden":
+        if not str(first["loc"][-1]).isidentifier():
+            name = json.dumps(first["loc"][-1])[:60]
+        hint = (
+            f"expected some of {', '.join(Settings.model_fields)}" if place[:1] == ["sirius"] else "/openapi.json has all fields"
+        )
+        return f"{name}: this server does not know or support it; {hint}", name
+    if name in _TAKEN or (place and place[0] in _TAKEN and place[0] != "sirius"):
+        if name not in _TAKEN:  # of one in several parts the whole is said
+            name = place[0]
+        if isinstance(body, Mapping) and name in body:
+            given = body[name]
+        expected = _TAKEN[name]
+    elif kind == "literal_error":
+        expected = {"False": "false", "True": "true"}.get(context["expected"], context["expected"])
+    elif kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        expected = f"{words} {context[key]}"
+    else:
+        expected = _TYPES.get(kind) or first["msg"].removeprefix("Input should be ")
+    shown = json.dumps(given, default=str)
+    return f"{name}: expected {expected}, got {shown if len(shown) <= 60 else f'{shown[:57]}...'}", name
