@@ -104,9 +104,10 @@ def main() -> None:
     model = random_model(options.shape, device, torch.bfloat16, options.weights)
     engine, results = Engine(model), []
     ids = torch.randint(model.config.vocab_size, (1, options.context), device=device)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 64, "min_new_tokens": 64, **GREEDY}
     for name in options.variants:
         config = replace(CONFIGS[name], draft_weights=draft_of(options.weights))
-        run = lambda config=config: engine.generate(ids, config=config, max_new_tokens=64, min_new_tokens=64, **GREEDY)  # noqa: E731
+        run = lambda config=config: engine.generate(ids, config=config, **settings)  # noqa: E731
         run()
         total, records = by_kind(traced(run))
         table = Table(title=f"{options.shape}, {options.weights}, {name}: {total:.0f} us a period")

@@ -125,7 +125,8 @@ def ours(job: dict) -> None:
     passes, prompts = FullPasses(model, tiers), []
     for prompt in job["prompts"]:
         settings = _followed(job["seconds"])
-        out = engine.generate(torch.tensor([prompt]), max_new_tokens=job["max_new_tokens"], **settings, **GREEDY)
+        ids = torch.tensor([prompt])
+        out = engine.generate(ids, torch.ones_like(ids), max_new_tokens=job["max_new_tokens"], **settings, **GREEDY)
         prompts += out.stats.prompts
     stats = Stats(prompts)
     whole = [period.seconds for period in stats.periods if not period.cut]

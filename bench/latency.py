@@ -245,7 +245,8 @@ class Latency:
         return {"floor_ms": floor, "over_floor": ms / floor, "moved_bytes": moved, "link_busy": busy}
 
     def _decode(self, engine: Engine, ids: torch.Tensor, config: SiriusConfig):
-        return engine.generate(ids, config=config, max_new_tokens=self.options.max_new_tokens, **GREEDY).stats
+        mask = torch.ones_like(ids)  # no token of a random prompt is padding
+        return engine.generate(ids, mask, config=config, max_new_tokens=self.options.max_new_tokens, **GREEDY).stats
 
     def _measure(self, engine: Engine, ids: torch.Tensor, config: SiriusConfig) -> Measured:
         """advance: tokens a verification commits, which ms_per_token rests on; measured, or the paper's."""
