@@ -40,7 +40,9 @@ def soak(
     generator = torch.Generator().manual_seed(0)
 
     def text(ids: torch.Tensor, config: SiriusConfig) -> torch.Tensor:
-        return engine.generate(ids, torch.ones_like(ids), config=config, max_new_tokens=new_tokens, **GREEDY).sequences.cpu()
+        return engine.generate(
+            ids, attention_mask=torch.ones_like(ids), config=config, max_new_tokens=new_tokens, **GREEDY
+        ).sequences.cpu()
 
     def prompt(length: int) -> torch.Tensor:
         return torch.randint(vocab, (1, length), generator=generator).to(device)

@@ -468,8 +468,16 @@ def test_the_second_signal_ends_what_clients_keep_open(signalled):
     assert not thread.is_alive() and not made.alive
 
 
-def test_a_full_queue():
+def take_time(scheduler, monkeypatch):
+    """Of its model: so that texts last until something else has happened."""
+    model = prepare(scheduler.engine.model)
+    compute = model.compute
+    monkeypatch.setattr(model, "compute", lambda *asked: (time.sleep(0.005), compute(*asked))[1])
+
+
+def test_a_full_queue(monkeypatch):
     made = Scheduler(Engine(served.model(), served.CONFIG, TOKENIZER), running=1, waiting=0)
+    take_time(made, monkeypatch)
     with served.running(made) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
         stream = chat(client, stream=True, max_tokens=400, extra_body={"sirius": {"trace": True}})
@@ -499,10 +507,7 @@ def _when(condition, what):
 
 @pytest.fixture
 def unhurried(scheduler, monkeypatch):
-    """A model that takes its time, so that texts last until something else has happened."""
-    model = prepare(scheduler.engine.model)
-    compute = model.compute
-    monkeypatch.setattr(model, "compute", lambda *asked: (time.sleep(0.005), compute(*asked))[1])
+    take_time(scheduler, monkeypatch)
 
 
 @pytest.mark.parametrize("stream", [True, False])
