@@ -122,7 +122,9 @@ def test_command(tmp_path, capsys, monkeypatch):
     out, record = tmp_path / "out.html", tmp_path / "out.json"
     arguments = ["analyze", "--task", "csqa", "--data", str(tmp_path), "--shots", "1", "--out", str(out), "--json", str(record)]
     assert cli.main([*arguments, "--items", "2"]) == 0
-    assert "tokens of S that F rejects" in capsys.readouterr().out and out.read_text().endswith("</html>\n")
+    shown = capsys.readouterr()
+    assert "tokens of S that F rejects" in shown.out and out.read_text().endswith("</html>\n")
+    assert "1/1" in shown.err and "1/1" not in shown.out  # the bar
     (item,) = json.loads(record.read_text())["items"]
     assert item["item"] == "2" and item["sparse"]["tokens"][0]["likelihood"] > 0
     assert cli.main([*arguments, "--items", "7"]) == 2

@@ -56,12 +56,12 @@ def test_an_interrupt_ends_the_answer(capsys, monkeypatch):
     chat = made(count=100)
     step, left = module.Sequence.step, 3
 
-    def interrupted(self):
+    def interrupted(self, *progress):
         nonlocal left
         if left == 0:
             raise KeyboardInterrupt
         left -= 1
-        return step(self)
+        return step(self, *progress)
 
     monkeypatch.setattr(module.Sequence, "step", interrupted)
     chat.say("hello")

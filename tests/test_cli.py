@@ -3,12 +3,13 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from sirius_ext.cli import demo
+from sirius_ext.cli import demo, reading
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.kernels import ops
@@ -36,6 +37,15 @@ def test_generate_streams_the_text_and_writes_json(capsys, tmp_path):
     assert record["config"]["period"] == 3 and record["config"]["density"] == 0.7
     assert sum(period["committed"] for period in record["stats"]["prompts"][0]["periods"]) == len(record["token_ids"]) - 1
     assert "ms/token" in err and "AAL" in err
+
+
+def test_generate_says_how_much_of_a_long_prompt_is_read(capsys, monkeypatch):
+    arguments = ["generate", "--prompt", PROMPT * 60, "--max-new-tokens", "2", "--mode", "full"]
+    monkeypatch.setattr(reading, "SECONDS", 1e-6)
+    err = run(capsys, *arguments)[2]
+    assert re.search(r"^reading the prompt of 3\d\d tokens \.\.\. \d+\.\d s$", err, re.MULTILINE), err
+    monkeypatch.setattr(reading, "SECONDS", 60.0)
+    assert "reading the prompt" not in run(capsys, *arguments)[2]
 
 
 def test_match_and_full_print_the_same_text(capsys, tmp_path):
@@ -92,6 +102,7 @@ def test_calibrate_writes_thresholds_that_generate_takes(capsys, tmp_path, text)
     file = tmp_path / "thresholds.json"
     status, out, err = run(capsys, "calibrate", "--text", str(text), "--density", "0.4", "--out", str(file))
     assert status == 0 and "error" not in err and "density 0.4" in out and str(file) in out
+    assert re.search(r"^calibrating with \d+ tokens$", err, re.MULTILINE), err
     record = json.loads(file.read_text())
     assert record["density"] == 0.4 and len(record["values"]) == len(record["kept"]) == 30 and min(record["values"]) > 0
     assert sum(record["kept"]) / 30 == pytest.approx(0.4, abs=0.03)

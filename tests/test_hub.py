@@ -1,9 +1,14 @@
 import hashlib
 import json
+import re
+import sys
 import threading
+import time
 import zipfile
 
 import pytest
+import rich.console
+import rich.progress
 import torch
 import transformers
 from model_files import tiny_llama, write_gguf
@@ -261,6 +266,32 @@ def test_progress_goes_to_stderr(folder, capfd):
     assert out == "" and err.startswith(f"loading {folder} ... ") and err.endswith(" s\n") and err.count("\n") == 1
     hub.load_model(folder, progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_takes_no_time_is_not_said(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(hub.rich.console.Console, "is_terminal", terminal)
+    with hub.reporting("counting", True, after=60) as report:
+        report.show("1 of 2")
+    with pytest.raises(ValueError), hub.reporting("counting", True, after=60):
+        raise ValueError
+    assert capsys.readouterr().err == ""
+    with hub.reporting("counting", True, after=0.01) as report:
+        time.sleep(0.2)
+        report.show("1 of 2")
+        report.remarks.append("2")
+    err = capsys.readouterr().err
+    assert re.search(r"counting \.\.\. 0\.\d s; 2\n$", err)
+
+
+def test_beside_a_bar_a_report_is_a_line(capsys, monkeypatch):
+    """It has the terminal: a spinner would write over it."""
+    console = rich.console.Console(file=sys.stderr, force_terminal=True)
+    monkeypatch.setattr(hub.rich.console.Console, "is_terminal", True)
+    with rich.progress.Progress(console=console), hub.reporting("counting", True):
+        pass
+    err = capsys.readouterr().err
+    assert "counting ... 0.0 s" in err and "⠋" not in err
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "/no/such", "./no-such", "no-such.gguf", "folder/no-such.gguf", "", "a b"])

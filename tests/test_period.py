@@ -4,6 +4,7 @@ nothing but the time."""
 import dataclasses
 import json
 import random
+import re
 import threading
 
 import pytest
@@ -326,7 +327,7 @@ def test_where_drafts_cannot_pay_the_full_model_decodes_alone(monkeypatch, one_t
     assert decode("qwen2", SiriusConfig(), 8, 20)[1].abstained and decode("qwen2", FIXED_PERIOD, 8, 20)[1].abstained is None
 
 
-def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
+def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread, capsys):
     fresh, measured = Engine(tiny("llama3")), []
     measure = measuring._measure
     monkeypatch.setattr(measuring, "_measure", lambda *each: measured.append(each[1]) or measure(*each))
@@ -334,6 +335,8 @@ def test_costs_are_measured_once_and_kept(cache, monkeypatch, one_thread):
     for config in (*configs, *configs):
         fresh.generate(prompt(8), config=config, max_new_tokens=5)
     assert measured == configs
+    said = r"^measuring what passes cost, once on this machine \.\.\. \d\.\d s$"
+    assert len(re.findall(said, capsys.readouterr().err, re.MULTILINE)) == 2
     kept = json.loads((cache / "costs.json").read_text())
     assert len(kept) == 2
     for cost in kept.values():

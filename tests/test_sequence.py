@@ -145,6 +145,16 @@ def test_what_a_step_gives_is_what_a_streamer_gets(ours):
     assert [put.tolist() for put in streamer.puts[1:]] == steps and streamer.ends == 1
 
 
+def test_how_much_of_a_prompt_is_read(place):
+    """After each chunk, the last time before the first token comes; the next steps read nothing."""
+    told, tokens = [], Collector()
+    sequence = Engine(tiny("mistral", max_position_embeddings=1024)).start(
+        prompt(600), streamer=tokens, max_new_tokens=6, **PLAIN
+    )
+    sequence.run(lambda read: told.append((read, len(tokens.puts))))
+    assert told == [(256, 1), (512, 1), (600, 1)]  # the prompt is what a streamer gets first
+
+
 def test_ends(ours):
     """By an end-of-text token and by a criterion, in the middle of a period."""
     whole = alone(ours, prompt(9), **request(4))

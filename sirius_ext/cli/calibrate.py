@@ -20,7 +20,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("model: it has no tokenizer, so a text cannot be read")
     tokens = engine.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     model = prepare(engine.model)
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.print(f"calibrating with {len(tokens)} tokens")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("calibrating", total=len(tokens))
         found = calibrate(model, tokens, options.density, lambda read: bar.update(task, completed=read))

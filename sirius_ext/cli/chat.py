@@ -19,6 +19,7 @@ from ..engine import Engine, encode_messages, engine_of
 from ..errors import reason
 from ..serving.text import Answer
 from .options import MODE_CHOICES, generator_of
+from .reading import reading
 from .terminal import Console
 
 ROLES = ("system", "user", "assistant")
@@ -113,11 +114,12 @@ class Chat:
         sequence = self._start(inputs["input_ids"])
         answer, content = Answer(self.engine.tokenizer, inputs["input_ids"][0].tolist()), []
         try:
-            while not sequence.ended:
-                for token in sequence.step().tokens:
-                    answer.add(token)
-                content.append(answer.take())
-                print(content[-1], end="", flush=True)
+            with reading(inputs["input_ids"].shape[1]) as progress:
+                while not sequence.ended:
+                    for token in sequence.step(progress).tokens:
+                        answer.add(token)
+                    content.append(answer.take())
+                    print(content[-1], end="", flush=True)
         except KeyboardInterrupt:
             sequence.cancel()
         answer.end()

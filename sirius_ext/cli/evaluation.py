@@ -13,6 +13,7 @@ from ..evaluation.jobs import by_processes, by_ray, launched, processes
 from ..evaluation.modes import config_of
 from ..evaluation.plan import Plan
 from ..evaluation.results import Results, report, summarize
+from ..evaluation.runner import progress_bar
 from ..evaluation.study import SETTINGS, Runner, plot, study
 from ..evaluation.tasks import TASKS, Item
 from ..evaluation.transcript import page, show, show_summary
@@ -87,13 +88,17 @@ def run_analyze(options: argparse.Namespace) -> int:
         return json.dumps(found, indent=1) + "\n"
 
     try:
-        for item in items:
-            analyses.append(analyze(engine, TASKS[plan.task], item, config, plan.examples))
-            show(analyses[-1], console)
-            # After every item, so that a run that is stopped has not been for nothing.
-            options.out.write_text(page(analyses, title), encoding="utf-8")
-            if options.json is not None and not to_stdout:
-                options.json.write_text(record(), encoding="utf-8")
+        # On a terminal the items go above the bar, so both are printed by one console.
+        with progress_bar(console if console.is_terminal else Console(stderr=True)) as bar:
+            progress = bar.add_task(plan.task, total=len(items))
+            for item in items:
+                analyses.append(analyze(engine, TASKS[plan.task], item, config, plan.examples))
+                show(analyses[-1], console)
+                # After every item, so that a run that is stopped has not been for nothing.
+                options.out.write_text(page(analyses, title), encoding="utf-8")
+                if options.json is not None and not to_stdout:
+                    options.json.write_text(record(), encoding="utf-8")
+                bar.update(progress, advance=1)
     finally:
         if to_stdout:
             print(record(), end="")

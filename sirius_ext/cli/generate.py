@@ -13,6 +13,7 @@ from ..decoding.stats import Stats
 from ..engine import encode, engine_of, prepare
 from .arguments import read_text
 from .options import generator_of
+from .reading import reading
 from .streamer import KeepingStreamer
 
 
@@ -53,13 +54,14 @@ def run(options: argparse.Namespace, config: SiriusConfig, sampling: dict[str, A
         **sampling,
     }
     try:
-        stats = engine.generate(inputs["input_ids"], inputs["attention_mask"], streamer=streamer, **settings).stats
+        sequence = engine.start(inputs["input_ids"], inputs["attention_mask"], streamer=streamer, **settings)
+        with reading(length) as progress:
+            stats = Stats([sequence.run(progress)])
     except (KeyboardInterrupt, BrokenPipeError) as stop:
         if isinstance(stop, KeyboardInterrupt):
             streamer.end()  # type: ignore[no-untyped-call]  # prints what it has held back; transformers has no types for it
         keep(None)
         raise
-    assert stats is not None
     print(summary(stats), file=sys.stderr)
     for line in filter(None, (stats.advice, stats.abstained)):
         print(f"sirius_ext: {line}", file=sys.stderr)

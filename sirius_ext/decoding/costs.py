@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import is_progress_bar_enabled
 
 from .. import _C
 from ..config import SiriusConfig
 from ..kernels import ops
 from ..kernels.threads import cpu_threads
-from ..models.hub import cache_dir
+from ..models.hub import cache_dir, reporting
 from ..runtime.model import Model
 from ..runtime.passes import Pass
 from .lookup import MOST
@@ -75,7 +76,8 @@ def _kept_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
     if isinstance(kept, dict) and kept.keys() == {field.name for field in dataclasses.fields(Costs)}:
         full, copies = (tuple((int(rows), float(cost)) for rows, cost in kept[name]) for name in ("full", "copies"))
         return Costs(float(kept["sparse"]), full, float(kept["follow"]), copies)
-    measured = measure()
+    with reporting("measuring what passes cost, once on this machine", is_progress_bar_enabled()):
+        measured = measure()
     _write({**_read(), key: dataclasses.asdict(measured)})
     return measured
 

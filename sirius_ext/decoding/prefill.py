@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import torch
@@ -19,12 +19,19 @@ T = TypeVar("T")
 Passes = Generator[Prefill | Pass | Fault, Result, T]
 
 
-def drive(model: Model, cache: Cache, passes: Passes[T]) -> T:
-    """Compute what is asked for, one after the other, over a cache. Returns what comes of it all."""
+def drive(model: Model, cache: Cache, passes: Passes[T], progress: Callable[[int], None] | None = None) -> T:
+    """Compute what is asked for, one after the other, over a cache. Returns what comes of it all.
+
+    progress: called after every chunk of a prompt with the number of its tokens that are read, before anything else is made of
+        them.
+    """
     try:
         asked = next(passes)
         while True:
-            asked = passes.send(model.compute(cache, asked))
+            computed = model.compute(cache, asked)
+            if progress is not None and isinstance(asked, Prefill):
+                progress((asked, *asked.later)[-1].stop)
+            asked = passes.send(computed)
     except StopIteration as end:
         result: T = end.value
         return result

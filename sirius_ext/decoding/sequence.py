@@ -232,16 +232,20 @@ class Sequence:
         return len(self.request.prompt) + len(self.tokens) - 1
 
     @lasting
-    def step(self) -> Step:
+    def step(self, progress: Callable[[int], None] | None = None) -> Step:
         """Go on: at first read the prompt and choose the first token; then decode one period, or one token where nothing is
         corrected. RuntimeError if the text has ended. ValueError if logits of F or S are not finite: what was committed before
-        stays, and the sequence has ended."""
-        return drive(self.model, self.cache, self.passes())
+        stays, and the sequence has ended.
 
-    def run(self) -> PromptStats:
-        """Go on to the end. Returns the stats."""
+        progress: called while the prompt is read, chunk by chunk, with the number of its tokens that are; at its end before the
+            first token is chosen.
+        """
+        return drive(self.model, self.cache, self.passes(), progress)
+
+    def run(self, progress: Callable[[int], None] | None = None) -> PromptStats:
+        """Go on to the end. Returns the stats. progress: as `step` has it."""
         while not self.ended:
-            self.step()
+            self.step(progress)
         return self.stats
 
     def cancel(self) -> None:

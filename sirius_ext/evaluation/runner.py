@@ -28,8 +28,9 @@ FAILURES = (ValueError, RuntimeError, MemoryError)  # of an item, which then cou
 
 
 def progress_bar(console: Console) -> Progress:
+    """A bar of items. What else is printed to standard output stays there: it may be a file."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, redirect_stdout=False)
 
 
 def evaluate(

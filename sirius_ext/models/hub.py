@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import rich.console
 import safetensors
 import torch
+from rich.file_proxy import FileProxy
 
 from ..kernels.dispatch import is_cuda
 from ..loading import DEFAULT_MODEL, dtype_name, parse_weights
@@ -789,25 +791,46 @@ class Report:
 
 
 @contextlib.contextmanager
-def reporting(text: str, enabled: bool, spinner: bool = True) -> Iterator[Report]:
+def reporting(text: str, enabled: bool, spinner: bool = True, after: float = 0.0) -> Iterator[Report]:
     """Say on stderr what takes time, with a spinner if that is a terminal, and how many seconds it took; and the remarks that
-    have come into the report meanwhile."""
+    have come into the report meanwhile. What takes less than `after` seconds is not said."""
     console = rich.console.Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=not enabled)
-    live = console.is_terminal
+    # A bar that is on the terminal already has put itself in the place of stderr, and shows whole lines above itself.
+    live = console.is_terminal and not isinstance(sys.stderr, FileProxy)
+    status = console.status(f"{text} ...") if live and spinner and enabled else None
     start = time.perf_counter()
-    report = Report()
-    try:
-        if not live:
+    report, said = Report(), threading.Event()
+    if status is not None:
+        report.show = lambda detail: status.update(f"{text}, {detail} ...")
+
+    def begin() -> None:
+        said.set()
+        if status is not None:
+            status.start()
+        elif not live:
             console.print(f"{text} ...", end=" ")
-        with console.status(f"{text} ...") if live and spinner and enabled else contextlib.nullcontext() as shown:
-            if shown is not None:
-                report.show = lambda detail: shown.update(f"{text}, {detail} ...")
+
+    timer = threading.Timer(after, begin)
+    if after:
+        timer.start()
+    else:
+        begin()
+    try:
+        try:
             yield report
+        finally:
+            timer.cancel()
+            if after:
+                timer.join()  # it may be in the middle of saying it
+            if status is not None:
+                status.stop()
     except BaseException:
-        console.print("" if live else "failed")
+        if said.is_set():
+            console.print("" if live else "failed")
         raise
-    took = f"{time.perf_counter() - start:.1f} s"
-    console.print(f"{text} ... " if live else "", "; ".join([took, *report.remarks]), sep="")
+    if said.is_set():
+        took = f"{time.perf_counter() - start:.1f} s"
+        console.print(f"{text} ... " if live else "", "; ".join([took, *report.remarks]), sep="")
 
 
 @contextlib.contextmanager
