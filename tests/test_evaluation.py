@@ -2,9 +2,12 @@
 
 import dataclasses
 import gzip
+import io
+import itertools
 import json
 import subprocess
 import sys
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +24,7 @@ from sirius_ext.engine import prepare
 from sirius_ext.evaluation import runner
 from sirius_ext.evaluation.modes import config_of
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.results import Results, merge, read_results, summarize
+from sirius_ext.evaluation.results import Results, merge, read_results, show_table, summarize
 from sirius_ext.evaluation.sandbox import run_code
 from sirius_ext.evaluation.statistics import mcnemar, wilson
 from sirius_ext.evaluation.tasks import TASKS, Item, load_task, rouge1
@@ -442,6 +445,24 @@ def test_summary():
     console = Console(width=100, record=True)
     evaluation.report("a title", [full, sirius], console)
     assert "counted as wrong (see the file for the reasons): sirius-c 1" in console.export_text()
+
+
+@pytest.mark.parametrize("width, terminal", [(20, False), (200, True), (70, True), (40, True), (10, True)])
+def test_a_table_is_never_cut(width, terminal):
+    """Whatever the width, each cell is there once; of what is not a terminal, in one table."""
+    names = ["full", "sirius-c\nthreshold=0.3"]
+    columns = {f"name {letter}": [f"{letter}.1234567", f"{letter}.7654321"] for letter in "abcdefgh"}
+    file = io.StringIO()
+    show_table("A title", "A caption", names, columns, Console(file=file, width=width, force_terminal=terminal))
+    text = re.sub(r"\x1b\[[\d;]*m", "", file.getvalue())
+    for cell in itertools.chain(columns, *columns.values()):
+        assert text.count(cell) == 1, text
+    assert "…" not in text and text.count("A title") == text.count("A caption") == 1
+    assert (
+        text.count("full") == text.count("threshold=0.3") == (1 if width == 200 or not terminal else {70: 2, 40: 4, 10: 8}[width])
+    )
+    if terminal and width > 30:
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_on_the_default_model(tmp_path, capsys):

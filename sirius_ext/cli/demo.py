@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.table import Table
 from transformers import GenerationMixin
 
 from ..config import GREEDY, SiriusConfig
 from ..decoding.stats import PromptStats, Stats
 from ..engine import Engine, encode, engine_of, prepare, release
+from ..evaluation.results import show_table
 from ..kernels.threads import cpu_threads
 from .streamer import KeepingStreamer
 from .terminal import Console
@@ -91,7 +91,7 @@ def compare(engine: Engine, packed: Engine | None, model_name: str, max_new_toke
             row.stats += stats.prompts if stats else []
     equal = corrected[-1].texts == full[-1].texts
     console.print()
-    console.print(_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), base, rows, full[-1]))
+    _show_table(f"{model_name}, {engine.model.dtype}".replace("torch.", ""), base, rows, full[-1], console)
     for row in corrected:
         if (abstained := Stats(row.stats).abstained) is not None:
             console.print(f"{row.name}: {abstained}.")
@@ -115,16 +115,11 @@ def _decode(row: Row, inputs: dict[str, torch.Tensor], max_new_tokens: int, stre
     return None
 
 
-def _table(model: str, config: SiriusConfig, rows: list[Row], full: Row) -> Table:
+def _show_table(model: str, config: SiriusConfig, rows: list[Row], full: Row, console: Console) -> None:
     """full: what the others are compared with."""
     transformers = rows[0]
-    table = Table(
-        title=f"{model}, {cpu_threads()} threads, density {config.density}, period {config.period}",
-        caption="vs hf: transformers' speed is 1. eff. dens.: weights read per token. = Full: share of Full's text.",
-        padding=(0, 0),
-    )
-    for column in ("", "tokens/s", "vs hf", "vs Full", "AAL", "eff. dens.", "corrected", "= Full"):
-        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    names = ("tokens/s", "vs hf", "vs Full", "AAL", "eff. dens.", "corrected", "= Full")
+    lines = []
     for row in rows:
         advance = density = corrected = None
         if row.stats:
@@ -132,17 +127,21 @@ def _table(model: str, config: SiriusConfig, rows: list[Row], full: Row) -> Tabl
             advance, density = stats.average_advance_length, stats.density
             if advance is not None:
                 density, corrected = stats.effective_density, stats.corrected_fraction
-        table.add_row(
-            row.name,
-            _shown(row.tokens_per_second, ".1f"),
-            _shown(row.speed_to(transformers), ".2f"),
-            _shown(row.speed_to(full), ".2f"),
-            _shown(advance, ".2f"),
-            _shown(density, ".3f"),
-            _shown(corrected, ".1%"),
-            f"{_kept(full.texts, row.texts):.0%}",
+        lines.append(
+            (
+                _shown(row.tokens_per_second, ".1f"),
+                _shown(row.speed_to(transformers), ".2f"),
+                _shown(row.speed_to(full), ".2f"),
+                _shown(advance, ".2f"),
+                _shown(density, ".3f"),
+                _shown(corrected, ".1%"),
+                f"{_kept(full.texts, row.texts):.0%}",
+            )
         )
-    return table
+    title = f"{model}, {cpu_threads()} threads, density {config.density}, period {config.period}"
+    caption = "vs hf: transformers' speed is 1. eff. dens.: weights read per token. = Full: share of Full's text."
+    columns = {name: list(cells) for name, cells in zip(names, zip(*lines))}
+    show_table(title, caption, [row.name for row in rows], columns, console)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -15,6 +15,8 @@ from ..decoding.stats import Period, PromptStats, Stats
 from .modes import NAMED_MODES
 from .statistics import mcnemar, wilson
 
+_WIDEST = 10_000  # characters, of a table that is as wide as its cells
+
 
 class Keeper(Protocol):
     """Who keeps what `evaluate` finds out: `Results`, or who sends it on to them."""
@@ -251,17 +253,40 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: cells for name, cells in columns.items() if any(cells)}
 
 
+def show_table(title: str, caption: str, names: Sequence[str], columns: dict[str, list[str]], console: Console) -> None:
+    """A table, or where a terminal is too narrow for it several ones below each other, so that no cell is ever cut. What is not
+    a terminal has no width.
+
+    names: of the rows; every table begins with them.
+    """
+
+    def table(some: Sequence[str]) -> Table:
+        made = Table(padding=(0, 0))
+        made.add_column("", no_wrap=True)
+        for name in some:
+            made.add_column(name, justify="right", no_wrap=True)
+        for cells in zip(names, *(columns[name] for name in some)):
+            made.add_row(*cells)
+        made.width = made.__rich_measure__(console, console.options.update(max_width=_WIDEST)).maximum
+        return made
+
+    parts: list[list[str]] = [[]]
+    for name in columns:
+        if parts[-1] and console.is_terminal and (table([*parts[-1], name]).width or 0) > console.width:
+            parts.append([])
+        parts[-1].append(name)
+    tables = [table(part) for part in parts]
+    tables[0].title, tables[-1].caption = title, caption
+    for each in tables:
+        console.print(each, crop=False)
+
+
 def report(title: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The summary as a table."""
     caption = "95 %: Wilson's interval. +/-: items gained and lost against Full; p: McNemar, exact."
-    table = Table(title=title, caption=caption, padding=(0, 0))
     columns = columns_of(rows)
-    columns["mode"] = [mode.replace(":", "\n") for mode in columns["mode"]]
-    for name in columns:
-        table.add_column("" if name == "mode" else name, justify="left" if name == "mode" else "right", no_wrap=True)
-    for cells in zip(*columns.values()):
-        table.add_row(*cells)
-    console.print(table)
+    modes = [mode.replace(":", "\n") for mode in columns.pop("mode")]
+    show_table(title, caption, modes, columns, console)
     failures = ", ".join(f"{row['mode']} {row['failed']}" for row in rows if row["failed"])
     if failures:
         console.print(f"failed, and counted as wrong (see the file for the reasons): {failures}")
