@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import served
 
+from sirius_ext import Engine
 from sirius_ext.cli import demo, reading
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.streamer import KeepingStreamer
@@ -217,6 +219,24 @@ def test_a_demo_decodes_a_prompt_every_way_before_the_next_one(capsys, monkeypat
     places = [out.splitlines().index(heading) for heading in headings]
     texts = [out.splitlines()[place + 1] for place in places]
     assert texts[: len(rows)] == texts[len(rows) :]
+
+
+@pytest.mark.parametrize("model, slower", [("smollm2-135m-instruct", True), ("smollm2-135m-instruct", False), ("other", True)])
+def test_a_demo_that_was_slow_names_a_larger_model(capsys, monkeypatch, model, slower):
+    """Of the default model, which is small; of another it does not know that."""
+    decode, seconds = demo._decode, {"Sirius, threshold": 1.1 if slower else 0.9, "Sirius, match": 1.2}
+
+    def timed(row, inputs, count, streamer):
+        stats = decode(row, inputs, count, streamer)
+        if streamer is not None:
+            streamer.first, streamer.last = 1.0, 1.0 + seconds.get(row.name, 1.0)
+        return stats
+
+    monkeypatch.setattr(demo, "_decode", timed)
+    engine = Engine(served.model(), served.CONFIG, served.tokenizer())
+    assert demo.compare(engine, None, model, 4) == 0
+    advised = f"make demo MODEL={demo.LARGER}" in capsys.readouterr().out
+    assert advised == (slower and model != "other")
 
 
 def test_a_demo_of_one_token_has_no_speed(capsys, monkeypatch):
