@@ -395,9 +395,9 @@ def device_of(name: str | int | torch.device, backend: str = "auto") -> torch.de
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}") from error
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: {device.type!r} is not supported; use 'cpu' or 'cuda'")
+        raise ValueError(f"device: {device.type!r} is not supported; use cpu, cuda, cuda:1, ...")
     if backend not in ("auto", device.type):
         raise ValueError(f"backend: {backend!r} does not run on device {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError inside has the file's name. Python gives it one if the file cannot be opened, but not if the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(file)
+        raise
+
+
+def write_text(file: str | os.PathLike[str], text: str) -> None:
+    """The whole content of a file, UTF-8."""
+    with naming(file), open(file, "w", encoding="utf-8") as opened:
+        opened.write(text)
 
 
 def reason(error: BaseException) -> str:

@@ -18,6 +18,8 @@ from sirius_ext.cli import demo
 from sirius_ext.cli import main as cli
 from sirius_ext.cli.arguments import Parser, as_option, check_text, output_file, reason
 from sirius_ext.decoding.thresholds import Thresholds
+from sirius_ext.errors import naming, write_text
+from sirius_ext.evaluation.results import Results
 
 LONG = "n" * 300
 
@@ -27,7 +29,17 @@ GENERATE = [
     ("generate --prompt ''", "--prompt: expected some text, got none"),
     ("generate --prompt x --prompt-file text", "--prompt-file: not allowed with argument --prompt"),
     ("generate --prompt x more", "unrecognized arguments: more"),
-    ("generate --prompt x --frobnicate", "unrecognized arguments: --frobnicate"),
+    ("generate --prompt x --frobnicate", "unrecognized arguments: --frobnicate\n"),
+    ("generate --promt x", "unrecognized arguments: --promt; did you mean --prompt?"),
+    ("generate --promt=x", "unrecognized arguments: --promt; did you mean --prompt?"),
+    ("generate --prompt x --sparsty fsparse", "unrecognized arguments: --sparsty fsparse; did you mean --sparsity?"),
+    (
+        "generate --prompt x --perod 2 --acept match",
+        "unrecognized arguments: --perod 2 --acept match; did you mean --period, --acc",
+    ),
+    ("generate --mode ful --promt x", "unrecognized arguments: --promt; did you mean --prompt?"),
+    ("generate -- --promt", "one of the arguments --prompt --prompt-file is required"),
+    ("--verson generate --what x", "unrecognized arguments: --verson; did you mean --version?"),
     ("generate --prompt x --thresh 1", "ambiguous option: --thresh could match --thresholds, --threshold"),
     ("generate --prompt-file nowhere", "--prompt-file: no file nowhere"),
     ("generate --prompt-file folder", "--prompt-file: expected a file, got the folder folder"),
@@ -43,8 +55,8 @@ GENERATE = [
     (f"generate --prompt x --json {LONG}", "File name too long"),
     ("generate --prompt x --json /proc/out", "--json: no file can be written in /proc: "),
     ("generate --prompt x --period x", "--period: expected an integer or auto, got 'x'"),
-    ("generate --prompt x --period 0", '--period: expected 1 to 256 or "auto", got 0'),
-    ("generate --prompt x --period 257", '--period: expected 1 to 256 or "auto", got 257'),
+    ("generate --prompt x --period 0", "--period: expected 1 to 256 or auto, got 0"),
+    ("generate --prompt x --period 257", "--period: expected 1 to 256 or auto, got 257"),
     (f"generate --prompt x --period {'9' * 5000}", "--period: expected an integer or auto, got '999"),
     ("generate --prompt x --density x", "--density: expected a number or auto, got 'x'"),
     ("generate --prompt x --density 0", "--density: expected more than 0 and at most 1, got 0"),
@@ -53,7 +65,7 @@ GENERATE = [
     ("generate --prompt x --threshold inf", "--threshold: expected a finite number, got inf"),
     ("generate --prompt x --tree-width 17", "--tree-width: expected 1 to 16, got 17"),
     ("generate --prompt x --tree-width 1.5", "--tree-width: expected an integer, got '1.5'"),
-    ("generate --prompt x --prune", "--prune: a chain has nothing to prune"),
+    ("generate --prompt x --prune", "--prune: a chain has nothing to prune; it needs --tree-width > 1"),
     ("generate --prompt x --accept maybe", "--accept: invalid choice: 'maybe'"),
     ("generate --prompt x --mode sparse", "--mode: invalid choice: 'sparse'"),
     ("generate --prompt x --max-new-tokens 0", "--max-new-tokens: expected 1 to 2147483647, got 0"),
@@ -69,8 +81,8 @@ GENERATE = [
     ("generate --prompt x --top-k 50", "--top-k: it needs --sample"),
     ("generate --prompt x --top-p 1", "--top-p: it needs --sample"),
     ("generate --prompt x --seed 1", "--seed: it needs --sample"),
-    ("generate --prompt x --sample --accept match", "--accept: match and --sample do not go together"),
-    ("generate --prompt x --accept sample", "--accept: sample and no --sample do not go together"),
+    ("generate --prompt x --sample --accept match", "--accept: --sample needs sample, got match"),
+    ("generate --prompt x --accept sample", "--accept: sample needs --sample"),
     ("generate --prompt x --sample --threshold 0.1", "--threshold: --mode sirius --sparsity csparse --accept sample does not"),
     ("generate --prompt x --accept match --threshold 0.1", "--threshold: --mode sirius --sparsity csparse --accept match does"),
     ("generate --prompt x --thresholds thresholds", "--thresholds: --mode sirius --sparsity csparse --accept threshold does not"),
@@ -88,9 +100,9 @@ GENERATE = [
     ("generate --prompt x --mode full --accept match", "--accept: --mode full does not use it"),
     ("generate --prompt x --mode full --prune", "--prune: --mode full does not use it"),
     ("generate --prompt x --lookup --sample", "--lookup: not with --sample, whose tokens are drawn"),
-    ("generate --prompt x --lookup --sparsity fsparse", "--lookup: not with sparsity="),
-    ("generate --prompt x --lookup --mode fsparse", "--lookup: not with sparsity="),
-    ("generate --prompt x --lookup --tree-width 2", "--lookup: it needs a chain"),
+    ("generate --prompt x --lookup --sparsity fsparse", "--lookup: not with --sparsity fsparse, whose"),
+    ("generate --prompt x --lookup --mode fsparse", "--lookup: not with --sparsity fsparse, whose"),
+    ("generate --prompt x --lookup --tree-width 2", "--lookup: it needs a chain, --tree-width 1, got 2"),
     # Sampling.
     ("generate --prompt x --sample --temperature 0", "--temperature: expected a finite number of at least 0.000001, got 0"),
     ("generate --prompt x --sample --temperature inf", "--temperature: expected a finite number of at least 0.000001, got inf"),
@@ -133,7 +145,7 @@ EVAL = [
         ("--data folder", "--data: no commonsenseqa/dev_rand_split.jsonl in folder, which csqa needs"),
         ("--out folder", "--out: expected a file, got the folder folder"),
         ("--out nowhere/out", "--out: no folder"),
-        ("--out results", "--out: results exists; resume it, or choose another name"),
+        ("--out results", "--out: results exists; --resume goes on with it, or choose another name"),
         ("--out results --resume", "--out: results was made with another accept, density"),
         ("--out seven --resume", "seven: not a file of results: line 2: expected true or false as correct, got 7"),
         ("--modes full,dense", "--modes: expected some of full, csparse"),
@@ -212,7 +224,7 @@ REPORT = [
     ("report folder", "expected a file, got the folder folder"),
     ("report empty", "empty: not a file of results: it is empty"),
     ("report binary", "binary: not a file of results: it is not UTF-8 text"),
-    ("report text", "text: not a file of results: line 1: "),
+    ("report text", "text: not a file of results: line 1: expected JSON, got 'A text.'"),
     ("report seven", "seven: not a file of results: line 2: expected true or false as correct, got 7"),
     ("report results seven", "seven: not a file of results: line 2"),
     ("report results other", "other was made with another task, so it does not go with the others"),
@@ -234,12 +246,12 @@ PREPARE = [
 ]
 
 OTHERS = [
-    ("", "the following arguments are required: COMMAND"),
+    ("", "expected a command: generate, chat, serve, calibrate, prepare, eval, report, study, analyze, lm_eval, demo, info; "),
     ("frobnicate", "COMMAND: invalid choice: 'frobnicate'"),
     ("demo --max-new-tokens 0", "--max-new-tokens: expected 1 to 2147483647, got 0"),
     ("demo --density 2", "--density: expected more than 0 and at most 1, got 2"),
     ("demo --period x", "--period: expected an integer or auto, got 'x'"),
-    ("demo --period 999", '--period: expected 1 to 256 or "auto", got 999'),
+    ("demo --period 999", "--period: expected 1 to 256 or auto, got 999"),
     ("info more", "unrecognized arguments: more"),
     ("info --model ''", "--model: expected some text, got none"),
     ("info --model folder --memory lots", "--memory: expected a size as 500M, 6GB or 1.5GiB, got 'lots'"),
@@ -257,7 +269,8 @@ MODELS = [
     ("generate --prompt x --model ''", "--model: '' does not exist"),
     ("generate --prompt x --model folder", "--model: the folder 'folder' has no config.json"),
     ("generate --prompt x --model binary", "--model: 'binary' is not a GGUF file"),
-    ("generate --prompt x --device tpu", "--device: "),
+    ("generate --prompt x --device tpu", "--device: expected auto, cpu, cuda, cuda:1, ..., got 'tpu'"),
+    ("generate --prompt x --device meta", "--device: 'meta' is not supported; use cpu, cuda, cuda:1, ..."),
     ("calibrate --text text --out t --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
     ("eval --task csqa --data data --out out --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("generate --prompt x --mode fsparse --thresholds thresholds", "--thresholds: thresholds was made for another model"),
@@ -377,6 +390,25 @@ def test_settings_are_named_as_options():
     assert as_option("tree_width: expected 1", parser) == "--tree-width: expected 1"
     assert as_option("period: expected 1", parser) == "period: expected 1"
     assert as_option("no colon", parser) == "no colon"
+    assert as_option('period: with tree_width="2" or "auto"', parser) == "period: with --tree-width 2 or auto"
+    assert as_option("it needs tree_width > 1", parser) == "it needs --tree-width > 1"
+    kept = "a/tree_width=1: sirius-c:tree_width=2, a tree_width, period=3"
+    assert as_option(kept, parser) == kept
+
+
+def test_a_full_disk_has_a_files_name(tmp_path):
+    """Also while results are written, and where they are made."""
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        write_text(tmp_path / "full", "x")
+    assert reason(error.value) == f"{tmp_path}/full: No space left on device"
+    results = Results(tmp_path / "full", {}, resume=True)
+    results._file = open("/dev/full", "w")  # noqa: SIM115 - it is closed by what is tested
+    with pytest.raises(OSError) as error:
+        results.add({"mode": "full"})
+    assert reason(error.value) == f"{tmp_path}/full: No space left on device"
+    with pytest.raises(BrokenPipeError), naming("x"):
+        raise BrokenPipeError(32, "Broken pipe")
 
 
 def test_a_reason_is_whole():

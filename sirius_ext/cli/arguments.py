@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
+import itertools
 import os
 import re
 import reprlib
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
@@ -28,16 +30,53 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse's own types are overloads
+        """A command's own parser refuses what it does not know, and names it before anything else: what is missing may be there,
+        but misspelt."""
+        try:
+            found, unknown = super().parse_known_args(args, namespace)
+        except ValueError:
+            if misspelt := [] if args is None else self._unknown_options(args):
+                self._refuse(misspelt)
+            raise
+        if unknown and self._subparsers is None:
+            self._refuse(unknown)
+        return found, unknown
 
-def as_option(message: str, parser: argparse.ArgumentParser) -> str:
-    """Inside, a setting is named as Python has it, at the beginning of the message: `tree_width: ...`. Here it is the parser's
-    option, if it has one of that name: `--tree-width: ...`."""
-    name, colon, rest = message.partition(":")
-    known = re.findall(r"--[\w-]+", parser.format_usage())
-    for option in ("--" + name.replace("_", "-"), "--no-" + name.replace("_", "-")):
-        if option in known:
-            return f"{option}:{rest}"
-    return message
+    def _unknown_options(self, arguments: Sequence[str]) -> list[str]:
+        """Those that are no beginning of an option of this parser. What follows a command is its parser's."""
+        if self._subparsers is not None:
+            arguments = list(itertools.takewhile(lambda argument: argument.startswith("-"), arguments))
+        names = (argument.partition("=")[0] for argument in itertools.takewhile(lambda argument: argument != "--", arguments))
+        return [
+            name
+            for name in names
+            if name.startswith("--") and " " not in name and not any(known.startswith(name) for known in self.options)
+        ]
+
+    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+        close = (difflib.get_close_matches(each.partition("=")[0], self.options, 1) for each in unknown if each.startswith("--"))
+        meant = ", ".join(dict.fromkeys(itertools.chain.from_iterable(close)))
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{f'; did you mean {meant}?' if meant else ''}")
+
+    @property
+    def options(self) -> list[str]:
+        """The long names of all of them."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+
+def as_option(message: str, parser: Parser) -> str:
+    """Inside, a setting is named as Python has it: at the beginning of a message, `tree_width: ...`, and where that speaks of
+    another one, `accept="sample"`. Here it is the parser's option, if it has one of that name: `--tree-width: ...`, and
+    `--accept sample`."""
+    options = {option.removeprefix("--").replace("-", "_"): option for option in parser.options}
+    name, colon, rest = message.partition(":") if ":" in message else ("", "", message)
+    name = options.get(name) or options.get(f"no_{name}") or name
+    # Not inside of a path, of an option, or of a mode with settings of its own (sirius-c:period=8).
+    known = rf"(?<![\w:/.-])({'|'.join(options) or '(?!)'})"
+    rest = re.sub(rf"{known}=(['\"]?)([\w.]+)\2", lambda found: f"{options[found[1]]} {found[3]}", rest)
+    rest = re.sub(rf"{known}(?= >)", lambda found: options[found[1]], rest)
+    return name + colon + re.sub(r'(?<=\bor )"(\w+)"', r"\1", rest)
 
 
 def check_text(arguments: list[str]) -> None:

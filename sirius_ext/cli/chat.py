@@ -16,7 +16,7 @@ from ..config import SPARSITIES, SiriusConfig
 from ..decoding.sequence import Sequence
 from ..decoding.stats import PromptStats, Stats
 from ..engine import Engine, encode_messages, engine_of
-from ..errors import reason
+from ..errors import reason, write_text
 from ..serving.text import Answer
 from .options import MODE_CHOICES, generator_of
 from .reading import reading
@@ -159,7 +159,7 @@ class Chat:
     def _save(self, file: str) -> None:
         if not file:
             raise ValueError("/save: expected a file's name")
-        Path(file).write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n")
         self._note(f"{len(self.messages)} messages written to {file}")
 
     def _mode(self, mode: str) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import write_text
 from ..evaluation.analyze import Analysis, analyze, summary
 from ..evaluation.jobs import by_processes, by_ray, launched, processes
 from ..evaluation.modes import config_of
@@ -57,7 +58,7 @@ def run_study(options: argparse.Namespace, values: Sequence[float]) -> int:
     report(title, shown, Console())
     picture = options.out / f"{options.mode}-{options.what}.png"
     plot(rows, options.what, title, picture)
-    picture.with_suffix(".json").write_text(json.dumps({"run": run, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_text(picture.with_suffix(".json"), json.dumps({"run": run, "rows": rows}, indent=1) + "\n")
     print(f"written: {picture}")
     return 0
 
@@ -95,9 +96,9 @@ def run_analyze(options: argparse.Namespace) -> int:
                 analyses.append(analyze(engine, TASKS[plan.task], item, config, plan.examples))
                 show(analyses[-1], console)
                 # After every item, so that a run that is stopped has not been for nothing.
-                options.out.write_text(page(analyses, title), encoding="utf-8")
+                write_text(options.out, page(analyses, title))
                 if options.json is not None and not to_stdout:
-                    options.json.write_text(record(), encoding="utf-8")
+                    write_text(options.json, record())
                 bar.update(progress, advance=1)
     finally:
         if to_stdout:

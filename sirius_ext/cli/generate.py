@@ -11,6 +11,7 @@ from typing import Any
 from ..config import SiriusConfig
 from ..decoding.stats import Stats
 from ..engine import encode, engine_of, prepare
+from ..errors import write_text
 from .arguments import read_text
 from .options import generator_of
 from .reading import reading
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace, config: SiriusConfig, sampling: dict[str, A
             if str(options.json) == "-":
                 print(text, end="")
             else:
-                options.json.write_text(text, encoding="utf-8")
+                write_text(options.json, text)
 
     settings = {
         "max_new_tokens": options.max_new_tokens,

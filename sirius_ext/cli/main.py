@@ -13,6 +13,7 @@ from ..decoding.stats import CostlyDrafts
 from ..errors import reason
 from . import commands, interrupts
 from .arguments import Parser, as_option, check_text
+from .options import Run
 from .terminal import BROKEN_PIPE, drop_output, flushed
 
 
@@ -46,11 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="sirius" if Path(sys.argv[0]).stem == "sirius" else "python -m sirius_ext",
         description="Decode language models with contextual sparsity and correction.",
     )
     parser.add_argument("--version", action="version", version=f"sirius_ext {__version__}")
-    commands.add(parser.add_subparsers(required=True, metavar="COMMAND"))
+    known = parser.add_subparsers(metavar="COMMAND")
+    commands.add(known)
+
+    def none_given(_: argparse.Namespace) -> Run:
+        raise ValueError(f"expected a command: {', '.join(known.choices)}; {parser.prog} --help says what they do")
+
+    parser.set_defaults(command=none_given, parser=parser)
     return parser

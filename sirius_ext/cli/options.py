@@ -148,7 +148,9 @@ def mode_config(options: argparse.Namespace) -> SiriusConfig:
     accept = getattr(options, "accept", "sample" if options.sample else DEFAULTS.accept)
     if options.mode == "sirius":
         if options.sample != (accept == "sample"):
-            raise ValueError(f"accept: {accept} and {'' if options.sample else 'no '}--sample do not go together")
+            raise ValueError(
+                "accept: sample needs --sample" if accept == "sample" else f"accept: --sample needs sample, got {accept}"
+            )
         by += f" --sparsity {getattr(options, 'sparsity', DEFAULTS.sparsity)} --accept {accept}"
     # First what is used, so that no other setting is named for it.
     used = SiriusConfig(**{"sparsity": getattr(options, "sparsity", DEFAULTS.sparsity), **values}, accept=accept)

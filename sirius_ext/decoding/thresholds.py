@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import write_text
+
 FORMAT = "sirius_ext thresholds 1"
 
 
@@ -32,7 +34,7 @@ class Thresholds:
     model: str
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        Path(file).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+        write_text(file, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
 
 
 def check_density(density: float) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..decoding.stats import Period, PromptStats, Stats
+from ..errors import naming, write_text
 from .modes import NAMED_MODES
 from .statistics import mcnemar, wilson
 
@@ -43,7 +44,7 @@ class Results:
         self._path, self._run = file, run
         self._file: TextIO | None = None
         if file.exists() and not resume:
-            raise ValueError(f"out: {file} exists; resume it, or choose another name")
+            raise ValueError(f"out: {file} exists; --resume goes on with it, or choose another name")
         if _has_content(file):
             first, self.records = read_results(file)
             if different := _difference(first, run):
@@ -54,15 +55,16 @@ class Results:
     def write(file: Path, run: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
         """A whole file at once: the old one is there until the new one is."""
         new = file.with_name(f"{file.name}.new")
-        new.write_text("".join(json.dumps(line) + "\n" for line in ({"run": run}, *records)), encoding="utf-8")
+        write_text(new, "".join(json.dumps(line) + "\n" for line in ({"run": run}, *records)))
         new.replace(file)
 
     def add(self, record: dict[str, Any]) -> None:
         if self._file is None:
             self._file = self._open()
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def _open(self) -> TextIO:
         if _has_content(self._path):
@@ -101,7 +103,7 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = _json(line)
             _expect(isinstance(record, dict), "an object", record)
             if number == 1:
                 record = record["run"]
@@ -114,6 +116,13 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise ValueError(f"{file}: not a file of results: line {number}: {error}") from error
         found.append(record)
     return found[0], found[1:]
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"expected JSON, got {reprlib.repr(line)}") from error
 
 
 def _check_record(record: dict[str, Any]) -> None:
