@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -445,6 +446,18 @@ def test_summary():
     console = Console(width=100, record=True)
     evaluation.report("a title", [full, sirius], console)
     assert "counted as wrong (see the file for the reasons): sirius-c 1" in console.export_text()
+
+
+def test_the_layout_of_a_data_folder_is_described():
+    """Every task has a row in docs/usage.md, with its file and the fields that its reader asks for."""
+    rows = re.findall(r"\| (\w+) \| `([^`]+)` \| ([^|]+) \|", (Path(__file__).parents[1] / "docs/usage.md").read_text())
+    described = {name: (file, fields) for name, file, fields in rows}
+    for name, task in TASKS.items():
+        file, fields = described[name]
+        assert file == ("mmlu/test/SUBJECT_test.csv" if name == "mmlu_cot" else task.path)
+        if name not in ("mmlu_cot", "truthfulqa", "sports", "date"):
+            unread = {"code", "canonical_solution", "label"}
+            assert set(FILES[name][0]) - unread <= set(re.findall(r"`(\w+)`", fields)), name
 
 
 @pytest.mark.parametrize("width, terminal", [(20, False), (200, True), (70, True), (40, True), (10, True)])
