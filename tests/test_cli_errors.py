@@ -128,6 +128,7 @@ CALIBRATE = [
     ("calibrate --text folder --out t", "--text: expected a file, got the folder folder"),
     ("calibrate --text binary --out t", "--text: binary is not UTF-8 text"),
     ("calibrate --text empty --out t", "--text: empty is empty"),
+    ("calibrate --text text --out t", "--text: expected at least 64 tokens, got 8 bytes"),
     ("calibrate --text text --out folder", "--out: expected a file, got the folder folder"),
     ("calibrate --text text --out nowhere/t", "--out: no folder"),
     ("calibrate --text text --out text", "--out: expected another file than that of --text, got text for both"),
@@ -271,7 +272,7 @@ MODELS = [
     ("generate --prompt x --model binary", "--model: 'binary' is not a GGUF file"),
     ("generate --prompt x --device tpu", "--device: expected auto, cpu, cuda, cuda:1, ..., got 'tpu'"),
     ("generate --prompt x --device meta", "--device: 'meta' is not supported; use cpu, cuda, cuda:1, ..."),
-    ("calibrate --text text --out t --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
+    ("calibrate --text long --out t --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
     ("eval --task csqa --data data --out out --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("generate --prompt x --mode fsparse --thresholds thresholds", "--thresholds: thresholds was made for another model"),
     ("eval --task csqa --data data --out out --model no/such/model/anywhere", "--model: 'no/such/model/anywhere' does not exist"),
@@ -292,7 +293,13 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "preparing.json").write_text("{}")
-    for name, content in (("text", b"A text.\n"), ("empty", b""), ("mark", b"\xef\xbb\xbf"), ("binary", b"\xff\xfe\x00")):
+    for name, content in (
+        ("text", b"A text.\n"),
+        ("long", b"A text. " * 20),
+        ("empty", b""),
+        ("mark", b"\xef\xbb\xbf"),
+        ("binary", b"\xff\xfe\x00"),
+    ):
         (tmp_path / name).write_bytes(content)
     Thresholds(0.5, [0.1], [0.5], (64, 12), "a model").save("thresholds")
     right = {"mode": "full", "id": "a", "correct": True}

@@ -9,12 +9,10 @@ from rich.progress import Progress
 from ..config import SiriusConfig
 from ..decoding.calibrate import calibrate
 from ..engine import engine_of, prepare
-from .arguments import read_text
 from .terminal import Console
 
 
-def run(options: argparse.Namespace) -> int:
-    text = read_text("text", options.text)
+def run(options: argparse.Namespace, text: str) -> int:
     engine = engine_of(options, SiriusConfig(mode="full"))  # it looks at the full model alone
     if engine.tokenizer is None:
         raise ValueError("model: it has no tokenizer, so a text cannot be read")

@@ -13,10 +13,10 @@ import os
 import sys
 
 from ..config import DENSITY, SPARSITIES, SiriusConfig
-from ..decoding.thresholds import check_density
-from ..evaluation.modes import NAMED_MODES
+from ..decoding.thresholds import LEAST_TOKENS, check_density
+from ..evaluation.modes import NAMED_MODES, config_of
 from ..evaluation.study import SETTINGS
-from ..evaluation.tasks import TASKS
+from ..evaluation.tasks import TASKS, file_of
 from ..extras import need
 from ..loading import parse_size
 from .arguments import (
@@ -35,6 +35,7 @@ from .arguments import (
     output_folder,
     output_text,
     period,
+    read_text,
     reads,
     words,
 )
@@ -53,6 +54,7 @@ from .options import (
     add_sparsity_options,
     add_weights_options,
     check_used,
+    evaluation_config,
     mode_config,
     sampling_of,
     used_by,
@@ -101,9 +103,10 @@ def _add_generate(commands: Commands) -> None:
 def _generate(options: argparse.Namespace) -> Run:
     config, sampling = mode_config(options), sampling_of(options)
     check_distinct(json=options.json, prompt_file=options.prompt_file, thresholds=getattr(options, "thresholds", None))
+    prompt = options.prompt or read_text("prompt_file", options.prompt_file)
     from .generate import run
 
-    return functools.partial(run, options, config, sampling)
+    return functools.partial(run, options, config, sampling, prompt)
 
 
 def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
@@ -201,9 +204,12 @@ def _add_calibrate(commands: Commands) -> None:
 def _calibrate(options: argparse.Namespace) -> Run:
     check_density(options.density)
     check_distinct(text=options.text, out=options.out)
+    text = read_text("text", options.text)
+    if (size := len(text.encode())) < LEAST_TOKENS:  # none of which is less than a byte
+        raise ValueError(f"text: expected at least {LEAST_TOKENS} tokens, got {size} bytes")
     from .calibrate import run
 
-    return functools.partial(run, options)
+    return functools.partial(run, options, text)
 
 
 def _add_prepare(commands: Commands) -> None:
@@ -248,6 +254,10 @@ def _add_eval(commands: Commands) -> None:
 
 def _eval(options: argparse.Namespace) -> Run:
     _check_used(options)
+    _check_data(options)
+    base = evaluation_config(options)
+    for mode in options.modes:
+        config_of(mode, base)
     from .evaluation import run_eval
 
     return functools.partial(run_eval, options)
@@ -293,6 +303,7 @@ def _study(options: argparse.Namespace) -> Run:
         known = ", ".join(map(str, values))
         raise ValueError(f"{setting.field}: --what {options.what} varies it; expected one of {known}, got {base}")
     _check_used(options)
+    _check_data(options)
     need("matplotlib", "eval", "the plot")
     from .evaluation import run_study
 
@@ -315,6 +326,7 @@ def _add_analyze(commands: Commands) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> Run:
+    _check_data(options)
     from .evaluation import run_analyze
 
     return functools.partial(run_analyze, options)
@@ -347,6 +359,11 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
     )
     add_setting(parser, "--limit", "items at most", metavar="COUNT", type=integer)
     parser.add_argument("--shots", type=integer, help="examples in the prompt (default: 5, or as many as there are)")
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    if options.data is not None:
+        file_of(TASKS[options.task], options.data)
 
 
 def _add_ways(parser: argparse.ArgumentParser) -> None:

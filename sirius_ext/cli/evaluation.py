@@ -21,14 +21,13 @@ from ..evaluation.transcript import page, show, show_summary
 from ..extras import need
 from ..loading import THREADS_PER_CPU, most_threads
 from .arguments import check_distinct
-from .options import EVALUATION_PERIOD, check_used, decoding_config, used_by
+from .options import check_used, evaluation_config, used_by
 from .report import title_of
 from .terminal import Console
 
 
 def _plan(options: argparse.Namespace, modes: Sequence[str], **more: Any) -> Plan:
-    # Thresholds are for FSparse; `config_of` drops them for the others.
-    base = decoding_config(options, sparsity="fsparse", period=getattr(options, "period", EVALUATION_PERIOD))
+    base = evaluation_config(options)
     names = ("model", "dtype", "device", "threads", "weights", "memory", "task", "data", "shots", "skip", "limit", "batch")
     return Plan(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}, modes=tuple(modes), base=base, **more

@@ -12,14 +12,12 @@ from ..config import SiriusConfig
 from ..decoding.stats import Stats
 from ..engine import encode, engine_of, prepare
 from ..errors import write_text
-from .arguments import read_text
 from .options import generator_of
 from .reading import reading
 from .streamer import KeepingStreamer
 
 
-def run(options: argparse.Namespace, config: SiriusConfig, sampling: dict[str, Any]) -> int:
-    prompt = options.prompt or read_text("prompt_file", options.prompt_file)
+def run(options: argparse.Namespace, config: SiriusConfig, sampling: dict[str, Any], prompt: str) -> int:
     engine = engine_of(options, config)
     tokenizer = engine.tokenizer
     inputs = encode(tokenizer, prompt, options.chat)

@@ -197,6 +197,11 @@ def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:
     return config
 
 
+def evaluation_config(options: argparse.Namespace) -> SiriusConfig:
+    """What the modes of an evaluation have in common. Thresholds are for FSparse; `config_of` drops them for the others."""
+    return decoding_config(options, sparsity="fsparse", period=getattr(options, "period", EVALUATION_PERIOD))
+
+
 def used_by(config: SiriusConfig) -> set[str]:
     """The settings that make a difference to what a config decodes."""
     used = {"lookup"}

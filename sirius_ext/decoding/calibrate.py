@@ -11,10 +11,9 @@ from ..models.weights import Weights
 from ..runtime.cache import chunks
 from ..runtime.model import Model
 from ..runtime.passes import Prefill
-from .thresholds import Thresholds, check_density, read_thresholds
+from .thresholds import LEAST_TOKENS, Thresholds, check_density, read_thresholds
 
 HELD_BACK = 0.2  # of the text: what the thresholds are tried on
-LEAST_TOKENS = 64
 STRETCH = 512  # tokens that are read after each other as one text
 _BITS = 15  # of a float32 dropped: 65536 bins, each 1/256 of its values wide
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import write_text
 
 FORMAT = "sirius_ext thresholds 1"
+LEAST_TOKENS = 64  # of a text that thresholds are made from
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,10 +62,16 @@ def load_task(name: str, data: Path) -> tuple[Task, list[Item]]:
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]
+    path = file_of(task, data)
+    return task, collect(str(path), lambda: task.read(path))
+
+
+def file_of(task: Task, data: Path) -> Path:
+    """Where a data folder has a task's items. FileNotFoundError if it is not there."""
     path = data / task.path
     if not path.exists():
-        raise FileNotFoundError(f"data: no {task.path} in {data}, which {name} needs")
-    return task, collect(str(path), lambda: task.read(path))
+        raise FileNotFoundError(f"data: no {task.path} in {data}, which {task.name} needs")
+    return path
 
 
 def collect(source: str, read: Callable[[], Iterator[Item]]) -> list[Item]:
