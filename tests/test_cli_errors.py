@@ -458,6 +458,22 @@ def test_help(capsys, command):
     assert end.value.code == 0 and "None" not in out and "SUPPRESS" not in out and "python -m sirius_ext" in out
 
 
+def test_help_is_in_groups_with_an_example(capsys, monkeypatch, tmp_path):
+    """Every command's example can be given as it stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("a text")
+    monkeypatch.setenv("COLUMNS", "200")
+    for command in ("generate", "chat", "serve", "calibrate", "eval", "study", "analyze"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        out = capsys.readouterr().out
+        groups = re.findall(r"^([\w ]+):$", out, re.MULTILINE)
+        assert groups[:2] == ["options", "model"] and len(groups) == len(set(groups)), groups
+        assert set(groups) > {"decoding", "sampling", "output"} or command != "generate"
+        (example,) = re.findall(r"^example: python -m sirius_ext (.*)$", out, re.MULTILINE)
+        assert cli._parser().parse_args(shlex.split(example)).parser.prog.endswith(command)
+
+
 def test_version_and_name(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/sirius"])
     for option, text in (("--version", "sirius_ext "), ("--help", "usage: sirius ")):

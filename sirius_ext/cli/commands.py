@@ -43,6 +43,7 @@ from .options import (
     DEFAULTS,
     EVALUATION_PERIOD,
     TOKENS,
+    Options,
     Run,
     add_command,
     add_decoding_options,
@@ -84,20 +85,24 @@ def add(commands: Commands) -> None:
 
 
 def _add_generate(commands: Commands) -> None:
-    generate = add_command(commands, "generate", _generate, "decode one prompt, streaming the text")
-    prompt = generate.add_mutually_exclusive_group(required=True)
+    generate = add_command(
+        commands, "generate", _generate, "decode one prompt, streaming the text", '--prompt "Name three colours." --chat'
+    )
+    group = generate.add_argument_group("prompt")
+    prompt = group.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", type=not_empty, help="what the text goes on from")
     prompt.add_argument(
         "--prompt-file", metavar="FILE", type=input_text, help="read the prompt from a UTF-8 file; - is standard input"
     )
-    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     add_mode_options(generate)
     add_sampling_options(generate)
-    generate.add_argument("--max-new-tokens", type=TOKENS, default=256, help="length of the text at most (default: %(default)s)")
-    generate.add_argument(
+    output = generate.add_argument_group("output")
+    output.add_argument("--max-new-tokens", type=TOKENS, default=256, help="length of the text at most (default: %(default)s)")
+    output.add_argument(
         "--stop", metavar="STRING", type=not_empty, action="append", help="end the text after this; may be given again"
     )
-    _add_json(generate, "write config, text, token ids and stats")
+    _add_json(output, "write config, text, token ids and stats")
 
 
 def _generate(options: argparse.Namespace) -> Run:
@@ -109,21 +114,22 @@ def _generate(options: argparse.Namespace) -> Run:
     return functools.partial(run, options, config, sampling, prompt)
 
 
-def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
+def _add_json(parser: Options, what: str) -> None:
     purpose = f"{what}; - is standard output, and the text goes to standard error"
     parser.add_argument("--json", metavar="FILE", type=output_text, help=purpose)
 
 
 def _add_chat(commands: Commands) -> None:
-    chat = add_command(commands, "chat", _chat, "talk with a model in the terminal")
+    chat = add_command(commands, "chat", _chat, "talk with a model in the terminal", '--weights q8 --system "Be brief."')
     chat.description = "Talk with a model. /help lists what else can be said; Ctrl-C ends an answer, Ctrl-D the conversation."
-    chat.add_argument("--system", metavar="TEXT", type=not_empty, help="a first message that says how to answer")
+    group = chat.add_argument_group("conversation")
+    group.add_argument("--system", metavar="TEXT", type=not_empty, help="a first message that says how to answer")
     purpose = "begin with a conversation: a JSON file as /save writes it, a list of objects with role and content"
-    chat.add_argument("--messages", metavar="FILE", type=input_file, help=purpose)
+    group.add_argument("--messages", metavar="FILE", type=input_file, help=purpose)
+    purpose = "length of an answer at most (default: %(default)s)"
+    group.add_argument("--max-new-tokens", type=TOKENS, default=1024, help=purpose)
     add_mode_options(chat)
     add_sampling_options(chat)
-    purpose = "length of an answer at most (default: %(default)s)"
-    chat.add_argument("--max-new-tokens", type=TOKENS, default=1024, help=purpose)
 
 
 def _chat(options: argparse.Namespace) -> Run:
@@ -134,12 +140,14 @@ def _chat(options: argparse.Namespace) -> Run:
 
 
 def _add_serve(commands: Commands) -> None:
-    serve = add_command(commands, "serve", _serve, "serve a model to OpenAI's clients, with a page to chat")
+    serve = add_command(
+        commands, "serve", _serve, "serve a model to OpenAI's clients, with a page to chat", "--weights q8 --port 8000"
+    )
     serve.description = (
         "OpenAI's /v1/chat/completions and /v1/completions, /v1/models, /health, /metrics, and at / a page. A request may have "
         "its own settings (`sirius`); the options here are what it goes by otherwise."
     )
-    option = serve.add_argument
+    option = serve.add_argument_group("server").add_argument
     option("--host", default="127.0.0.1", help="to listen on; another than this machine's own needs an API key (%(default)s)")
     option("--port", type=integer_in(0, 65535), default=8000, help="0 takes a free one (default: %(default)s)")
     option("--api-key", metavar="KEY", type=key, help=f"that clients must show; better in the environment as {API_KEY}")
@@ -190,7 +198,7 @@ def _serve(options: argparse.Namespace) -> Run:
 
 
 def _add_calibrate(commands: Commands) -> None:
-    calibration = add_command(commands, "calibrate", _calibrate, "thresholds for fsparse, from a text")
+    calibration = add_command(commands, "calibrate", _calibrate, "thresholds for fsparse, from a text", "--text FILE --out FILE")
     calibration.description = (
         "Per-layer thresholds for --sparsity fsparse. The last fifth of the text is held back to try them on."
     )
@@ -236,20 +244,23 @@ def _prepare(options: argparse.Namespace) -> Run:
 
 
 def _add_eval(commands: Commands) -> None:
-    suite = add_command(commands, "eval", _eval, "accuracy of a task in several modes, on the same items")
+    example = "--task gsm8k --limit 50 --modes full,sirius-c --out gsm8k.jsonl"
+    suite = add_command(commands, "eval", _eval, "accuracy of a task in several modes, on the same items", example)
     suite.description = "Few-shot, generated answers. Each result goes to a file of JSON lines as soon as it is known."
     _add_task_options(suite)
-    suite.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the results")
-    suite.add_argument(
+    output = suite.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", type=output_file, required=True, help="gets the results")
+    output.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    ways = _add_ways(suite)
+    ways.add_argument("--shard", type=_shard, default="1/1", help="i/k: the i-th of k parts of the items (default: %(default)s)")
+    decoding = suite.add_argument_group("decoding")
+    decoding.add_argument(
         "--modes",
         type=words,
         default="full,csparse,fsparse,sirius-c,sirius-f",
         help=f"of {', '.join(NAMED_MODES)}, also with settings of their own, as in sirius-c:period=8 (default: %(default)s)",
     )
-    _add_ways(suite)
-    suite.add_argument("--shard", type=_shard, default="1/1", help="i/k: the i-th of k parts of the items (default: %(default)s)")
-    suite.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    add_decoding_options(suite, period_default=EVALUATION_PERIOD)
+    add_decoding_options(decoding, period_default=EVALUATION_PERIOD)
 
 
 def _eval(options: argparse.Namespace) -> Run:
@@ -277,18 +288,24 @@ def _report(options: argparse.Namespace) -> Run:
 
 
 def _add_study(commands: Commands) -> None:
-    study = add_command(commands, "study", _study, "accuracy and effective density against one setting, with a plot")
+    purpose, example = (
+        "accuracy and effective density against one setting, with a plot",
+        "--what period --task gsm8k --out FOLDER",
+    )
+    study = add_command(commands, "study", _study, purpose, example)
     study.description = (
         "Decodes the same items with each value of a setting, and by the full model. What --out holds already is not done again."
     )
-    study.add_argument("--what", choices=SETTINGS, required=True, help="the setting that varies; the options below fix the rest")
-    study.add_argument("--values", type=words, help="of the setting, with commas between them")
+    group = study.add_argument_group("what is studied")
+    group.add_argument("--what", choices=SETTINGS, required=True, help="the setting that varies; the options below fix the rest")
+    group.add_argument("--values", type=words, help="of the setting, with commas between them")
     modes = [mode for mode in NAMED_MODES if mode.startswith("sirius")]
-    study.add_argument("--mode", choices=modes, default="sirius-c", help="what is studied (default: %(default)s)")
+    group.add_argument("--mode", choices=modes, default="sirius-c", help="what is studied (default: %(default)s)")
     _add_task_options(study)
     _add_ways(study)
-    study.add_argument("--out", metavar="FOLDER", type=output_folder, required=True, help="gets results, plot and table")
-    add_decoding_options(study, period_default=EVALUATION_PERIOD)
+    purpose = "gets results, plot and table"
+    study.add_argument_group("output").add_argument("--out", metavar="FOLDER", type=output_folder, required=True, help=purpose)
+    add_decoding_options(study.add_argument_group("decoding"), period_default=EVALUATION_PERIOD)
 
 
 def _study(options: argparse.Namespace) -> Run:
@@ -312,17 +329,18 @@ def _study(options: argparse.Namespace) -> Run:
 
 def _add_analyze(commands: Commands) -> None:
     purpose = "which tokens of the sparse model the full one rejects, and how many corrections bring the answer back"
-    analysis = add_command(commands, "analyze", _analyze, purpose)
+    analysis = add_command(commands, "analyze", _analyze, purpose, "--task gsm8k --limit 20 --out transcripts.html")
     analysis.description = (
         "Decodes items with S alone and marks the tokens that F rejects. Then an oracle replaces the first of them by F's own "
         "token, S goes on, and so forth until the answer is right or nothing is rejected."
     )
-    _add_task_options(analysis)
-    analysis.add_argument("--items", type=words, help="ids, in place of --skip and --limit")
-    analysis.add_argument("--mode", choices=SPARSITIES, default=DEFAULTS.sparsity, help="the sparse model (default: %(default)s)")
-    add_sparsity_options(analysis)
-    analysis.add_argument("--out", metavar="FILE", type=output_file, required=True, help="the coloured transcripts, as HTML")
-    _add_json(analysis, "the same as JSON: a summary, and a record per item")
+    _add_task_options(analysis).add_argument("--items", type=words, help="ids, in place of --skip and --limit")
+    decoding = analysis.add_argument_group("decoding")
+    decoding.add_argument("--mode", choices=SPARSITIES, default=DEFAULTS.sparsity, help="the sparse model (default: %(default)s)")
+    add_sparsity_options(decoding)
+    output = analysis.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", type=output_file, required=True, help="the coloured transcripts, as HTML")
+    _add_json(output, "the same as JSON: a summary, and a record per item")
 
 
 def _analyze(options: argparse.Namespace) -> Run:
@@ -349,16 +367,19 @@ def lm_eval(arguments: list[str]) -> Run:
     return run
 
 
-def _add_task_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=TASKS, required=True, help="whose items are decoded")
-    parser.add_argument(
+def _add_task_options(parser: argparse.ArgumentParser) -> Options:
+    """Returns their group."""
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", choices=TASKS, required=True, help="whose items are decoded")
+    group.add_argument(
         "--data", metavar="DIR", type=input_folder, help="folder of the tasks' files (default: the Hugging Face hub)"
     )
     add_setting(
-        parser, "--skip", "items left out at the beginning, such as settings were chosen on", 0, metavar="COUNT", type=integer
+        group, "--skip", "items left out at the beginning, such as settings were chosen on", 0, metavar="COUNT", type=integer
     )
-    add_setting(parser, "--limit", "items at most", metavar="COUNT", type=integer)
-    parser.add_argument("--shots", type=integer, help="examples in the prompt (default: 5, or as many as there are)")
+    add_setting(group, "--limit", "items at most", metavar="COUNT", type=integer)
+    group.add_argument("--shots", type=integer, help="examples in the prompt (default: 5, or as many as there are)")
+    return group
 
 
 def _check_data(options: argparse.Namespace) -> None:
@@ -366,8 +387,10 @@ def _check_data(options: argparse.Namespace) -> None:
         file_of(TASKS[options.task], options.data)
 
 
-def _add_ways(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_ways(parser: argparse.ArgumentParser) -> Options:
+    """Returns their group."""
+    group = parser.add_argument_group("processes")
+    add = group.add_argument
     add("--jobs", type=integer, default=1, help="processes, each with a model of its own (default: %(default)s)")
     add("--ray", action="store_true", help="the jobs run on the machines of a Ray cluster")
     add(
@@ -376,6 +399,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="items side by side: much faster, but nothing is timed then (default: %(default)s)",
     )
+    return group
 
 
 @reads

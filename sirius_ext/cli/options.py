@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 Checked = TypeVar("Checked")
 Run: TypeAlias = Callable[[], int]  # a command that is ready to run; it returns the exit status
+Options: TypeAlias = "argparse._ActionsContainer"  # a parser, or a group of options in its help
 Command: TypeAlias = Callable[[argparse.Namespace], Run]
 
 DEFAULTS = SiriusConfig()
@@ -42,25 +43,26 @@ FIELDS = (
 )
 
 
-def add_command(commands: Commands, name: str, command: Command, purpose: str) -> argparse.ArgumentParser:
-    """A command that works with a model."""
-    parser = commands.add_parser(name, help=purpose)
+def add_command(commands: Commands, name: str, command: Command, purpose: str, example: str = "") -> argparse.ArgumentParser:
+    """A command that works with a model. example: arguments, which its help shows."""
+    parser = commands.add_parser(name, help=purpose, epilog=f"example: %(prog)s {example}" if example else None)
     parser.set_defaults(command=command, parser=parser)
-    add = parser.add_argument
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file (default: %(default)s)")
-    add_device_option(parser, "auto")
-    add_weights_options(parser)
-    add_memory_option(parser)
+    add_device_option(model, "auto")
+    add_weights_options(model)
+    add_memory_option(model)
     add("--threads", type=_threads, help="CPU threads (default: torch's, and no more than a container allows)")
     return parser
 
 
-def add_device_option(parser: argparse.ArgumentParser, default: str) -> None:
+def add_device_option(parser: Options, default: str) -> None:
     purpose = "cpu, cuda, cuda:1, ...; auto is a CUDA device where there is one (default: %(default)s)"
     parser.add_argument("--device", type=_device, default=default, help=purpose)
 
 
-def add_weights_options(parser: argparse.ArgumentParser) -> None:
+def add_weights_options(parser: Options) -> None:
     """In which form a model's weights are wanted."""
     add = parser.add_argument
     add(
@@ -78,7 +80,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_memory_option(parser: argparse.ArgumentParser) -> None:
+def add_memory_option(parser: Options) -> None:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
@@ -88,13 +90,13 @@ def add_memory_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_setting(parser: argparse.ArgumentParser, name: str, purpose: str, default: object = None, **how: Any) -> None:
+def add_setting(parser: Options, name: str, purpose: str, default: object = None, **how: Any) -> None:
     """An option whose value the namespace has only if it was given: a setting that nothing uses can then be refused."""
     shown = "" if default is None else f" (default: {default})"
     parser.add_argument(name, default=argparse.SUPPRESS, help=purpose + shown, **how)
 
 
-def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
+def add_sparsity_options(parser: Options) -> None:
     purpose = "the neurons of csparse and cascade stay as the prompt chose them; without it they follow the text"
     add_setting(parser, "--no-follow", purpose, dest="follow", action="store_false")
     purpose = "what the sparse model reads of a weight: same, q4 (four bits), or auto: q4, beside plain weights if it has room"
@@ -105,9 +107,7 @@ def add_sparsity_options(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, "--threshold", "least likelihood of a kept token", DEFAULTS.threshold, type=number)
 
 
-def add_decoding_options(
-    parser: argparse.ArgumentParser, accept: str = DEFAULTS.accept, period_default: int | str = DEFAULTS.period
-) -> None:
+def add_decoding_options(parser: Options, accept: str = DEFAULTS.accept, period_default: int | str = DEFAULTS.period) -> None:
     """accept, period_default: what is said of their defaults."""
     add_sparsity_options(parser)
     add_setting(parser, "--period", "tokens that one full pass verifies, or auto", period_default, type=period)
@@ -118,22 +118,24 @@ def add_decoding_options(
 
 def add_mode_options(parser: argparse.ArgumentParser) -> None:
     """How a text is decoded. What was asked for is `mode_config`."""
+    group = parser.add_argument_group("decoding")
     purpose = "full and the sparse models decode alone (default: %(default)s)"
-    parser.add_argument("--mode", choices=MODE_CHOICES, default="sirius", help=purpose)
-    add_setting(parser, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
-    add_decoding_options(parser, f"{DEFAULTS.accept}, with --sample sample")
+    group.add_argument("--mode", choices=MODE_CHOICES, default="sirius", help=purpose)
+    add_setting(group, "--sparsity", "neurons per prompt, or per token", DEFAULTS.sparsity, choices=SPARSITIES)
+    add_decoding_options(group, f"{DEFAULTS.accept}, with --sample sample")
     purpose = "copy what followed the last tokens earlier in the text: the same text in fewer passes (default: where it pays)"
-    add_setting(parser, "--lookup", purpose, action=argparse.BooleanOptionalAction)
+    add_setting(group, "--lookup", purpose, action=argparse.BooleanOptionalAction)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are drawn. What was asked for is `sampling_of`."""
-    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    add_setting(parser, "--temperature", "with --sample", SAMPLING["temperature"], type=number)
-    add_setting(parser, "--top-k", "with --sample; 0 is no limit", SAMPLING["top_k"], type=integer_in(0, 2**31 - 1))
-    add_setting(parser, "--top-p", "with --sample", SAMPLING["top_p"], type=number)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    add_setting(group, "--temperature", "with --sample", SAMPLING["temperature"], type=number)
+    add_setting(group, "--top-k", "with --sample; 0 is no limit", SAMPLING["top_k"], type=integer_in(0, 2**31 - 1))
+    add_setting(group, "--top-p", "with --sample", SAMPLING["top_p"], type=number)
     purpose = "with --sample; the same seed gives the same text"
-    add_setting(parser, "--seed", purpose, type=integer_in(0, 2**64 - 1))
+    add_setting(group, "--seed", purpose, type=integer_in(0, 2**64 - 1))
 
 
 def mode_config(options: argparse.Namespace) -> SiriusConfig:
