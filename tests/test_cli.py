@@ -198,6 +198,18 @@ def test_info(capsys):
     assert f"{ops.isa()} (in use)" in out and "devices" in out
 
 
+def test_info_keeps_to_the_width_of_the_terminal(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = run(capsys, "info", "--model", "smollm2-135m-instruct", "--memory", "6GB")[1]
+    monkeypatch.setenv("COLUMNS", "60")
+    out = run(capsys, "info", "--model", "smollm2-135m-instruct", "--memory", "6GB")[1]
+    assert max(map(len, whole.splitlines())) > 100 and max(map(len, out.splitlines())) <= 60
+    words = lambda text: re.sub(r"\d[\d.]*", "0", text).split()  # noqa: E731 - speeds are measured anew
+    assert words(out) == words(whole)
+    monkeypatch.setenv("COLUMNS", "1")
+    assert run(capsys, "info")[0] == 0
+
+
 def test_demo_ends_with_a_table_and_match_equals_full(capsys, monkeypatch):
     monkeypatch.setattr(demo, "PROMPTS", {"a prompt": PROMPT})
     status, out, _ = run(capsys, "demo", "--max-new-tokens", "8")

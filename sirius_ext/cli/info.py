@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import platform
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +32,17 @@ DISK_SECONDS = 1.0  # that are spent on measuring it
 
 def run(options: argparse.Namespace) -> int:
     for name, value in _of_machine() if options.model is None else _of_model(options):
-        print(f"{name:17} {value}")
+        print(_line(name, str(value)))
     return 0
+
+
+def _line(name: str, value: str) -> str:
+    """A name and what is said of it, within the width of the terminal. Without one it stays a line, for who searches in it."""
+    text = f"{name:17} {value}"
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return text
+    width = max(shutil.get_terminal_size().columns, 40)
+    return textwrap.fill(text, width, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
 
 
 def _of_machine() -> Iterable[tuple[str, object]]:
@@ -62,6 +75,7 @@ def _of_model(options: argparse.Namespace) -> Iterable[tuple[str, object]]:
         return (*divided, ("neurons", _neurons(found) + density), ("a period moves", _moved(found, "host memory")))
     disk = direct_read_speed(found.file, DISK_SECONDS) if plan.streamed else None
     memory = memory_read_speed()
+    of = "of Qwen2.5-Coder-1.5B; a pass takes what reading its weights takes"
     times = forecast(DEFAULTS, files, plan, disk, memory)
     return (
         *divided,
@@ -70,8 +84,7 @@ def _of_model(options: argparse.Namespace) -> Iterable[tuple[str, object]]:
         ("memory speed", f"{memory / 1e9:.1f} GB/s"),
         *([("disk speed", _disk(found.file, disk))] if plan.streamed else []),
         ("predicted", f"Full {_seconds(times.full)}, S alone {_seconds(times.sparse)}, Sirius {_seconds(times.sirius)}{density}"),
-        ("assumed", f"the full model accepts {times.accepted:.1%} of what the sparse one drafts, as it was measured to do of"),
-        ("", "Qwen2.5-Coder-1.5B; a pass takes what reading its weights takes"),
+        ("assumed", f"the full model accepts {times.accepted:.1%} of what the sparse one drafts, as it was measured to do {of}"),
     )
 
 
