@@ -296,7 +296,7 @@ def test_results_survive(tmp_path):
     results.close()
     with file.open("a") as cut:
         cut.write('{"mode": "full", "id": "b", "corr')
-    with pytest.raises(ValueError, match="^out: .*exists; resume it"):
+    with pytest.raises(ValueError, match="^out: .*exists; --resume goes on with it"):
         Results(file, run, resume=False)
     with pytest.raises(ValueError, match="^out: .*another density; choose"):
         Results(file, {**run, "density": 0.4}, resume=True)
@@ -384,7 +384,7 @@ STATS = {"density": 0.5, "decode_seconds": None, "periods": [[1, 1, 2, False]]}
         ("", "it is empty"),
         (b"\xff\xfe\x00\n", "it is not UTF-8 text"),
         ('{"run": {}', "its only line is cut off"),
-        ("nonsense\n", "line 1: Expecting value"),
+        ("nonsense\n", "line 1: expected JSON, got 'nonsense'"),
         ("[]\n", "line 1: expected an object, got []"),
         ("{}\n", "line 1 has no run"),
         ('{"run": 3}\n', "line 1: expected an object as run, got 3"),

@@ -210,7 +210,7 @@ def launched(plan: Plan, items: list[Item], out: Path, resume: bool) -> Iterator
     state = PartialState(cpu=not plan.device.startswith("cuda"), timeout=LONGEST_WAIT)
     number, count, first = state.process_index, state.num_processes, state.is_main_process
     if out.exists() and not resume:
-        raise ValueError(f"out: {out} exists; resume it, or choose another name")
+        raise ValueError(f"out: {out} exists; --resume goes on with it, or choose another name")
     parts = [out.with_name(f"{out.stem}.{i + 1}-of-{count}{out.suffix}") for i in range(count)]
     known = merge([out], plan.record())[1] if out.exists() else []
     if plan.device == "cuda":
