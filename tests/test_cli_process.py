@@ -49,6 +49,13 @@ def test_a_reader_that_is_gone(tmp_path, arguments):
     assert (done.returncode, done.stderr) in ((0, b""), (141, b""))
 
 
+def test_a_full_disk_behind_standard_output():
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and done.stderr == "sirius_ext: error: standard output: No space left on device\n"
+
+
 def test_a_reader_that_leaves(tmp_path):
     file = tmp_path / "out.json"
     process = start([*COMMAND, *TEXT, "--json", str(file)])

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import rich.console
 
+from ..errors import naming
+
 BROKEN_PIPE = 141  # what shells show for a process that SIGPIPE has ended
 
 
@@ -30,7 +32,8 @@ def flushed() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
+        with naming("standard output"):
+            sys.stdout.flush()
 
 
 def drop_output() -> None:
