@@ -93,8 +93,8 @@ def test_a_model_is_launched_in_order_whatever_the_stream(cuda):
         launch(first), launch(first), after(second, first), launch(second), launch(second), after(first, second), launch(first)
     ]  # fmt: skip
     with lock:
-        assert not lock._lock.acquire(blocking=False)
-    assert cuda.log[-1] == ("wait of the default stream", first.name) and not lock._lock.locked()
+        assert lock.locked()
+    assert cuda.log[-1] == ("wait of the default stream", first.name) and not lock.locked()
 
 
 # ---------------------------------------------------------------------------------------------------- what is captured

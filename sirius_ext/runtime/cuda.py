@@ -44,6 +44,9 @@ class LaunchLock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def locked(self) -> bool:
+        return self._lock.locked()
+
 
 # What the extension takes of a pass, and whether S reads four bits in it.
 Chosen = tuple[Arguments, bool]
