@@ -199,9 +199,9 @@ def test_info(capsys):
 
 
 def test_info_keeps_to_the_width_of_the_terminal(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    whole = run(capsys, "info", "--model", "smollm2-135m-instruct", "--memory", "6GB")[1]
     monkeypatch.setenv("COLUMNS", "60")
+    whole = run(capsys, "info", "--model", "smollm2-135m-instruct", "--memory", "6GB")[1]  # a pipe has none
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     out = run(capsys, "info", "--model", "smollm2-135m-instruct", "--memory", "6GB")[1]
     assert max(map(len, whole.splitlines())) > 100 and max(map(len, out.splitlines())) <= 60
     words = lambda text: re.sub(r"\d[\d.]*", "0", text).split()  # noqa: E731 - speeds are measured anew

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import platform
 import shutil
 import sys
@@ -37,9 +36,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _line(name: str, value: str) -> str:
-    """A name and what is said of it, within the width of the terminal. Without one it stays a line, for who searches in it."""
+    """A name and what is said of it, within the width of the terminal. What is none gets a line, for who searches in it."""
     text = f"{name:17} {value}"
-    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+    if not sys.stdout.isatty():
         return text
     width = max(shutil.get_terminal_size().columns, 40)
     return textwrap.fill(text, width, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False)
