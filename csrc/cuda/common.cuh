@@ -51,7 +51,7 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 }
 
 // For a kernel that writes weights: the next one asks for such before it waits, so it begins when this one has ended.
-__device__ __forceinline__ void wait_and_be_waited_for() {
+__device__ __forceinline__ void wait_without_overlap() {
 #if defined(__CUDA_ARCH__)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

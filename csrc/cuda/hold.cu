@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kCopyThreads) copy_kernel(const HoldParams p) 
 // grid: [blocks]. A warp one neuron after another. Bytes that move: those of the image that are not resident, once in and once
 // out; over the link those of neurons that have no row.
 __global__ void __launch_bounds__(kCopyThreads) fill_kernel(const FillParams p) {
-  wait_and_be_waited_for();
+  wait_without_overlap();
   const HeldLayer held = *p.held;
   const int first = int(p.resident / held.bundle);  // some of it may be resident
   for (int neuron = first + int(blockIdx.x) * kCopyWarps + int(threadIdx.x) / kWarp; neuron < p.intermediate;
