@@ -92,6 +92,10 @@ def test_a_model_is_launched_in_order_whatever_the_stream(cuda):
     assert waits == [
         launch(first), launch(first), after(second, first), launch(second), launch(second), after(first, second), launch(first)
     ]  # fmt: skip
+    with torch.cuda.stream(second):
+        second.wait_stream = lambda other: (_ for _ in ()).throw(RuntimeError("the stream is gone"))
+        with pytest.raises(RuntimeError, match="the stream is gone"), lock:
+            pass
     with lock:
         assert lock.locked()
     assert cuda.log[-1] == ("wait of the default stream", first.name) and not lock.locked()

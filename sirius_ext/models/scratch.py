@@ -23,7 +23,7 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # somebody else has removed it, or it is another user's
             if time.time() - left.stat().st_mtime > YOUNG_SECONDS and _is_abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, _opened(Path(folder)) as handle:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, opened(Path(folder)) as handle:
         with contextlib.suppress(OSError):  # a file system without locks: then nobody removes what others have left
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield Path(folder)
@@ -31,7 +31,7 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether no process works in it: the kernel takes a lock back from one that was killed."""
-    with _opened(folder) as handle:
+    with opened(folder) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -40,7 +40,8 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def opened(folder: Path) -> Iterator[int]:
+    """The folder's handle, with which a lock on it goes, too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield handle

@@ -37,6 +37,7 @@ from ..kernels.stream import PAGE
 from .families import check_supported
 from .gguf_files import CONVERTED
 from .packed import Progress, Source, empty, fill, is_down, load, save
+from .scratch import opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -710,12 +711,9 @@ def _squares(down: Matrix) -> torch.Tensor:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time; others wait."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with opened(folder) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def _check_folder(folder: Path, key: str) -> None:

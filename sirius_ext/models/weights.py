@@ -155,7 +155,7 @@ class Weights:
         """Whether the matrices are bytes, of which S reads four bits a weight."""
         return not self.lm_head.plain
 
-    @property
+    @functools.cached_property
     def form(self) -> str:
         """In which form F reads its matrices: "q8" or "q4" of packed ones, else the name of their dtype. Some of "q4" may have
         eight bits."""

@@ -35,14 +35,22 @@ class LaunchLock:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        if self._device.type == "cuda":
-            now = torch.cuda.current_stream(self._device)
-            if self._last is not None and self._last != now:
-                now.wait_stream(self._last)
-            self._last = now
+        try:
+            self._put_in_order()
+        except BaseException:  # nobody comes to `__exit__` then
+            self._lock.release()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def _put_in_order(self) -> None:
+        if self._device.type != "cuda":
+            return
+        now = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != now:
+            now.wait_stream(self._last)
+        self._last = now
 
     def locked(self) -> bool:
         return self._lock.locked()
