@@ -115,7 +115,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
 
   void fetch(int quad, int upper, int) const {
     const int end = std::min((quad + 1) * next_part_, next_count_);
-    for (int r = quad * next_part_; r < end; ++r) prefetch_now(next_[r] + upper);
+    for (int r = quad * next_part_; r < end; ++r) fetch_packed(next_[r] + upper);
   }
 
   // The same for all columns.
@@ -126,7 +126,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
   }
   Ints fours(int j, int quad, int lane) const { return set(four(j, quad, lane)); }
   static int start(int, int) { return 0; }
-  const int8_t* inputs(int) const { return x_[0].values; }
+  static constexpr bool may_use_tiles = true;
+  const int8_t* inputs() const { return x_[0].values; }
   static constexpr int input_stride = sizeof(Coefficients);
 
   struct Join {
@@ -144,7 +145,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
   // Of the group that most often comes next.
   void fetch_scales(int group) const {
     constexpr int bytes = kGroup * (kSupers ? 2 : 4);
-    for (int at = 0; at < kSpan * bytes; at += 64) prefetch_now(next_shared_ + group * bytes + at);
+    for (int at = 0; at < kSpan * bytes; at += 64) fetch_packed(next_shared_ + group * bytes + at);
   }
 
   // Scales and minima of the columns of n groups.

@@ -3,7 +3,7 @@
 // In `dot` a lane is a row of weights: as many rows as there are lanes are read side by side, 16 bytes of each at a time, and
 // turned so that a lane holds four weights of its row. The input is the same for all lanes, so that it comes from memory by
 // itself, and a group of 32 costs eight products of four and one conversion for any row of input. In `sum` a lane is a column,
-// and the four weights are those of four rows. Of many rows of input AMX makes the products: such vectors are a tile.
+// and the four weights are those of four rows: such vectors are a tile of AMX.
 #pragma once
 
 #include "q8.h"
@@ -254,6 +254,9 @@ inline void cross(const Ints* in, Ints* out) {
 
 #endif
 
+// Packed weights go to L2 everywhere.
+inline void fetch_packed(const void* p) { prefetch_now<true>(p); }
+
 // As `start_of` a number.
 template <bool kUpper>
 Ints start_of(Ints total) {
@@ -316,9 +319,22 @@ void fetch_step(const Block& next, int step, int upper_at) {
     if (step < 4)  // their scales
       for (int line = Form::header_at(next.group) / 64 * 64; line < std::min(Form::header_at(next.group + next.groups), upper_at);
            line += 64)
-        prefetch_now(next.rows[r] + line);
-    prefetch_now(next.rows[r] + upper_at + at);
-    if (Form::has_lower) prefetch_now(next.lowers[r] + at);
+        fetch_packed(next.rows[r] + line);
+    fetch_packed(next.rows[r] + upper_at + at);
+    if (Form::has_lower) fetch_packed(next.lowers[r] + at);
+  }
+}
+
+// What is read sixteen steps after this one in the same block, once more and into L1: a Xeon with AMX drops prefetches into L2
+// while too many lines are on their way, and a line that is not there stops it for longer than asking twice does.
+template <class Form>
+void fetch_near(const Block& now, int step, int upper_at) {
+  const int to = step + 16;
+  if (to >= now.groups) return;
+  const int at = now.group * kGroupBytes + to / 4 * 64;
+  for (int r = to % 4; r < kLanes; r += 4) {
+    prefetch_now<false>(now.rows[r] + upper_at + at);
+    if (Form::has_lower) prefetch_now<false>(now.lowers[r] + at);
   }
 }
 
@@ -366,6 +382,7 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
     const int g = now.group + step;
     if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     if (fetch && step < next.groups) fetch_step<Form>(next, step, upper_at);
+    if constexpr (!kFetchIntoL2 && M <= 8) fetch_near<Form>(now, step, upper_at);
     Codes codes[8];
     read_codes<Form>(now, g, upper_at, codes);
     const auto add_rows = [&]<int... R>(int first, std::integer_sequence<int, R...>) {
@@ -384,46 +401,6 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
 }
 
-#if defined(__AMX_INT8__)
-
-// The same for many rows of input by tiles, as many groups at a time as a header is for. The codes of the next ones are read
-// between the products of these and their sums: no tile waits for what was stored a moment ago, no sum for a tile.
-template <class Form, int M>
-__attribute__((flatten)) void dot_block_by_tiles(const Block& now, const Block& next, const Packed& x, const RowForm& form,
-                                                 Vec* sums, bool fetch) {
-  const int upper_at = Form::header_bytes(form.cols);
-  Codes codes[8][8];
-  alignas(64) int32_t totals[8][M][kLanes];
-  const auto read = [&](int first) {
-    for (int step = first; step < std::min(first + 8, now.groups); ++step) {
-      if (fetch && step < next.groups) fetch_step<Form>(next, step, upper_at);
-      read_codes<Form>(now, now.group + step, upper_at, codes[step % 8]);
-    }
-  };
-  read(0);
-  for (int first = 0; first < now.groups; first += 8) {
-    const int count = std::min(8, now.groups - first), group = now.group + first;
-    memory_fence();
-    for (int i = 0; i < count; ++i)
-      GroupTiles::multiply(x.values + (group + i) * M * kGroup, kGroup, codes[i], sizeof(Codes), totals[i][0]);
-    memory_fence();
-    read(first + 8);
-    Header<Form> header;
-    header.read([&](int r) { return now.rows[r] + Form::header_at(group); });
-    Vec acc[M];
-    for (int j = 0; j < M; ++j) acc[j] = sums[j];
-    for (int i = 0; i < count; ++i)
-#pragma GCC unroll 16
-      for (int j = 0; j < M; ++j) {
-        const int at = (group + i) * M + j;
-        acc[j] = add_scaled(add(start_at<Form>(x, at), load(totals[i][j])), x, at, header, i, acc[j]);
-      }
-    for (int j = 0; j < M; ++j) sums[j] = acc[j];
-  }
-}
-
-#endif
-
 // Up to kTiles * kLanes rows by M of input; what is read next stands after them.
 constexpr int kTiles = 64 / kLanes;
 
@@ -431,7 +408,6 @@ template <class Form, int M>
 void dot_rows(const uint8_t* const* rows, const uint8_t* const* lowers, int n, const Packed& x, const RowForm& form, bool fetch,
               float* out, ptrdiff_t ldo, int wanted) {
   const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
-  const GroupTiles group_tiles(M);
   Vec sums[kTiles][M];
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < M; ++j) sums[t][j] = Vec::set(0.0f);
@@ -442,12 +418,7 @@ void dot_rows(const uint8_t* const* rows, const uint8_t* const* lowers, int n, c
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
-#if defined(__AMX_INT8__)
-      constexpr auto add_block = M < kTileInputs ? dot_block<Form, M> : dot_block_by_tiles<Form, M>;
-#else
-      constexpr auto add_block = dot_block<Form, M>;
-#endif
-      add_block(block(t, group), next, x, form, sums[t], fetch);
+      dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
     }
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < wanted; ++j) store_upto(sums[t][j], out + j * ldo + t * kLanes, n - t * kLanes);
@@ -498,7 +469,8 @@ constexpr int kFew = 1;
 //   four(j, quad, lane)           for input row j, coefficients of rows 4 * quad and on, a byte each
 //   fours(j, quad, lane)          those of kSpan groups from `lane` on, each in all lanes of its 16 bytes
 //   start(j, lane)                where the sum begins
-//   inputs(lane), input_stride    the coefficients of all rows for row 0, and how many bytes further on those for row 1 are
+//   may_use_tiles                 where the coefficients are the same in every group; then
+//   inputs(), input_stride        has those of all rows for row 0, and how many bytes further on those for row 1 are
 //   Join(block, j, at, lane)      and with it operator()(sum, v, before): what vector v of a group's columns becomes
 //
 // at: the group's number among those that `read` was called for; lane: as `add_groups` was told.
@@ -526,7 +498,8 @@ class ColumnSums {
   // All rows of input by the n groups that were read, from `group` on; the lane of the first.
   void add_groups(int group, int n, int lane, int end, float* acc, ptrdiff_t lda) {
 #if defined(__AMX_INT8__)
-    if (m_ >= kTileInputs) multiply(n, lane);
+    if constexpr (Block::may_use_tiles)
+      if (by_tiles()) multiply(n);
 #endif
     for (int i = 0; i < n; ++i) {
       const int column = (group + i) * kGroup, columns = end - column;
@@ -566,7 +539,7 @@ class ColumnSums {
 
   void add_group(int at, int lane, float* to, ptrdiff_t lda) const {
 #if defined(__AMX_INT8__)
-    if (m_ >= kTileInputs) return add_totals(at, lane, to, lda);
+    if (by_tiles()) return add_totals(at, lane, to, lda);
 #endif
     if (m_ <= kFew) return add_totals(at, lane, to, lda);
     int j = 0;
@@ -615,14 +588,15 @@ class ColumnSums {
   }
 
 #if defined(__AMX_INT8__)
+  bool by_tiles() const { return Block::may_use_tiles && m_ >= kTileInputs; }
+
   // All rows of input by n groups, by tiles. Of quads that are not there the coefficients are zero.
-  void multiply(int n, int lane) {
+  void multiply(int n) {
     const Block& block = static_cast<const Block&>(*this);
     memory_fence();
     for (int i = 0; i < n; ++i)
       for (int v = 0; v < 2 * kHalf; ++v)
-        GroupTiles::multiply(block.inputs(lane + i), Block::input_stride, codes_[i][0] + v, sizeof(codes_[i][0]),
-                             totals_[i][v][0]);
+        GroupTiles::multiply(block.inputs(), Block::input_stride, codes_[i][0] + v, sizeof(codes_[i][0]), totals_[i][v][0]);
     memory_fence();
   }
 #endif
@@ -685,21 +659,6 @@ class ColumnSums {
   Codes codes_[kSpan][kRows / 4][2 * kHalf];
 };
 
-#if defined(__AMX_INT8__)
-// Eight vectors of fours by their lanes: those of a lane side by side, and those of the next lane `stride` further on.
-inline void spread(const Ints* fours, int32_t* to, ptrdiff_t stride) {
-  for (int quad = 0; quad < kRows / 4; quad += 4) {
-    Ints turned[4];
-    turn_lanes(fours + quad, turned);
-    for (int i = 0; i < 4; ++i) {
-      alignas(64) int32_t lanes[kLanes];
-      store(turned[i], lanes);
-      for (int span = 0; span < kSpan; ++span) std::memcpy(to + (4 * span + i) * stride + quad, lanes + 4 * span, 16);
-    }
-  }
-}
-#endif
-
 // Up to kRows rows of a matrix, with coefficients of up to kColumns rows of input.
 template <class T, bool kUpper>
 class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
@@ -755,23 +714,20 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
   // Of all rows that come next.
   void fetch_scales() const {
     for (int at = 0; at < upper_; at += 64)
-      for (int r = 0; r < kRows; ++r) prefetch_now(next_[r] + at);
+      for (int r = 0; r < kRows; ++r) fetch_packed(next_[r] + at);
   }
 
   void fetch(int quad, int upper, int lower) const {
 #pragma GCC unroll 4
     for (int r = 4 * quad; r < 4 * quad + 4; ++r) {
-      prefetch_now(next_[r] + upper);
-      if constexpr (!kUpper) prefetch_now(next_lowers_[r] + lower);
+      fetch_packed(next_[r] + upper);
+      if constexpr (!kUpper) fetch_packed(next_lowers_[r] + lower);
     }
   }
 
+  static constexpr bool may_use_tiles = false;
   int four(int j, int quad, int lane) const { return rounded_[j][quad][lane]; }
   Ints fours(int j, int quad, int lane) const { return spans(rounded_[j][quad] + lane); }
-#if defined(__AMX_INT8__)
-  const int8_t* inputs(int lane) const { return reinterpret_cast<const int8_t*>(inputs_[lane]); }
-  static constexpr int input_stride = kRows;
-#endif
   int start(int j, int lane) const { return starts_[j][lane]; }
 
   struct Join {
@@ -791,17 +747,14 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
     const Vec inverse = where_less(Vec::set(0.0f), largest, Vec::set(1.0f) / largest, Vec::set(0.0f));
     for (int r = 0; r < kRows; ++r) scale[r] = scale[r] * inverse;
     for (int j = 0; j < m_; ++j) {
-      Ints total = set(0), fours[kRows / 4];
+      Ints total = set(0);
       for (int quad = 0; quad < kRows / 4; ++quad) {
         const float* c = coefficients_[j] + 4 * quad;
         const Vec* s = scale + 4 * quad;
-        fours[quad] = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
-        store(fours[quad], rounded_[j][quad]);
-        total = sum_bytes(total, fours[quad]);
+        const Ints four = bytes(s[0] * Vec::set(c[0]), s[1] * Vec::set(c[1]), s[2] * Vec::set(c[2]), s[3] * Vec::set(c[3]));
+        store(four, rounded_[j][quad]);
+        total = sum_bytes(total, four);
       }
-#if defined(__AMX_INT8__)
-      if (m_ >= kTileInputs) spread(fours, inputs_[0][j], kColumns * kRows / 4);
-#endif
       store(start_of<kUpper>(total), starts_[j]);
       (largest * Vec::set(scales_[j])).store(group_scales_[j]);
     }
@@ -815,9 +768,6 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
   // By groups: the coefficients as integers, four rows in one, and so on.
   alignas(64) int32_t rounded_[kColumns][kRows / 4][kLanes], starts_[kColumns][kLanes];
   alignas(64) float group_scales_[kColumns][kLanes];
-#if defined(__AMX_INT8__)
-  alignas(64) int32_t inputs_[kLanes][kColumns][kRows / 4];  // rounded_ as tiles read it: a row's eight side by side
-#endif
 };
 
 template <class T, bool kUpper>
@@ -827,7 +777,6 @@ void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc,
     SumBlock<T, kUpper> block(all, r, std::min(kRows, n - r), form);
     for (int j = 0; j < m; j += kColumns) {
       const int inputs = std::min(kColumns, m - j);
-      const GroupTiles tiles(inputs);
       block.coefficients(static_cast<const T*>(coefficients) + j * ldc + r, ldc, inputs);
       block.add(begin, end, j == 0, acc + j * lda, lda);
     }
