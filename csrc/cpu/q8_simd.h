@@ -382,7 +382,8 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
     const int g = now.group + step;
     if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     if (fetch && step < next.groups) fetch_step<Form>(next, step, upper_at);
-    if constexpr (!kFetchIntoL2 && M <= 8) fetch_near<Form>(now, step, upper_at);
+    if constexpr (!kFetchIntoL2 && M <= 8)
+      if (fetch) fetch_near<Form>(now, step, upper_at);
     Codes codes[8];
     read_codes<Form>(now, g, upper_at, codes);
     const auto add_rows = [&]<int... R>(int first, std::integer_sequence<int, R...>) {
