@@ -263,22 +263,17 @@ Ints start_of(Ints total) {
   return kUpper ? halved(times(total, -241)) : times(total, -kZero);
 }
 
-// Of every four lanes of four vectors: dword i of x[r] becomes dword r of turned[i].
-inline void turn_lanes(const Ints* x, Ints* turned) {
+// Four vectors whose lanes are rows: lane r of turned[i] is dword i of the 16 bytes at at(r).
+template <class At>
+void turn(const At& at, Ints* turned) {
+  Ints x[4];
+  for (int i = 0; i < 4; ++i) x[i] = gather([&](int span) { return at(4 * span + i); });
   const Ints a = unpack_low32(x[0], x[1]), b = unpack_high32(x[0], x[1]);
   const Ints c = unpack_low32(x[2], x[3]), d = unpack_high32(x[2], x[3]);
   turned[0] = unpack_low64(a, c);
   turned[1] = unpack_high64(a, c);
   turned[2] = unpack_low64(b, d);
   turned[3] = unpack_high64(b, d);
-}
-
-// Four vectors whose lanes are rows: lane r of turned[i] is dword i of the 16 bytes at at(r).
-template <class At>
-void turn(const At& at, Ints* turned) {
-  Ints x[4];
-  for (int i = 0; i < 4; ++i) x[i] = gather([&](int span) { return at(4 * span + i); });
-  turn_lanes(x, turned);
 }
 
 // While a tile of rows is multiplied, the next one is fetched, place by place: memory is so slow that anything nearer comes
@@ -310,32 +305,32 @@ struct Header<Planes<kUpper>> {
   }
 };
 
-// What is read in a step of one group after this block, which has such a step: to ask here made the whole loop 4 % slower. A line
-// holds four groups: a quarter of the rows at each.
+// The codes of a step of one group. A line holds four groups: a quarter of the rows at each.
+template <class Form, bool kIntoL2>
+void fetch_codes(const Block& block, int step, int upper_at) {
+  const int at = block.group * kGroupBytes + step / 4 * 64;
+  for (int r = step % 4; r < kLanes; r += 4) {
+    prefetch_now<kIntoL2>(block.rows[r] + upper_at + at);
+    if (Form::has_lower) prefetch_now<kIntoL2>(block.lowers[r] + at);
+  }
+}
+
+// What is read in a step after this block, which has such a step: to ask here made the whole loop 4 % slower.
 template <class Form>
 void fetch_step(const Block& next, int step, int upper_at) {
-  const int at = next.group * kGroupBytes + step / 4 * 64;
-  for (int r = step % 4; r < kLanes; r += 4) {
-    if (step < 4)  // their scales
+  if (step < 4)  // the rows' scales
+    for (int r = step; r < kLanes; r += 4)
       for (int line = Form::header_at(next.group) / 64 * 64; line < std::min(Form::header_at(next.group + next.groups), upper_at);
            line += 64)
         fetch_packed(next.rows[r] + line);
-    fetch_packed(next.rows[r] + upper_at + at);
-    if (Form::has_lower) fetch_packed(next.lowers[r] + at);
-  }
+  fetch_codes<Form, true>(next, step, upper_at);
 }
 
 // What is read sixteen steps after this one in the same block, once more and into L1: a Xeon with AMX drops prefetches into L2
 // while too many lines are on their way, and a line that is not there stops it for longer than asking twice does.
 template <class Form>
-void fetch_near(const Block& now, int step, int upper_at) {
-  const int to = step + 16;
-  if (to >= now.groups) return;
-  const int at = now.group * kGroupBytes + to / 4 * 64;
-  for (int r = to % 4; r < kLanes; r += 4) {
-    prefetch_now<false>(now.rows[r] + upper_at + at);
-    if (Form::has_lower) prefetch_now<false>(now.lowers[r] + at);
-  }
+void fetch_again(const Block& now, int step, int upper_at) {
+  if (step + 16 < now.groups) fetch_codes<Form, false>(now, step + 16, upper_at);
 }
 
 // The codes of a group of all rows: four weights of each in every vector.
@@ -383,7 +378,7 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
     if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     if (fetch && step < next.groups) fetch_step<Form>(next, step, upper_at);
     if constexpr (!kFetchIntoL2 && M <= 8)
-      if (fetch) fetch_near<Form>(now, step, upper_at);
+      if (fetch) fetch_again<Form>(now, step, upper_at);
     Codes codes[8];
     read_codes<Form>(now, g, upper_at, codes);
     const auto add_rows = [&]<int... R>(int first, std::integer_sequence<int, R...>) {
