@@ -84,6 +84,7 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
       next_[r] = static_cast<const uint8_t*>(rows[count + r]);
     }
     while (next_count_ < kRows && next_[next_count_] != next_[next_count_ - 1]) ++next_count_;
+    staggered_ = stagger(next_, next_count_, 1);
     next_part_ = (next_count_ + quads_ - 1) / quads_;
     const auto* shared = static_cast<const uint8_t*>(form.shared);
     shared_ = shared + shared_at(form.group, form.cols, kSupers);
@@ -103,6 +104,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
     const int last = groups(end);
     for (int group = begin / kGroup; group < last; group += kSpan) {
       if (first) fetch_scales(group);
+      if (first && group == 0 && staggered_)
+        for (int r = 1; r < next_count_; r += 2) fetch_packed(next_[r] - 64);
       const int n = std::min(kSpan, last - group);
       Base::read(rows_, group * kGroupBytes, nullptr, 0, n, 0, first);
       read_scales(group, n);
@@ -165,7 +168,8 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
       }
   }
 
-  const uint8_t *rows_[kRows], *next_[kRows];
+  const uint8_t *rows_[kRows], *next_[kRows];  // the latter where they are fetched
+  bool staggered_;
   const uint8_t *shared_, *next_shared_, *super_;
   int next_count_, next_part_;  // rows that come next, and how many of them for each quad of these
   Coefficients x_[kColumns];

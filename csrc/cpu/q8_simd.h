@@ -38,6 +38,12 @@ Ints gather(const At& at) {
   return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i*)at(3)), 3);
 }
 inline Ints load_spans(const void* p, int n) { return _mm512_maskz_loadu_epi32((1u << 4 * n) - 1, p); }
+// Of kSpan groups of 32 bytes the first 16 of each, and the others.
+inline void load_halves(const int8_t* from, Ints* first, Ints* second) {
+  const Ints a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 64);
+  *first = _mm512_shuffle_i32x4(a, b, 0x88);
+  *second = _mm512_shuffle_i32x4(a, b, 0xdd);
+}
 inline Ints unpack_low32(Ints a, Ints b) { return _mm512_unpacklo_epi32(a, b); }
 inline Ints unpack_high32(Ints a, Ints b) { return _mm512_unpackhi_epi32(a, b); }
 inline Ints unpack_low64(Ints a, Ints b) { return _mm512_unpacklo_epi64(a, b); }
@@ -136,6 +142,11 @@ Ints gather(const At& at) {
 }
 inline Ints load_spans(const void* p, int n) {
   return n == kSpan ? _mm256_loadu_si256((const __m256i*)p) : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p));
+}
+inline void load_halves(const int8_t* from, Ints* first, Ints* second) {
+  const Ints a = _mm256_loadu_si256((const __m256i*)from), b = _mm256_loadu_si256((const __m256i*)(from + 32));
+  *first = _mm256_permute2x128_si256(a, b, 0x20);
+  *second = _mm256_permute2x128_si256(a, b, 0x31);
 }
 inline Ints unpack_low32(Ints a, Ints b) { return _mm256_unpacklo_epi32(a, b); }
 inline Ints unpack_high32(Ints a, Ints b) { return _mm256_unpackhi_epi32(a, b); }
@@ -257,6 +268,18 @@ inline void cross(const Ints* in, Ints* out) {
 // Packed weights go to L2 everywhere.
 inline void fetch_packed(const void* p) { prefetch_now<true>(p); }
 
+// A line that is missing in L2 of an Intel core brings along the other line of its 128 bytes. Where rows are so long that all are
+// at the same half of such a pair, they would ask for two lines each in one step and for none in the next. Then every other `run`
+// of rows is fetched a line ahead of the others: at: n places in rows that are read side by side. Returns whether it is so; the
+// first lines of rows ahead must be fetched as well.
+inline bool stagger(const uint8_t** at, int n, int run) {
+  uintptr_t differ = 0;
+  for (int r = 1; r < n; ++r) differ |= uintptr_t(at[r]) ^ uintptr_t(at[0]);
+  if (differ & 64) return false;
+  for (int r = 0; r < n; ++r) at[r] += r / run % 2 * 64;
+  return true;
+}
+
 // As `start_of` a number.
 template <bool kUpper>
 Ints start_of(Ints total) {
@@ -285,7 +308,14 @@ constexpr int kBlock = 48;
 struct Block {
   const uint8_t* const* rows;  // kLanes
   const uint8_t* const* lowers;
+  const uint8_t* const* fetched[2];  // where nibbles are fetched, upper and lower ones
+  bool staggered;                    // those of every other four rows a line ahead
   int group, groups;
+
+  Block from(int tile, int group, int groups) const {
+    const int r = tile * kLanes;
+    return {rows + r, lowers + r, {fetched[0] + r, fetched[1] + r}, staggered, group, groups};
+  }
 };
 
 // Scales of eight groups in as many rows as there are lanes.
@@ -307,11 +337,11 @@ struct Header<Planes<kUpper>> {
 
 // The codes of a step of one group. A line holds four groups: a quarter of the rows at each.
 template <class Form, bool kIntoL2>
-void fetch_codes(const Block& block, int step, int upper_at) {
-  const int at = block.group * kGroupBytes + step / 4 * 64;
+void fetch_codes(const uint8_t* const* uppers, const uint8_t* const* lowers, int group, int step, int upper_at) {
+  const int at = group * kGroupBytes + step / 4 * 64;
   for (int r = step % 4; r < kLanes; r += 4) {
-    prefetch_now<kIntoL2>(block.rows[r] + upper_at + at);
-    if (Form::has_lower) prefetch_now<kIntoL2>(block.lowers[r] + at);
+    prefetch_now<kIntoL2>(uppers[r] + upper_at + at);
+    if (Form::has_lower) prefetch_now<kIntoL2>(lowers[r] + at);
   }
 }
 
@@ -323,14 +353,17 @@ void fetch_step(const Block& next, int step, int upper_at) {
       for (int line = Form::header_at(next.group) / 64 * 64; line < std::min(Form::header_at(next.group + next.groups), upper_at);
            line += 64)
         fetch_packed(next.rows[r] + line);
-  fetch_codes<Form, true>(next, step, upper_at);
+  if (next.staggered && next.group == 0 && step < 4)
+    for (int r = step + 4; r < kLanes; r += 8)
+      for (int plane = 0; plane <= Form::has_lower; ++plane) fetch_packed(next.fetched[plane][r] - 64);
+  fetch_codes<Form, true>(next.fetched[0], next.fetched[1], next.group, step, 0);
 }
 
 // What is read sixteen steps after this one in the same block, once more and into L1: a Xeon with AMX drops prefetches into L2
 // while too many lines are on their way, and a line that is not there stops it for longer than asking twice does.
 template <class Form>
 void fetch_again(const Block& now, int step, int upper_at) {
-  if (step + 16 < now.groups) fetch_codes<Form, false>(now, step + 16, upper_at);
+  if (step + 16 < now.groups) fetch_codes<Form, false>(now.rows, now.lowers, now.group, step + 16, upper_at);
 }
 
 // The codes of a group of all rows: four weights of each in every vector.
@@ -397,24 +430,81 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
 }
 
+// Of two vectors: the sums of neighbours' pairs
+inline Ints add_pairs32(Ints a, Ints b) { return add(unpack_low32(a, b), unpack_high32(a, b)); }
+inline Ints add_pairs64(Ints a, Ints b) { return add(unpack_low64(a, b), unpack_high64(a, b)); }
+
+// The sums of integers of n groups, at most kSpan, for all rows by one of input; lane r of totals[i] is row r's in group i.
+template <class Form, class Before>
+void total_rows(const Block& now, int group, int n, int upper_at, const int8_t* values, const Before& before, Ints* totals) {
+  Ints x[2], fours[kSpan];
+  load_halves(values, x, x + 1);
+  const int at = group * kGroupBytes;
+#pragma GCC unroll 4
+  for (int four = 0; four < kSpan; ++four) {
+    before(four);
+    Ints sums[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      Codes first, second;
+      split<!Form::has_lower>(load_spans(now.rows[4 * four + r] + upper_at + at, n),
+                              Form::has_lower ? load_spans(now.lowers[4 * four + r] + at, n) : Ints(), &first, &second);
+      Sum<!Form::has_lower> sum(set(0));
+      sum.add(first, x[0]);
+      sum.add(second, x[1]);
+      sums[r] = sum.total();
+    }
+    fours[four] = add_pairs64(add_pairs32(sums[0], sums[1]), add_pairs32(sums[2], sums[3]));
+  }
+  cross(fours, totals);
+}
+
+template <class Form>
+__attribute__((flatten)) void dot_one(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sum,
+                                      bool fetch) {
+  const int upper_at = Form::header_bytes(form.cols);
+  Vec acc = *sum;
+  Header<Form> header;
+  for (int step = 0; step < now.groups; step += kSpan) {
+    const int g = now.group + step, n = std::min(kSpan, now.groups - step);
+    if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
+    const auto before = [&](int i) {
+      if (fetch && step + i < next.groups) fetch_step<Form>(next, step + i, upper_at);
+      if constexpr (!kFetchIntoL2)
+        if (fetch) fetch_again<Form>(now, step + i, upper_at);
+    };
+    Ints totals[kSpan];
+    if (n == kSpan) {
+      total_rows<Form>(now, g, kSpan, upper_at, x.values + g * kGroup, before, totals);
+    } else {
+      alignas(64) int8_t values[kSpan * kGroup] = {};
+      std::copy_n(x.values + g * kGroup, n * kGroup, values);
+      total_rows<Form>(now, g, n, upper_at, values, before, totals);
+    }
+    for (int i = 0; i < n; ++i)
+      acc = add_scaled<Form>(add(totals[i], start_at<Form>(x, g + i)), x, g + i, header, (step + i) % 8, acc);
+  }
+  *sum = acc;
+}
+
 // Up to kTiles * kLanes rows by M of input; what is read next stands after them.
 constexpr int kTiles = 64 / kLanes;
 
 template <class Form, int M>
-void dot_rows(const uint8_t* const* rows, const uint8_t* const* lowers, int n, const Packed& x, const RowForm& form, bool fetch,
-              float* out, ptrdiff_t ldo, int wanted) {
+void dot_rows(const Block& rows, int n, const Packed& x, const RowForm& form, bool fetch, float* out, ptrdiff_t ldo, int wanted) {
   const int num_groups = groups(form.cols), tiles = (n + kLanes - 1) / kLanes;
   Vec sums[kTiles][M];
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < M; ++j) sums[t][j] = Vec::set(0.0f);
-  const auto block = [&](int t, int group) {
-    return Block{rows + t * kLanes, lowers + t * kLanes, group, std::min(kBlock, num_groups - group)};
-  };
+  const auto block = [&](int t, int group) { return rows.from(t, group, std::min(kBlock, num_groups - group)); };
   for (int group = 0; group < num_groups; group += kBlock)
     for (int t = 0; t < tiles; ++t) {
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
-      dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
+      if constexpr (M == 1)
+        dot_one<Form>(block(t, group), next, x, form, sums[t], fetch);
+      else
+        dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
     }
   for (int t = 0; t < tiles; ++t)
     for (int j = 0; j < wanted; ++j) store_upto(sums[t][j], out + j * ldo + t * kLanes, n - t * kLanes);
@@ -425,19 +515,24 @@ void dot(const RowPointers& all, int n, const void* packed, int m, const RowForm
   const int k = form.cols;
   for (int i = 0; i < n; i += kTiles * kLanes) {
     const int count = std::min(kTiles * kLanes, n - i), whole = (count + kLanes - 1) / kLanes * kLanes;
-    const uint8_t *rows[(kTiles + 1) * kLanes], *lowers[(kTiles + 1) * kLanes];
+    constexpr int kMost = (kTiles + 1) * kLanes;
+    const uint8_t *rows[kMost], *lowers[kMost], *fetched[2][kMost];
     for (int r = 0; r < whole + kLanes; ++r) {
       // Rows that fill up a tile are the last one again, and what follows is what the caller reads next.
       const int at = r < whole ? std::min(r, count - 1) : count + r - whole;
       rows[r] = static_cast<const uint8_t*>(all.rows[i + at]);
-      if constexpr (Form::has_lower) lowers[r] = static_cast<const uint8_t*>(all.lowers[i + at]);
+      fetched[0][r] = rows[r] + Form::header_bytes(k);
+      if constexpr (Form::has_lower) fetched[1][r] = lowers[r] = static_cast<const uint8_t*>(all.lowers[i + at]);
     }
+    bool staggered = stagger(fetched[0], whole + kLanes, 4);
+    if constexpr (Form::has_lower) staggered = stagger(fetched[1], whole + kLanes, 4) || staggered;
+    const Block block{rows, lowers, {fetched[0], fetched[1]}, staggered, 0, 0};
     for (int j = 0; j < m; j += kColumns) {
       const Packed x(packed, j, m, k);
       const int wanted = std::min(m - j, kColumns);
       float* to = out + j * ldo + i;
       const auto multiply = [&]<int... M>(std::integer_sequence<int, M...>) {
-        ((x.columns == M ? dot_rows<Form, M>(rows, lowers, count, x, form, j == 0, to, ldo, wanted) : void()), ...);
+        ((x.columns == M ? dot_rows<Form, M>(block, count, x, form, j == 0, to, ldo, wanted) : void()), ...);
       };
       multiply(Packed::Counts());
     }
@@ -670,10 +765,13 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
       const int now = first + std::min(r, count - 1), next = first + count + r;
       rows_[r] = static_cast<const uint8_t*>(all.rows[now]);
       next_[r] = static_cast<const uint8_t*>(all.rows[next]);
+      fetched_[r] = next_[r] + upper_;
       if (kUpper) continue;
       lowers_[r] = static_cast<const uint8_t*>(all.lowers[now]);
-      next_lowers_[r] = static_cast<const uint8_t*>(all.lowers[next]);
+      fetched_lowers_[r] = static_cast<const uint8_t*>(all.lowers[next]);
     }
+    staggered_ = stagger(fetched_, kRows, 1);
+    if constexpr (!kUpper) staggered_ = stagger(fetched_lowers_, kRows, 1) || staggered_;
   }
 
   void coefficients(const T* coef, ptrdiff_t ldc, int m) {
@@ -699,7 +797,7 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
       round_coefficients(g);
       for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
         const int group = g + part, n = std::min(kSpan, last - group);
-        if (first && group == 0) fetch_scales();
+        if (first && group == 0) fetch_first();
         Base::read(rows_, upper_ + group * kGroupBytes, lowers_, group * kGroupBytes, n, part, first);
         Base::add_groups(group, n, part, end, acc, lda);
       }
@@ -707,17 +805,21 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
   }
 
  private:
-  // Of all rows that come next.
-  void fetch_scales() const {
+  // Of all rows that come next, what `fetch` does not fetch.
+  void fetch_first() const {
     for (int at = 0; at < upper_; at += 64)
       for (int r = 0; r < kRows; ++r) fetch_packed(next_[r] + at);
+    for (int r = 1; staggered_ && r < kRows; r += 2) {
+      fetch_packed(fetched_[r] - 64);
+      if constexpr (!kUpper) fetch_packed(fetched_lowers_[r] - 64);
+    }
   }
 
-  void fetch(int quad, int upper, int lower) const {
+  void fetch(int quad, int, int nibbles) const {
 #pragma GCC unroll 4
     for (int r = 4 * quad; r < 4 * quad + 4; ++r) {
-      fetch_packed(next_[r] + upper);
-      if constexpr (!kUpper) fetch_packed(next_lowers_[r] + lower);
+      fetch_packed(fetched_[r] + nibbles);
+      if constexpr (!kUpper) fetch_packed(fetched_lowers_[r] + nibbles);
     }
   }
 
@@ -756,8 +858,9 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
     }
   }
 
-  const uint8_t *rows_[kRows], *next_[kRows];
-  const uint8_t *lowers_[kUpper ? 1 : kRows], *next_lowers_[kUpper ? 1 : kRows];
+  const uint8_t *rows_[kRows], *next_[kRows], *fetched_[kRows];
+  const uint8_t *lowers_[kUpper ? 1 : kRows], *fetched_lowers_[kUpper ? 1 : kRows];
+  bool staggered_;
   const int count_, upper_;
   alignas(64) float coefficients_[kColumns][kRows];
   float scales_[kColumns];
