@@ -335,17 +335,8 @@ struct Header<Planes<kUpper>> {
   }
 };
 
-// The codes of a step of one group. A line holds four groups: a quarter of the rows at each.
-template <class Form, bool kIntoL2>
-void fetch_codes(const uint8_t* const* uppers, const uint8_t* const* lowers, int group, int step, int upper_at) {
-  const int at = group * kGroupBytes + step / 4 * 64;
-  for (int r = step % 4; r < kLanes; r += 4) {
-    prefetch_now<kIntoL2>(uppers[r] + upper_at + at);
-    if (Form::has_lower) prefetch_now<kIntoL2>(lowers[r] + at);
-  }
-}
-
-// What is read in a step after this block, which has such a step: to ask here made the whole loop 4 % slower.
+// What is read in a step after this block, which has such a step: to ask here made the whole loop 4 % slower. A line holds four
+// groups: in each step a quarter of the rows.
 template <class Form>
 void fetch_step(const Block& next, int step, int upper_at) {
   if (step < 4)  // the rows' scales
@@ -353,17 +344,13 @@ void fetch_step(const Block& next, int step, int upper_at) {
       for (int line = Form::header_at(next.group) / 64 * 64; line < std::min(Form::header_at(next.group + next.groups), upper_at);
            line += 64)
         fetch_packed(next.rows[r] + line);
-  if (next.staggered && next.group == 0 && step < 4)
-    for (int r = step + 4; r < kLanes; r += 8)
-      for (int plane = 0; plane <= Form::has_lower; ++plane) fetch_packed(next.fetched[plane][r] - 64);
-  fetch_codes<Form, true>(next.fetched[0], next.fetched[1], next.group, step, 0);
-}
-
-// What is read sixteen steps after this one in the same block, once more and into L1: a Xeon with AMX drops prefetches into L2
-// while too many lines are on their way, and a line that is not there stops it for longer than asking twice does.
-template <class Form>
-void fetch_again(const Block& now, int step, int upper_at) {
-  if (step + 16 < now.groups) fetch_codes<Form, false>(now.rows, now.lowers, now.group, step + 16, upper_at);
+  const int at = next.group * kGroupBytes + step / 4 * 64;
+  for (int plane = 0; plane <= Form::has_lower; ++plane) {
+    const uint8_t* const* from = next.fetched[plane];
+    if (next.staggered && next.group == 0 && step < 4)
+      for (int r = step + 4; r < kLanes; r += 8) fetch_packed(from[r] - 64);
+    for (int r = step % 4; r < kLanes; r += 4) fetch_packed(from[r] + at);
+  }
 }
 
 // The codes of a group of all rows: four weights of each in every vector.
@@ -410,8 +397,6 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
     const int g = now.group + step;
     if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     if (fetch && step < next.groups) fetch_step<Form>(next, step, upper_at);
-    if constexpr (!kFetchIntoL2 && M <= 8)
-      if (fetch) fetch_again<Form>(now, step, upper_at);
     Codes codes[8];
     read_codes<Form>(now, g, upper_at, codes);
     const auto add_rows = [&]<int... R>(int first, std::integer_sequence<int, R...>) {
@@ -430,38 +415,44 @@ __attribute__((flatten)) void dot_block(const Block& now, const Block& next, con
   for (int j = 0; j < M; ++j) sums[j] = acc[j];
 }
 
-// Of two vectors: the sums of neighbours' pairs
+// The sums of the pairs of dwords, and of quadwords, that lie side by side in 16 bytes of two vectors.
 inline Ints add_pairs32(Ints a, Ints b) { return add(unpack_low32(a, b), unpack_high32(a, b)); }
 inline Ints add_pairs64(Ints a, Ints b) { return add(unpack_low64(a, b), unpack_high64(a, b)); }
 
-// The sums of integers of n groups, at most kSpan, for all rows by one of input; lane r of totals[i] is row r's in group i.
+// Sums of integers of n groups, at most kSpan, of all rows by one of input: lane r of totals[g] is row r's in the g-th of them.
+// Here codes stay where they are, 16 bytes of every group of one row in a vector, and what is turned is their sums: half of the
+// instructions for one row of input, and more for two. before(i) is called before each of kSpan parts of the work.
 template <class Form, class Before>
-void total_rows(const Block& now, int group, int n, int upper_at, const int8_t* values, const Before& before, Ints* totals) {
-  Ints x[2], fours[kSpan];
+void total_groups(const Block& now, int group, int n, int upper_at, const int8_t* values, const Before& before, Ints* totals) {
+  Ints x[2], fours[kSpan];  // of four rows each
   load_halves(values, x, x + 1);
   const int at = group * kGroupBytes;
 #pragma GCC unroll 4
-  for (int four = 0; four < kSpan; ++four) {
-    before(four);
+  for (int i = 0; i < kSpan; ++i) {
+    before(i);
     Ints sums[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
+      const Ints upper = load_spans(now.rows[4 * i + r] + upper_at + at, n);
       Codes first, second;
-      split<!Form::has_lower>(load_spans(now.rows[4 * four + r] + upper_at + at, n),
-                              Form::has_lower ? load_spans(now.lowers[4 * four + r] + at, n) : Ints(), &first, &second);
+      if constexpr (Form::has_lower)
+        split<false>(upper, load_spans(now.lowers[4 * i + r] + at, n), &first, &second);
+      else
+        split<true>(upper, upper, &first, &second);
       Sum<!Form::has_lower> sum(set(0));
       sum.add(first, x[0]);
       sum.add(second, x[1]);
       sums[r] = sum.total();
     }
-    fours[four] = add_pairs64(add_pairs32(sums[0], sums[1]), add_pairs32(sums[2], sums[3]));
+    fours[i] = add_pairs64(add_pairs32(sums[0], sums[1]), add_pairs32(sums[2], sums[3]));
   }
   cross(fours, totals);
 }
 
+// `dot_block` by one row of input.
 template <class Form>
-__attribute__((flatten)) void dot_one(const Block& now, const Block& next, const Packed& x, const RowForm& form, Vec* sum,
-                                      bool fetch) {
+__attribute__((flatten)) void dot_block_by_one(const Block& now, const Block& next, const Packed& x, const RowForm& form,
+                                               Vec* sum, bool fetch) {
   const int upper_at = Form::header_bytes(form.cols);
   Vec acc = *sum;
   Header<Form> header;
@@ -470,16 +461,14 @@ __attribute__((flatten)) void dot_one(const Block& now, const Block& next, const
     if (step % 8 == 0) header.read([&](int r) { return now.rows[r] + Form::header_at(g); });
     const auto before = [&](int i) {
       if (fetch && step + i < next.groups) fetch_step<Form>(next, step + i, upper_at);
-      if constexpr (!kFetchIntoL2)
-        if (fetch) fetch_again<Form>(now, step + i, upper_at);
     };
     Ints totals[kSpan];
     if (n == kSpan) {
-      total_rows<Form>(now, g, kSpan, upper_at, x.values + g * kGroup, before, totals);
+      total_groups<Form>(now, g, kSpan, upper_at, x.values + g * kGroup, before, totals);
     } else {
       alignas(64) int8_t values[kSpan * kGroup] = {};
       std::copy_n(x.values + g * kGroup, n * kGroup, values);
-      total_rows<Form>(now, g, n, upper_at, values, before, totals);
+      total_groups<Form>(now, g, n, upper_at, values, before, totals);
     }
     for (int i = 0; i < n; ++i)
       acc = add_scaled<Form>(add(totals[i], start_at<Form>(x, g + i)), x, g + i, header, (step + i) % 8, acc);
@@ -502,7 +491,7 @@ void dot_rows(const Block& rows, int n, const Packed& x, const RowForm& form, bo
       const bool last = group + kBlock >= num_groups;
       const Block next = t + 1 < tiles ? block(t + 1, group) : last ? block(tiles, 0) : block(0, group + kBlock);
       if constexpr (M == 1)
-        dot_one<Form>(block(t, group), next, x, form, sums[t], fetch);
+        dot_block_by_one<Form>(block(t, group), next, x, form, sums[t], fetch);
       else
         dot_block<Form, M>(block(t, group), next, x, form, sums[t], fetch);
     }
