@@ -420,8 +420,9 @@ inline Ints add_pairs32(Ints a, Ints b) { return add(unpack_low32(a, b), unpack_
 inline Ints add_pairs64(Ints a, Ints b) { return add(unpack_low64(a, b), unpack_high64(a, b)); }
 
 // Sums of integers of n groups, at most kSpan, of all rows by one of input: lane r of totals[g] is row r's in the g-th of them.
-// Here codes stay where they are, 16 bytes of every group of one row in a vector, and what is turned is their sums: half of the
-// instructions for one row of input, and more for two. before(i) is called before each of kSpan parts of the work.
+// Here codes stay where they are, 16 bytes of every group of one row in a vector, and what is turned is their sums: three
+// quarters of the time with one row of input, and as long or longer with two. before(i) is called before each of kSpan parts of
+// the work.
 template <class Form, class Before>
 void total_groups(const Block& now, int group, int n, int upper_at, const int8_t* values, const Before& before, Ints* totals) {
   Ints x[2], fours[kSpan];  // of four rows each

@@ -125,7 +125,7 @@ inline float reduce_max(Vec a) { return a.v; }
 
 // Weights are fetched into L2, from where they come in time: a core can have more lines on their way to L2 than to L1. On a Zen
 // 4, products of packed weights with one row of input are 1.4 to 2.1 times as fast for it. Where there is AMX those in 16 bits go
-// to L1, which is an eighth faster there, and packed ones to both.
+// to L1, which is an eighth faster there.
 #if defined(__AMX_TILE__)
 constexpr bool kFetchIntoL2 = false;
 #else
