@@ -233,14 +233,50 @@ def compare(options: argparse.Namespace) -> None:
         for warm_up in variants.values():
             warm_up()
         bench.limit = options.max_new_tokens
-        rates = alternate(variants, options.rounds, "decoding")
-    report(bench, rates)
+        so_far: dict[str, float] = {}
+
+        def put(name: str, rate: float) -> None:
+            so_far[name] = rate
+            save(options.out, record_of(bench, so_far), last=False)
+
+        rates = alternate(variants, options.rounds, "decoding", put)
+    record = record_of(bench, rates)
+    show(record)
+    save(options.out, record)
 
 
-def report(bench: Bench, rates: dict[str, float]) -> None:
+def record_of(bench: Bench, rates: dict[str, float]) -> dict:
+    """What is kept, of those variants whose full model was measured. rates: tokens a second."""
     options = bench.options
-    table = Table(title=f"{options.model}, {options.dtype}: {', '.join(options.prompts)}, up to {options.max_new_tokens} tokens")
-    others = [name for name in rates if name not in bench.stats]
+    results = []
+    for name, rate in rates.items():
+        full = bench.full.get(name, full_of("plain" if "plain" in options.weights else options.weights[0]))
+        if full not in rates:
+            continue
+        result = {"variant": name, "tokens_per_second": rate, "vs_full": rate / rates[full]}
+        if stats := bench.stats.get(name):
+            result |= {
+                "density": stats.density,
+                "python_share": bench.overhead.get(name),
+                "text_equals_full": bench.texts[name] == bench.texts[full],
+                **stats.metrics(),
+            }
+        results.append(result)
+    return {
+        "benchmark": "decode",
+        "model": options.model,
+        "dtype": options.dtype,
+        "prompts": options.prompts,
+        "max_new_tokens": options.max_new_tokens,
+        "busy": options.busy,
+        "results": results,
+    }
+
+
+def show(record: dict) -> None:
+    limit = record["max_new_tokens"]
+    table = Table(title=f"{record['model']}, {record['dtype']}: {', '.join(record['prompts'])}, up to {limit} tokens")
+    others = {result["variant"]: result["tokens_per_second"] for result in record["results"] if "density" not in result}
     columns = [
         "",
         "tokens/s",
@@ -254,44 +290,24 @@ def report(bench: Bench, rates: dict[str, float]) -> None:
     ]
     for column in columns:
         table.add_column(column, justify="left" if column == "" else "right")
-    records = []
-    for name, rate in rates.items():
-        stats = bench.stats.get(name)
-        advance = stats.average_advance_length if stats else None
-        full = bench.full.get(name, full_of("plain" if "plain" in options.weights else options.weights[0]))
-        equal = bench.texts[name] == bench.texts[full] if stats else None
+
+    def cell(result: dict, name: str, form: str) -> str:
+        return "" if result.get(name) is None else format(result[name], form)
+
+    for result in record["results"]:
+        rate = result["tokens_per_second"]
         table.add_row(
-            name,
+            result["variant"],
             f"{rate:.2f}",
-            f"{rate / rates[full]:.2f}",
-            *(f"{rate / rates[other]:.2f}" for other in others),
-            "" if advance is None else f"{advance:.2f}",
-            "" if advance is None else f"{stats.effective_density:.3f}",
-            "" if advance is None else f"{stats.corrected_fraction:.1%}",
-            f"{bench.overhead[name]:.1%}" if name in bench.overhead else "",
-            "" if equal is None else ("yes" if equal else "no"),
+            f"{result['vs_full']:.2f}",
+            *(f"{rate / other:.2f}" for other in others.values()),
+            cell(result, "average_advance_length", ".2f"),
+            cell(result, "effective_density", ".3f"),
+            cell(result, "corrected_fraction", ".1%"),
+            cell(result, "python_share", ".1%"),
+            {None: "", True: "yes", False: "no"}[result.get("text_equals_full")],
         )
-        record = {"variant": name, "tokens_per_second": rate, "vs_full": rate / rates[full]}
-        if stats:
-            record |= {
-                "density": stats.density,
-                "python_share": bench.overhead.get(name),
-                "text_equals_full": equal,
-                **stats.metrics(),
-            }
-        records.append(record)
     console.print(table)
-    save(
-        options.out,
-        {
-            "benchmark": "decode",
-            "model": options.model,
-            "dtype": options.dtype,
-            "prompts": options.prompts,
-            "busy": options.busy,
-            "results": records,
-        },
-    )
 
 
 if __name__ == "__main__":

@@ -388,6 +388,34 @@ def test_others_are_busy_meanwhile_and_not_longer(monkeypatch):
     assert all(each.poll() is not None for each in started)
 
 
+def test_a_benchmark_of_decoding_that_is_ended_leaves_what_it_found(tmp_path, monkeypatch):
+    out, found = tmp_path / "decode.json", []
+
+    class Bench(decode.Bench):
+        def __init__(self, options):
+            self.options, self.stats, self.full = options, {}, {}
+
+        def variants(self):
+            return {"transformers": lambda: 2.0, "Full": self.full_model}
+
+        def full_model(self) -> float:
+            if self.limit == self.options.max_new_tokens:  # no warm-up
+                found.append(json.loads(out.read_text())["results"])
+                if len(found) == 2:
+                    raise KeyboardInterrupt
+            return 8.0
+
+    monkeypatch.setattr(decode, "Bench", Bench)
+    with pytest.raises(KeyboardInterrupt):
+        decode.compare(decode.parse(["--skip", "llama.cpp", "--rounds", "2", "--out", str(out)]))
+    both = [
+        {"variant": "transformers", "tokens_per_second": 2.0, "vs_full": 0.25},
+        {"variant": "Full", "tokens_per_second": 8.0, "vs_full": 1.0},
+    ]
+    # What is a share of Full waits for it.
+    assert found == [[], both] and json.loads(out.read_text())["results"] == both
+
+
 def test_what_is_measured_depends_on_what_is_asked_for():
     assert decode.parse([]).periods == [4, 8, 16, "auto"] and not decode.parse([]).latency
     asked = decode.parse(["--context", "512"])

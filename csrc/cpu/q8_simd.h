@@ -269,9 +269,9 @@ inline void cross(const Ints* in, Ints* out) {
 inline void fetch_packed(const void* p) { prefetch_now<true>(p); }
 
 // A line that is missing in L2 of an Intel core brings along the other line of its 128 bytes. Where rows are so long that all are
-// at the same half of such a pair, they would ask for two lines each in one step and for none in the next. Then every other `run`
-// of rows is fetched a line ahead of the others: at: n places in rows that are read side by side. Returns whether it is so; the
-// first lines of rows ahead must be fetched as well.
+// at the same half of such a pair, they would ask for two lines each in one step and for none in the next. Then `run` rows are
+// fetched where they are, the next `run` a line ahead, and so on. at: n places in rows that are read side by side. Returns
+// whether some are ahead now: their first lines must be fetched as well.
 inline bool stagger(const uint8_t** at, int n, int run) {
   uintptr_t differ = 0;
   for (int r = 1; r < n; ++r) differ |= uintptr_t(at[r]) ^ uintptr_t(at[0]);
