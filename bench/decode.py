@@ -233,13 +233,13 @@ def compare(options: argparse.Namespace) -> None:
         for warm_up in variants.values():
             warm_up()
         bench.limit = options.max_new_tokens
-        so_far: dict[str, float] = {}
+        rates: dict[str, float] = {}
 
         def put(name: str, rate: float) -> None:
-            so_far[name] = rate
-            save(options.out, record_of(bench, so_far), last=False)
+            rates[name] = rate
+            save(options.out, record_of(bench, rates), last=False)
 
-        rates = alternate(variants, options.rounds, "decoding", put)
+        alternate(variants, options.rounds, "decoding", put)
     record = record_of(bench, rates)
     show(record)
     save(options.out, record)

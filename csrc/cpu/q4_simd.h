@@ -102,12 +102,11 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
 
   void add(int begin, int end, bool first, float* acc, ptrdiff_t lda) {
     const int last = groups(end);
+    if (first && begin == 0 && staggered_) fetch_before(next_, next_count_);
     for (int group = begin / kGroup; group < last; group += kSpan) {
       if (first) fetch_scales(group);
-      if (first && group == 0 && staggered_)
-        for (int r = 1; r < next_count_; r += 2) fetch_packed(next_[r] - 64);
       const int n = std::min(kSpan, last - group);
-      Base::read(rows_, group * kGroupBytes, nullptr, 0, n, 0, first);
+      Base::read(rows_, 0, nullptr, group * kGroupBytes, n, 0, first);
       read_scales(group, n);
       Base::add_groups(group, n, 0, end, acc, lda);
     }
@@ -116,9 +115,9 @@ class GroupSum : ColumnSums<GroupSum<T, kSupers>, true> {
  private:
   static constexpr int kVectors = 2 * kHalf;  // of a group's columns
 
-  void fetch(int quad, int upper, int) const {
+  void fetch(int quad, int nibbles) const {
     const int end = std::min((quad + 1) * next_part_, next_count_);
-    for (int r = quad * next_part_; r < end; ++r) fetch_packed(next_[r] + upper);
+    for (int r = quad * next_part_; r < end; ++r) fetch_packed(next_[r] + nibbles);
   }
 
   // The same for all columns.

@@ -280,6 +280,11 @@ inline bool stagger(const uint8_t** at, int n, int run) {
   return true;
 }
 
+// The lines before every other one of n places: with a run of one, those that `stagger` has gone past.
+inline void fetch_before(const uint8_t* const* at, int n) {
+  for (int r = 1; r < n; r += 2) fetch_packed(at[r] - 64);
+}
+
 // As `start_of` a number.
 template <bool kUpper>
 Ints start_of(Ints total) {
@@ -545,7 +550,7 @@ constexpr int kFew = 1;
 // Rows that are added up in integers, in groups of columns: what the formats have in common. A Block has the coefficients and
 // what the sums are to be multiplied with:
 //
-//   fetch(quad, upper, lower)     prefetches what the rows that come next have in the place that is read, a part of it for each
+//   fetch(quad, nibbles)          prefetches what the rows that come next have in the place that is read, a part of it for each
 //                                 quad: all at once would leave the core waiting with nothing to multiply (a sixth of the time)
 //   four(j, quad, lane)           for input row j, coefficients of rows 4 * quad and on, a byte each
 //   fours(j, quad, lane)          those of kSpan groups from `lane` on, each in all lanes of its 16 bytes
@@ -560,16 +565,17 @@ class ColumnSums {
  protected:
   explicit ColumnSums(int quads) : quads_(quads) {}
 
-  // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane. upper, lower: where the
-  // first one's nibbles are in a row, and in its lower nibbles. Few rows of input are multiplied at once; lane: as `add_groups`.
-  void read(const uint8_t* const* rows, int upper, const uint8_t* const* lowers, int lower, int n, int lane, bool fetch) {
-    if (m_ == 1) return multiply_unordered<1>(rows, upper, lowers, lower, n, lane, fetch);
-    if (m_ <= kFew) return multiply_unordered<kFew>(rows, upper, lowers, lower, n, lane, fetch);
+  // The codes of all rows in n groups: of each group vectors of columns in order, four rows to a lane. header: bytes of a
+  // row before its nibbles; nibbles: where those of the first group are behind it, and in the lower ones. Few rows of input are
+  // multiplied at once; lane: as `add_groups`.
+  void read(const uint8_t* const* rows, int header, const uint8_t* const* lowers, int nibbles, int n, int lane, bool fetch) {
+    if (m_ == 1) return multiply_unordered<1>(rows, header, lowers, nibbles, n, lane, fetch);
+    if (m_ <= kFew) return multiply_unordered<kFew>(rows, header, lowers, nibbles, n, lane, fetch);
     for (int quad = 0; quad < quads_; ++quad) {
-      if (fetch) static_cast<const Block&>(*this).fetch(quad, upper, lower);
+      if (fetch) static_cast<const Block&>(*this).fetch(quad, nibbles);
       Ints uppers[kSpan][kHalf], lower_nibbles[kSpan][kHalf] = {};
-      interleave(rows + 4 * quad, upper, n, uppers);
-      if constexpr (!kUpper) interleave(lowers + 4 * quad, lower, n, lower_nibbles);
+      interleave(rows + 4 * quad, header + nibbles, n, uppers);
+      if constexpr (!kUpper) interleave(lowers + 4 * quad, nibbles, n, lower_nibbles);
       for (int g = 0; g < kSpan; ++g)
         for (int v = 0; v < kHalf; ++v)
           split<kUpper>(uppers[g][v], lower_nibbles[g][v], &codes_[g][quad][v], &codes_[g][quad][kHalf + v]);
@@ -685,7 +691,7 @@ class ColumnSums {
   // M rows of input by n groups, while these are read: the codes stay in registers, and only sums are put in order, not every
   // code.
   template <int M>
-  void multiply_unordered(const uint8_t* const* rows, int upper, const uint8_t* const* lowers, int lower, int n, int lane,
+  void multiply_unordered(const uint8_t* const* rows, int header, const uint8_t* const* lowers, int nibbles, int n, int lane,
                           bool fetch) {
     const Block& block = static_cast<const Block&>(*this);
     Sum<kUpper> sums[M][2][4];
@@ -693,9 +699,9 @@ class ColumnSums {
     for (int i = 0; i < 8 * M; ++i) sums[i / 8][i / 4 % 2][i % 4] = Sum<kUpper>(set(0));
     for (int quad = 0; quad < quads_; ++quad) {
       Ints uppers[4], lower_nibbles[4] = {}, x[M];
-      if (fetch) block.fetch(quad, upper, lower);
-      unpack(rows + 4 * quad, upper, n, uppers);
-      if constexpr (!kUpper) unpack(lowers + 4 * quad, lower, n, lower_nibbles);
+      if (fetch) block.fetch(quad, nibbles);
+      unpack(rows + 4 * quad, header + nibbles, n, uppers);
+      if constexpr (!kUpper) unpack(lowers + 4 * quad, nibbles, n, lower_nibbles);
 #pragma GCC unroll 2
       for (int j = 0; j < M; ++j) x[j] = block.fours(j, quad, lane);
 #pragma GCC unroll 4
@@ -783,12 +789,12 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
 
   void add(int begin, int end, bool first, float* acc, ptrdiff_t lda) {
     const int last = groups(end);
+    if (first && begin == 0) fetch_first();
     for (int g = begin / kGroup; g < last; g += kLanes) {
       round_coefficients(g);
       for (int part = 0; part < kLanes && g + part < last; part += kSpan) {
         const int group = g + part, n = std::min(kSpan, last - group);
-        if (first && group == 0) fetch_first();
-        Base::read(rows_, upper_ + group * kGroupBytes, lowers_, group * kGroupBytes, n, part, first);
+        Base::read(rows_, upper_, lowers_, group * kGroupBytes, n, part, first);
         Base::add_groups(group, n, part, end, acc, lda);
       }
     }
@@ -799,13 +805,12 @@ class SumBlock : ColumnSums<SumBlock<T, kUpper>, kUpper> {
   void fetch_first() const {
     for (int at = 0; at < upper_; at += 64)
       for (int r = 0; r < kRows; ++r) fetch_packed(next_[r] + at);
-    for (int r = 1; staggered_ && r < kRows; r += 2) {
-      fetch_packed(fetched_[r] - 64);
-      if constexpr (!kUpper) fetch_packed(fetched_lowers_[r] - 64);
-    }
+    if (staggered_) fetch_before(fetched_, kRows);
+    if constexpr (!kUpper)
+      if (staggered_) fetch_before(fetched_lowers_, kRows);
   }
 
-  void fetch(int quad, int, int nibbles) const {
+  void fetch(int quad, int nibbles) const {
 #pragma GCC unroll 4
     for (int r = 4 * quad; r < 4 * quad + 4; ++r) {
       fetch_packed(fetched_[r] + nibbles);
