@@ -153,6 +153,27 @@ def test_adapters_are_refused(path):
         Engine(model)
 
 
+CHANGES = {
+    "epsilon": (
+        lambda m: setattr(m.model.layers[1].input_layernorm, "variance_epsilon", 0.3),
+        "input_layernorm to have an epsilon",
+    ),
+    "epsilon of the last": (lambda m: setattr(m.model.norm, "variance_epsilon", 0.3), "model.norm to have an epsilon"),
+    "scale": (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.3), "model.layers.1.self_attn.scaling to be"),
+    "activation": (lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.ReLU()), "model.layers.1.mlp.act_fn to be a SiLU"),
+    "activation, fused": (lambda m: setattr(m.model.layers[1].mlp, "activation_fn", nn.ReLU()), "mlp.activation_fn to be a SiLU"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_numbers_that_are_not_the_configs_are_refused(case):
+    """What reads the config alone would compute another model."""
+    model, (change, message) = tiny("phi3" if case.endswith("fused") else "llama3"), CHANGES[case]
+    change(model)
+    with pytest.raises(ValueError, match=f"^model: expected .*{message}.*, got "):
+        Engine(model)
+
+
 def test_an_adapter_on_the_head_is_refused():
     model = tiny("llama3")
     model.lm_head = Adapter(model.lm_head.in_features, model.lm_head.out_features, bias=False)

@@ -108,6 +108,11 @@ def ends_with(*tokens):
     return lambda input_ids, scores: torch.isin(input_ids[:, -1], torch.tensor(tokens))
 
 
+def synthid():
+    """A watermark whose processor remembers what it was called for."""
+    return transformers.SynthIDTextWatermarkingConfig(keys=[654, 400, 836], ngram_len=3)
+
+
 # Settings that change the text, made from the tokens of the text without them.
 SETTINGS = {
     "max_length": lambda text: {"max_length": 13, "max_new_tokens": None},
@@ -127,6 +132,7 @@ SETTINGS = {
     "forced_eos_token_id": lambda text: {"forced_eos_token_id": 3},
     "exponential_decay_length_penalty": lambda text: {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 3},
     "watermarking_config": lambda text: {"watermarking_config": transformers.WatermarkingConfig(bias=3.0)},
+    "watermarking_config-synthid": lambda text: {"watermarking_config": synthid()},
     "prefix_allowed_tokens_fn": lambda text: {"prefix_allowed_tokens_fn": lambda row, ids: range(len(ids) % 7, VOCAB, 7)},
     "logits_processor": lambda text: {"logits_processor": LogitsProcessorList([never_twice, Parity()])},
     "logits_processor-float64": lambda text: {"logits_processor": LogitsProcessorList([lambda ids, scores: -scores.double()])},
@@ -345,6 +351,7 @@ BATCH_SETTINGS = {
     "forced_eos_token_id": lambda texts: {"forced_eos_token_id": RARE},
     "stopping_criteria": lambda texts: {"stopping_criteria": [ends_with(texts[1][5])], "eos_token_id": RARE},
     "logits_processor": lambda texts: {"logits_processor": LogitsProcessorList([never_twice])},
+    "synthid": lambda texts: {"watermarking_config": synthid()},
 }
 
 
@@ -399,6 +406,15 @@ def test_settings_about_the_batch(settings, way):
     """What counts the padding, and functions that know the rows: as `transformers` does it."""
     settings = {"pad_token_id": PAD, **settings}
     assert torch.equal(way(ours(), MATCH, **batch(), **settings), plain().generate(**batch(), **settings))
+
+
+@pytest.mark.parametrize("config", [FULL, SiriusConfig(accept="sample", period=4)], ids=["full", "sample"])
+def test_texts_of_one_prompt_have_its_number(config):
+    """In a prefix_allowed_tokens_fn, as in `transformers`."""
+    settings = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 5, "pad_token_id": PAD}
+    settings["prefix_allowed_tokens_fn"] = lambda number, ids: [[10, 11], [20, 21], [30, 31]][number]
+    for out in (by_call(ours(), config, **batch(), **settings), plain().generate(**batch(), **settings)):
+        assert [sorted({token // 10 for token in row[9:].tolist()}) for row in out] == [[1], [1], [2], [2], [3], [3]]
 
 
 @pytest.mark.parametrize("pad", [{}, {"pad_token_id": 7}], ids=["default", "given"])

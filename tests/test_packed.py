@@ -359,3 +359,16 @@ def test_every_way_to_call(weights):
         assert torch.equal(model.generate(ids, max_new_tokens=12), expected)
     with attach(model):
         assert torch.equal(model.generate(ids, max_new_tokens=12), expected), "leaving the block did away with something"
+
+
+@pytest.mark.parametrize(
+    "name, arguments", [("save_pretrained", ("somewhere",)), ("push_to_hub", ("a/b",)), ("resize_token_embeddings", (9,))]
+)
+def test_what_would_take_packed_weights_for_others_is_refused(name, arguments, tmp_path, monkeypatch):
+    """Nobody could load what it would write."""
+    monkeypatch.chdir(tmp_path)
+    tiny().save_pretrained("plain")
+    for model in (packed(), Engine.from_pretrained("plain", device="cpu", weights="q8").model):
+        with pytest.raises(RuntimeError, match="^model: its weights are packed or in part on the disk"):
+            getattr(model, name)(*arguments)
+    assert not (tmp_path / "somewhere").exists()

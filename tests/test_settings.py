@@ -361,6 +361,24 @@ def with_dropout(model):
     return model.eval
 
 
+def with_dropout_in_a_layer(model):
+    layer = model.model.layers[1]
+    layer.resid_attn_dropout = nn.Dropout(0.1)
+    return lambda: vars(layer)["_modules"].pop("resid_attn_dropout")
+
+
+def of_its_own(model):
+    mlp = model.model.layers[1].mlp
+    kind = type(mlp)
+
+    class Own(kind):
+        def forward(self, x):
+            return 0 * x
+
+    mlp.__class__ = Own
+    return lambda: setattr(mlp, "__class__", kind)
+
+
 SURROUNDINGS = {
     "forward hook": (hooked(nn.Module.register_forward_hook), "model.layers.1.mlp .LlamaMLP. has a forward hook"),
     "pre-hook": (hooked(nn.Module.register_forward_pre_hook), "model.layers.1.mlp .LlamaMLP. has a forward hook"),
@@ -370,7 +388,9 @@ SURROUNDINGS = {
     ),
     "global hook": (globally_hooked, "global forward hooks"),
     "forward replaced": (replaced, "the forward method of model.layers.1.mlp .LlamaMLP. was replaced"),
+    "forward of its own": (of_its_own, "the forward method of model.layers.1.mlp .Own. is test_settings's"),
     "dropout": (with_dropout, "it is in training mode and has dropout"),
+    "dropout in a layer": (with_dropout_in_a_layer, "it is in training mode and has dropout"),
 }
 
 

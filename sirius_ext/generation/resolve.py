@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    PrefixConstrainedLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria
 
 from ..config import SiriusConfig
 from ..decoding.calibrate import load_thresholds
 from ..decoding.sequence import Request
 from ..models.weights import Weights
 from ..runtime.cache import Cache
+from .rows import Clock, Criteria, Processor
 from .settings import Taken, check_surroundings, refuse_resolved, take
 
 
@@ -73,7 +68,8 @@ def resolve(
         mask = inputs.get("attention_mask")
         _check_positions(inputs.get("position_ids"), mask, input_ids)
         refuse_resolved(generation_config, config, len(input_ids), taken)
-        criteria = [*stopping_criteria, *_stop_strings(taken)]
+        timed = [Clock(each, len(input_ids)) if isinstance(each, MaxTimeCriteria) else each for each in stopping_criteria]
+        criteria = [*timed, *_stop_strings(taken)]
         weights = weights_of(model)
         thresholds = None
         if config.thresholds is not None and config.mode != "full":
@@ -82,7 +78,7 @@ def resolve(
 
         def request(row: int, prompt: torch.Tensor) -> Request:
             ends = _ends(row, input_ids.cpu(), weights.context - len(prompt), criteria)
-            process = _Processor(logits_processor, row, input_ids, len(prompt)) if logits_processor else None
+            process = Processor(logits_processor, row, input_ids, len(prompt)) if logits_processor else None
             sample, streamer = bool(generation_config.do_sample), taken.streamer
             return Request(prompt, config, *ends, process, sample, taken.generator, thresholds, streamer)
 
@@ -105,68 +101,7 @@ def _stop_strings(taken: Taken) -> list[StopStringCriteria]:
     return [StopStringCriteria(taken.tokenizer, taken.stop_strings)]
 
 
-class _Processor:
-    """`transformers`' logits processors, which want the batch as it was given: its padding, and this prompt in its row."""
-
-    def __init__(self, processors: Sequence[Any], row: int, batch: torch.Tensor, length: int) -> None:
-        self._row, self._rows = row, len(batch)
-        self._padding = batch[row, : batch.shape[1] - length]
-        processors = [_of_row(each, row) for each in processors]
-        # After a top-k a top-p looks at k tokens: it need not sort the vocabulary.
-        first = next((i for i, each in enumerate(processors) if isinstance(each, TopKLogitsWarper)), len(processors))
-        few = all(isinstance(each, (TopPLogitsWarper, MinPLogitsWarper)) for each in processors[first + 1 :])
-        cut = first + 1 if few else len(processors)
-        # Any: they are declared to take a LongTensor, which no tensor's class is.
-        self._processors: Any = LogitsProcessorList(processors[:cut])
-        self._of_few: Any = LogitsProcessorList(processors[cut:])
-
-    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        device = self._padding.device  # where the processors keep what they need
-        ids = torch.cat((self._padding, ids.to(device))).repeat(self._rows, 1)
-        batch = logits.to(device).repeat(self._rows, 1)
-        processed = self._processors(ids, batch)
-        if not isinstance(processed, torch.Tensor):
-            raise TypeError(f"logits_processor: expected it to return a tensor, got {type(processed).__name__}")
-        if processed.shape != batch.shape:
-            raise ValueError(f"logits_processor: expected scores of shape {list(batch.shape)}, got {list(processed.shape)}")
-        logits = processed[self._row].float()
-        if self._of_few:
-            kept = logits.isfinite()
-            logits[kept] = self._of_few(None, logits[kept][None])[0]
-        # NaN is not less than anything, and is its row's maximum. -inf rules a token out, as processors do; not all of them.
-        if not bool((most := logits.max()).isfinite()):
-            what = "scores of -inf alone" if most < 0 else f"a score of {float(most)}"
-            raise ValueError(f"logits_processor: expected a likeliest token, got {what} at position {ids.shape[1]} of the text")
-        return logits
-
-
-def _of_row(processor: Any, row: int) -> Any:
-    """As it is, but for the one that asks the caller (prefix_allowed_tokens_fn) what may come in each row. All rows that it sees
-    are of one text here, and what the caller allows the others may rule that out."""
-    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
-        return processor
-    allowed = processor._prefix_allowed_tokens_fn
-    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
-
-
-class _Criteria:
-    """`transformers`' stopping criteria, which are asked about the batch as it was given: its padding, and this text in its
-    row."""
-
-    def __init__(self, criteria: Sequence[Any], row: int, batch: torch.Tensor) -> None:
-        self._criteria, self._row, self._batch = criteria, row, batch
-
-    def __call__(self, tokens: list[int]) -> bool:
-        ids = torch.cat((self._batch[self._row], torch.tensor(tokens, device="cpu"))).repeat(len(self._batch), 1)
-        done = torch.zeros(len(self._batch), dtype=torch.bool, device="cpu")
-        for criterion in self._criteria:
-            done = done | criterion(ids, None)  # a tensor, or as transformers has it, a single bool
-        return bool(done[self._row])
-
-
-def _ends(
-    row: int, batch: torch.Tensor, limit: int, criteria: Sequence[Any]
-) -> tuple[int, str, frozenset[int], _Criteria | None]:
+def _ends(row: int, batch: torch.Tensor, limit: int, criteria: Sequence[Any]) -> tuple[int, str, frozenset[int], Criteria | None]:
     """Where a text ends, as `Request` has it. limit: what the context leaves. The two criteria of nearly every call are plain
     arithmetic; the others are asked token by token."""
     limited_by, eos, others = "context", set(), []
@@ -179,7 +114,7 @@ def _ends(
                 limit, limited_by = room, "length"
         else:
             others.append(criterion)
-    return limit, limited_by, frozenset(eos), _Criteria(others, row, batch) if others else None
+    return limit, limited_by, frozenset(eos), Criteria(others, row, batch) if others else None
 
 
 def _check_positions(positions: torch.Tensor | None, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:

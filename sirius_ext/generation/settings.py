@@ -23,6 +23,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import SiriusConfig
+from ..kernels.dispatch import check_device
 from ..models.packed import refuse_call
 from ..runtime.cache import Cache
 
@@ -298,13 +299,13 @@ def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: i
 def check_surroundings(model: PreTrainedModel) -> None:
     """ValueError for what a call of the model's modules would heed, and decoding, which reads their weights alone, would not:
     forward hooks, replaced forward methods, dropout, torch.autocast."""
-    device = model.device.type
-    if torch.is_autocast_enabled(device):
+    check_device("model", model.device)
+    if torch.is_autocast_enabled(model.device.type):
         raise ValueError(
             f"torch.autocast: not supported around generate; the kernels compute in the weights' own dtype, {model.dtype}: "
             "leave the autocast block, or load the model in the dtype that you want"
         )
-    if model.training and getattr(model.config, "attention_dropout", None):
+    if model.training and getattr(model.config, "attention_dropout", None) or any(map(_drops, model.modules())):
         raise ValueError("model: it is in training mode and has dropout; call model.eval() first")
     if any((nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)):
         raise ValueError("model: global forward hooks are registered in torch, and decoding would bypass them; remove them first")
@@ -315,6 +316,15 @@ def check_surroundings(model: PreTrainedModel) -> None:
             raise ValueError(f"model: {where} has a forward hook, which decoding would bypass; remove it first")
         if "forward" in vars(module):
             raise ValueError(f"model: the forward method of {where} was replaced, and decoding would bypass it")
+        if (package := type(module).forward.__module__.partition(".")[0]) not in ("torch", "transformers", "sirius_ext"):
+            raise ValueError(
+                f"model: the forward method of {where} is {package}'s, and decoding computes what that of transformers would; "
+                "load the model without code of its own"
+            )
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def _is_idle(hook: object) -> bool:

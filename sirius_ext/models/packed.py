@@ -53,7 +53,7 @@ def pack(model: PreTrainedModel, weights: str = "q8") -> None:
             matrix = _rounded(name, weight.data, weights)
             done[id(weight)] = _parameter(matrix.bytes), matrix.format
         module.weight, module.packed_format = done[id(weight)]
-    model.register_forward_pre_hook(refuse_call)
+    _only_decode(model)
 
 
 class OtherNames(ValueError):
@@ -234,7 +234,7 @@ def fill(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], formats: Mapping[str, Format], folder: Path
 ) -> PreTrainedModel:
     """Gives an empty model its weights, by their names, and the generation config of a checkpoint's folder. formats: of the
-    weights that are packed. A call of it is refused from now on."""
+    weights that are packed. A call of it is refused from now on, and to save it."""
     from transformers import GenerationConfig
 
     for name, module, attribute in list(_parameters(model)):
@@ -247,7 +247,7 @@ def fill(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     _materialise(model)
-    model.register_forward_pre_hook(refuse_call)
+    _only_decode(model)
     return model
 
 
@@ -374,6 +374,20 @@ def _materialise(model: Any) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.device.type == "meta":
                 setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+
+
+def _only_decode(model: PreTrainedModel) -> None:
+    """Have a model whose weights nobody else can read refuse to be called, and what would take these weights for others."""
+    model.register_forward_pre_hook(refuse_call)
+    for name in ("save_pretrained", "push_to_hub", "resize_token_embeddings"):
+        setattr(model, name, _refuse_copy)  # in place of its class's own; bound to the model it would keep that alive
+
+
+def _refuse_copy(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "model: its weights are packed or in part on the disk, which only sirius_ext's own decoding reads; save or change the model "
+        "that it was loaded from"
+    )
 
 
 def refuse_call(model: object, *_: object, **__: object) -> None:

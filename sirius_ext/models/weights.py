@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from ..kernels import products, q8
 from ..kernels.dispatch import check_device
@@ -545,12 +546,34 @@ def _check_modules(model: Any, family: Family) -> None:
             _check_linear(name.rpartition(".")[2], layer.get_submodule(name))
             known |= {f"model.layers.{index}.{name}.{part}" for part in ("weight", "bias")}
         known |= {f"model.layers.{index}.{name}.weight" for name in family.norms}
+        _check_numbers(model, family, layer, f"model.layers.{index}")
     if model.lm_head.bias is not None:
         raise ValueError("model: expected an lm_head without a bias, got one")
     # A weight that nothing here reads changes the model's answers, and would be left out in silence.
     for name, _ in model.named_parameters():
         if name not in known:
             raise ValueError(f"model: it has a weight {name}, which models of this family do not have")
+
+
+def _check_numbers(model: Any, family: Family, layer: Any, where: str) -> None:
+    """ValueError unless a layer's modules compute what config and first layer say."""
+    config = model.config
+    activation = ACT2FN[getattr(config, family.activation)]
+    name = "activation_fn" if hasattr(layer.mlp, "activation_fn") else "act_fn"
+    if type(own := getattr(layer.mlp, name)) is not type(activation):
+        expected = type(activation).__name__
+        raise ValueError(f"model: expected {where}.mlp.{name} to be a {expected}, as its config says, got a {type(own).__name__}")
+    if layer.self_attn.scaling != (expected := model.model.layers[0].self_attn.scaling):
+        raise ValueError(
+            f"model: expected {where}.self_attn.scaling to be {expected}, as in layer 0, got {layer.self_attn.scaling}"
+        )
+    for name, norm in [
+        *((f"{where}.{name}", layer.get_submodule(name)) for name in family.norms),
+        ("model.norm", model.model.norm),
+    ]:
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if eps != config.rms_norm_eps:
+            raise ValueError(f"model: expected {name} to have an epsilon of {config.rms_norm_eps}, as its config says, got {eps}")
 
 
 def _check_linear(name: str, module: nn.Module) -> None:
