@@ -385,8 +385,8 @@ def _only_decode(model: PreTrainedModel) -> None:
 
 def _refuse_copy(*_: object, **__: object) -> None:
     raise RuntimeError(
-        "model: its weights are packed or in part on the disk, which only sirius_ext's own decoding reads; save or change the model "
-        "that it was loaded from"
+        "model: its weights are packed or in part on the disk, which only sirius_ext's own decoding reads; save or change the "
+        "model that it was loaded from"
     )
 
 
