@@ -388,3 +388,17 @@ def test_scores_are_the_full_models(place, config, monkeypatch):
             assert step.accepted == step.period.drafted
     if place == "cpu":
         assert bool(replaced) == (config.mode == "sirius" and text.stats.corrected_fraction > 0)
+
+
+def test_weights_that_move_end_the_text():
+    """What kernels were told of would be read where it no longer is. Texts that begin after it are right."""
+    model = tiny("llama3")
+    engine = Engine(model, SiriusConfig(accept="match", period=4))
+    expected = engine.generate(prompt(8), max_new_tokens=12).sequences
+    sequence = engine.start(prompt(8), max_new_tokens=40)
+    sequence.step()
+    model.share_memory()
+    with pytest.raises(RuntimeError, match="^sequence: the model's weights were moved to other memory"):
+        sequence.step()
+    assert sequence.ended and sequence.finish == "error"
+    assert torch.equal(engine.generate(prompt(8), max_new_tokens=12).sequences, expected)

@@ -234,8 +234,8 @@ class Sequence:
     @lasting
     def step(self, progress: Callable[[int], None] | None = None) -> Step:
         """Go on: at first read the prompt and choose the first token; then decode one period, or one token where nothing is
-        corrected. RuntimeError if the text has ended. ValueError if logits of F or S are not finite: what was committed before
-        stays, and the sequence has ended.
+        corrected. RuntimeError if the text has ended, or the model's weights have moved. ValueError if logits of F or S are not
+        finite: what was committed before stays, and the sequence has ended.
 
         progress: called while the prompt is read, chunk by chunk, with the number of its tokens that are; at its end before the
             first token is chosen.
@@ -259,6 +259,8 @@ class Sequence:
             raise RuntimeError(f"sequence: it has ended ({self.finish})")
         started = time.perf_counter()
         try:
+            if self.model.weights.have_moved:
+                raise RuntimeError("sequence: the model's weights were moved to other memory (share_memory?); start anew")
             if not self.tokens:
                 return (yield from self._begin(started))
             if self._replayed is not None:

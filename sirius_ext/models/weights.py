@@ -115,6 +115,7 @@ class Weights:
         streamed = self.tiers and self.tiers.embedding
         self.embedding = streamed or _matrix(body.embed_tokens, self.vocab, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
+        self._norm_at = self.final_norm.data_ptr()
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
         self.full = View(
             [self._layer(layer, index) for index, layer in enumerate(body.layers)],
@@ -449,6 +450,12 @@ class Weights:
         factors = [factor for _, factor in self.ropes]
         cos = torch.stack([each.cos() * factor for each, factor in zip(angles, factors)])
         return cos, torch.stack([each.sin() * factor for each, factor in zip(angles, factors)])
+
+    @property
+    def have_moved(self) -> bool:
+        """Whether a tensor that the kernels were told of has memory elsewhere by now, as after `model.share_memory()`. What is
+        moved otherwise (`model.to(...)`) has new tensors, and these stay."""
+        return self.final_norm.data_ptr() != self._norm_at
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
