@@ -14,7 +14,7 @@ from sirius_ext import SiriusConfig
 from sirius_ext.decoding import sampling
 from sirius_ext.decoding.sequence import Request, start
 from sirius_ext.engine import prepare
-from sirius_ext.generation.resolve import _Processor
+from sirius_ext.generation.rows import Processor
 
 SAMPLE = SiriusConfig(accept="sample", period=5, density=0.4)
 TREE = SiriusConfig(accept="sample", period=5, density=0.4, tree_width=3)
@@ -310,7 +310,7 @@ def test_only_what_the_warpers_leave_is_drawn(settings, config):
 def test_warping_few_is_warping_all(warpers, rows):
     """Behind a top-k, the rest looks at k logits; what is left is what `transformers` leaves."""
     ids, cut = prompt(9).repeat(rows, 1), 0
-    process = _Processor(LogitsProcessorList(warpers), rows - 1, ids, 6)
+    process = Processor(LogitsProcessorList(warpers), rows - 1, ids, 6)
     for seed in range(20):
         logits = 3 * torch.randn(500, generator=seeded(seed))
         before = logits.clone()
