@@ -3,9 +3,11 @@ nothing but the time."""
 
 import dataclasses
 import json
+import math
 import random
 import re
 import threading
+import types
 
 import pytest
 import torch
@@ -391,6 +393,72 @@ def test_where_passes_are_slow_few_are_measured(cache, monkeypatch, one_thread):
     alone = measuring.costs_of(model, SiriusConfig(mode="full", lookup=True), True)
     assert (alone.sparse, alone.follow, alone.copies) == (1, 0, ()) and len(alone.full) == len(measuring.FEW_ROWS)
     assert len(json.loads((cache / "costs.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(("slower", "sparse"), [(73, 0.014), (170, 0.0059), (1_000_000, 1e-6), (10**9, 1e-6)])
+def test_where_the_full_model_is_hundreds_of_times_as_dear(cache, monkeypatch, one_thread, slower, sparse):
+    """As one is that waits for a slow disk: what S costs is never nothing, and two that differ stay different."""
+    model, now, compute = prepare(tiny("llama3")), [0.0], type(prepare(tiny("llama3"))).compute
+
+    def timed(self, cache, asked):
+        now[0] += (1.0 if asked.sparsity else slower) * (1 + 0.01 * asked.tokens.numel())
+        return compute(self, cache, asked)
+
+    monkeypatch.setattr(type(model), "compute", timed)
+    monkeypatch.setattr(measuring, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measuring, "sparse_density", lambda *_: 0.0)  # its bytes are all that a pass of S reads from memory
+    costs = measuring.costs_of(model, SiriusConfig(density=0.4), True)
+    assert costs.sparse == sparse and 1 <= costs.copies[0][1] < 1.1 and costs.full == ((4, 1.03), (16, 1.15))
+    assert list(json.loads((cache / "costs.json").read_text()).values())[0]["sparse"] == sparse
+    policy = AdaptivePeriod(costs, "match")
+    assert policy.goes_on(room=9) and policy.stops(room=9).longest == 8
+    monkeypatch.setattr(measuring, "_measure", lambda *_: pytest.fail("what was written was not taken"))
+    assert measuring.costs_of(prepare(tiny("llama3")), SiriusConfig(density=0.4), True) == costs
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sparse": 0.0},
+        {"sparse": -0.5},
+        {"sparse": math.nan},
+        {"sparse": math.inf},
+        {"sparse": 1e308},
+        pytest.param({"sparse": 10**400}, id="a number that no float holds"),
+        {"sparse": True},
+        {"sparse": "0.5"},
+        {"sparse": None},
+        {"follow": -0.1},
+        {"follow": math.nan},
+        {"full": []},
+        {"full": 1},
+        {"full": [4, 16]},
+        {"full": [[4, 1.1], [17, 1.5]]},
+        {"full": [[4, 1.1], [4, 1.5]]},
+        {"full": [[4, 1.5], [16, 1.1]]},
+        {"full": [[4, 0.0], [16, 0.0]]},
+        {"full": [[4, 1.1], [16, math.nan]]},
+        {"full": [[4, 1.1], [16, 1.5, 2.0]]},
+        {"copies": []},
+        {"copies": [[4, 1.1], [16, 1.5]]},
+        {"copies": {"4": 1.1}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_kept_costs_that_were_changed_are_measured_anew(cache, monkeypatch, one_thread, changed):
+    """A period goes by them, divides by them, and takes their rows for granted."""
+    costs, measured = Costs(0.5, ((4, 1.1), (16, 1.5)), 0.0, ((4, 1.0), (8, 1.2), (9, 1.2))), []
+    monkeypatch.setattr(measuring, "_measure", lambda *_: measured.append(costs) or costs)
+
+    def ask():  # as another process would
+        return measuring.costs_of(prepare(tiny("llama3")), SiriusConfig(density=0.4), True)
+
+    assert ask() == ask() == costs and len(measured) == 1
+    file = cache / "costs.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({key: entry | changed for key, entry in whole.items()}))
+    assert ask() == costs and len(measured) == 2 and json.loads(file.read_text()) == whole
 
 
 def test_a_cache_folder_that_cannot_be_written_to(monkeypatch, tmp_path, one_thread):

@@ -41,6 +41,7 @@ _SECONDS = 1.0  # that measuring takes, unless few passes take longer
 _SLOW = 0.2  # seconds of a pass
 _ROUNDS = 3, 15  # at least (one where passes are slow), at most
 _SLOTS = 128  # of the cache that is measured over
+LEAST, GREATEST = 1e-6, 1e6  # that a pass can cost; a file that says anything else was not written by this module
 
 # Of each model, by what it was asked for. Every text asks, and a key for the file wants all layers hashed.
 _at_hand: weakref.WeakKeyDictionary[Model, dict[tuple[object, ...], Costs]] = weakref.WeakKeyDictionary()
@@ -61,7 +62,9 @@ def costs_of(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
     asked, at_hand = (ops.isa(), cpu_threads(), *sparse), _at_hand.setdefault(model, {})
     with _measuring:
         if asked not in at_hand:
-            at_hand[asked] = _kept_or_measured(_key(model, sparse), lambda: _measure(model, config, copies, thresholds))
+            rows = SPARSE_ROWS if copies and config.mode != "full" else ()
+            measure = functools.partial(_measure, model, config, copies, thresholds)
+            at_hand[asked] = _kept_or_measured(_key(model, sparse), rows, measure)
     return at_hand[asked]
 
 
@@ -71,15 +74,40 @@ def keep_costs(old: Model, new: Model) -> None:
         _at_hand[new] = dict(_at_hand[old])
 
 
-def _kept_or_measured(key: str, measure: Callable[[], Costs]) -> Costs:
-    kept = _read().get(key)
-    if isinstance(kept, dict) and kept.keys() == {field.name for field in dataclasses.fields(Costs)}:
-        full, copies = (tuple((int(rows), float(cost)) for rows, cost in kept[name]) for name in ("full", "copies"))
-        return Costs(float(kept["sparse"]), full, float(kept["follow"]), copies)
+def _kept_or_measured(key: str, sparse_rows: Sequence[int], measure: Callable[[], Costs]) -> Costs:
+    """sparse_rows: of S, as they must be in what is kept."""
+    if (kept := _costs_in(_read().get(key), sparse_rows)) is not None:
+        return kept
     with reporting("measuring what passes cost, once on this machine", is_progress_bar_enabled()):
         measured = measure()
     _write({**_read(), key: dataclasses.asdict(measured)})
     return measured
+
+
+def _costs_in(entry: Any, sparse_rows: Sequence[int]) -> Costs | None:
+    """The costs that an entry of the file holds. None if it was changed or damaged: a period goes by them, and divides."""
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in dataclasses.fields(Costs)}:
+        return None
+    full = next((found for rows in (ROWS, FEW_ROWS) if (found := _rising_in(entry["full"], rows)) is not None), None)
+    copies = _rising_in(entry["copies"], sparse_rows)
+    if full is None or copies is None or not _is_cost(entry["sparse"]) or not _is_cost(entry["follow"], least=0.0):
+        return None
+    return Costs(float(entry["sparse"]), full, float(entry["follow"]), copies)
+
+
+def _rising_in(kept: Any, rows: Sequence[int]) -> tuple[tuple[int, float], ...] | None:
+    """What `_rising` has made of these rows, as it comes out of the file; None for anything else."""
+    if not isinstance(kept, list) or not all(isinstance(each, list) and len(each) == 2 for each in kept):
+        return None
+    costs = [cost for _, cost in kept]
+    if [each for each, _ in kept] != list(rows) or not all(_is_cost(cost, least=1.0) for cost in costs) or costs != sorted(costs):
+        return None
+    return tuple((each, float(cost)) for each, cost in zip(rows, costs))
+
+
+def _is_cost(value: object, least: float = LEAST) -> bool:
+    """Neither NaN nor infinite, either."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= GREATEST
 
 
 def _key(model: Model, sparse: tuple[object, ...]) -> str:
@@ -183,14 +211,14 @@ def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
         enough = count >= (1 if slow else _ROUNDS[0])
         if count == _ROUNDS[1] or (enough and time.perf_counter() - started > _SECONDS):
             break
-    cost = {name: round(statistics.median(each), 2) for name, each in ratios.items()}
+    cost = {name: statistics.median(each) for name, each in ratios.items()}
     if sparsity is None:
         return Costs(1.0, _rising(cost, "full", full_rows))
     # Something else may have had the processor. S reads what it reads: no machine does it faster than its share of the bytes,
     # unless F's come from a disk.
-    sparse = max(cost["sparse"], 0.0 if w.streams else round(sparse_density(config, w), 2))
+    sparse = max(cost["sparse"], 0.0 if w.streams else sparse_density(config, w))
     return Costs(
-        sparse,
+        _rounded(sparse),
         _rising(cost, "full", full_rows),
         max(0.0, round(cost["follow"] - cost[f"full {FEW_ROWS[0]}"], 2)) if sparsity.follows else 0.0,
         _rising(cost, "sparse", sparse_rows, cost["sparse"]),
@@ -199,5 +227,12 @@ def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch
 
 def _rising(cost: dict[str, float], model: str, rows: Sequence[int], one: float = 1.0) -> tuple[tuple[int, float], ...]:
     """(rows, cost), in passes over one token, the cost of which is `one`. More rows are never cheaper."""
-    costs = (round(cost[f"{model} {each}"] / one, 2) for each in rows)
+    costs = (_rounded(cost[f"{model} {each}"] / one) for each in rows)
     return tuple(zip(rows, list(itertools.accumulate(costs, max, initial=1.0))[1:]))
+
+
+def _rounded(cost: float) -> float:
+    """To hundredths, or two digits where those say more: beside an F that waits for a disk a pass of S may cost thousandths, and
+    never nothing."""
+    cost = min(max(cost, LEAST), GREATEST)
+    return round(cost, 2) if cost >= 0.1 else float(f"{cost:.2g}")
