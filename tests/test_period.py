@@ -1,9 +1,12 @@
 """`period="auto"`: what it promises, by texts that were recorded once, over the costs of several machines; and that it changes
 nothing but the time."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import random
 import re
 import threading
@@ -20,6 +23,7 @@ from sirius_ext.decoding import costs as measuring
 from sirius_ext.decoding import reference, sequence
 from sirius_ext.decoding.period import LEAST_TOKENS, Acceptance, AdaptivePeriod, Costs
 from sirius_ext.engine import prepare
+from sirius_ext.models import scratch
 
 MODELS = ("qwen2.5-coder-1.5b", "smollm2-135m")
 RULES = ("match", "threshold")
@@ -459,6 +463,36 @@ def test_kept_costs_that_were_changed_are_measured_anew(cache, monkeypatch, one_
     whole = json.loads(file.read_text())
     file.write_text(json.dumps({key: entry | changed for key, entry in whole.items()}))
     assert ask() == costs and len(measured) == 2 and json.loads(file.read_text()) == whole
+
+
+def test_kept_costs_are_for_all_who_share_the_folder(cache, monkeypatch):
+    """As a file is that is opened, whatever the mode of one that is made for a moment."""
+    before = os.umask(0o022)
+    try:
+        measuring._write({"a": 1})
+        measuring._write({"b": 2})
+    finally:
+        os.umask(before)
+    assert json.loads((cache / "costs.json").read_text()) == {"b": 2}
+    assert (cache / "costs.json").stat().st_mode & 0o777 == 0o644
+    assert os.listdir(cache) == ["costs.json"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_costs_that_cannot_be_written_leave_nothing(cache, monkeypatch, error):
+    """Not a file at every run, where the disk is full. What a killed process has left goes, too."""
+    measuring._write({"a": 1})
+    (cache / "costs-left").mkdir()
+    monkeypatch.setattr(scratch, "YOUNG_SECONDS", -1.0)
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fails)
+        with contextlib.nullcontext() if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
+            measuring._write({"b": 2})
+    assert os.listdir(cache) == ["costs.json"] and json.loads((cache / "costs.json").read_text()) == {"a": 1}
 
 
 def test_a_cache_folder_that_cannot_be_written_to(monkeypatch, tmp_path, one_thread):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import threading
 import time
 import weakref
@@ -23,9 +23,11 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .. import _C
 from ..config import SiriusConfig
+from ..errors import write_text
 from ..kernels import ops
 from ..kernels.threads import cpu_threads
 from ..models.hub import cache_dir, reporting
+from ..models.scratch import scratch
 from ..runtime.model import Model
 from ..runtime.passes import Pass
 from .lookup import MOST
@@ -156,14 +158,12 @@ def _read() -> dict[str, Any]:
 
 
 def _write(known: dict[str, Any]) -> None:
-    """A cache folder that cannot be written to means measuring again, next time."""
-    try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as new:
-            json.dump(known, new, indent=1)
-        os.replace(new.name, _file())
-    except OSError:
-        pass
+    """In one step. A cache folder that cannot be written to means measuring again, next time."""
+    file = _file()
+    with contextlib.suppress(OSError), scratch(file.parent, "costs-") as folder:
+        fresh = folder / file.name
+        write_text(fresh, json.dumps(known, indent=1))
+        os.replace(fresh, file)
 
 
 def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch.Tensor | None) -> Costs:
