@@ -1,6 +1,9 @@
 """The evaluation suite: tasks, judging, the sandbox, results that survive being stopped, and a run on the default model."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import gzip
 import io
 import itertools
@@ -8,6 +11,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +30,7 @@ from sirius_ext.engine import prepare
 from sirius_ext.evaluation import runner
 from sirius_ext.evaluation.modes import config_of
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.results import Results, merge, read_results, show_table, summarize
+from sirius_ext.evaluation.results import Results, claimed, merge, read_results, show_table, summarize
 from sirius_ext.evaluation.sandbox import run_code
 from sirius_ext.evaluation.statistics import mcnemar, wilson
 from sirius_ext.evaluation.tasks import TASKS, Item, load_task, rouge1
@@ -375,6 +380,91 @@ def test_a_run_without_results_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    """Whether it is there already or not, from before the model is loaded until the end."""
+    file, run = tmp_path / "out.jsonl", {"task": "csqa"}
+    for resume in (False, True):
+        results = Results(file, run, resume=resume)
+        assert [each.name for each in tmp_path.iterdir() if each != file] == ["out.jsonl.lock"]
+        for other in (False, True):
+            with pytest.raises(ValueError, match="^out: .*out.jsonl: another run is writing it; wait for its end, or choose"):
+                Results(file, run, resume=other)
+        results.add({"mode": "full", "id": str(resume), "correct": True})
+        with pytest.raises(ValueError, match="another run is writing it"), claimed(file):
+            pass
+        results.close()
+        assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(ValueError, match="exists; --resume"):
+        Results(file, run, resume=False)
+    with pytest.raises(ValueError, match="another task"):
+        Results(file, {"task": "gsm8k"}, resume=True)
+    (tmp_path / "out.jsonl.lock").touch()  # a killed process' one
+    Results(file, run, resume=True).close()
+    assert [record["id"] for record in read_results(file)[1]] == ["False", "True"] and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path):
+    """Between its opening and its locking the run that had made it may have ended, and a third one may have begun."""
+    inside, most, writers = 0, 0, threading.Barrier(4)
+
+    def write():
+        nonlocal inside, most
+        writers.wait()
+        for _ in range(200):
+            with contextlib.suppress(ValueError), claimed(tmp_path / "out"):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(1e-4)
+                inside -= 1
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and not list(tmp_path.iterdir())
+
+
+def test_two_runs_where_there_are_no_locks(tmp_path, monkeypatch):
+    """The second one to find something out sees that there is a file by now."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file, run = tmp_path / "out.jsonl", {"task": "csqa"}
+    with contextlib.closing(Results(file, run, resume=False)) as one, contextlib.closing(Results(file, run, resume=True)) as two:
+        one.add({"mode": "full", "id": "a", "correct": True})
+        with pytest.raises(ValueError, match="another run is writing it"):
+            two.add({"mode": "full", "id": "b", "correct": True})
+        one.add({"mode": "full", "id": "c", "correct": True})
+    assert [record["id"] for record in read_results(file)[1]] == ["a", "c"]
+
+
+def test_a_file_that_another_run_writes_is_named_first(tmp_path, capsys):
+    """Before anything is loaded, such as a model that is not there."""
+    write("csqa", tmp_path, [CSQA])
+    asked = ["--task", "csqa", "--data", str(tmp_path), "--model", "no/such-folder/"]
+    files = {"eval": tmp_path / "out.jsonl", "study": tmp_path / "study" / "results.jsonl"}
+    files["study"].parent.mkdir()
+    for command, file in files.items():
+        out = ["--out", str(file)] if command == "eval" else ["--out", str(file.parent), "--what", "period"]
+        with claimed(file):
+            assert cli.main([command, *asked, *out]) == 2
+        assert f"--out: {file}: another run is writing it" in capsys.readouterr().err
+    Results.write(files["eval"], {"task": "csqa"}, [RIGHT_ONE])
+    with claimed(tmp_path / "both"):
+        assert cli.main(["report", str(files["eval"]), "--out", str(tmp_path / "both")]) == 2
+    assert "another run is writing it" in capsys.readouterr().err and not (tmp_path / "both").exists()
+
+
+def test_items_of_one_id(tmp_path):
+    """Results are kept by it: one of them would count for both."""
+    write("csqa", tmp_path, [CSQA, {**CSQA, "id": "other"}, CSQA])
+    with pytest.raises(ValueError, match=f"^data: .*: item 3 has the id of item 1, {CSQA['id']}$"):
+        load_task("csqa", tmp_path)
+
+
 RIGHT_ONE = {"mode": "full", "id": "a", "correct": True}
 STATS = {"density": 0.5, "decode_seconds": None, "periods": [[1, 1, 2, False]]}
 
@@ -393,6 +483,7 @@ STATS = {"density": 0.5, "decode_seconds": None, "periods": [[1, 1, 2, False]]}
         ([{"mode": "full", "correct": True}], "line 2 has no id"),
         ([{"mode": "full", "id": "a"}], "line 2 has no correct"),
         ([RIGHT_ONE, 3], "line 3: expected an object, got 3"),
+        ([RIGHT_ONE, {**RIGHT_ONE, "mode": "csparse"}, RIGHT_ONE], "line 4: full has item a in line 2 already"),
         ([{**RIGHT_ONE, "mode": "dense"}], "line 2: expected one of full, .* as mode, got 'dense'"),
         ([{**RIGHT_ONE, "mode": None}], "line 2: expected one of full, .* as mode, got None"),
         ([{**RIGHT_ONE, "id": None}], "line 2: expected a text as id, got None"),

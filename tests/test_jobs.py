@@ -19,7 +19,7 @@ from sirius_ext import SiriusConfig
 from sirius_ext.cli import main as cli
 from sirius_ext.evaluation import jobs
 from sirius_ext.evaluation.plan import Plan
-from sirius_ext.evaluation.results import Results, merge, read_results
+from sirius_ext.evaluation.results import Results, claimed, merge, read_results
 from sirius_ext.evaluation.tasks import Item
 
 QUIET = Console(quiet=True)
@@ -33,6 +33,22 @@ def record(mode, key, **more):
 
 def results_in(folder):
     return contextlib.closing(Results(folder / "out.jsonl", PLAN.record(), resume=True))
+
+
+def test_a_launch_has_the_file_that_it_merges_into(tmp_path, monkeypatch):
+    """Not only its processes' own ones: a run of another number of processes has others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    state = types.SimpleNamespace(process_index=0, num_processes=2, is_main_process=True)
+    state.wait_for_everyone = state.destroy_process_group = lambda: None
+    monkeypatch.setattr(jobs, "PartialState", lambda **_: state)
+    out = tmp_path / "out.jsonl"
+    with claimed(out), pytest.raises(ValueError, match="another run"), jobs.launched(PLAN, ITEMS, out, False):
+        pass
+    with jobs.launched(PLAN, ITEMS, out, False) as (_, _, results, _):
+        with pytest.raises(ValueError, match="another run"), claimed(out):
+            pass
+        results.add(record("full", "0"))
+    assert list(tmp_path.iterdir()) == [out] and read_results(out)[1] == [record("full", "0")]
 
 
 def test_split():

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..evaluation.modes import modes_in
-from ..evaluation.results import Results, merge, report, summarize
+from ..evaluation.results import Results, claimed, merge, report, summarize
 from .terminal import Console
 
 
@@ -16,7 +16,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(map(str, options.files))}: no results, only what was run")
     report(title_of(shared), summarize(records, modes_in(records)), Console())
     if options.out:
-        Results.write(options.out, shared, records)
+        with claimed(options.out):
+            Results.write(options.out, shared, records)
     return 0
 
 

@@ -22,7 +22,7 @@ from ..errors import reason
 from ..extras import need
 from ..kernels.threads import cpu_threads
 from .plan import Plan
-from .results import Results, merge
+from .results import Results, claimed, merge
 from .runner import progress_bar, running
 from .tasks import Item
 
@@ -212,15 +212,16 @@ def launched(plan: Plan, items: list[Item], out: Path, resume: bool) -> Iterator
     if out.exists() and not resume:
         raise ValueError(f"out: {out} exists; --resume goes on with it, or choose another name")
     parts = [out.with_name(f"{out.stem}.{i + 1}-of-{count}{out.suffix}") for i in range(count)]
-    known = merge([out], plan.record())[1] if out.exists() else []
-    if plan.device == "cuda":
-        plan = dataclasses.replace(plan, device=f"cuda:{state.local_process_index}")
-    with contextlib.closing(Results(parts[number], plan.record(), resume, known)) as results:
-        yield plan, items[number::count], results, first
-    state.wait_for_everyone()
-    if first:
-        run, results.records = merge([file for file in (out, *parts) if file.exists()], plan.record())
-        Results.write(out, run, results.records)
-        for file in parts:
-            file.unlink()
+    with claimed(out) if first else contextlib.nullcontext():
+        known = merge([out], plan.record())[1] if out.exists() else []
+        if plan.device == "cuda":
+            plan = dataclasses.replace(plan, device=f"cuda:{state.local_process_index}")
+        with contextlib.closing(Results(parts[number], plan.record(), resume, known)) as results:
+            yield plan, items[number::count], results, first
+        state.wait_for_everyone()
+        if first:
+            run, results.records = merge([file for file in (out, *parts) if file.exists()], plan.record())
+            Results.write(out, run, results.records)
+            for file in parts:
+                file.unlink(missing_ok=True)  # a process that had no items has left none
     state.destroy_process_group()

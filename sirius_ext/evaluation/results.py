@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -13,6 +15,7 @@ from rich.table import Table
 
 from ..decoding.stats import Period, PromptStats, Stats
 from ..errors import naming, write_text
+from ..models.scratch import is_free, opened
 from .modes import NAMED_MODES
 from .statistics import mcnemar, wilson
 
@@ -30,12 +33,50 @@ class Keeper(Protocol):
         """(mode, id) of what is known already."""
 
 
+@contextlib.contextmanager
+def claimed(file: Path) -> Iterator[None]:
+    """Nobody else writes this file of results meanwhile. ValueError if another run does.
+
+    What is locked is an empty file beside it, which is gone at the end: the results may not be there yet, or be replaced as a
+    whole. One that a killed process has left keeps nobody out. On a file system without locks everybody comes in.
+    """
+    beside = file.with_name(f"{file.name}.lock")
+    while True:
+        with opened(beside, os.O_RDWR | os.O_CREAT) as handle:
+            try:
+                free = is_free(handle)
+            except OSError:
+                free = True
+            if not free:
+                raise _other_run(file)
+            if not _is(handle, beside):
+                continue  # it was that of a run that has ended, and has removed it
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    beside.unlink()
+            return
+
+
+def _is(handle: int, path: Path) -> bool:
+    """Whether what was opened is still at its path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _other_run(file: Path) -> ValueError:
+    return ValueError(f"out: {file}: another run is writing it; wait for its end, or choose another name")
+
+
 class Results:
     """A file of JSON lines: first what was run, then one line for each item and mode, written as soon as it is known. A run that
-    finds nothing out, because there is no such model say, leaves no file.
+    finds nothing out, because there is no such model say, leaves no file. Until `close` no other run can have the file.
 
     known: records that another file holds; they are not done again. ValueError if the file exists and is not to be resumed, or
-    was made by another run; a last line that was cut off is dropped.
+    was made by another run, or another run is writing it; a last line that was cut off is dropped.
     """
 
     def __init__(self, file: Path, run: dict[str, Any], resume: bool, known: Iterable[dict[str, Any]] = ()) -> None:
@@ -43,17 +84,23 @@ class Results:
         self._known = list(known)
         self._path, self._run = file, run
         self._file: TextIO | None = None
-        if file.exists() and not resume:
-            raise ValueError(f"out: {file} exists; --resume goes on with it, or choose another name")
-        if _has_content(file):
-            first, self.records = read_results(file)
-            if different := _difference(first, run):
-                hint = "--draft-weights same goes on with it, or " if _is_older(first) and "draft_weights" in different else ""
-                raise ValueError(f"out: {file} was made with another {different}; {hint}choose another name")
+        with contextlib.ExitStack() as claim:
+            claim.enter_context(claimed(file))  # what the file says is looked at when nobody else changes it any more
+            if file.exists() and not resume:
+                raise ValueError(f"out: {file} exists; --resume goes on with it, or choose another name")
+            self._goes_on = _has_content(file)
+            if self._goes_on:
+                first, self.records = read_results(file)
+                if different := _difference(first, run):
+                    hint = (
+                        "--draft-weights same goes on with it, or " if _is_older(first) and "draft_weights" in different else ""
+                    )
+                    raise ValueError(f"out: {file} was made with another {different}; {hint}choose another name")
+            self._claim = claim.pop_all()
 
     @staticmethod
     def write(file: Path, run: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
-        """A whole file at once: the old one is there until the new one is."""
+        """A whole file at once: the old one is there until the new one is. It is to be `claimed`."""
         new = file.with_name(f"{file.name}.new")
         write_text(new, "".join(json.dumps(line) + "\n" for line in ({"run": run}, *records)))
         new.replace(file)
@@ -67,7 +114,9 @@ class Results:
             self._file.flush()
 
     def _open(self) -> TextIO:
-        if _has_content(self._path):
+        if _has_content(self._path) != self._goes_on:
+            raise _other_run(self._path)  # where there are no locks
+        if self._goes_on:
             _drop_half_a_line(self._path)
         else:
             self.write(self._path, self._run, [])
@@ -77,8 +126,9 @@ class Results:
         return {(record["mode"], record["id"]) for record in (*self._known, *self.records)}
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        with self._claim, naming(self._path):
+            if self._file is not None:
+                self._file.close()
 
 
 def _has_content(file: Path) -> bool:
@@ -92,7 +142,7 @@ def _drop_half_a_line(file: Path) -> None:
 
 def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What was run, and the records of a results file, but for a last line that was cut off. ValueError that names the line if it
-    is none."""
+    is none, or has one item twice in one mode, of which nobody could say which one counts."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -100,7 +150,8 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if not lines:
         raise ValueError(f"{file}: not a file of results: {'its only line is cut off' if text else 'it is empty'}")
-    found = []
+    found: list[dict[str, Any]] = []
+    known: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines, 1):
         try:
             record = _json(line)
@@ -110,6 +161,9 @@ def read_results(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 _expect(isinstance(record, dict), "an object as run", record)
             else:
                 _check_record(record)
+                before = known.setdefault((record["mode"], record["id"]), number)
+                if before != number:
+                    raise ValueError(f"{record['mode']} has item {record['id']} in line {before} already")
         except KeyError as error:
             raise ValueError(f"{file}: not a file of results: line {number} has no {error.args[0]}") from error
         except ValueError as error:

@@ -75,7 +75,7 @@ def file_of(task: Task, data: Path) -> Path:
 
 
 def collect(source: str, read: Callable[[], Iterator[Item]]) -> list[Item]:
-    """All items. ValueError for a malformed one, which it names, or if there is none."""
+    """All items. ValueError for a malformed one or one with an earlier one's id, which it names, or if there is none."""
     items: list[Item] = []
     try:
         items.extend(read())
@@ -83,6 +83,10 @@ def collect(source: str, read: Callable[[], Iterator[Item]]) -> list[Item]:
         raise ValueError(f"data: {source}: item {len(items) + 1} is malformed ({type(error).__name__}: {error})") from error
     if not items:
         raise ValueError(f"data: {source} has no items")
+    known: dict[str, int] = {}
+    for number, item in enumerate(items, 1):
+        if (before := known.setdefault(item.id, number)) != number:
+            raise ValueError(f"data: {source}: item {number} has the id of item {before}, {item.id}")
     return items
 
 

@@ -1,4 +1,4 @@
-"""Folders in which something is made that then comes into its place in one step."""
+"""Folders in which something is made that then comes into its place in one step; and locks."""
 
 from __future__ import annotations
 
@@ -30,19 +30,25 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether no process works in it: the kernel takes a lock back from one that was killed."""
+    """Whether no process works in it."""
     with opened(folder) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return is_free(handle)
+
+
+def is_free(handle: int) -> bool:
+    """Whether nobody else has the lock of a file or folder; then it is this handle's. The kernel takes a lock back from a process
+    that was killed. OSError on a file system without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[int]:
-    """The folder's handle, with which a lock on it goes, too."""
-    handle = os.open(folder, os.O_RDONLY)
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """The handle of a file or folder, with which a lock on it goes, too. No process that is started has it."""
+    handle = os.open(path, flags, 0o666)
     try:
         yield handle
     finally:
