@@ -19,6 +19,8 @@ from sirius_ext.loading import parse_size
         (["--accept", "sample"], "--accept: expected threshold or match"),
         (["--temperature", "3"], "--temperature: expected 0 to 2, got 3.0"),
         (["--cache-memory", "much"], "--cache-memory: expected a size as 500M, 6GB or 1.5GiB, got 'much'"),
+        (["--max-body", "0"], "--max-body: expected more than 0 bytes, got '0'"),
+        (["--max-body", "much"], "--max-body: expected a size as 500M, 6GB or 1.5GiB, got 'much'"),
         (["--port", "70000"], "--port: expected 0 to 65535"),
         (["--mode", "full", "--period", "4"], "--period: --mode full does not use it"),
         (["--model", "/no/such/model", "--port", "0"], "/no/such/model"),

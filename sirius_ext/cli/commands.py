@@ -58,6 +58,7 @@ from .options import (
     evaluation_config,
     mode_config,
     sampling_of,
+    some_bytes,
     used_by,
 )
 
@@ -166,7 +167,7 @@ def _add_serve(commands: Commands) -> None:
     option("--max-tokens", type=TOKENS, default=1024, help=purpose)
     purpose = "of a request that does not say; 0 takes the likeliest tokens (default: %(default)s)"
     option("--temperature", type=number, default=0.0, help=purpose)
-    option("--max-body", metavar="SIZE", type=reads(parse_size), default=4 << 20, help="of a request (default: 4M)")
+    option("--max-body", metavar="SIZE", type=some_bytes, default=4 << 20, help="of a request (default: 4M)")
     add_mode_options(serve)
     serve.set_defaults(sample=False)  # a request says
 

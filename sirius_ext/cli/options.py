@@ -84,7 +84,7 @@ def add_memory_option(parser: Options) -> None:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        type=_memory,
+        type=some_bytes,
         help="what weights and caches may take, like 6GB; of a larger model the rest is read from the disk, or to a CUDA device "
         "from host memory, whenever it is needed (default: what is free)",
     )
@@ -233,7 +233,8 @@ def _dtype(text: str) -> str:
 
 
 @reads
-def _memory(text: str) -> int:
+def some_bytes(text: str) -> int:
+    """A size that is not 0."""
     return _unnamed(parse_memory, text)
 
 
