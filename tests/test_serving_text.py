@@ -3,7 +3,7 @@
 import pytest
 import served
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sirius_ext.serving.text import Answer, TextDecoder, TokenNames
@@ -29,6 +29,30 @@ def test_pieces_are_the_text(text):
 def test_a_character_comes_with_its_last_token():
     decoder = TextDecoder(TOKENIZER)
     assert [decoder.feed(token) for token in ids("é日🎉")] == ["", "é", "", "", "日", "", "", "", "🎉"]
+
+
+OWN = "﷽é👩‍🔬﷽🎉\ufffd\ufffd🎉\ufffd👩‍🔬"
+
+
+@example(OWN)
+@given(st.text("\ufffdé﷽🎉a", max_size=30))
+def test_replacement_characters_of_the_texts_own(text):
+    """They look as a character does that is not whole yet. What comes after them is whole, too, and nothing waits for long."""
+    decoder = TextDecoder(TOKENIZER)
+    pieces = [decoder.feed(token) for token in ids(text)]
+    assert "".join(pieces) + decoder.rest() == text and decoder.rest() == ""
+    for start in range(len(pieces) - 8):
+        assert any(pieces[start : start + 8])
+
+
+def test_tokens_that_all_end_within_a_character(monkeypatch):
+    monkeypatch.setattr(served, "MERGED", ["©Ã"])  # the second byte of é, and the first one
+    made, text = served.tokenizer(), "é" * 30
+    tokens = made(text, add_special_tokens=False).input_ids
+    assert len(tokens) == 31
+    decoder = TextDecoder(made)
+    pieces = [decoder.feed(token) for token in tokens]
+    assert "".join(pieces) == text and all(pieces[8:])
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))

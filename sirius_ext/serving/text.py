@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 CONTEXT = 6  # tokens of the prompt: what a token looks like may depend on the one before it
-MOST_PENDING = 8  # tokens that a character can be spread over, and some; what is longer is no character
+MOST_PENDING = 8  # tokens that a character can be spread over, and some; what is longer is more than one
 
 
 def text_after(
@@ -33,7 +33,7 @@ class TextDecoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # Those of a window: the first `known` have been given out as `shown`.
+        # Those of a window, the first `known` of which have been given out; `shown` is as much of its text.
         self._tokens = list(prompt[-CONTEXT:])
         self._known, self._shown = len(self._tokens), self._decode()
 
@@ -41,9 +41,16 @@ class TextDecoder:
         """The text that this token completes."""
         self._tokens.append(token)
         text = self._decode()
-        if text.endswith(UNFINISHED) and len(self._tokens) - self._known < MOST_PENDING:
+        if not text.endswith(UNFINISHED):
+            return self._give(text)
+        if len(self._tokens) - self._known < MOST_PENDING:
             return ""
-        return self._give(text)
+        # Every token may end within a character, and a text may have replacement characters of its own. Whatever comes next, the
+        # last one may be the beginning of another, and all before it stay what they are.
+        new = text[len(self._shown) : -1]
+        del self._tokens[:-MOST_PENDING]
+        self._known, self._shown = 0, self._decode()[:-1]
+        return new
 
     def rest(self) -> str:
         """What has been held back, at the end of the text."""
