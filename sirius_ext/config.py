@@ -148,6 +148,18 @@ class SiriusConfig:
         return 1.0 if fewer_bits and self.sparsity == "csparse" else DENSITY
 
     @property
+    def used(self) -> set[str]:
+        """The fields that make a difference to what is decoded. Whoever is told another one by a user refuses it."""
+        used = {"mode", "lookup"}
+        if self.mode != "full":
+            used |= {"sparsity", "density", "draft_weights", "thresholds" if self.sparsity == "fsparse" else "follow"}
+        if self.mode == "sirius":
+            used |= {"period", "tree_width", "prune", "accept"}
+        if self.mode == "sirius" and self.accept == "threshold":
+            used |= {"threshold", "score_temperature"}
+        return used
+
+    @property
     def copies(self) -> bool:
         """Whether tokens are copied from the text: what `lookup` comes to."""
         if self.lookup == "auto":

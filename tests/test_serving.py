@@ -174,6 +174,25 @@ def test_seeds(client):
     assert one_token == plain
 
 
+def test_what_is_not_used_is_named_with_what_does_not_use_it(address):
+    """As the command line does it."""
+    asked = {"mode": "sirius", "threshold": 0.5}
+    message = "sirius.threshold: it is not used with mode 'sirius', sparsity 'csparse', accept 'match'"
+    assert refusal(address, chat_body(sirius=asked))[2] == message
+    message = "sirius.period: it is not used with mode 'sparse', sparsity 'fsparse'"
+    assert refusal(address, chat_body(sirius={"mode": "sparse", "sparsity": "fsparse", "period": 8}))[2] == message
+    assert refusal(address, chat_body(sirius={"mode": "full", "period": 8}))[2].endswith("it is not used with mode 'full'")
+
+
+def test_what_clients_send_whatever_they_want(client):
+    """Beside a temperature of 0, or none, what says how to draw leaves the likeliest tokens as they are."""
+    plain = chat(client).choices[0].message.content
+    for more in ({"top_p": 1, "seed": 1}, {"temperature": 0, "top_p": 0.9, "seed": 1, "extra_body": {"top_k": 40}}):
+        assert chat(client, frequency_penalty=0, presence_penalty=0, n=1, **more).choices[0].message.content == plain
+    used = {"mode": "sirius", "period": 3, "accept": "threshold", "threshold": 0, "follow": False, "lookup": False}
+    assert chat(client, extra_body={"top_k": 0, "sirius": used}).choices[0].message.content
+
+
 def test_logprobs(client, scheduler):
     """F's own: of every token, beside the likeliest; the greedy text is made of the likeliest."""
     answer = chat(client, logprobs=True, top_logprobs=3, max_tokens=20)
@@ -274,6 +293,16 @@ def test_ten_clients_at_once(client, scheduler):
         ({"sirius": {"accept": "sample"}}, 400, "sirius.accept"),
         ({"sirius": {"accept": "match"}, "temperature": 1}, 400, "sirius.accept"),
         ({"sirius": {"lookup": True}, "temperature": 1}, 400, "sirius.lookup"),
+        ({"sirius": {"mode": "full", "threshold": 0.5}}, 400, "sirius.threshold"),
+        ({"sirius": {"mode": "full", "tree_width": 3}}, 400, "sirius.tree_width"),
+        ({"sirius": {"mode": "full", "sparsity": "csparse"}}, 400, "sirius.sparsity"),
+        ({"sirius": {"mode": "sparse", "period": 8}}, 400, "sirius.period"),
+        ({"sirius": {"mode": "full", "accept": "match"}, "temperature": 1}, 400, "sirius.accept"),
+        ({"sirius": {"sparsity": "fsparse", "follow": False}}, 400, "sirius.follow"),
+        ({"sirius": {"threshold": 0.5}}, 400, "sirius.threshold"),  # the server's rule is match
+        ({"sirius": {"accept": "threshold", "threshold": 0.5}, "temperature": 1}, 400, "sirius.accept"),
+        ({"sirius": {"threshold": 0.5}, "temperature": 1}, 400, "sirius.threshold"),
+        ({"top_k": 5}, 400, "top_k"),
     ],
     ids=str,
 )

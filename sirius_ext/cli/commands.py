@@ -59,7 +59,6 @@ from .options import (
     mode_config,
     sampling_of,
     some_bytes,
-    used_by,
 )
 
 API_KEY = "SIRIUS_API_KEY"  # in the environment
@@ -417,7 +416,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _check_used(options: argparse.Namespace) -> None:
     """Not mode by mode: the settings are those of the results file, where other modes may join."""
     accept = getattr(options, "accept", DEFAULTS.accept)
-    check_used(options, used_by(SiriusConfig(sparsity="fsparse", accept=accept)), f"--accept {accept}")
+    check_used(options, SiriusConfig(sparsity="fsparse", accept=accept).used, f"--accept {accept}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- to look

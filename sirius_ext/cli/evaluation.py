@@ -21,7 +21,7 @@ from ..evaluation.transcript import page, show, show_summary
 from ..extras import need
 from ..loading import THREADS_PER_CPU, most_threads
 from .arguments import check_distinct
-from .options import check_used, evaluation_config, used_by
+from .options import check_used, evaluation_config
 from .report import title_of
 from .terminal import Console
 
@@ -65,7 +65,7 @@ def run_study(options: argparse.Namespace, values: Sequence[float]) -> int:
 def run_analyze(options: argparse.Namespace) -> int:
     plan = _plan(options, (options.mode,))
     config = config_of(options.mode, plan.base)
-    check_used(options, used_by(config) | {"threshold"}, f"--mode {options.mode}")
+    check_used(options, config.used | {"threshold"}, f"--mode {options.mode}")
     check_distinct(out=options.out, json=options.json, thresholds=plan.base.thresholds)
     for name in ("skip", "limit"):
         if options.items and hasattr(options, name):

@@ -155,8 +155,8 @@ def mode_config(options: argparse.Namespace) -> SiriusConfig:
             )
         by += f" --sparsity {getattr(options, 'sparsity', DEFAULTS.sparsity)} --accept {accept}"
     # First what is used, so that no other setting is named for it.
-    used = SiriusConfig(**{"sparsity": getattr(options, "sparsity", DEFAULTS.sparsity), **values}, accept=accept)
-    check_used(options, used_by(used), by)
+    config = SiriusConfig(**{"sparsity": getattr(options, "sparsity", DEFAULTS.sparsity), **values}, accept=accept)
+    check_used(options, config.used, by)
     return decoding_config(options, **values, accept=accept)
 
 
@@ -202,16 +202,6 @@ def decoding_config(options: argparse.Namespace, **values: Any) -> SiriusConfig:
 def evaluation_config(options: argparse.Namespace) -> SiriusConfig:
     """What the modes of an evaluation have in common. Thresholds are for FSparse; `config_of` drops them for the others."""
     return decoding_config(options, sparsity="fsparse", period=getattr(options, "period", EVALUATION_PERIOD))
-
-
-def used_by(config: SiriusConfig) -> set[str]:
-    """The settings that make a difference to what a config decodes."""
-    used = {"lookup"}
-    if config.mode != "full":
-        used |= {"sparsity", "density", "draft_weights", "thresholds" if config.sparsity == "fsparse" else "follow"}
-    if config.mode == "sirius":
-        used |= {"period", "tree_width", "prune", "accept"} | ({"threshold"} if config.accept == "threshold" else set())
-    return used
 
 
 def check_used(options: argparse.Namespace, used: Container[str], by: str) -> None:

@@ -276,6 +276,7 @@ class _Service:
     def _config(self, body: ChatRequest | TextRequest) -> tuple[SiriusConfig, float]:
         """How to decode, and the temperature, 0 if the likeliest tokens are taken."""
         given, base = body.sirius.given(), self.scheduler.engine.config
+        asked = list(given)
         temperature = self.options.temperature if body.temperature is None else body.temperature
         temperature = temperature if temperature >= COLDEST else 0.0  # a colder one draws nothing but the likeliest
         if temperature:
@@ -287,6 +288,9 @@ class _Service:
             given |= {"accept": "sample", "lookup": False}
         elif given.get("accept") == "sample":
             raise Refused("sirius.accept: 'sample' needs a temperature above 0", "sirius.accept")
+        if body.top_k and body.temperature is None and not temperature:
+            # Whoever gives no temperature means to draw. One of 0 leaves the likeliest token, as top_k does whatever it is.
+            raise Refused("top_k: it needs a temperature; without one this server takes the likeliest tokens", "top_k")
         if given.get("sparsity", base.sparsity) != base.sparsity:
             given["thresholds"] = None  # made for the server's own
         try:
@@ -294,6 +298,12 @@ class _Service:
         except (ValueError, TypeError) as error:
             name = f"sirius.{str(error).partition(':')[0]}"
             raise Refused(f"sirius.{error}", name) from error
+        for name in asked:
+            if name not in config.used:
+                by = ", ".join(
+                    f"{each} {getattr(config, each)!r}" for each in ("mode", "sparsity", "accept") if each in config.used
+                )
+                raise Refused(f"sirius.{name}: it is not used with {by}", f"sirius.{name}")
         nodes = 1 + (config.longest_period - 1) * config.tree_width
         if config.mode == "sirius" and nodes > MOST_NODES and {"period", "tree_width"} & given.keys():
             message = f"sirius.tree_width: expected a tree of at most {MOST_NODES} tokens, got one of {nodes}"

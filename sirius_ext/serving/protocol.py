@@ -25,7 +25,7 @@ class Body(BaseModel):
 
 
 class Settings(Body):
-    """How to decode, in place of what the server was started with: fields of `SiriusConfig`.
+    """How to decode, in place of what the server was started with: fields of `SiriusConfig`. One that is not used is refused.
 
     trace: the answer says of each token where it comes from, with F's likelihoods, and what was counted.
     """
