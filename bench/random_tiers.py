@@ -61,10 +61,11 @@ class RandomTiers(TierFiles):
         source, none = RandomSource(name, dtype, weights), torch.empty(0, dtype=torch.int32)
         layout = Layout.of(source)
         fields = {field.name: getattr(layout, field.name) for field in dataclasses.fields(Layout)}
-        return cls(**fields, folder=_NOWHERE, checks=none, rest_checks=none, fingerprint="random", source=source)
+        checks = {"checks": none, "rest_checks": none, "fast_checks": none}
+        return cls(**fields, folder=_NOWHERE, **checks, fingerprint="random", source=source)
 
     @functools.cached_property
-    def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
+    def _fast(self) -> dict[str, torch.Tensor]:
         largest = random_bytes(max(each.nbytes for each in self.fast.values()))
         tensors = {}
         for name, stored in self.fast.items():
@@ -78,7 +79,10 @@ class RandomTiers(TierFiles):
                 tensors[name] = torch.ones(self.source.shape(name), dtype=self.dtype)
             else:
                 tensors[name] = own
-        return tensors, {name: stored.format for name, stored in self.fast.items() if stored.format is not None}
+        return tensors
+
+    def fast_tensor(self, name: str) -> torch.Tensor:
+        return self._fast[name]
 
     @functools.cached_property
     def down_squares(self) -> torch.Tensor:
@@ -111,7 +115,7 @@ def random_tiered(
     files = RandomTiers.of_shape(name, dtype, weights)
     sizes = DeviceSizes(files, cache_bytes(files.skeleton), device, row_bytes(files.skeleton))
     plan = device_plan(sizes, memory, drafts(files), device)
-    model = files.model(not plan.streams_rest, embedding=False)
+    model = files.model(not plan.streams_rest, on_device=True)
     model.generation_config.do_sample = False
     model.tiers = DeviceTiers(files, plan, device, on_progress)  # type: ignore[assignment]  # a module's attributes may be anything
     return model.to(device)  # type: ignore[arg-type]  # its decorator there makes `self` an argument

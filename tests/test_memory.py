@@ -335,11 +335,12 @@ def text(engine, count=24, length=20):
     return engine.generate(prompt(length), max_new_tokens=count).sequences[0].tolist()
 
 
-def bounds(config, weights):
+def bounds(config, weights, folder=None):
     """The least memory of a model, and what all of it takes."""
-    found = hub.division(1 << 60, functools.partial(drafts_of, config), checkpoint(), torch.float32, False, weights)
+    arguments = functools.partial(drafts_of, config), folder or checkpoint(), torch.float32, False, weights
+    found = hub.division(1 << 60, *arguments)
     with pytest.raises(TooLittle) as error:
-        hub.division(1, functools.partial(drafts_of, config), checkpoint(), torch.float32, False, weights)
+        hub.division(1, *arguments)
     return error.value.least, found.plan.used
 
 
@@ -456,6 +457,34 @@ def test_a_file_that_changes_in_the_middle_of_a_text(small, cache, config, fault
         text(engine, length=18)
     whole_again(file, data)
     assert text(engine) == expected and text(engine, length=19) == other
+
+
+@pytest.mark.parametrize("fault, message", [("altered", "is not what was written"), ("cut off", "it was cut off")])
+@pytest.mark.parametrize("weights, tied", [("plain", False), ("plain", True), ("q8", False), ("q4", False)])
+def test_an_embedding_that_changes_in_the_middle_of_a_text(small, cache, tmp_path, weights, tied, fault, message):
+    """Of which rows are read: of its own file, or, where it is the head as well, if that comes from the disk."""
+    tiny("llama3", **SIZES, vocab_size=900, tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
+    config = CONFIG if weights == "plain" else dataclasses.replace(CONFIG, mode="full")
+    settings = {"folder": tmp_path / "model", "weights": weights}
+    engine = loaded(config, memory=bounds(config, **settings)[0], **settings)
+    expected, file = text(engine), engine.model.tiers.files.folder / "fast.safetensors"
+    assert expected == text(loaded(config, **settings)) and engine.model.tiers.plan.streams_rest == (weights == "plain")
+    sequence = engine.start(prompt(20), max_new_tokens=24)
+    for _ in range(3):
+        sequence.step()
+    if fault == "altered":
+        data = altered(file)
+    else:
+        data = file.read_bytes()
+        os.truncate(file, 4096)
+    with pytest.raises(OSError, match=rf"fast\.safetensors: .*{message}"):
+        while not sequence.ended:
+            sequence.step()
+    assert sequence.tokens == expected[20 : 20 + len(sequence.tokens)] and len(sequence.tokens) < 24
+    with pytest.raises(OSError, match=message):
+        text(engine, length=18)
+    whole_again(file, data)
+    assert text(engine) == expected
 
 
 FAULTY = """

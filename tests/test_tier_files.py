@@ -130,10 +130,13 @@ def check_whole(files, expected, dtype):
     assert files.checks.shape == (sum(len(layer.images) for layer in files.layers), files.intermediate)
     files.verify()
     check_skeleton(files.model(), expected, files)
+    table, tokens = weights.embedding, [0, 7, 8, weights.vocab - 1]
+    planes = table.data if table.format == Format.Q8 else table.data[None]
+    assert torch.equal(files.embedding_rows(tokens), planes[:, tokens].view(torch.uint8))
 
 
 def check_skeleton(model, expected, files):
-    """Everything but the MLPs is there, and they are empty."""
+    """Everything but the MLPs and an embedding of which rows are read is there, and these are empty."""
     names = [name for name, _ in model.named_parameters()]
     assert names == [name for name, _ in expected.named_parameters()]  # tied ones are not named again
     formats = {name: getattr(module, "packed_format", None) for name, module in expected.named_modules()}
@@ -142,7 +145,7 @@ def check_skeleton(model, expected, files):
             assert getattr(module, "packed_format", None) == formats[name]
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad
-        if ".mlp." in name:
+        if ".mlp." in name or name == files.embedding:
             assert parameter.shape == (0,) and parameter.dtype == files.dtype
         else:
             assert torch.equal(parameter, expected.get_parameter(name)), name
@@ -225,7 +228,7 @@ def test_checkpoints_of_several_files(model, out):
 def test_a_piece_at_a_time(kind, tmp_path, out, monkeypatch):
     """Of matrices and of files that are larger than what is looked at at once."""
     monkeypatch.setattr(tier_files, "_SOME_ROWS", 256)
-    monkeypatch.setattr(tier_files, "_BLOCK", 1000)
+    monkeypatch.setattr(tier_files, "_BLOCK", 1024)
     if kind == "Q4_K":
         file, weights = tmp_path / "tiny.gguf", "q4"
         write_gguf(file, tiny("llama", **test_gguf.K_WIDE | {"intermediate_size": 768, "head_dim": 32}), kinds=lambda name: kind)
@@ -235,7 +238,7 @@ def test_a_piece_at_a_time(kind, tmp_path, out, monkeypatch):
     files = prepare(file, out, weights)
     check_whole(files, hub.load_model(file, "fp32", progress=False, weights=weights)[0], "fp32")
     size = (out / "fast.safetensors").stat().st_size
-    for at in (5, 999, 1000, size // 2, size - 1):
+    for at in (5, 1023, 1024, size // 2, size - 1):
         damage("fast.safetensors", flipped(at))(out)
         with pytest.raises(ValueError, match="fast.safetensors has been changed"):
             TierFiles.open(out)

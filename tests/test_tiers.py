@@ -153,6 +153,17 @@ def test_texts_side_by_side_read_a_prompt_chunk_by_chunk(monkeypatch):
     assert side_by_side(engine, [(ids, 12)], [CONFIGS["threshold"]], 2) == {(0, 0): alone}
 
 
+def test_rows_of_the_embedding_whatever_the_default_device():
+    engine = tiered(files_of(), (64, 0), slots_of(files_of()))
+    assert engine.model.tiers.embedding is not None
+    expected, ids = decoded(whole(), CONFIGS["match"], prompt(20))[0], prompt(20)
+    torch.set_default_device("meta")
+    try:
+        assert decoded(engine, CONFIGS["match"], ids)[0] == expected
+    finally:
+        torch.set_default_device(None)
+
+
 def test_two_texts_in_turn_share_the_slots():
     engine, config = tiered(files_of(), (0, 0), slots_of(files_of())), CONFIGS["threshold"]
     alone = [decoded(whole(), config, prompt(length))[0][0] for length in (12, 31)]

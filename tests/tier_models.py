@@ -57,7 +57,7 @@ def tiered(
     device: torch.device = CPU,
 ) -> Engine:
     """On a CUDA device, or the emulated one. resident: neurons of each image that stay, at most all."""
-    model = moved(TierFiles.open(files.folder).model(not streams_rest, embedding=False))
+    model = moved(TierFiles.open(files.folder).model(not streams_rest, on_device=True))
     stay = [min(count, files.intermediate) for count in resident]
     plan = Plan(
         memory=0,

@@ -15,6 +15,6 @@ def checksums(blocks: torch.Tensor) -> torch.Tensor:
             f"blocks: expected contiguous uint8 [n, bytes] on the CPU, got {blocks.dtype} {list(blocks.shape)} with strides "
             f"{blocks.stride()} on {blocks.device}"
         )
-    sums = torch.empty(len(blocks), dtype=torch.int32)
+    sums = torch.empty(len(blocks), dtype=torch.int32, device="cpu")
     _C.checksums(blocks.data_ptr(), blocks.shape[1], len(blocks), sums.data_ptr())
     return sums

@@ -188,7 +188,7 @@ def _planes(tensor: torch.Tensor, stored: Stored) -> list[torch.Tensor]:
 class DeviceTiers(Tiers):
     """As `Tiers`, on a CUDA device.
 
-    ValueError if the files are not what was written; MemoryError if there is no memory.
+    ValueError or OSError if the files are not what was written; MemoryError if there is no memory.
 
     streams: not all of it is on the device.
     """
@@ -212,7 +212,7 @@ class DeviceTiers(Tiers):
                 on_progress(len(files.layers), layer + 1)
         if plan.streams_rest and files.beside[1]:
             self._fill_head(files.beside[1])
-        self._embedding = None if files.embedding is None else self._pinned(files.embedding)
+        self._pinned_embedding = None if files.embedding is None else self._pinned(files.embedding)
         self.slots: Slots | None = None
         if plan.slots:
             bundles = [each.images[0].bundle for each in files.layers]
@@ -285,7 +285,11 @@ class DeviceTiers(Tiers):
     @property
     def embedding(self) -> Matrix | None:
         """As `Tiers.embedding`: a token reads a row over the link."""
-        return self._embedding
+        return self._pinned_embedding
+
+    def rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `Tiers.rows_of`: all rows are where they always are."""
+        return tokens
 
     @property
     def head(self) -> Matrix | None:

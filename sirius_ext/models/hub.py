@@ -165,7 +165,7 @@ def load_within(
         _planned(Layout.of(source), source.model, room, drafts, device)  # too little memory is said before an hour of preparing
         files = _in_cache(source, found, progress)
     plan = _planned(files, files.skeleton, room, drafts, device)
-    model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest, not on_device)
+    model, tokenizer = _load(found, weights, progress, files, not plan.streams_rest, on_device)
     with reporting("reading what stays in memory", progress) as report:
 
         def show(layers: int, done: int) -> None:
@@ -387,16 +387,16 @@ def _find(name: str | os.PathLike[str] | None, dtype: torch.dtype | str, weights
 
 
 def _load(
-    found: _Found, weights: str, progress: bool, tiers: TierFiles | None, rest: bool = True, embedding: bool = True
+    found: _Found, weights: str, progress: bool, tiers: TierFiles | None, rest: bool = True, on_device: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """tiers: what the folder holds, if it holds such. rest, embedding: as `TierFiles.model`."""
+    """tiers: what the folder holds, if it holds such. rest, on_device: as `TierFiles.model`."""
     source, name = found.source, found.name
     bars = _has_bars(found, progress)
     with reporting(f"loading {name}", progress, spinner=not bars) as report, _quiet(bars):
         from transformers import AutoTokenizer
 
         with _load_errors(name, _where(found)):
-            model = _model(found, weights, report) if tiers is None else tiers.model(rest, embedding)
+            model = _model(found, weights, report) if tiers is None else tiers.model(rest, on_device)
         with _load_errors(name, "its tokenizer cannot be read: "):
             has_tokenizer = not found.local or any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if has_tokenizer else None

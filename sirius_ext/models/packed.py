@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import safetensors
 import safetensors.torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 VERSION = 3  # another number where files come out differently: what older versions left in the cache is not used then
 
 _SOME_ROWS = 4096  # of a matrix that are compared at once
+_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by safetensors' names
 
 # Told how many tensors there are, and how many are done.
 Progress: TypeAlias = Callable[[int, int], None] | None
@@ -347,7 +348,7 @@ def save(file: Path, names: list[str], read: Callable[[str], torch.Tensor | Matr
             if isinstance(tensor, Matrix):
                 formats[name] = tensor.format.name
                 tensor = tensor.bytes
-            kind = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
+            kind = next(kind for kind, dtype in _DTYPES.items() if dtype == tensor.dtype)
             stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
             at += tensor.nbytes
@@ -365,6 +366,27 @@ def load(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
     with safetensors.safe_open(file, framework="pt") as opened:
         formats = json.loads(opened.metadata()["formats"])
     return safetensors.torch.load_file(file), {name: Format[form] for name, form in formats.items()}
+
+
+class Place(NamedTuple):
+    """Where a tensor of such a file is: its first byte, how many bytes, and as what they are read."""
+
+    at: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def places(read: Callable[[int, int], bytes]) -> tuple[dict[str, Place], dict[str, Format]]:
+    """Of the tensors of such a file, and the formats of those that are packed. read: gives its bytes, from where and how many."""
+    size = int.from_bytes(read(0, 8), "little")
+    header = json.loads(read(8, size))
+    formats = json.loads(header.pop("__metadata__")["formats"])
+    found = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        found[name] = Place(8 + size + begin, end - begin, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return found, {name: Format[form] for name, form in formats.items()}
 
 
 def _materialise(model: Any) -> None:

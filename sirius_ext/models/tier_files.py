@@ -19,12 +19,11 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -34,9 +33,10 @@ from ..kernels import q4, q8
 from ..kernels.checks import checksums
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import PAGE
+from .checked_file import BLOCK, CheckedFile, block_sums
 from .families import check_supported
 from .gguf_files import CONVERTED
-from .packed import Progress, Source, empty, fill, is_down, load, save
+from .packed import Place, Progress, Source, empty, fill, is_down, places, save
 from .scratch import opened
 
 if TYPE_CHECKING:
@@ -46,12 +46,11 @@ VERSION = 2  # another number where files come out differently: older ones are t
 MANIFEST, NEURONS, FAST, CHECKS = "tiers.json", "neurons.bin", "fast.safetensors", "checks.bin"
 JOURNAL = "preparing.json"  # how far the files of a folder without a manifest are
 _NOTES = "preparing.bin"  # and what of the layers that are done comes into FAST
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SQUARES = "down_squares"  # among the tensors of FAST, beside those of the model's own names
 
 # Images begin at multiples of PAGE. Bytes of which bundles have a multiple, and at whose multiples rows begin in these.
 _BUNDLE, _ROW = 64, 16
-BLOCK = 1 << 14  # of what is not neurons: bytes that have a checksum
 _PART = 1 << 26  # bytes of the head that are read together
 _BLOCK, _BLOCKS = 1 << 20, 16  # of a file that is summed: bytes of each, and how many at once
 ROWS_TOLD = 4  # of every layer's gate, by which models are told apart
@@ -170,15 +169,19 @@ class Layout:
         return attention, _HEAD if _HEAD in self.fast and streams(_HEAD) else None
 
     def _in_memory(self, rest: bool) -> set[str]:
-        """What of FAST is for the memory. Of an embedding that is not the head as well, single rows are read: that stays on the
-        disk. rest: with what is there a second time."""
-        streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {_EMBEDDING}
+        """What of FAST is for the memory. Of an embedding that is not the head as well, or that is there a second time as the
+        head, single rows are read: that stays on the disk. rest: with what is there a second time."""
+        streamed = set() if rest else {name for each in self.rest for name in each.tensors} | {EMBEDDING}
         return self.fast.keys() - streamed - {self.embedding}
+
+    def rows_are_read(self, rest: bool) -> bool:
+        """Whether single rows of the embedding are read from the disk: it is not in memory, with `rest` there or without."""
+        return EMBEDDING not in self._in_memory(rest)
 
     @property
     def embedding(self) -> str | None:
         """The one of which single rows are read; None if it is the head as well."""
-        return _EMBEDDING if _HEAD in self.fast else None
+        return EMBEDDING if _HEAD in self.fast else None
 
     @property
     def embedding_bytes(self) -> int:
@@ -209,26 +212,32 @@ class TierFiles(Layout):
 
     checks: CRC-32C of every bundle, by layer, image and neuron: int32 [images, I], the bits of unsigned numbers.
     rest_checks: of the blocks of `rest`, int32 [blocks].
+    fast_checks: of the blocks of FAST when it was opened (`checked_file`), int32 [blocks].
     fingerprint: as `Weights.fingerprint`.
     """
 
     folder: Path
     checks: torch.Tensor
     rest_checks: torch.Tensor
+    fast_checks: torch.Tensor
     fingerprint: str
 
     @classmethod
     def open(cls, folder: Path) -> TierFiles:
         """ValueError that says what to do if the folder has none, or they are damaged. Of the neurons only the size is looked at:
-        whoever reads a bundle compares its checksum."""
-        said = _manifest(folder)
+        whoever reads a bundle compares its checksum. Of FAST all bytes are, which have checksums from then on."""
+        said, sums = _manifest(folder), list[torch.Tensor]()
+
+        def note(part: torch.Tensor) -> None:
+            sums.append(block_sums(part))
+
         for name, file in said["files"].items():
             path = folder / name
             if not path.is_file():
                 raise _damaged(folder, f"{name} is missing")
             if path.stat().st_size != file["size"]:
                 raise _damaged(folder, f"{name} has {path.stat().st_size} bytes, expected {file['size']}")
-            if file["crc"] is not None and _crc_of(path) != file["crc"]:
+            if file["crc"] is not None and _crc_of(path, note if name == FAST else None) != file["crc"]:
                 raise _damaged(folder, f"{name} has been changed")
         hidden, intermediate = said["hidden"], said["intermediate"]
         layers, _ = _layout([[Format[name] for name in names] for names in said["formats"]], hidden, intermediate)
@@ -237,7 +246,8 @@ class TierFiles(Layout):
             for image, tensors in said["rest"]
         ]
         checks, rest_checks = _read_checks(folder, intermediate, sum(len(layer.images) for layer in layers))
-        tensors, packed = load(folder / FAST)
+        fast_checks = torch.cat(sums)
+        found, formats = _places(CheckedFile(folder / FAST, fast_checks))
         return cls(
             weights=said["weights"],
             dtype=getattr(torch, said["dtype"]),
@@ -245,10 +255,11 @@ class TierFiles(Layout):
             intermediate=intermediate,
             layers=layers,
             rest=rest,
-            fast={name: Stored(tensor.nbytes, packed.get(name), _rows(name, tensor.shape)) for name, tensor in tensors.items()},
+            fast={name: Stored(place.nbytes, formats.get(name), _rows(name, place.shape)) for name, place in found.items()},
             folder=folder,
             checks=checks,
             rest_checks=rest_checks,
+            fast_checks=fast_checks,
             fingerprint=said["fingerprint"],
         )
 
@@ -258,19 +269,22 @@ class TierFiles(Layout):
         return self.folder / NEURONS
 
     @functools.cached_property
-    def _fast(self) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
-        """All of FAST, as pages of the file, which may be dropped when memory is short."""
-        return load(self.folder / FAST)
+    def _fast_file(self) -> CheckedFile:
+        return CheckedFile(self.folder / FAST, self.fast_checks)
+
+    @functools.cached_property
+    def _fast_places(self) -> dict[str, Place]:
+        return _places(self._fast_file)[0]
 
     @functools.cached_property
     def down_squares(self) -> torch.Tensor:
-        """||down_i||_2^2 of every neuron, float32 [layers, I], as `Weights.down_squares`."""
-        return self._fast[0][_SQUARES].clone()
+        """||down_i||_2^2 of every neuron, float32 [layers, I], as `Weights.down_squares`. OSError as `fast_tensor`."""
+        return self.fast_tensor(_SQUARES)
 
     @functools.cached_property
     def _shared(self) -> list[torch.Tensor | None]:
-        found = (self._fast[0].get(_shared_name(layer)) for layer in range(len(self.layers)))
-        return [None if each is None else each.clone() for each in found]
+        names = map(_shared_name, range(len(self.layers)))
+        return [self.fast_tensor(name) if name in self.fast else None for name in names]
 
     def shared(self, layer: int) -> torch.Tensor | None:
         """The scales that the rows of down have together, uint8 [bytes], if they do."""
@@ -283,19 +297,23 @@ class TierFiles(Layout):
 
         return empty(AutoConfig.from_pretrained(self.folder, trust_remote_code=False), self.dtype)
 
-    def model(self, rest: bool = True, embedding: bool = True) -> PreTrainedModel:
-        """The model without its MLPs' weights, which are empty, and so are those `beside` and the head, or the `embedding`, if it
-        is to be without them; its `tier_files` leads back here. It cannot be called."""
-        config = self.skeleton.config
-        (tensors, formats), nothing = self._fast, torch.empty(0, dtype=self.dtype)
-        absent = {name: nothing for layer in range(len(self.layers)) for name in _names(config, layer)}
+    def model(self, rest: bool = True, on_device: bool = False) -> PreTrainedModel:
+        """The model without its MLPs' weights, which are empty, and so is an embedding of which rows are read and, if it is to be
+        without the `rest`, what is `beside`; its `tier_files` leads back here. It cannot be called. OSError as `fast_tensor`.
+
+        on_device: it is for a CUDA device, which holds an embedding that is the head as well in any case.
+        """
+        config, nothing = self.skeleton.config, torch.empty(0, dtype=self.dtype)
+        absent = {name for layer in range(len(self.layers)) for name in _names(config, layer)}
         if not rest:
             attention, head = self.beside
-            absent |= {name: nothing for name in itertools.chain(*attention, [head] if head else [])}
-        if not embedding and self.embedding:
-            absent[self.embedding] = nothing
-        there = {name: tensors[name].clone() for name in self._in_memory(rest)}
-        model: Any = fill(empty(config, self.dtype), tensors | there | absent, formats, self.folder)
+            absent.update(*attention, [head] if head else [])
+        if self.embedding is not None if on_device else self.rows_are_read(rest):
+            absent.add(EMBEDDING)
+        own = [name for name, _ in self.skeleton.named_parameters()]
+        tensors = {name: nothing if name in absent else self.fast_tensor(name) for name in own}
+        formats = {name: stored.format for name, stored in self.fast.items() if stored.format is not None}
+        model: Any = fill(empty(config, self.dtype), tensors, formats, self.folder)
         model.tier_files = self
         filled: PreTrainedModel = model.eval()
         return filled
@@ -305,8 +323,23 @@ class TierFiles(Layout):
         return sum(len(each.images) for each in self.layers[:layer]) + image
 
     def fast_tensor(self, name: str) -> torch.Tensor:
-        """Of FAST: pages of the file."""
-        return self._fast[0][name]
+        """Of FAST, in memory of its own. OSError if it cannot be read, or is not what was written."""
+        place = self._fast_places[name]
+        return self._fast_file.read([place.at], place.nbytes)[0].view(place.dtype).view(place.shape)
+
+    def embedding_rows(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of the embedding, as they are in FAST: uint8 [planes, tokens, bytes], two planes of eight bits and else one. OSError as
+        `fast_tensor`."""
+        start, (planes, rows, size) = self._fast_places[EMBEDDING].at, self.embedding_shape
+        begins = [start + (plane * rows + token) * size for plane in range(planes) for token in tokens]
+        return self._fast_file.read(begins, size).view(planes, len(tokens), size)
+
+    @property
+    def embedding_shape(self) -> tuple[int, int, int]:
+        """Planes of the embedding, rows, and bytes of a row."""
+        stored = self.fast[EMBEDDING]
+        planes = 2 if stored.format == Format.Q8 else 1
+        return planes, stored.rows, stored.nbytes // (planes * stored.rows)
 
     def read(self, layer: int, image: int, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Bundles of neurons `first` to `last` - 1, or of all: uint8 [n, bundle]. ValueError if they are not what was written."""
@@ -524,7 +557,8 @@ class _Preparation:
         written = [NEURONS, CHECKS, FAST, *self._copy_settings()]
         checks, rest_checks = _read_checks(self._folder, self._intermediate, sum(len(each.images) for each in self._layers))
         layout = {field.name: getattr(self._layout, field.name) for field in dataclasses.fields(Layout)}
-        files = TierFiles(**layout, folder=self._folder, checks=checks, rest_checks=rest_checks, fingerprint="")
+        none = torch.empty(0, dtype=torch.int32)  # FAST is not read from here
+        files = TierFiles(**layout, folder=self._folder, checks=checks, rest_checks=rest_checks, fast_checks=none, fingerprint="")
         said = {
             "version": VERSION,
             "key": self._source.key,
@@ -664,10 +698,10 @@ def _rest_of(source: Source, at: int) -> list[Rest]:
 
 def _head_name(source: Source) -> str:
     """Of the tensor that is the LM head: its own, or the embedding."""
-    return _HEAD if _HEAD in source.names else _EMBEDDING
+    return _HEAD if _HEAD in source.names else EMBEDDING
 
 
-def _rows(name: str, shape: torch.Size) -> int:
+def _rows(name: str, shape: Sequence[int]) -> int:
     """Of a matrix, packed or not."""
     return shape[-2] if name.endswith(".weight") and len(shape) > 1 else 0
 
@@ -768,14 +802,22 @@ def rows_together(row: int, block: int = BLOCK) -> int:
     return max(1, _PART // (row * grain)) * grain
 
 
-def _crc_of(what: Path | dict[str, Any]) -> str:
-    """CRC-32C of the CRC-32C of every block of a file, or of the bytes of something that is to be in one."""
+def _places(file: CheckedFile) -> tuple[dict[str, Place], dict[str, Format]]:
+    """Where the tensors of FAST are, and the formats of those that are packed."""
+    return places(lambda at, size: file.read([at], size).numpy().tobytes())
+
+
+def _crc_of(what: Path | dict[str, Any], also: Callable[[torch.Tensor], None] | None = None) -> str:
+    """CRC-32C of the CRC-32C of every block of a file, or of the bytes of something that is to be in one. also: gets all of these
+    bytes, uint8, part after part; each has whole blocks (`block_sums`) but the last."""
     buffer = torch.empty(_BLOCKS * _BLOCK, dtype=torch.uint8)
     sums = []
     with io.BytesIO(json.dumps(what, sort_keys=True).encode()) if isinstance(what, dict) else open(what, "rb") as stream:
         while size := stream.readinto(buffer.numpy().data):
             whole = size // _BLOCK * _BLOCK
             sums += [checksums(buffer[:whole].view(-1, _BLOCK)), checksums(buffer[None, whole:size])]
+            if also:
+                also(buffer[:size])
     return f"{int(checksums(torch.cat(sums).view(torch.uint8)[None])) & 0xFFFFFFFF:08x}"
 
 

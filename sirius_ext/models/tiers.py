@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..control_groups import groups
 from ..kernels.matrix import Format, Matrix
 from ..kernels.stream import GRAIN, Image, Statistics, Stream
 from .families import describe
-from .tier_files import Layout, TierFiles, matrix_in
+from .tier_files import EMBEDDING, Layout, TierFiles, matrix_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -321,6 +322,30 @@ def memory_in_use() -> int:
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
+class EmbeddingRows:
+    """An embedding of which the rows of a pass are read from the disk.
+
+    matrix: as large as all of it. Its first rows are those that were asked for last; what no row has come to takes no memory.
+    """
+
+    def __init__(self, files: TierFiles) -> None:
+        planes, rows, size = files.embedding_shape
+        form = files.fast[EMBEDDING].format
+        memory = mmap.mmap(-1, planes * rows * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._files, self._data = files, torch.frombuffer(memory, dtype=torch.uint8).view(planes, rows, size)
+        if form is None:
+            self.matrix = Matrix(self._data[0].view(files.dtype))
+        else:
+            self.matrix = Matrix(self._data if planes > 1 else self._data[0], (form, files.hidden))
+
+    def rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As `Tiers.rows_of`."""
+        distinct, rows = torch.unique(tokens, return_inverse=True)
+        self._data[:, : len(distinct)] = self._files.embedding_rows(distinct.tolist())
+        found: torch.Tensor = rows.to(tokens.dtype)
+        return found
+
+
 class Tiers:
     """The MLPs of a model whose neurons are in memory in part.
 
@@ -346,6 +371,7 @@ class Tiers:
                 else:
                     images.append([image])
                     sums.append(own)
+        self._embedding = EmbeddingRows(files) if files.rows_are_read(not plan.streams_rest) else None
         self.stream = Stream(files.neurons, images, rows, torch.cat(sums), BUFFERS, plan.slots)
         for layer in range(len(files.layers)):
             self.stream.fill(layer)
@@ -402,8 +428,13 @@ class Tiers:
 
     @property
     def embedding(self) -> Matrix | None:
-        """Of which rows are read from elsewhere; None if it is the model's own parameter, as pages of the file are."""
-        return None
+        """Of which rows are read from elsewhere, where `rows_of` says; None if it is the model's own parameter."""
+        return None if self._embedding is None else self._embedding.matrix
+
+    def rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which rows of the embedding are those of tokens, an integer tensor [t], until it is asked for others: of the same dtype
+        and shape. OSError if they cannot be read, or are not what was written."""
+        return tokens if self._embedding is None else self._embedding.rows_of(tokens)
 
     @property
     def head(self) -> Matrix | None:

@@ -406,6 +406,11 @@ class Weights:
         """The extension's name for the dtype."""
         return DTYPES[self.dtype]
 
+    def embedding_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which rows of `embedding` are those of tokens, an integer tensor [t], until others are asked for: the tokens themselves
+        unless rows are read from a disk. OSError if they cannot be had."""
+        return tokens if self.tiers is None else self.tiers.rows_of(tokens)
+
     def arguments(self, view: View | None = None) -> dict[str, object]:
         """What the extension's `Model` is made of, that reads a view, or without one all that F reads: ModelWeights of
         csrc/params.h and, as `layers`, its LayerWeights."""

@@ -25,8 +25,8 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 def embed(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
     """tokens: int64 [t]. Returns T [t, H]."""
-    table, scale = weights.embedding, weights.description.embedding_scale
-    x = F.embedding(tokens, table.data) if table.plain else table.take(tokens).dense().to(weights.dtype)
+    table, scale, rows = weights.embedding, weights.description.embedding_scale, weights.embedding_rows(tokens)
+    x = F.embedding(rows, table.data) if table.plain else table.take(rows).dense().to(weights.dtype)
     return x if scale == 1.0 else (x.float() * scale).to(x.dtype)
 
 

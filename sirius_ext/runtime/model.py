@@ -191,8 +191,9 @@ class Model:
         m = len(asked.tokens)
         out, argmax = cache.logits[:m], cache.argmax[:m] if asked.argmax is None else asked.argmax
         with self.lock:
+            rows = self.weights.embedding_rows(asked.tokens)
             self._handle_of(asked.sparsity).step(
-                tokens=asked.tokens.data_ptr(),
+                tokens=rows.data_ptr(),
                 positions=asked.positions.data_ptr(),
                 cos=cache.cos.data_ptr(),
                 sin=cache.sin.data_ptr(),
