@@ -164,6 +164,9 @@ BAD_VALUES = {
     "layers without end": ("llama", "block_count", 1 << 31, "2147483648 layers of 29 tensors"),
     "a pattern of other layers": ("gemma3", "attention.sliding_window_pattern", [True, False], "is .True, False. for 7 layers"),
 }
+    "no context": ("llama", "context_length", 0, "llama.context_length is 0, expected at least 1"),
+    "no context in a family with windows": ("gemma2", "context_length", 0, "gemma2.context_length is 0, expected at least 1"),
+    "windows of each layer": ("llama", "attention.sliding_window", [9, 9], "sliding_window' is .9, 9., which is not supported"),
 BAD_TENSORS = {
     "one kind of factors": (
         "phi3_windows",

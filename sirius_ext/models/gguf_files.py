@@ -219,8 +219,10 @@ def config_settings(header: Header) -> dict[str, Any]:
         "num_attention_heads": heads,
         # transformers leaves the rows of Llama's q and k in llama.cpp's order if the file does not say it.
         "num_key_value_heads": said.integer("attention.head_count_kv"),
+    if (context := said.integer("context_length")) < 1:
+        raise ValueError(f"{said.prefix}context_length is {context}, expected at least 1")
         "intermediate_size": said.integer("feed_forward_length"),
-        "max_position_embeddings": said.integer("context_length"),
+        "max_position_embeddings": context,
         "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "eos_token_id": _ends(header),
@@ -242,7 +244,7 @@ def config_settings(header: Header) -> dict[str, Any]:
         settings["sliding_window"] = said.integer("attention.sliding_window") or None
     elif architecture in ("gemma2", "gemma3"):
         settings |= _gemma(said, architecture, settings)
-    elif said.left.get("attention.sliding_window", 0) >= settings["max_position_embeddings"]:
+    elif isinstance(window := said.left.get("attention.sliding_window"), int) and window >= context:
         del said.left["attention.sliding_window"]  # as wide as the longest text
     said.finish()
     _check_tensors(header, architecture, settings)
