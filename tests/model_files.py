@@ -51,7 +51,13 @@ def write_gguf(
         key = key.format(arch=architecture)
         writer.kv_data[0].pop(key, None)
         if value is not None:
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                np.int32: writer.add_int32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
             add.get(type(value), writer.add_array)(key, value)
     found = {**_layer_tensors(model, architecture), **_rope_tensors(config), **(tensors or {})}
     for name, weight in found.items():

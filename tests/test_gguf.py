@@ -1,6 +1,9 @@
 """GGUF files of every architecture, as llama.cpp's converter writes them: the model that comes out is the one that went in; and
 files of four bits, read as they are."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -161,12 +164,12 @@ BAD_VALUES = {
     "an endless factor": ("llama", "rope.scaling.factor", float("inf"), "rope scaling has the factor inf"),
     "fewer layers": ("llama", "block_count", 2, "9 of its tensors are unknown in this .* the first is 'blk.2.attn_k.weight"),
     "more layers": ("llama", "block_count", 4, "9 weights are missing, the first is model.layers.3."),
-    "layers without end": ("llama", "block_count", 1 << 31, "2147483648 layers of 29 tensors"),
-    "a pattern of other layers": ("gemma3", "attention.sliding_window_pattern", [True, False], "is .True, False. for 7 layers"),
-}
     "no context": ("llama", "context_length", 0, "llama.context_length is 0, expected at least 1"),
     "no context in a family with windows": ("gemma2", "context_length", 0, "gemma2.context_length is 0, expected at least 1"),
     "windows of each layer": ("llama", "attention.sliding_window", [9, 9], "sliding_window' is .9, 9., which is not supported"),
+    "layers without end": ("llama", "block_count", 1 << 31, "2147483648 layers of 29 tensors"),
+    "a pattern of other layers": ("gemma3", "attention.sliding_window_pattern", [True, False], "is .True, False. for 7 layers"),
+}
 BAD_TENSORS = {
     "one kind of factors": (
         "phi3_windows",
@@ -206,6 +209,43 @@ def test_every_token_that_ends_a_text(cache, tmp_path, weights):
         model, tokenizer = hub.load_model(tmp_path / "tiny.gguf", "fp32", progress=False, weights=weights)
         assert model.config.eos_token_id == model.generation_config.eos_token_id == expected
         assert tokenizer.eos_token_id == 1
+
+
+NONE = {"with a sign": np.int32(-1), "without": 0xFFFFFFFF}
+
+
+@pytest.mark.parametrize("none", NONE)
+@pytest.mark.parametrize("weights", ["plain", "q4"])
+@pytest.mark.parametrize("base", ["llama", "gemma2"])  # whose tokenizers are of two kinds
+def test_no_token(cache, tmp_path, base, weights, none):
+    """-1 is llama.cpp's word for a token that is not there; to transformers it is the last one, or beyond the vocabulary."""
+    names = ("bos", "eos", "eot", "eom", "padding", "unknown")
+    write_gguf(tmp_path / "absent.gguf", tiny(base), values={f"tokenizer.ggml.{name}_token_id": None for name in names})
+    write_gguf(tmp_path / "none.gguf", tiny(base), values={f"tokenizer.ggml.{name}_token_id": NONE[none] for name in names})
+    found = [hub.load_model(tmp_path / name, "fp32", progress=False, weights=weights) for name in ("absent.gguf", "none.gguf")]
+    (model, tokenizer), (other, other_tokenizer) = found
+    assert [getattr(other.config, key) for key in SPECIAL] == [getattr(model.config, key) for key in SPECIAL]
+    assert other.config.eos_token_id is other.generation_config.eos_token_id is None
+    assert other_tokenizer.special_tokens_map == tokenizer.special_tokens_map
+    assert other_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert other_tokenizer("abcd!").input_ids == tokenizer("abcd!").input_ids
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    assert not list(cache.rglob("*.gguf"))
+
+
+def test_no_end_beside_others(cache, tmp_path):
+    values = {"tokenizer.ggml.eos_token_id": 0xFFFFFFFF, "tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.bos_token_id": 3}
+    write_gguf(tmp_path / "tiny.gguf", tiny("gemma2"), values=values)
+    model, tokenizer = hub.load_model(tmp_path / "tiny.gguf", "fp32", progress=False)
+    assert model.config.eos_token_id == 5 and model.config.bos_token_id == tokenizer.bos_token_id == 3
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom", "padding", "unknown"])
+@pytest.mark.parametrize("token", [VOCAB, np.int32(-2), 1 << 31, "</s>", [1, 2], True], ids=str)
+def test_no_such_token(load, name, token):
+    said = rf"tokenizer.ggml.{name}_token_id is {re.escape(repr(token if type(token) is not np.int32 else int(token)))}, "
+    with pytest.raises(hub.ModelLoadError, match=f"{said}expected one of the vocabulary's {VOCAB} ids, 0 to {VOCAB - 1}, or -1"):
+        load(tiny("llama"), values={f"tokenizer.ggml.{name}_token_id": token})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ _NEUTRAL = {
 }
 _SPECIAL = {"bos": "bos", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom")  # of a text, of a turn and of a message: after each of them llama.cpp stops
+_NO_TOKEN = (-1, 0xFFFFFFFF)  # llama.cpp's LLAMA_TOKEN_NULL, with a sign and without
+_NOBODYS = b"_no"  # the end of a key that stands for no token
+_OF_TOKENIZERS = ("bos", "eos", "unknown", "padding")  # what transformers looks up in the vocabulary, whatever is there
 _ROPE_TENSORS = ("rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight")
 _YARN = {
     "attention_factor": "rope.scaling.yarn_attn_factor",
@@ -66,11 +70,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """values: by key; of a list of strings, such as the vocabulary, only how many there are."""
+    """values: by key; of a list of strings, such as the vocabulary, only how many there are. places: of the keys themselves, in
+    the file."""
 
     file: Path
     values: dict[str, Any]
     tensors: dict[str, Tensor]
+    places: dict[str, int]
 
     def floats(self, name: str) -> list[float]:
         """The numbers of a tensor of one dimension."""
@@ -144,8 +150,10 @@ def read_header(file: Path) -> Header:
         if version not in (2, 3):
             raise ValueError(f"version {version}; expected 2 or 3")
         values: dict[str, Any] = {}
+        places = {}
         for _ in range(value_count):
             key = stream.string()
+            places[key] = stream.at - len(key.encode())
             values[key] = stream.value(stream.numbers("I")[0])
         found = []
         for _ in range(tensor_count):
@@ -160,7 +168,8 @@ def read_header(file: Path) -> Header:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = math.ceil(stream.at / alignment) * alignment
-        return Header(file, values, {name: Tensor(shape, kind, start + offset) for name, shape, kind, offset in found})
+        tensors = {name: Tensor(shape, kind, start + offset) for name, shape, kind, offset in found}
+        return Header(file, values, tensors, places)
 
 
 class _Settings:
@@ -210,6 +219,8 @@ def config_settings(header: Header) -> dict[str, Any]:
     heads, hidden, layers = (said.integer(key) for key in ("attention.head_count", "embedding_length", "block_count"))
     if heads < 1 or layers > len(header.tensors):
         raise ValueError(f"it has {heads} heads, and {layers} layers of {len(header.tensors)} tensors")
+    if (context := said.integer("context_length")) < 1:
+        raise ValueError(f"{said.prefix}context_length is {context}, expected at least 1")
     head_dim = said.integer("attention.key_length", hidden // heads)
     settings: dict[str, Any] = {
         "model_type": "gemma3_text" if architecture == "gemma3" else architecture,
@@ -219,15 +230,14 @@ def config_settings(header: Header) -> dict[str, Any]:
         "num_attention_heads": heads,
         # transformers leaves the rows of Llama's q and k in llama.cpp's order if the file does not say it.
         "num_key_value_heads": said.integer("attention.head_count_kv"),
-    if (context := said.integer("context_length")) < 1:
-        raise ValueError(f"{said.prefix}context_length is {context}, expected at least 1")
         "intermediate_size": said.integer("feed_forward_length"),
         "max_position_embeddings": context,
         "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "eos_token_id": _ends(header),
-        **{f"{name}_token_id": header.values.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()},
+        **{f"{name}_token_id": special_token(header, key) for name, key in _SPECIAL.items()},
     }
+    special_token(header, "unknown")  # a config has no place for it, but a tokenizer has
     if said.integer("attention.value_length", head_dim) != head_dim:
         raise ValueError(f"its heads have {head_dim} elements in keys and another number in values")
     if architecture in ("qwen2", "phi3"):
@@ -251,9 +261,49 @@ def config_settings(header: Header) -> dict[str, Any]:
     return settings
 
 
+def special_token(header: Header, name: str) -> int | None:
+    """The id of a special token, of "bos" say; None if the file has none. ValueError if the vocabulary has no such id."""
+    key = _token_key(name)
+    token = header.values.get(key)
+    if token is None or _is_none(token):
+        return None
+    rows = header.tensors["token_embd.weight"].shape[0]
+    named = header.values.get("tokenizer.ggml.tokens", rows)  # fewer where the embedding is padded
+    size = min(rows, named) if isinstance(named, int) else rows
+    if type(token) is not int or not 0 <= token < size:
+        raise ValueError(f"{key} is {token!r}, expected one of the vocabulary's {size} ids, 0 to {size - 1}, or -1 for none")
+    return token
+
+
+def _token_key(name: str) -> str:
+    return f"tokenizer.ggml.{name}_token_id"
+
+
+def _is_none(token: object) -> bool:
+    return type(token) is int and token in _NO_TOKEN
+
+
+def file_for_tokenizer(header: Header, folder: Path) -> Path:
+    """The file as transformers can read its tokenizer: it takes -1 for the vocabulary's last token, and fails at 0xFFFFFFFF.
+    Where the header says so of a token, a copy of it in the folder, which does not have these keys nor any tensor's numbers."""
+    keys = [key for key in map(_token_key, _OF_TOKENIZERS) if _is_none(header.values.get(key))]
+    if not keys:
+        return header.file
+    with open(header.file, "rb") as stream:
+        head = bytearray(stream.read(min(tensor.offset for tensor in header.tensors.values())))
+    for key in keys:
+        # It becomes a key that nobody knows, and as long, so that all else stays where it is.
+        end = header.places[key] + len(key)
+        head[end - len(_NOBODYS) : end] = _NOBODYS
+    copy = folder / "header.gguf"
+    copy.write_bytes(head)
+    os.truncate(copy, header.file.stat().st_size)
+    return copy
+
+
 def _ends(header: Header) -> int | list[int] | None:
     """The tokens that end a text, the tokenizer's own first."""
-    found = [header.values.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    found = [special_token(header, name) for name in _ENDS]
     ends = list(dict.fromkeys(token for token in found if token is not None))
     return ends if len(ends) > 1 else ends[0] if ends else None
 

@@ -54,7 +54,7 @@ Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WITH_IMAGES = ("gemma3", "mistral3")  # models for text and images that have a text model of ours inside
-_CONVERSION = 3  # another number where GGUF files come out differently: what older versions left in the cache is not used then
+_CONVERSION = 4  # another number where GGUF files come out differently: what older versions left in the cache is not used then
 
 
 class ModelLoadError(ValueError):
@@ -666,7 +666,7 @@ def _converted(file: Path, name: str, dtype: torch.dtype, progress: bool, whole:
 
 
 def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Path) -> None:
-    """Writes what `_converted` keeps."""
+    """Writes what `_converted` keeps. What else is written stands beside the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.quantization_config import GgufConfig
 
@@ -684,9 +684,10 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
                 Tensors(header, config)  # its types, before anything else takes time
         if whole:
             model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **kwargs)
+        readable = gguf_files.file_for_tokenizer(header, folder.parent)
+        tokenizer = AutoTokenizer.from_pretrained(readable.parent, gguf_file=readable.name)
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
-    if (end := header.values.get("tokenizer.ggml.eos_token_id")) is not None:
+    if (end := gguf_files.special_token(header, "eos")) is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if whole:
         model.save_pretrained(folder)
