@@ -33,7 +33,7 @@ test: lint .venv/built-tests
 test-newest test-oldest: test-%:
 	PYTHON="$(PYTHON)" tools/setup_venv.sh $*
 	rm -f .venv/built .venv/built-tests
-	export PATH="$(CURDIR)/.venv-$*/bin:$$PATH"; python setup.py -q build_ext --inplace && \
+	export PATH="$(CURDIR)/.venv-$*/bin:$$PATH" PYTHONPATH="$(CURDIR)"; python setup.py -q build_ext --inplace && \
 	  python -m pytest -q -n $(TEST_JOBS) --dist worksteal
 
 bench: .venv/bench .venv/built

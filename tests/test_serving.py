@@ -507,18 +507,19 @@ def take_time(scheduler, monkeypatch):
 def test_a_full_queue(monkeypatch):
     made = Scheduler(Engine(served.model(), served.CONFIG, TOKENIZER), running=1, waiting=0)
     take_time(made, monkeypatch)
+    model = prepare(made.engine.model)
+    compute, may_go_on = model.compute, threading.Event()
+    may_go_on.set()
+    monkeypatch.setattr(model, "compute", lambda *asked: (may_go_on.wait(60), compute(*asked))[1])
     with served.running(made) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
         stream = chat(client, stream=True, max_tokens=400, extra_body={"sirius": {"trace": True}})
         next(iter(stream))
-        while made.running:
-            try:
-                chat(client, max_tokens=1)
-            except openai.RateLimitError as error:
-                assert error.code == "queue_full" and error.response.headers["Retry-After"]
-                break
-        else:
-            pytest.fail("the long text ended before the queue was full")
+        may_go_on.clear()  # the text lasts until the other was refused, however long that takes
+        with pytest.raises(openai.RateLimitError) as caught:
+            chat(client, max_tokens=1)
+        may_go_on.set()
+        assert caught.value.code == "queue_full" and caught.value.response.headers["Retry-After"]
         stream.close()
         assert "sirius_refused_total 1.0" in send(address, "/metrics")[1]
     made.close()
