@@ -37,7 +37,9 @@ def main() -> None:
 
 
 def _named(text: str) -> tuple[str, Path]:
-    name, file = text.split("=", 1)
+    name, is_given, file = text.partition("=")
+    if not is_given or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"expected MODEL=FILE with a file of results, got {text!r}")
     return name, Path(file)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from common import console, header, save
+from flags import about
 from rich.progress import track
 from rich.table import Table
 from texts import KINDS, counts, prompts
@@ -38,7 +39,7 @@ MOST_ROWS = 1024  # of a pass, which logits and what neurons add take memory for
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
     parser.add_argument("--weights", choices=WEIGHTS, default="plain", help="what they are read as; of q8 S reads four bits")
     parser.add_argument("--modes", default="sirius-c,sirius-c:follow=no", help="with commas between them, as eval's")

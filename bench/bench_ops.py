@@ -15,6 +15,7 @@ import ops_cuda
 import torch
 import torch.nn.functional as F
 from common import alternate, console, header, save, seconds
+from flags import about, positive
 from rich.table import Table
 from shapes import SHAPES, shape_of
 
@@ -35,13 +36,13 @@ COLD_BYTES = 512 << 20
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """SystemExit with the reason for what cannot be run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=about(__doc__))
     parser.add_argument("--backend", choices=list(DEFAULTS), default="cpu")
     default = lambda name: "; ".join(f"{backend}: {values[name]}" for backend, values in DEFAULTS.items())  # noqa: E731
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)} (default {default('shapes')})")
     parser.add_argument("--rows", help=f"of input (default {default('rows')})")
     parser.add_argument("--densities", help=f"of the MLP (default {default('densities')})")
-    parser.add_argument("--rounds", type=int, help=f"(default {default('rounds')})")
+    parser.add_argument("--rounds", type=positive, help=f"(default {default('rounds')})")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     for name, value in DEFAULTS[options.backend].items():
@@ -55,8 +56,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.densities = [float(density) for density in options.densities.split(",")]
         if not all(0 < density <= 1 for density in options.densities):
             raise ValueError(f"densities: expected more than 0 and at most 1, got {options.densities}")
-        if not all(1 <= rows <= 16 for rows in options.rows) and options.backend == "cuda":
-            raise ValueError(f"rows: expected 1 to 16, got {options.rows}")
+        if not all(rows >= 1 and (rows <= 16 or options.backend == "cpu") for rows in options.rows):
+            most = " to 16" if options.backend == "cuda" else " or more"
+            raise ValueError(f"rows: expected 1{most}, got {options.rows}")
     except ValueError as error:
         parser.error(str(error))
     if options.backend == "cuda" and not torch.cuda.is_available():

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from common import console, header, save
+from flags import about
 from rich.table import Table
 from shapes import SHAPES, random_model
 from variants import check_known, draft_of, words
@@ -86,7 +87,7 @@ def by_kind(graphs: Sequence[Sequence[tuple[str, float, float]]]) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-8b", help="of the random model")
     parser.add_argument("--weights", choices=("plain", "q8", "q4"), default="plain")
     parser.add_argument("--context", type=int, default=1024)

@@ -19,6 +19,7 @@ from pathlib import Path
 import latency
 import torch
 from common import alternate, console, header, save
+from flags import about, positive
 from llama_cpp import KINDS, LlamaCpp, gguf_of, running
 from prompts import PROMPTS
 from rich.table import Table
@@ -29,7 +30,7 @@ from sirius_ext import Engine, SiriusConfig, Stats
 from sirius_ext.cli.streamer import KeepingStreamer
 from sirius_ext.config import GREEDY
 from sirius_ext.engine import device_of, prepare, release
-from sirius_ext.loading import DEFAULT_MODEL
+from sirius_ext.loading import DEFAULT_MODEL, WEIGHTS
 from sirius_ext.models.hub import parse_dtype
 
 
@@ -141,7 +142,7 @@ DEFAULTS = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """SystemExit with the reason for what cannot be run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default = lambda name: f"({DEFAULTS['texts'][name]}, for latency {DEFAULTS['latency'][name]})"  # noqa: E731
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
     parser.add_argument("--shape", help="random weights instead of a model, of the size of " + ", ".join(SHAPES))
@@ -159,7 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--advance", type=advances, default="", help="with --shape: PERIOD=TOKENS that a period commits, if not the paper's"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--skip", type=words, default="", help="of transformers, static, llama.cpp, dense")
     parser.add_argument("--threads", type=int)
     parser.add_argument(
@@ -179,6 +180,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
         check_known("llama_types", options.llama_types, KINDS)
+        check_known("skip", options.skip, ("", "transformers", "static", "llama.cpp", "dense"))
+        check_known("prompts", options.prompts, PROMPTS)
+        check_known("weights", options.weights, WEIGHTS)
+        if options.gguf is not None and not options.gguf.is_file():
+            raise ValueError(f"gguf: no file {options.gguf}")
         if options.latency and (len(options.weights) != 1 or len(options.draft_weights) != 1):
             raise ValueError("weights, draft_weights: for latency expected one kind of each")
         check_sparsities(options.sparsities, *([("csparse", "fsparse", "cascade")] if options.latency else []))

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from flags import about
 from shapes import SHAPES, Shape
 
 from sirius_ext import _C
@@ -632,7 +633,7 @@ def predictions() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=about(__doc__))
     parser.add_argument("--tiers", action="store_true", help="print what is predicted of models larger than the memory")
     parser.add_argument("--stops", action="store_true", help="print what a draft costs that a graph leaves out")
     asked = parser.parse_args()

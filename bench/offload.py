@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from common import console, header, in_turn, save
 from confined import LIMITS, NoCgroup, Outcome, files_in, make_cold, run
+from flags import about
 from llama_cpp import KINDS, converted
 from prompts import PROMPTS
 from rich.table import Table
@@ -259,7 +260,7 @@ def shown_memory(memory: int | None) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """SystemExit with the reason for what cannot be run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="Hugging Face id or folder with safetensors")
     parser.add_argument("--name", help="what the results call the model, if not by its id or the folder's name")
     parser.add_argument("--shape", help="random weights instead of a model, of the size of " + ", ".join(SHAPES))

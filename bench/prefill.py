@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from common import alternate, console, header, save
+from flags import about, positive
 from llama_cpp import KINDS, LlamaCpp, gguf_of, running
 from prompts import PROMPTS
 from rich.table import Table
@@ -60,14 +61,14 @@ def contestants(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """SystemExit with the reason for what cannot be run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
     parser.add_argument("--gguf", type=Path, help="the same model as GGUF, for llama.cpp (known for the default model)")
     parser.add_argument("--llama-types", type=words, default="own", help=f"of {', '.join(KINDS)}; own is the file as it is")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", type=words, default=",".join(WEIGHTS), help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--lengths", type=numbers(int), default="64,256,1024,2048", help="of prompts, in tokens")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--skip", type=words, default="", help="of transformers, llama.cpp")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -75,6 +76,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         check_known("llama_types", options.llama_types, KINDS)
         check_known("weights", options.weights, WEIGHTS)
+        check_known("skip", options.skip, ("", "transformers", "llama.cpp"))
+        if options.gguf is not None and not options.gguf.is_file():
+            raise ValueError(f"gguf: no file {options.gguf}")
         if not options.lengths or min(options.lengths) < 1:
             raise ValueError(f"lengths: expected numbers of tokens, got {options.lengths}")
         parse_dtype(options.dtype)

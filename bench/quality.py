@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from common import console, header, save
+from flags import about, positive
 from rich.progress import track
 from rich.table import Table
 from variants import draft_of
@@ -124,14 +125,16 @@ def report(results: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id, local folder or GGUF file")
     parser.add_argument("--q4", help="where weights in four bits are, if not to be rounded from --model: a GGUF file of it")
     parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' files")
-    parser.add_argument("--tokens", type=int, default=10_000, help="that are judged")
+    parser.add_argument("--tokens", type=positive, default=10_000, help="that are judged, or more: texts are read whole")
     parser.add_argument("--densities", default="1,0.7,0.5", help="of the sparse models")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
+    if not options.data.is_dir():
+        parser.error(f"data: no folder {options.data}")
     header()
     sources = {"plain": options.model, "q8": options.model, "q4": options.q4 or options.model}
     engines = {

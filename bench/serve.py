@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common import console, header, machine, save
+from flags import about, positive
 from rich.table import Table
 
 from sirius_ext.models.hub import default_model_path
@@ -31,7 +32,7 @@ def serve_ours(model: Path, threads: int, arguments: Sequence[str]) -> tuple[sub
     command = [sys.executable, "-m", "sirius_ext", "serve", "--model", str(model), "--port", "0", "--threads", str(threads)]
     process = subprocess.Popen([*command, "--parallel", str(max(CLIENTS)), *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    address = next(line for line in process.stderr if "http" in line).split()[-1]
+    address = _address_in(process.stderr).split()[-1]
     threading.Thread(target=process.stderr.read, daemon=True).start()
     return process, address
 
@@ -40,10 +41,19 @@ def serve_llama_cpp(model: Path, threads: int) -> tuple[subprocess.Popen[str], s
     """llama.cpp's server, through the PyPI package xllamacpp, in a process of its own."""
     command = [sys.executable, __file__, "--peer", str(model), str(threads)]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    address = next(line for line in process.stdout if line.startswith("http")).strip()
-    return process, address
+    return process, _address_in(process.stdout).strip()
+
+
+def _address_in(said: Iterable[str]) -> str:
+    """The first line with an address. SystemExit with what a server has said instead."""
+    lines = []
+    for line in said:
+        if "http://" in line:
+            return line
+        lines.append(line)
+    raise SystemExit("".join(lines) or "a server ended without a word")
 
 
 def _peer(model: str, threads: int) -> None:
@@ -123,23 +133,28 @@ def measure(address: str, model: str, clients: int, tokens: int, first: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=about(__doc__),
+        epilog="All other options are for `sirius_ext serve`.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", type=Path, help="a GGUF file (default: the default model's)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=10, help="of the conversation")
+    parser.add_argument("--tokens", type=positive, default=128, help="of an answer")
+    parser.add_argument("--clients", type=positive, nargs="+", default=CLIENTS)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--turns", type=positive, default=10, help="of the conversation")
     parser.add_argument("--without-peer", action="store_true", help="ours alone, without xllamacpp")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options, more = parser.parse_known_args(arguments)  # the others are for `sirius serve`
     header()
     model = options.model or default_model_path()
-    servers = {"sirius": serve_ours(model, options.threads, more)}
-    if not options.without_peer:
-        servers["llama.cpp"] = serve_llama_cpp(model, options.threads)
+    servers: dict[str, tuple[subprocess.Popen[str], str]] = {}
     results, conversations = [], []
     try:
+        servers["sirius"] = serve_ours(model, options.threads, more)
+        if not options.without_peer:
+            servers["llama.cpp"] = serve_llama_cpp(model, options.threads)
         number = 0
         for _, address in servers.values():
             ask(address, model.name, question(1000), 8)  # warm

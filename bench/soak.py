@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from common import console, header
+from flags import about, positive
 from rich.progress import track
 from shapes import SHAPES, random_model
 
@@ -71,13 +72,13 @@ def soak(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m", help="of the random model")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cpu or cuda")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=positive, default=200, help="that are decoded, at most")
     parser.add_argument("--longest", type=int, default=1500, help="prompt, in tokens")
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=positive, default=48, help="of a text")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no more prompts are decoded")
     options = parser.parse_args(arguments)
     try:

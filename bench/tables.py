@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flags import about
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The parts of the document that are written, by name.
@@ -317,11 +319,15 @@ def renewed(document: str, part: str, content: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=about(__doc__))
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the document is stale")
     options = parser.parse_args(arguments)
+    if not options.results.is_dir():  # what has no results would be taken out of the document
+        parser.error(f"results: no folder {options.results}")
+    if not options.document.is_file():
+        parser.error(f"document: no file {options.document}")
     before = options.document.read_text()
     try:
         predicted = predictions(options.results)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from common import console, header, machine
+from flags import about
 from rich.progress import track
 from texts import KINDS, counts, prompts
 from variants import draft_of
@@ -89,7 +90,7 @@ def write(path: Path, about: dict, texts: list[dict]) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=about(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="a Hugging Face id, a folder or a GGUF file; the default model without one")
     parser.add_argument("--data", type=Path, required=True, help="folder of the evaluation's data, with gsm8k and humaneval")
     parser.add_argument("--new", type=int, default=96, help="tokens of a text, at most")

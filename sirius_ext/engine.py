@@ -24,6 +24,7 @@ from .decoding.sequence import Request, Sequence, start
 from .decoding.sparsity import drafts_of
 from .decoding.stats import CostlyDrafts, PromptStats, Stats
 from .generation.resolve import Call, resolve
+from .kernels import ops
 from .kernels.dispatch import check_device, has_cuda_kernels
 from .kernels.threads import choose_threads, cpu_threads
 from .loading import DEFAULT_MODEL, parse_memory
@@ -31,6 +32,7 @@ from .models.hub import load_model, load_within, parse_dtype, reporting
 from .models.weights import Weights, restore
 from .runtime.backend import model_of
 from .runtime.cache import Cache
+from .runtime.graphs import graph_mode
 from .runtime.model import Model, lasting
 
 BACKENDS = ("auto", "cpu", "cuda")
@@ -407,6 +409,9 @@ def device_of(name: str | int | torch.device, backend: str = "auto") -> torch.de
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
     check_device("device", device)
+    if device.type == "cpu":
+        ops.isa()  # ValueError for a SIRIUS_ISA that this CPU has not, before a model is loaded
+    graph_mode()
     return device
 
 

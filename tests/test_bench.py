@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import types
 
 import accuracy
@@ -22,6 +23,7 @@ import prefill
 import pytest
 import quality
 import random_tiers
+import serve
 import served
 import soak
 import tables
@@ -513,6 +515,46 @@ def test_what_the_table_cannot_be_made_of(places, capsys):
     with pytest.raises(SystemExit):
         tables.main(arguments)
     assert "once each, in this order" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_does_not_empty_the_tables(places, capsys):
+    folder, _ = places
+    before = (folder / "page.md").read_text()
+    for arguments in (["--results", "nowhere", "--document", str(folder / "page.md")], ["--document", "nowhere.md"]):
+        with pytest.raises(SystemExit):
+            tables.main(arguments)
+        assert f": no {'folder' if 'nowhere' in arguments else 'file'} nowhere" in capsys.readouterr().err
+    assert (folder / "page.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--skip", "foo"], "skip: not known: foo"), (["--rounds", "0"], "at least 1, got '0'")]
+)
+@pytest.mark.parametrize("script", [decode, prefill])
+def test_what_a_benchmark_does_not_know_is_refused(script, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        script.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_says_why():
+    assert serve._address_in(["loading\n", "on http://here:1\n", "more\n"]) == "on http://here:1\n"
+    with pytest.raises(SystemExit, match="loading\nno such option"):
+        serve._address_in(["loading\n", "no such option\n"])
+
+
+def test_no_server_is_left_running(monkeypatch):
+    """If the other one does not start."""
+    ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(serve, "serve_ours", lambda *_: (ours, ""))
+
+    def fails(*_):
+        raise SystemExit("no")
+
+    monkeypatch.setattr(serve, "serve_llama_cpp", fails)
+    with pytest.raises(SystemExit, match="no"):
+        serve.main(["--model", "any.gguf"])
+    assert ours.poll() is not None
 
 
 def test_the_benchmarks_page_says_what_the_results_say():

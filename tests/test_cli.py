@@ -276,6 +276,23 @@ def test_an_unknown_instruction_set_is_refused():
         ops.set_isa("sse9")
 
 
+@pytest.mark.parametrize("variable", ["SIRIUS_ISA", "SIRIUS_GRAPHS"])
+def test_variables_are_looked_at_before_a_model_is_loaded(variable):
+    """Not by a thread of a kernel, where nothing can be said any more."""
+    command = [sys.executable, "-m", "sirius_ext", "generate", "--prompt", "Hi", "--model", "/nowhere"]
+    result = subprocess.run(
+        command, env={**os.environ, variable: "foo"}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 2 and result.stderr.startswith(f"sirius_ext: error: {variable}: expected one of"), result.stderr
+
+
+def test_a_kernel_refuses_an_unknown_instruction_set():
+    """It is the thread that called which looks for it, and not one of the team."""
+    code = "import torch; from sirius_ext.kernels import ops; ops.linear(torch.ones(1, 64), torch.ones(64, 64))"
+    result = fresh(code, SIRIUS_ISA="sse9")
+    assert result.returncode == 1 and "ValueError: SIRIUS_ISA: expected one of" in result.stderr, result.stderr
+
+
 def test_a_costly_text_says_so_in_one_line(capsys):
     """And one that is not says nothing."""
     arguments = ["generate", "--prompt", PROMPT, "--max-new-tokens", "24", "--accept", "match", "--period", "16"]

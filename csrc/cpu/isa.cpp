@@ -101,6 +101,8 @@ const Kernels& kernels(Dtype dtype) { return chosen().kernels(dtype); }
 
 const MatrixKernels& matrix_kernels(Format format, Dtype dtype) { return chosen().matrix_kernels(format, dtype); }
 
+void choose_isa() { chosen(); }
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : kIsas)

@@ -13,6 +13,8 @@ const MatrixKernels& matrix_kernels(Format format, Dtype dtype);
 
 std::vector<std::string> available_isas();  // best first; never empty
 std::string isa();
+// Heeds SIRIUS_ISA, if nobody has yet. Throws as set_isa; out of a thread of a team nothing may be thrown.
+void choose_isa();
 void set_isa(const std::string& name);  // throws std::invalid_argument that lists what there is
 
 }  // namespace sirius::cpu

@@ -15,7 +15,7 @@
 #include <memory>
 #include <new>
 
-#include "kernels.h"
+#include "isa.h"
 
 namespace sirius::cpu {
 
@@ -83,6 +83,7 @@ inline void sync() {
 // Returns how long threads were stalled, in seconds.
 template <class Body>
 double with_team(int threads, const Body& body) {
+  choose_isa();
   std::unique_ptr<Barrier> barrier;
 #pragma omp parallel num_threads(threads)
   {

@@ -142,7 +142,7 @@ class _Metrics:
 
         longest = max(period.drafted for period in whole) + 1
         best = min(range(1, longest + 1), key=expected)
-        hint = f"period={best} suits it" if best > 1 else 'a higher density or mode="full" suits it'
+        hint = f"period={best} suits it" if best > 1 else 'mode="full" suits it, or a higher density if that is below 1'
         return (
             f"this text read more than the full model alone would have: effective density {density:.2f}, "
             f"{self.average_advance_length:.1f} tokens a verification; {hint}"
