@@ -20,7 +20,7 @@ import latency
 import torch
 from common import alternate, console, header, save
 from flags import about, positive
-from llama_cpp import KINDS, LlamaCpp, gguf_of, running
+from llama_cpp import KINDS, LlamaCpp, check_named, gguf_of, running
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, shape_of
@@ -179,12 +179,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         device_of(options.device)
         if options.latency and "auto" in options.periods:
             raise ValueError("periods: auto depends on acceptance and measured costs; latency wants a number")
-        check_known("llama_types", options.llama_types, KINDS)
+        check_named(options)
         check_known("skip", options.skip, ("", "transformers", "static", "llama.cpp", "dense"))
         check_known("prompts", options.prompts, PROMPTS)
         check_known("weights", options.weights, WEIGHTS)
-        if options.gguf is not None and not options.gguf.is_file():
-            raise ValueError(f"gguf: no file {options.gguf}")
         if options.latency and (len(options.weights) != 1 or len(options.draft_weights) != 1):
             raise ValueError("weights, draft_weights: for latency expected one kind of each")
         check_sparsities(options.sparsities, *([("csparse", "fsparse", "cascade")] if options.latency else []))

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from variants import check_known
+
 KINDS = {"own": None, "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}
 
 
@@ -85,6 +87,13 @@ def running(gguf: Path | None, kinds: Iterable[str], threads: int) -> Iterator[d
             found[kind] = LlamaCpp(converted(gguf, kind), threads)
             stack.callback(found[kind].close)
         yield found
+
+
+def check_named(options: argparse.Namespace) -> None:
+    """ValueError for what a benchmark's options name for llama.cpp that is not known, or not there."""
+    check_known("llama_types", options.llama_types, KINDS)
+    if options.gguf is not None and not options.gguf.is_file():
+        raise ValueError(f"gguf: there is no file {options.gguf}")
 
 
 def gguf_of(options: argparse.Namespace) -> Path | None:

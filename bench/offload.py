@@ -22,7 +22,7 @@ import torch
 from common import console, header, in_turn, save
 from confined import LIMITS, NoCgroup, Outcome, files_in, make_cold, run
 from flags import about
-from llama_cpp import KINDS, converted
+from llama_cpp import KINDS, check_named, converted
 from prompts import PROMPTS
 from rich.table import Table
 from shapes import SHAPES, random_checkpoint, shape_of
@@ -312,10 +312,8 @@ def check(options: argparse.Namespace) -> None:
         parse_weights(weights)
     parse_dtype(options.dtype)
     check_sparsities(options.sparsities)
-    check_known("llama_types", options.llama_types, KINDS)
+    check_named(options)
     check_known("prompts", options.prompts, PROMPTS)
-    if options.gguf is not None and not options.gguf.is_file():
-        raise ValueError(f"gguf: there is no file {options.gguf}")
     if options.shape is None:
         if options.advance:
             raise ValueError("advance: only with a shape, whose weights are random; a model has its own")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from common import alternate, console, header, save
 from flags import about, positive
-from llama_cpp import KINDS, LlamaCpp, gguf_of, running
+from llama_cpp import KINDS, LlamaCpp, check_named, gguf_of, running
 from prompts import PROMPTS
 from rich.table import Table
 from variants import check_known, numbers, words
@@ -74,11 +74,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args(arguments)
     try:
-        check_known("llama_types", options.llama_types, KINDS)
+        check_named(options)
         check_known("weights", options.weights, WEIGHTS)
         check_known("skip", options.skip, ("", "transformers", "llama.cpp"))
-        if options.gguf is not None and not options.gguf.is_file():
-            raise ValueError(f"gguf: no file {options.gguf}")
         if not options.lengths or min(options.lengths) < 1:
             raise ValueError(f"lengths: expected numbers of tokens, got {options.lengths}")
         parse_dtype(options.dtype)

@@ -113,7 +113,7 @@ def _ends(row: int, batch: torch.Tensor, limit: int, criteria: Sequence[Any]) ->
             if room <= limit:
                 limit, limited_by = room, "length"
         else:
-            others.append(criterion)
+            others.append(criterion.of(row) if isinstance(criterion, Clock) else criterion)
     return limit, limited_by, frozenset(eos), Criteria(others, row, batch) if others else None
 
 

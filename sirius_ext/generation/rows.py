@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,10 @@ class Clock:
         self._end = criterion.initial_timestamp + criterion.max_time
         self._rows, self._row, self._row_ends = rows, -1, 0.0
 
+    def of(self, row: int) -> Callable[..., bool]:
+        """A criterion that ends a row's text when its time is over."""
+        return lambda ids, scores: self.is_over(row)
+
     def is_over(self, row: int) -> bool:
         """Whether a row has had its time. Rows ask in order."""
         if row != self._row:
@@ -125,6 +129,5 @@ class Criteria:
         ids = torch.cat((self._batch[self._row], torch.tensor(tokens, device="cpu"))).repeat(len(self._batch), 1)
         done = torch.zeros(len(self._batch), dtype=torch.bool, device="cpu")
         for criterion in self._criteria:
-            # A tensor, or as transformers has it, a single bool.
-            done = done | (criterion.is_over(self._row) if isinstance(criterion, Clock) else criterion(ids, None))
+            done = done | criterion(ids, None)  # a tensor, or as transformers has it, a single bool
         return bool(done[self._row])

@@ -305,11 +305,12 @@ def check_surroundings(model: PreTrainedModel) -> None:
             f"torch.autocast: not supported around generate; the kernels compute in the weights' own dtype, {model.dtype}: "
             "leave the autocast block, or load the model in the dtype that you want"
         )
-    if model.training and getattr(model.config, "attention_dropout", None) or any(map(_drops, model.modules())):
+    modules = list(model.named_modules())
+    if (model.training and getattr(model.config, "attention_dropout", None)) or any(_drops(module) for _, module in modules):
         raise ValueError("model: it is in training mode and has dropout; call model.eval() first")
     if any((nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)):
         raise ValueError("model: global forward hooks are registered in torch, and decoding would bypass them; remove them first")
-    for name, module in model.named_modules():
+    for name, module in modules:
         where = f"{name or 'the model'} ({type(module).__name__})"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(not _is_idle(hook) for hook in hooks):

@@ -115,7 +115,6 @@ class Weights:
         streamed = self.tiers and self.tiers.embedding
         self.embedding = streamed or _matrix(body.embed_tokens, self.vocab, self.description.hidden)
         self.final_norm = _plain(body.norm.weight)
-        self._norm_at = self.final_norm.data_ptr()
         self.ropes = [(frequencies.to(self.device), factor) for frequencies, factor in ropes]
         self.full = View(
             [self._layer(layer, index) for index, layer in enumerate(body.layers)],
@@ -460,7 +459,7 @@ class Weights:
     def have_moved(self) -> bool:
         """Whether a tensor that the kernels were told of has memory elsewhere by now, as after `model.share_memory()`. What is
         moved otherwise (`model.to(...)`) has new tensors, and these stay."""
-        return self.final_norm.data_ptr() != self._norm_at
+        return self.final_norm.data_ptr() != self._addresses["model.norm.weight"]
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
@@ -559,6 +558,7 @@ def _check_modules(model: Any, family: Family) -> None:
             known |= {f"model.layers.{index}.{name}.{part}" for part in ("weight", "bias")}
         known |= {f"model.layers.{index}.{name}.weight" for name in family.norms}
         _check_numbers(model, family, layer, f"model.layers.{index}")
+    _check_epsilon("model.norm", model.model.norm, model.config)
     if model.lm_head.bias is not None:
         raise ValueError("model: expected an lm_head without a bias, got one")
     # A weight that nothing here reads changes the model's answers, and would be left out in silence.
@@ -579,13 +579,14 @@ def _check_numbers(model: Any, family: Family, layer: Any, where: str) -> None:
         raise ValueError(
             f"model: expected {where}.self_attn.scaling to be {expected}, as in layer 0, got {layer.self_attn.scaling}"
         )
-    for name, norm in [
-        *((f"{where}.{name}", layer.get_submodule(name)) for name in family.norms),
-        ("model.norm", model.model.norm),
-    ]:
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if eps != config.rms_norm_eps:
-            raise ValueError(f"model: expected {name} to have an epsilon of {config.rms_norm_eps}, as its config says, got {eps}")
+    for name in family.norms:
+        _check_epsilon(f"{where}.{name}", layer.get_submodule(name), config)
+
+
+def _check_epsilon(name: str, norm: Any, config: Any) -> None:
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if eps != config.rms_norm_eps:
+        raise ValueError(f"model: expected {name} to have an epsilon of {config.rms_norm_eps}, as its config says, got {eps}")
 
 
 def _check_linear(name: str, module: nn.Module) -> None:
