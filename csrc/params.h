@@ -85,6 +85,14 @@ struct PackParams {
   Matrix out;     // its data is written
 };
 
+// out[r, c] = matrix[first_row + r, first_col + c], rounded. Where to begin is a multiple of 32.
+struct UnpackParams {
+  Dtype dtype;
+  Matrix matrix;
+  int first_row, num_rows, first_col, num_cols;
+  void* out;  // T [num_rows, num_cols]
+};
+
 enum class Activation : int { silu = 0, gelu_tanh = 1 };
 
 // hidden[m, i] = act(gate[n_i] . x[m]) * (up[n_i] . x[m]). Matrices of two formats are for `gate` and `up` (CUDA), which give the

@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   binding::bind_matrix(m);
   define(m, "linear", cpu::linear);
   define(m, "pack", cpu::pack);
+  define(m, "unpack", cpu::unpack);
   define(m, "gate_up", cpu::gate_up);
   define(m, "gate", cpu::gate);
   define_alone(m, "select", cpu::select);

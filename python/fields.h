@@ -121,6 +121,21 @@ struct Fields<PackParams> {
 };
 
 template <>
+struct Fields<UnpackParams> {
+  template <class V>
+  static void visit(V& v) {
+    using P = UnpackParams;
+    v("dtype", &P::dtype);
+    v("matrix", &P::matrix);
+    v("first_row", &P::first_row);
+    v("num_rows", &P::num_rows);
+    v("first_col", &P::first_col);
+    v("num_cols", &P::num_cols);
+    v("out", &P::out);
+  }
+};
+
+template <>
 struct Fields<GateUpParams> {
   template <class V>
   static void visit(V& v) {

@@ -124,6 +124,17 @@ class Model:
     ) -> None: ...
 
 def pack(*, dtype: int, x: _Address, out: Matrix, threads: int) -> None: ...
+def unpack(
+    *,
+    dtype: int,
+    matrix: Matrix,
+    first_row: int,
+    num_rows: int,
+    first_col: int,
+    num_cols: int,
+    out: _Address,
+    threads: int,
+) -> None: ...
 def linear(
     *,
     dtype: int,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ from .config import SiriusConfig
 from .decoding.costs import keep_costs
 from .decoding.sequence import Request, Sequence, start
 from .decoding.sparsity import drafts_of
-from .decoding.stats import CostlyDrafts, PromptStats, Stats
+from .decoding.stats import CostlyDrafts, Stats
+from .errors import warn
 from .generation.resolve import Call, resolve
 from .kernels import ops
 from .kernels.dispatch import check_device, has_cuda_kernels
@@ -340,19 +340,19 @@ def _decode(model: PreTrainedModel, call: Call) -> tuple[SiriusOutput, SiriusOut
     for sequence in _sequences(model, call):
         stats.append(sequence.run())
         texts.append(sequence.tokens)
-    _advise(model, stats)
     cache = sequence.cache if len(texts) == 1 else None
     sequences = call.padded(texts)
-    output = SiriusOutput(sequences=sequences, stats=Stats(stats), cache=cache)
+    told = Stats(stats)
+    _advise(model, told)
+    output = SiriusOutput(sequences=sequences, stats=told, cache=cache)
     return output, output if call.in_dict else sequences
 
 
-def _advise(model: PreTrainedModel, stats: Iterable[PromptStats]) -> None:
-    """Warn of a text that drafts made slower, once a model: a loop over many texts must not say it every time."""
-    advice = next((each.advice for each in stats if each.advice), None)
-    if advice and model not in _advised:
+def _advise(model: PreTrainedModel, stats: Stats) -> None:
+    """Warn of texts that drafts made slower, once a model: a loop over many texts must not say it every time."""
+    if stats.advice and model not in _advised:
         _advised.add(model)
-        warnings.warn(advice, CostlyDrafts, stacklevel=2)
+        warn(stats.advice, CostlyDrafts)
 
 
 def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

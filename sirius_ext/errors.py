@@ -1,10 +1,22 @@
-"""How an error is told in a line."""
+"""How an error is told in a line, and a warning where it helps."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import warnings
 from collections.abc import Iterator
+
+_PASSED_ON_BY = {"sirius_ext", "transformers", "torch"}  # whose lines say nothing to who is warned
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """A warning that shows the line by which somebody came into this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_ON_BY:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 @contextlib.contextmanager

@@ -31,9 +31,9 @@ def packed(name="llama3", dtype=torch.float32, weights="q8"):
     return model
 
 
-def same_numbers(name, dtype=torch.float32, weights="q8"):
-    """A plain model with the numbers that a packed one has."""
-    model = tiny(name, dtype)
+def same_numbers(name, dtype=torch.float32, weights="q8", of=None):
+    """A plain model with the numbers that a packed one of the dtype `of` has: by default of its own."""
+    model = tiny(name, of or dtype).to(dtype)
     for key, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             weight = module.weight.data

@@ -5,6 +5,8 @@ import types
 import pytest
 import torch
 from backends import assert_close, randn, sum_error
+from test_packed import packed, same_numbers
+from test_q4 import groups_of
 from tiny import FAMILY_NAMES, NAMES, prompt, tiny
 
 from sirius_ext.decoding.reading import Reader
@@ -46,10 +48,63 @@ def test_whoever_multiplies(dtype, instructions, asked, extra):
     assert asked == (["linear", "down"] if ours else [])
 
 
-def test_packed_weights_are_ours_alone(dtype, instructions, asked):
-    products.dot(randn(2, 64, dtype=dtype), Matrix(torch.randn(33, 64)).in_eight_bits())
-    products.add_rows(randn(2, 33, dtype=dtype), Matrix(torch.randn(33, 64)).in_eight_bits())
-    assert asked == ["linear", "down"]
+@pytest.fixture
+def tiles(monkeypatch):
+    """A CPU that has AMX, as far as anybody asks; and few numbers are unpacked at a time."""
+    monkeypatch.setattr(ops, "isa", lambda: "amx")
+    monkeypatch.setattr(products, "_has_instructions", lambda dtype: True)
+    monkeypatch.setattr(products, "NUMBERS", 5000)
+
+
+PACKED = {
+    "q8": lambda rows, cols: 2 * [Matrix(torch.randn(rows, cols)).in_eight_bits()],
+    "q8_upper": lambda rows, cols: 2 * [Matrix(torch.randn(rows, cols)).in_eight_bits().in_four_bits()],
+    "q4": lambda rows, cols: of_four_bits(rows, cols, supers=False),
+    "q4_k": lambda rows, cols: of_four_bits(rows, cols, supers=True),
+}
+
+
+def of_four_bits(rows: int, cols: int, supers: bool) -> list[Matrix]:
+    return [Matrix.of_groups(groups_of(rows, cols, supers)), Matrix.of_groups(groups_of(cols, rows, supers), transposed=True)]
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["alone", "with bias or residual"])
+@pytest.mark.parametrize("matrices", PACKED.values(), ids=PACKED)
+def test_many_rows_of_packed_weights_are_multiplied_as_numbers(tiles, asked, matrices, extra):
+    """Which are rounded to 16 bits; in parts that end where the matrix does, or a group."""
+    rows, cols, m = 75, 330, products.MANY
+    along, across = matrices(rows, cols)
+    x, z = randn(m, cols, dtype=torch.bfloat16), randn(m, rows, dtype=torch.bfloat16)
+    bias, residual = (randn(*size, dtype=torch.bfloat16) if extra else None for size in ((rows,), (m, cols)))
+    for found, factor, weight, added in (
+        (products.dot(x, along, bias), x, along.dense().T, bias),
+        (products.add_rows(z, across, residual), z, across.dense(), residual),
+    ):
+        exact, terms = factor.float() @ weight, factor.float().abs() @ weight.abs()
+        if added is not None:
+            exact, terms = exact + added.float(), terms + added.float().abs()
+        assert_close(found, exact, sum_error(terms, len(weight) + 1) + 2.0**-9 * terms)
+    assert asked == []
+
+
+def test_packed_weights_are_ours_elsewhere(dtype, tiles, asked, monkeypatch):
+    """With fewer rows, other element types, or instructions that multiply no faster than our own."""
+    matrix = Matrix(torch.randn(33, 64)).in_eight_bits()
+
+    def multiply(m):
+        products.dot(randn(m, 64, dtype=dtype), matrix)
+        products.add_rows(randn(m, 33, dtype=dtype), matrix)
+
+    multiply(products.MANY - 1)
+    if dtype != torch.bfloat16:
+        multiply(products.MANY)
+    for isa in ("amx-soft", "avx512", "scalar"):
+        monkeypatch.setattr(ops, "isa", lambda isa=isa: isa)
+        multiply(products.MANY)
+    monkeypatch.setattr(ops, "isa", lambda: "amx")
+    monkeypatch.setattr(products, "_has_instructions", lambda dtype: False)  # a torch that does not know of tiles
+    multiply(products.MANY)
+    assert asked == ["linear", "down"] * (5 if dtype == torch.bfloat16 else 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -77,3 +132,16 @@ def test_prompts_of_16_bits(name, dtype, instructions, asked):
     reader.prefill(text[0])
     assert (reader.next - expected).norm() <= 30 * torch.finfo(dtype).eps * expected.norm()
     assert ("down" in asked) != instructions
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+@pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
+def test_prompts_with_packed_weights(name, weights, tiles, asked):
+    """The same with the numbers that packed weights stand for, by tiles."""
+    text, model = prompt(70), packed(name, torch.bfloat16, weights)
+    with torch.no_grad():
+        expected = same_numbers(name, weights=weights, of=torch.bfloat16)(text).logits[0, -1]
+    reader = Reader(prepare(model), 70)
+    reader.prefill(text[0])
+    assert (reader.next - expected).norm() <= 30 * torch.finfo(torch.bfloat16).eps * expected.norm()
+    assert "down" not in asked

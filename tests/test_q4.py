@@ -22,10 +22,12 @@ from backends import (
 )
 from test_q8 import (
     TINY,
+    UNPACKED,
     check_batch_invariance,
     check_faults_stay,
     check_several_tiles,
     check_thread_invariance,
+    check_unpacking,
     check_views,
     multiplied,
     on_cuda,
@@ -154,6 +156,12 @@ def test_where_everything_lies(rows, cols, supers):
         row = bytes(down.data[r].tolist())
         found = torch.stack([weight_across(row, shared, r, c, rows, supers) for c in range(rows)])
         assert torch.equal(found, numbers[:, r])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows, cols", UNPACKED)
+def test_numbers_of_packed_weights(cpu_kernels, dtype, supers, rows, cols, transposed):
+    check_unpacking(Matrix.of_groups(groups_of(rows, cols, supers), transposed), dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

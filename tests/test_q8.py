@@ -155,6 +155,30 @@ def test_every_code_is_its_number(kernels, dtype, form):
         assert_close(added, numbers, half + 4 * U * numbers.abs())
 
 
+def check_unpacking(matrix: Matrix, dtype: torch.dtype) -> None:
+    """All numbers, and those of parts that begin at groups and end anywhere, by one thread and by several."""
+    (rows, cols), numbers, threads = matrix.shape, matrix.dense(), torch.get_num_threads()
+    for row, column in {(0, 0), ((rows - 1) // 32 * 32, 0), (0, (cols - 1) // 32 * 32), (rows // 64 * 32, cols // 64 * 32)}:
+        for height, width in {(rows - row, cols - column), (1, 1), ((rows - row + 1) // 2, (cols - column + 1) // 2)}:
+            expected = numbers[row : row + height, column : column + width].to(dtype)
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                out = poisoned(height, width, dtype=dtype)
+                assert matrix.unpack(out.tensor, row, column) is out.tensor
+                assert_same_bits(out.check(), expected)
+    torch.set_num_threads(threads)
+
+
+UNPACKED = [(1, 1), (33, 31), (64, 32), (70, 161), (129, 545), (3, 4200)]
+
+
+@pytest.mark.parametrize("rows, cols", UNPACKED)
+def test_numbers_of_packed_weights(cpu_kernels, dtype, form, rows, cols):
+    weight = torch.randn(rows, cols)
+    weight[rows // 2] = 0.0
+    check_unpacking(packed(weight, form), dtype)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])
 def test_numbers_that_cannot_be_packed(value):
     weight = torch.zeros(3, 40)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import own_bits, prompt, tiny
 
-from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats
+from sirius_ext import Engine, Period, PromptStats, SiriusConfig, Stats, generate
 from sirius_ext.decoding import reference
 from sirius_ext.decoding.stats import CostlyDrafts
 
@@ -253,14 +253,18 @@ def test_advice_where_drafts_cost_more_than_they_save():
     assert "effective density 2.15, 5.0 tokens a verification; period=2 suits it" in advice
     for pays in ([period(15, 15), period(15, 15)], [period(3, 3), period(3, 3), period(3, 2)], []):
         assert prompt_stats(pays).advice is None
+    # Nine drafts say nothing yet, ten do; of several texts together.
+    few = [prompt_stats([period(15, run)]) for run in (1, 1, 0, 2)]
+    assert few[0].advice is None and Stats(few[:2]).advice is None and Stats([*few, few[2]]).advice is None
+    assert "effective density" in Stats([*few, few[0]]).advice
 
 
 def test_advice_is_given_once_a_model():
     model = tiny("llama3")
     config = SiriusConfig(period=16, density=0.1, accept="match")
-    with pytest.warns(CostlyDrafts, match="^this text read more than the full model alone would have: effective density"):
-        out = Engine(model, config).generate(prompt(8), max_new_tokens=60)
-    assert out.stats.effective_density > 1
+    with pytest.warns(CostlyDrafts, match="^this text read more than the full model alone would have: effective density") as seen:
+        out = model.generate(prompt(8), custom_generate=generate, sirius_config=config, max_new_tokens=60, do_sample=False)
+    assert out.shape[1] == 68 and [warning.filename for warning in seen] == [__file__]  # the line that asked for the text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Engine(model, config).generate(prompt(8), max_new_tokens=60)

@@ -36,8 +36,9 @@ struct MatrixKernels {
   void (*sum)(const RowPointers& rows, int n, const void* coef, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
               float* acc, ptrdiff_t lda);
 
-  // out[c] = row[c] for all of a row.
-  void (*read)(const Place& row, const RowForm& form, float* out);
+  // out[i * ldo + c - begin] = rows[i][c] for begin <= c < end, where begin is a multiple of 32; rows: n pointers. All rows of a
+  // call are of one group where `together` rows have their scales together.
+  void (*read)(const RowPointers& rows, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo);
 
   // row[c] = x[c], rounded; x: T [form.cols].
   void (*write)(const void* x, const RowForm& form, const Place& row);

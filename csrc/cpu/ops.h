@@ -7,6 +7,7 @@ namespace sirius::cpu {
 
 void linear(const LinearParams& p);
 void pack(const PackParams& p);
+void unpack(const UnpackParams& p);
 void gate_up(const GateUpParams& p);
 void gate(const GateParams& p);
 void follow_layer(const FollowParams& p, int layer);  // one of its layers, by one thread

@@ -81,12 +81,24 @@ struct Groups {
   static int header_at(int group) { return 16 / header_groups(kSupers) * group; }
 };
 
+// The first `columns` weights of a group. scale * code is exact: fused or not, the sum is the same.
+template <class Values>
+void read_group(const uint8_t* nibbles, int columns, const Values& scales, const Values& minima, float* out) {
+  alignas(64) uint8_t codes[kGroup];
+  q8::codes_of(nullptr, nibbles, codes);
+  q8::read_group(codes, columns, [&](Vec code, int c) { return fma(scales(c), code, minima(c)); }, out);
+}
+
 template <bool kSupers>
-void read(const Place& place, const RowForm& form, float* out) {
-  const Row<kSupers> row(place, form);
-  for (int c = 0; c < form.cols; ++c) {
-    const Pair pair = row.pair(c / kGroup);
-    out[c] = pair.scale * (kUnit * float(row.code(c))) + pair.minimum;  // the product is exact: fused or not, the same
+void read(const RowPointers& all, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo) {
+  for (int i = 0; i < n; ++i) {
+    const Row<kSupers> row({all.rows[i], nullptr}, form);
+    for (int c = begin; c < end; c += kGroup) {
+      const Pair pair = row.pair(c / kGroup);
+      const auto same = [](float value) { return [v = Vec::set(value)](int) { return v; }; };
+      read_group(row.nibbles + c / kGroup * kGroupBytes, end - c, same(pair.scale), same(pair.minimum),
+                 out + i * ldo + c - begin);
+    }
   }
 }
 
@@ -118,6 +130,36 @@ Pair shared_pair(const RowForm& form, int c) {
   const int64_t at = shared_at(form.group, form.cols, kSupers);
   if constexpr (!kSupers) return shared + at + 4 * c;
   return {shared + super_at(form.group, form.cols) + 4 * c, shared[at + 2 * c], shared[at + 2 * c + 1]};
+}
+
+// The same for the columns of a group: those that fill up the last one are there, too.
+template <bool kSupers>
+void shared_pairs(const RowForm& form, int c, float* scales, float* minima) {
+  const auto* shared = static_cast<const uint8_t*>(form.shared);
+  const uint8_t* own = shared + shared_at(form.group, form.cols, kSupers) + (kSupers ? 2 : 4) * c;
+  const auto* halves = reinterpret_cast<const f16_t*>(kSupers ? shared + super_at(form.group, form.cols) + 4 * c : own);
+  alignas(64) float pairs[2 * kGroup];
+  for (int i = 0; i < 2 * kGroup; i += Vec::width) {
+    const Vec values = Vec::load(halves + i);
+    (kSupers ? values * Vec::load(own + i) : values).store(pairs + i);
+  }
+  for (int at = 0; at < kGroup; ++at) {
+    scales[at] = pairs[2 * at];
+    minima[at] = kSupers ? -pairs[2 * at + 1] : pairs[2 * at + 1];
+  }
+}
+
+// Of rows that have their scales together: these are read once for all rows.
+template <bool kSupers>
+void read_across(const RowPointers& all, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo) {
+  for (int c = begin; c < end; c += kGroup) {
+    alignas(64) float scales[kGroup], minima[kGroup];
+    shared_pairs<kSupers>(form, c, scales, minima);
+    const auto each = [](const float* values) { return [values](int at) { return Vec::load(values + at); }; };
+    for (int i = 0; i < n; ++i)
+      read_group(static_cast<const uint8_t*>(all.rows[i]) + c / kGroup * kGroupBytes, end - c, each(scales), each(minima),
+                 out + i * ldo + c - begin);
+  }
 }
 
 template <class T, bool kSupers>

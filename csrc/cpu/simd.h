@@ -24,6 +24,7 @@ struct Vec {
   static Vec load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
   static Vec load(const bf16_t* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static Vec widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+  static Vec load(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(f16_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
   void store(bf16_t* p) const { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
@@ -56,6 +57,7 @@ struct Vec {
   static Vec load(const bf16_t* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
   }
+  static Vec load(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(f16_t* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
   void store(bf16_t* p) const {
@@ -102,6 +104,7 @@ struct Vec {
   static Vec load(const T* p) {
     return {to_float(*p)};
   }
+  static Vec load(const uint8_t* p) { return {float(*p)}; }
   template <class T>
   void store(T* p) const {
     *p = from_float<T>(v);

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 
 from ..config import SiriusConfig
+from ..errors import warn
 from ..kernels import dispatch
 from ..runtime.cache import Cache
 from ..runtime.cuda import Chosen, CudaCache, CudaModel
@@ -401,7 +401,7 @@ def _until_they_stop(
             record_of = graph.start(stops)
         except ConditionsError as error:
             model.conditions = isinstance(error.__cause__, torch.OutOfMemoryError)  # which says nothing of the next text
-            warnings.warn(f"{error}; the host decides instead when drafts stop, which takes longer", RuntimeWarning, stacklevel=2)
+            warn(f"{error}; the host decides instead when drafts stop, which takes longer", RuntimeWarning)
             return
         running.append((graph, record_of, remaining, adaptive.ledger))
         if not graph.depth:

