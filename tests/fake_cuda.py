@@ -15,8 +15,8 @@ class FakeCuda:
     def __init__(self, monkeypatch) -> None:
         self.log: list[tuple] = []
         self.device, self.streams = 0, {}
-        names = ("device", "stream", "synchronize", "graph", "current_stream", "Stream", "CUDAGraph", "Event")
-        for name in names:
+        names = "device stream synchronize graph graph_pool_handle current_stream Stream CUDAGraph Event"
+        for name in names.split():
             monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
 
     def _index(self, device) -> int:
@@ -58,10 +58,13 @@ class FakeCuda:
         self.log.append(("synchronize", self._index(device)))
 
     @contextlib.contextmanager
-    def _graph(self, graph, stream=None, capture_error_mode="global"):
+    def _graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
         self.log.append(("capture", self.device, stream, capture_error_mode))
         with self._stream(stream):
             yield
+
+    def _graph_pool_handle(self):
+        return 0, len(self.log) + 1
 
     def _CUDAGraph(self):  # noqa: N802
         return SimpleNamespace(replay=lambda: self.log.append(("replay", self.device)))

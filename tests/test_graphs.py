@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 
 import pytest
 import torch
@@ -78,6 +79,54 @@ def test_after_a_capture_that_could_not_end(cuda, monkeypatch):
     (_, before), (captured, within) = where
     assert before and not within  # collected
     assert ("synchronize", 1) in cuda.log[captured:]
+
+
+def test_memory_is_no_longer_taken_for_a_capture_that_failed(cuda, monkeypatch):
+    """torch goes on with that where CUDA could not end a capture: it would refuse every later one. Newer ones have ended it."""
+    pools, ended = [], []
+
+    @contextlib.contextmanager
+    def refused(graph, pool, stream, **_):
+        pools.append(pool)
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device, pool):
+        ended.append((device, pool))
+        if len(ended) > 1:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a pass could not be captured .*a previous error"):
+            Replay(lambda: None, SECOND, True, "a pass", stream=torch.cuda.Stream(SECOND))()
+    assert ended == [(1, pool) for pool in pools] and len(set(pools)) == 2
+
+
+def test_one_capture_at_a_time(cuda):
+    """Of two models in two threads: the second one would wait for the device, and make the first one's capture invalid."""
+    inside, may_end = threading.Event(), threading.Event()
+
+    def first():
+        inside.set()
+        assert may_end.wait(30)
+
+    def replay(body):
+        return Replay(body, SECOND, True, "a pass", stream=torch.cuda.Stream(SECOND))
+
+    one, begun = threading.Thread(target=replay(first)), []
+    other = threading.Thread(target=replay(lambda: begun.append(one.is_alive())))
+    one.start()
+    assert inside.wait(30)
+    before = len(cuda.log)
+    other.start()
+    other.join(0.2)
+    waits = other.is_alive() and not cuda.log[before:]
+    may_end.set()
+    for thread in (one, other):
+        thread.join(30)
+    assert waits and len(begun) == 2 and [each[0] for each in cuda.log].count("replay") == 2
 
 
 def test_a_model_is_launched_in_order_whatever_the_stream(cuda):

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -43,6 +44,11 @@ def has_conditions(device: torch.device) -> bool:
     """Whether a graph for this device may have parts that run only if a kernel before them says so."""
     found: bool = dispatch.cuda_functions(device).has_conditions()
     return found
+
+
+# One capture at a time in a process, of whatever model: torch allows no more, and before each one its device is waited for, which
+# would make another one on that device invalid.
+_capturing = threading.Lock()
 
 
 class ConditionsError(RuntimeError):
@@ -136,8 +142,13 @@ class Replay:
         return runs
 
     def _capture(self) -> torch.cuda.CUDAGraph:
+        with _capturing:
+            return self._captured_alone()
+
+    def _captured_alone(self) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in self._state]
         graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()  # as torch would make one; but known, even if the capture fails
         try:
             with torch.cuda.device(self._device):
                 torch.cuda.synchronize(self._device)
@@ -149,10 +160,13 @@ class Replay:
                 torch.cuda.synchronize(self._device)
                 # Other threads may go on meanwhile: what they ask of the device does not concern this graph.
                 self._run = _Run.CAPTURE
-                captured = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+                captured = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
                 with _undisturbed(self._device), captured:
                     self._body()
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            # Where CUDA could not end a capture, torch before 2.13 goes on taking memory for it, and refuses every later one.
+            with contextlib.suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, pool)
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize(self._device)  # what the run before the capture began may still write what others use
             raise (ConditionsError if self._conditional else RuntimeError)(
