@@ -465,15 +465,36 @@ def test_kept_costs_that_were_changed_are_measured_anew(cache, monkeypatch, one_
     assert ask() == costs and len(measured) == 2 and json.loads(file.read_text()) == whole
 
 
+A, B = Costs(0.5, ((4, 1.1), (16, 1.5))), Costs(0.6, ((4, 1.2), (16, 1.6)))
+
+
+def test_two_processes_keep_what_both_have_measured(cache, monkeypatch):
+    """Neither writes the other's entry over: one that has read the file writes it before the other reads."""
+    read, inside, other = measuring._read, threading.Event(), threading.Thread(target=measuring._keep, args=("b", B))
+
+    def slowly():
+        found = read()
+        if not inside.is_set():
+            inside.set()
+            other.start()
+            other.join(0.2)
+        return found
+
+    monkeypatch.setattr(measuring, "_read", slowly)
+    measuring._keep("a", A)
+    other.join()
+    assert json.loads((cache / "costs.json").read_text()).keys() == {"a", "b"}
+
+
 def test_kept_costs_are_for_all_who_share_the_folder(cache, monkeypatch):
     """As a file is that is opened, whatever the mode of one that is made for a moment."""
     before = os.umask(0o022)
     try:
-        measuring._write({"a": 1})
-        measuring._write({"b": 2})
+        measuring._keep("a", A)
+        measuring._keep("b", B)
     finally:
         os.umask(before)
-    assert json.loads((cache / "costs.json").read_text()) == {"b": 2}
+    assert json.loads((cache / "costs.json").read_text()).keys() == {"a", "b"}
     assert (cache / "costs.json").stat().st_mode & 0o777 == 0o644
     assert os.listdir(cache) == ["costs.json"]
 
@@ -481,7 +502,7 @@ def test_kept_costs_are_for_all_who_share_the_folder(cache, monkeypatch):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
 def test_costs_that_cannot_be_written_leave_nothing(cache, monkeypatch, error):
     """Not a file at every run, where the disk is full. What a killed process has left goes, too."""
-    measuring._write({"a": 1})
+    measuring._keep("a", A)
     (cache / "costs-left").mkdir()
     monkeypatch.setattr(scratch, "YOUNG_SECONDS", -1.0)
 
@@ -491,8 +512,8 @@ def test_costs_that_cannot_be_written_leave_nothing(cache, monkeypatch, error):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fails)
         with contextlib.nullcontext() if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
-            measuring._write({"b": 2})
-    assert os.listdir(cache) == ["costs.json"] and json.loads((cache / "costs.json").read_text()) == {"a": 1}
+            measuring._keep("b", B)
+    assert os.listdir(cache) == ["costs.json"] and json.loads((cache / "costs.json").read_text()).keys() == {"a"}
 
 
 def test_a_cache_folder_that_cannot_be_written_to(monkeypatch, tmp_path, one_thread):

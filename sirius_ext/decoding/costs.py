@@ -27,7 +27,7 @@ from ..errors import write_text
 from ..kernels import ops
 from ..kernels.threads import cpu_threads
 from ..models.hub import cache_dir, reporting
-from ..models.scratch import scratch
+from ..models.scratch import alone, scratch
 from ..runtime.model import Model
 from ..runtime.passes import Pass
 from .lookup import MOST
@@ -82,7 +82,7 @@ def _kept_or_measured(key: str, sparse_rows: Sequence[int], measure: Callable[[]
         return kept
     with reporting("measuring what passes cost, once on this machine", is_progress_bar_enabled()):
         measured = measure()
-    _write({**_read(), key: dataclasses.asdict(measured)})
+    _keep(key, measured)
     return measured
 
 
@@ -157,12 +157,12 @@ def _read() -> dict[str, Any]:
         return {}
 
 
-def _write(known: dict[str, Any]) -> None:
-    """In one step. A cache folder that cannot be written to means measuring again, next time."""
+def _keep(key: str, measured: Costs) -> None:
+    """In one step, beside what others have kept. A cache folder that cannot be written to means measuring again, next time."""
     file = _file()
-    with contextlib.suppress(OSError), scratch(file.parent, "costs-") as folder:
+    with contextlib.suppress(OSError), scratch(file.parent, "costs-") as folder, alone(file.parent):
         fresh = folder / file.name
-        write_text(fresh, json.dumps(known, indent=1))
+        write_text(fresh, json.dumps({**_read(), key: dataclasses.asdict(measured)}, indent=1))
         os.replace(fresh, file)
 
 

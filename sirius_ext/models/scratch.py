@@ -23,10 +23,18 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # somebody else has removed it, or it is another user's
             if time.time() - left.stat().st_mtime > YOUNG_SECONDS and _is_abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, opened(Path(folder)) as handle:
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody removes what others have left
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, alone(Path(folder)):
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else comes here with this folder meanwhile. On a file system without locks somebody may, and what a killed process has
+    left stays."""
+    with opened(folder) as handle:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _is_abandoned(folder: Path) -> bool:
