@@ -29,8 +29,8 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Nobody else comes here with this folder meanwhile. On a file system without locks somebody may, and what a killed process has
-    left stays."""
+    """Nobody else comes here with this folder meanwhile. On a file system without locks somebody may, and what killed processes
+    have left stays."""
     with opened(folder) as handle:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
