@@ -178,6 +178,18 @@ def test_strict_and_flexible(tmp_path):
     assert verdict.correct and verdict.answer == "1040"
 
 
+LETTERS = {"(b).": "b", "b": "b", "B because": "B", ": (c)": "c", "b, a bank": "b", "b\nQ: ": "b", "(a) bank": "a", "b)": "b"}
+LETTERS |= dict.fromkeys(("a bank", "bank", "Bank", "a river bank."))
+
+
+@pytest.mark.parametrize(("said", "letter"), LETTERS.items())
+def test_a_letter_and_not_an_article(tmp_path, said, letter):
+    write("csqa", tmp_path)
+    task, (item,) = load_task("csqa", tmp_path)
+    verdict = task.judge(item, f" In a bank. The answer is{said if said.startswith(':') else f' {said}'}")
+    assert verdict.answer == letter and verdict.correct == (letter in ("b", "B"))
+
+
 def test_a_number_that_no_float_holds(tmp_path):
     """What a model says that repeats a digit to its last token is wrong, and no reason to stop."""
     write("gsm8k", tmp_path)

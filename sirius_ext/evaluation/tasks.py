@@ -279,7 +279,8 @@ def _judge_truthful(item: Item, text: str) -> Verdict:
 
 
 _QUESTION = ("Q:", "Human:", "\n\n")  # instruct models go on as "Human:"
-_LETTER = _judge_by(r"the answer is:? *\(?([a-j])\)?(?![a-z])")
+# A letter in parentheses, a capital one, or one that a sentence ends with: "the answer is a bank" chooses none.
+_LETTER = _judge_by(r"the answer is:? *\(?([a-j])(?:\)|(?-i:(?<=[A-J]))(?![a-z])| *(?:[.,;:!?\n]|\Z))")
 _YES_NO = _judge_by(r"the answer is:? *(yes|no)\b")
 _CODE_STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", '\n"""')
 
