@@ -176,7 +176,7 @@ UNPACKED = [(1, 1), (33, 31), (64, 32), (70, 161), (129, 545), (3, 4200)]
 def test_numbers_of_packed_weights(cpu_kernels, dtype, form, rows, cols):
     weight = torch.randn(rows, cols)
     weight[rows // 2] = 0.0
-    check_unpacking(packed(weight, form), dtype)
+    check_unpacking(among_faults(packed(weight, form)), dtype)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e9])

@@ -64,8 +64,7 @@ class Pass {
     float* numbers = scratch<float>(Scratch::first, m_.hidden);
     const Range rows = share(p_.num_rows);
     for (int j = rows.begin; j < rows.end; ++j) {
-      const Place row = m_.embedding.place(p_.tokens[j]);
-      matrix.read({&row.row, &row.lower}, 1, m_.embedding.form(), 0, m_.hidden, numbers, m_.hidden);
+      matrix.read(m_.embedding.place(p_.tokens[j]), m_.embedding.form(), numbers);
       k.store(numbers, nullptr, m_.embedding_scale, 0.0f, nullptr, m_.hidden, offset(w_.x, size_t(j) * m_.hidden, m_.dtype));
     }
   }

@@ -21,7 +21,7 @@ struct RowPointers {
 };
 
 // The rows of a matrix of one format, with input of element type T. What a format cannot do is null: rows that share scales are
-// only added up, other rows of four bits are only multiplied, and neither is written.
+// only added up and unpacked, other rows of four bits are not added up, neither is written, and plain rows are not unpacked.
 struct MatrixKernels {
   // Rearranges x, T [m, k] with rows ldx apart, for `dot`. The packed form takes packed_size bytes and is 64-byte aligned.
   size_t (*packed_size)(int m, int k);
@@ -36,12 +36,15 @@ struct MatrixKernels {
   void (*sum)(const RowPointers& rows, int n, const void* coef, ptrdiff_t ldc, int m, const RowForm& form, int begin, int end,
               float* acc, ptrdiff_t lda);
 
-  // out[i * ldo + c - begin] = rows[i][c] for begin <= c < end, where begin is a multiple of 32; rows: n pointers. All rows of a
-  // call are of one group where `together` rows have their scales together.
-  void (*read)(const RowPointers& rows, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo);
+  // out[c] = row[c] for all of a row.
+  void (*read)(const Place& row, const RowForm& form, float* out);
 
   // row[c] = x[c], rounded; x: T [form.cols].
   void (*write)(const void* x, const RowForm& form, const Place& row);
+
+  // out[i * ldo + c - begin] = rows[i][c], rounded, for begin <= c < end, where begin is a multiple of 32; out: T; rows: n
+  // pointers, all of one group where `together` rows have their scales together.
+  void (*unpack)(const RowPointers& rows, int n, const RowForm& form, int begin, int end, void* out, ptrdiff_t ldo);
 
   int together = 1;
 };

@@ -224,7 +224,7 @@ void amx_sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t 
   }
 }
 
-constexpr MatrixKernels kAmx = {amx_packed_size, amx_pack, amx_dot, amx_sum, read_rows<bf16_t>, write_row<bf16_t>};
+constexpr MatrixKernels kAmx = {amx_packed_size, amx_pack, amx_dot, amx_sum, read_row<bf16_t>, write_row<bf16_t>, nullptr};
 
 }  // namespace
 

@@ -261,11 +261,10 @@ void sum(const RowPointers& all, int n, const void* coefficients, ptrdiff_t ldc,
 }
 
 template <class T>
-void read_rows(const RowPointers& all, int n, const RowForm&, int begin, int end, float* out, ptrdiff_t ldo) {
-  for (int i = 0; i < n; ++i) {
-    const T* row = static_cast<const T*>(all.rows[i]);
-    for (int c = begin; c < end; c += Vec::width) store_upto(load_upto(row + c, end - c), out + i * ldo + c - begin, end - c);
-  }
+void read_row(const Place& from, const RowForm& form, float* out) {
+  const int n = form.cols;
+  const T* row = static_cast<const T*>(from.row);
+  for (int c = 0; c < n; c += Vec::width) store_upto(load_upto(row + c, n - c), out + c, n - c);
 }
 
 template <class T>
@@ -453,7 +452,7 @@ inline const Kernels& table_of(Dtype dtype) {
 }
 
 template <class T>
-constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_rows<T>, write_row<T>};
+constexpr MatrixKernels plain_table = {packed_size<T>, pack<T>, dot<T>, sum<T>, read_row<T>, write_row<T>, nullptr};
 
 #if defined(__AVX2__)
 template <class Form>
@@ -472,15 +471,16 @@ constexpr auto q4_sum = q4::sum_plain<T, kSupers>;
 #endif
 
 template <class T, bool kUpper, class Form = q8::Planes<kUpper>>
-constexpr MatrixKernels q8_table = {q8::packed_size,   q8::pack<T, Form>, packed_dot<Form>,
-                                    q8_sum<T, kUpper>, q8::read<kUpper>,  q8::write<T, kUpper>};
+constexpr MatrixKernels q8_table = {q8::packed_size,  q8::pack<T, Form>,    packed_dot<Form>,     q8_sum<T, kUpper>,
+                                    q8::read<kUpper>, q8::write<T, kUpper>, q8::unpack<T, kUpper>};
 
 template <class T, bool kSupers, class Form = q4::Groups<kSupers>>
-constexpr MatrixKernels q4_table = {q8::packed_size, q8::pack<T, Form>, packed_dot<Form>, nullptr, q4::read<kSupers>, nullptr};
+constexpr MatrixKernels q4_table = {q8::packed_size,   q8::pack<T, Form>, packed_dot<Form>,      nullptr,
+                                    q4::read<kSupers>, nullptr,           q4::unpack<T, kSupers>};
 
 template <class T, bool kSupers>
-constexpr MatrixKernels across_table = {nullptr, nullptr,   nullptr, q4_sum<T, kSupers>, q4::read_across<kSupers>,
-                                        nullptr, q4::kGroup};
+constexpr MatrixKernels across_table = {
+    nullptr, nullptr, nullptr, q4_sum<T, kSupers>, nullptr, nullptr, q4::unpack_across<T, kSupers>, q4::kGroup};
 
 template <class T>
 const MatrixKernels& packed_table_of(Format format) {

@@ -45,25 +45,15 @@ void pack(const PackParams& p) {
 }
 
 void unpack(const UnpackParams& p) {
-  constexpr int kRows = 32;       // that may have their scales together
-  constexpr int kNumbers = 4096;  // of which a copy in float stays in the L1 cache
-  const Kernels& k = kernels(p.dtype);
+  constexpr int kRows = 32;  // that may have their scales together
   const MatrixKernels& matrix = matrix_kernels(p.matrix.format, p.dtype);
-  const int together = std::min(matrix.together, kRows), stretch = kNumbers / together;
-  float* numbers = scratch<float>(Scratch::first, kNumbers);
   const Range range = share(p.num_rows, kRows);
-  for (int i = range.begin, n; i < range.end; i += n) {
-    n = std::min(together, range.end - i);
+  for (int i = range.begin; i < range.end; i += kRows) {
+    const int n = std::min(kRows, range.end - i), row = p.first_row + i;
     Rows<kRows> rows;
-    rows.fill(p.first_row + i, n, p.first_row + range.end, [&](int r) { return p.matrix.place(r); });
-    const RowForm form = p.matrix.form((p.first_row + i) / kRows);
-    for (int c = 0; c < p.num_cols; c += stretch) {
-      const int width = std::min(stretch, p.num_cols - c);
-      matrix.read(rows.all(), n, form, p.first_col + c, p.first_col + c + width, numbers, stretch);
-      for (int r = 0; r < n; ++r)
-        k.store(numbers + r * stretch, nullptr, 1.0f, 0.0f, nullptr, width,
-                offset(p.out, size_t(i + r) * p.num_cols + c, p.dtype));
-    }
+    rows.fill(row, n, row + n, [&](int r) { return p.matrix.place(r); });
+    matrix.unpack(rows.all(), n, p.matrix.form(row / kRows), p.first_col, p.first_col + p.num_cols,
+                  offset(p.out, size_t(i) * p.num_cols, p.dtype), p.num_cols);
   }
 }
 

@@ -82,24 +82,31 @@ struct Groups {
 };
 
 // The first `columns` weights of a group. scale * code is exact: fused or not, the sum is the same.
-template <class Values>
-void read_group(const uint8_t* nibbles, int columns, const Values& scales, const Values& minima, float* out) {
+template <class Values, class Out>
+void read_group(const uint8_t* nibbles, int columns, const Values& scales, const Values& minima, Out* out) {
   alignas(64) uint8_t codes[kGroup];
-  q8::codes_of(nullptr, nibbles, codes);
+  q8::codes_of<false, true>(nullptr, nibbles, codes);
   q8::read_group(codes, columns, [&](Vec code, int c) { return fma(scales(c), code, minima(c)); }, out);
 }
 
-template <bool kSupers>
-void read(const RowPointers& all, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo) {
-  for (int i = 0; i < n; ++i) {
-    const Row<kSupers> row({all.rows[i], nullptr}, form);
-    for (int c = begin; c < end; c += kGroup) {
-      const Pair pair = row.pair(c / kGroup);
-      const auto same = [](float value) { return [v = Vec::set(value)](int) { return v; }; };
-      read_group(row.nibbles + c / kGroup * kGroupBytes, end - c, same(pair.scale), same(pair.minimum),
-                 out + i * ldo + c - begin);
-    }
+template <bool kSupers, class Out>
+void read_row(const Place& place, const RowForm& form, int begin, int end, Out* out) {
+  const Row<kSupers> row(place, form);
+  for (int c = begin; c < end; c += kGroup) {
+    const Pair pair = row.pair(c / kGroup);
+    const auto same = [](float value) { return [v = Vec::set(value)](int) { return v; }; };
+    read_group(row.nibbles + c / kGroup * kGroupBytes, end - c, same(pair.scale), same(pair.minimum), out + c - begin);
   }
+}
+
+template <bool kSupers>
+void read(const Place& place, const RowForm& form, float* out) {
+  read_row<kSupers>(place, form, 0, form.cols, out);
+}
+
+template <class T, bool kSupers>
+void unpack(const RowPointers& all, int n, const RowForm& form, int begin, int end, void* out, ptrdiff_t ldo) {
+  for (int i = 0; i < n; ++i) read_row<kSupers>({all.rows[i], nullptr}, form, begin, end, static_cast<T*>(out) + i * ldo);
 }
 
 // Coefficients of a group of rows for one row of input, as integers, which are to be multiplied with `scale`. Those of rows that
@@ -150,15 +157,15 @@ void shared_pairs(const RowForm& form, int c, float* scales, float* minima) {
 }
 
 // Of rows that have their scales together: these are read once for all rows.
-template <bool kSupers>
-void read_across(const RowPointers& all, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo) {
+template <class T, bool kSupers>
+void unpack_across(const RowPointers& all, int n, const RowForm& form, int begin, int end, void* out, ptrdiff_t ldo) {
   for (int c = begin; c < end; c += kGroup) {
     alignas(64) float scales[kGroup], minima[kGroup];
     shared_pairs<kSupers>(form, c, scales, minima);
     const auto each = [](const float* values) { return [values](int at) { return Vec::load(values + at); }; };
     for (int i = 0; i < n; ++i)
       read_group(static_cast<const uint8_t*>(all.rows[i]) + c / kGroup * kGroupBytes, end - c, each(scales), each(minima),
-                 out + i * ldo + c - begin);
+                 static_cast<T*>(out) + i * ldo + c - begin);
   }
 }
 

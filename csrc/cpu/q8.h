@@ -162,42 +162,55 @@ struct Planes {
   static int header_at(int group) { return 2 * group; }
 };
 
-// The codes of a group, in order: 16 * upper + lower. Either may be null, and is then zero. (Of a loop GCC 12 makes no vectors.)
+// The codes of a group, in order: 16 * upper + lower, of which one is zero where there are no such nibbles.
+template <bool kHasUpper, bool kHasLower>
 inline void codes_of(const uint8_t* upper, const uint8_t* lower, uint8_t* codes) {
-#if defined(__AVX2__)
-  const auto load = [](const uint8_t* p) { return p ? _mm_loadu_si128((const __m128i*)p) : _mm_setzero_si128(); };
-  const __m128i u = load(upper), l = load(lower), low = _mm_set1_epi8(15);
+#if defined(__AVX2__)  // GCC 12 makes no vectors of the loop
+  const __m128i u = kHasUpper ? _mm_loadu_si128((const __m128i*)upper) : _mm_setzero_si128();
+  const __m128i l = kHasLower ? _mm_loadu_si128((const __m128i*)lower) : _mm_setzero_si128(), low = _mm_set1_epi8(15);
   _mm_store_si128((__m128i*)codes, _mm_or_si128(_mm_slli_epi16(_mm_and_si128(u, low), 4), _mm_and_si128(l, low)));
   _mm_store_si128((__m128i*)(codes + kGroupBytes),
                   _mm_or_si128(_mm_andnot_si128(low, u), _mm_and_si128(_mm_srli_epi16(l, 4), low)));
 #else
   for (int c = 0; c < kGroup; ++c) {
     const int b = c % kGroupBytes, shift = c / kGroupBytes * 4;
-    codes[c] = uint8_t((upper ? upper[b] >> shift & 15 : 0) << 4 | (lower ? lower[b] >> shift & 15 : 0));
+    codes[c] = uint8_t((kHasUpper ? upper[b] >> shift & 15 : 0) << 4 | (kHasLower ? lower[b] >> shift & 15 : 0));
   }
 #endif
 }
 
 // The first `columns` weights of a group by its codes: weight(v, c) of those from c on.
-template <class Weight>
-void read_group(const uint8_t* codes, int columns, const Weight& weight, float* out) {
-  for (int c = 0; c < std::min(columns, kGroup); c += Vec::width)
-    store_upto(weight(Vec::load(codes + c), c), out + c, columns - c);
+template <class Weight, class Out>
+inline void read_group(const uint8_t* codes, int columns, const Weight& weight, Out* out) {
+  if (columns < kGroup) {
+    for (int c = 0; c < columns; c += Vec::width) store_upto(weight(Vec::load(codes + c), c), out + c, columns - c);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kGroup; c += Vec::width) weight(Vec::load(codes + c), c).store(out + c);
+}
+
+template <bool kUpper, class Out>
+void read_row(const Place& place, const RowForm& form, int begin, int end, Out* out) {
+  const Row<kUpper> row(place, form);
+  const Vec zero = Vec::set(kUpper ? kUpperZero : float(kZero));
+  for (int c = begin; c < end; c += kGroup) {
+    const int at = c / kGroup * kGroupBytes;
+    alignas(64) uint8_t codes[kGroup];
+    codes_of<true, !kUpper>(row.upper + at, row.lower + at, codes);
+    const Vec scale = Vec::set(row.scale(c / kGroup));
+    read_group(codes, end - c, [&](Vec code, int) { return scale * (code - zero); }, out + c - begin);
+  }
 }
 
 template <bool kUpper>
-void read(const RowPointers& all, int n, const RowForm& form, int begin, int end, float* out, ptrdiff_t ldo) {
-  const Vec zero = Vec::set(kUpper ? kUpperZero : float(kZero));
-  for (int i = 0; i < n; ++i) {
-    const Row<kUpper> row({all.rows[i], all.lowers[i]}, form);
-    for (int c = begin; c < end; c += kGroup) {
-      const int group = c / kGroup;
-      alignas(64) uint8_t codes[kGroup];
-      codes_of(row.upper + group * kGroupBytes, kUpper ? nullptr : row.lower + group * kGroupBytes, codes);
-      const Vec scale = Vec::set(row.scale(group));
-      read_group(codes, end - c, [&](Vec code, int) { return scale * (code - zero); }, out + i * ldo + c - begin);
-    }
-  }
+void read(const Place& place, const RowForm& form, float* out) {
+  read_row<kUpper>(place, form, 0, form.cols, out);
+}
+
+template <class T, bool kUpper>
+void unpack(const RowPointers& all, int n, const RowForm& form, int begin, int end, void* out, ptrdiff_t ldo) {
+  for (int i = 0; i < n; ++i) read_row<kUpper>({all.rows[i], all.lowers[i]}, form, begin, end, static_cast<T*>(out) + i * ldo);
 }
 
 template <class T, bool kUpper>

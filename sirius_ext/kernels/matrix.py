@@ -201,9 +201,9 @@ class Matrix:
         return q8.decode(self.data, self.cols)
 
     def unpack(self, out: torch.Tensor, row: int = 0, column: int = 0) -> torch.Tensor:
-        """The same rounded to another dtype, or a part of it: as many rows and columns as `out`, T [rows, cols], has, from these
-        on, which are multiples of 32. On the CPU. Returns `out`."""
-        assert self.device.type == "cpu" and out.is_contiguous() and row % q8.GROUP == column % q8.GROUP == 0
+        """The numbers of one that is not plain, rounded, or of a part of it: as many rows and columns as `out`, T [rows, cols],
+        has, from these on, which are multiples of 32. On the CPU. Returns `out`."""
+        assert not self.plain and self.device.type == "cpu" and out.is_contiguous() and row % q8.GROUP == column % q8.GROUP == 0
         assert row + out.shape[0] <= self.rows and column + out.shape[1] <= self.cols
         _C.unpack(
             dtype=int(Format.of(out.dtype)),
