@@ -1,6 +1,7 @@
 """Which models are taken, what is counted, and how their weights are shared and given back."""
 
 import functools
+import math
 import weakref
 
 import pytest
@@ -90,6 +91,25 @@ def test_an_engine_around_an_unsupported_model():
         (transformers.LlamaConfig, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported are silu"),
         (transformers.Qwen2Config, {"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not supported"),
         (transformers.LlamaConfig, {"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
+        # What transformers' masks, caches and attention do not read alike, or not at all.
+        (transformers.LlamaConfig, {"sliding_window": 30}, "sliding_window: expected None, since attention in llama sees all"),
+        (transformers.GraniteConfig, {"sliding_window": 30}, "sliding_window: expected None, since attention in granite sees"),
+        (
+            transformers.GraniteConfig,
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            r"layer_types: expected \['full_attention'\], as models of granite are, got \['sliding_attention'\]",
+        ),
+        (
+            transformers.MistralConfig,
+            {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types: expected .'sliding_attention', 'sliding_attention'., as models of mistral are, got .'full_attention', ",
+        ),
+        (transformers.Gemma2Config, {"sliding_window": None}, "sliding_window: expected an integer of at least 1, since layers"),
+        (transformers.Gemma3TextConfig, {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping: expected None, since trans"),
+        (transformers.Gemma2Config, {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: expected a number of more than 0"),
+        (transformers.Gemma2Config, {"query_pre_attn_scalar": -16}, "query_pre_attn_scalar: expected a number of more than 0"),
+        (transformers.GraniteConfig, {"logits_scaling": 0}, "logits_scaling: expected a number of more than 0, got 0"),
+        (transformers.GraniteConfig, {"residual_multiplier": math.nan}, "residual_multiplier: expected a finite number, got nan"),
     ],
 )
 def test_variants_that_are_not_supported(make, values, message):
@@ -132,6 +152,20 @@ def test_layers_and_weights_that_the_family_does_not_have():
         check_supported(config)
     with pytest.raises(ValueError, match="^model: use_bidirectional_attention is not supported"):
         check_supported(transformers.Gemma3TextConfig(use_bidirectional_attention=True))
+
+
+def test_windows_that_hide_nothing():
+    """transformers reads them nowhere, and neither do we."""
+    for make in (transformers.LlamaConfig, transformers.GraniteConfig):
+        check_supported(make(max_position_embeddings=64, sliding_window=64))
+    check_supported(transformers.MistralConfig(num_hidden_layers=1, sliding_window=None, layer_types=["full_attention"]))
+
+
+def test_angles_of_a_part_of_a_head():
+    """Of our families Phi-3 alone can have them; transformers fails in the others."""
+    model = tiny("mistral", rope_parameters=rope("linear") | {"partial_rotary_factor": 0.5})
+    with pytest.raises(ValueError, match="^model: rope_parameters: expected angles that turn a head's 24 elements, got 12 "):
+        Engine(model)
 
 
 @pytest.mark.parametrize("kind", SUPPORTED_ROPE_TYPES)

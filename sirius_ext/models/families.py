@@ -30,6 +30,14 @@ class Activation(enum.IntEnum):
 ACTIVATIONS = {"silu": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
 
 
+class Slides(enum.Enum):
+    """Which layers of a family have a sliding window, whatever else a config says."""
+
+    NONE = enum.auto()
+    ALL = enum.auto()  # if the config has a window
+    BY_TYPE = enum.auto()  # those that layer_types names
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Where the parts of a decoder stand in a `transformers` model: names of modules in a layer, names of settings in a config.
@@ -39,6 +47,9 @@ class Family:
     norm_offset: what is added to every norm's weight.
     head_norms: whether each head of q and k is normalised, by `q_norm` and `k_norm`.
     fused: whether q, k and v are one matrix, and gate and up another.
+    slides: which layers have a sliding window.
+    partial: whether angles may turn the first elements of a head alone.
+    unread: settings that its configs have and `transformers`' modules do not read; they must be None.
     activation: the setting that names the MLP's activation.
     embedding: the class of the embedding.
     embedding_scale, residual_scale, attention_softcap, logit_softcap: made of the config.
@@ -53,6 +64,9 @@ class Family:
     norm_offset: float = 0.0
     head_norms: bool = False
     fused: bool = False
+    slides: Slides = Slides.NONE
+    partial: bool = False
+    unread: tuple[str, ...] = ()
     activation: str = "hidden_act"
     embedding: str = "Embedding"
     embedding_scale: Callable[[Any], float] = lambda config: 1.0
@@ -82,6 +96,7 @@ _GEMMA = Family(
     before_mlp="pre_feedforward_layernorm",
     after_mlp="post_feedforward_layernorm",
     norm_offset=1.0,
+    slides=Slides.BY_TYPE,
     activation="hidden_activation",
     embedding="Gemma2TextScaledWordEmbedding",
     embedding_scale=lambda config: config.hidden_size**0.5,
@@ -91,14 +106,19 @@ _GEMMA = Family(
 
 FAMILIES = {
     "llama": Family("Llama 2 and 3, SmolLM2, TinyLlama, DeepSeek-R1-Distill-Llama"),
-    "mistral": Family("Mistral, Mistral Nemo, Mistral Small 3"),
-    "qwen2": Family("Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen"),
-    "qwen3": Family("Qwen3", head_norms=True),
-    "smollm3": Family("SmolLM3"),
-    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", fused=True),
+    "mistral": Family("Mistral, Mistral Nemo, Mistral Small 3", slides=Slides.ALL),
+    "qwen2": Family("Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen", slides=Slides.BY_TYPE),
+    "qwen3": Family("Qwen3", head_norms=True, slides=Slides.BY_TYPE),
+    "smollm3": Family("SmolLM3", slides=Slides.BY_TYPE),
+    "phi3": Family("Phi-3, Phi-4, Phi-4-mini", fused=True, slides=Slides.ALL, partial=True),
     "gemma2": _GEMMA,
     "gemma3_text": dataclasses.replace(
-        _GEMMA, examples="Gemma 3, text", head_norms=True, embedding="Gemma3TextScaledWordEmbedding"
+        _GEMMA,
+        examples="Gemma 3, text",
+        head_norms=True,
+        embedding="Gemma3TextScaledWordEmbedding",
+        unread=("attn_logit_softcapping",),
+        attention_softcap=lambda config: None,
     ),
     "granite": Family(
         "Granite 3",
@@ -182,9 +202,10 @@ def check_supported(config: Any) -> Family:
         rope_type = parameters.get("rope_type", "default")
         if rope_type not in SUPPORTED_ROPE_TYPES:
             raise ValueError(f"model: rope type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}")
-    for kind in _layer_types(config):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"model: layers of {kind} are not supported; supported are full and sliding attention")
+    for name in family.unread:
+        if (value := getattr(config, name, None)) is not None:
+            raise ValueError(f"model: {name}: expected None, since transformers does not read it in {model_type}, got {value!r}")
+    _check_windows(config, family)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "model: quantized weights are not supported; load the model in bfloat16, float16 or float32, or one of AWQ, GPTQ or "
@@ -202,13 +223,34 @@ def _ropes(config: Any) -> Iterator[dict[str, Any]]:
         yield parameters
 
 
-def _layer_types(config: Any) -> list[str]:
-    """Of each layer. Configs without them mean one kind of layer."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-        types = [kind] * config.num_hidden_layers
-    return list(types)
+def _layer_types(config: Any, family: Family) -> list[str]:
+    """Of each layer."""
+    if family.slides == Slides.BY_TYPE:
+        return list(config.layer_types)
+    slides = family.slides == Slides.ALL and config.sliding_window is not None
+    return ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+
+
+def _check_windows(config: Any, family: Family) -> None:
+    """ValueError for windows of which transformers' masks and its caches read something different, or that have no size."""
+    types = _layer_types(config, family)
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"model: layers of {kind} are not supported; supported are full and sliding attention")
+    said, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if said is not None and list(said) != types:
+        raise ValueError(f"model: layer_types: expected {types}, as models of {config.model_type} are, got {list(said)}")
+    if "sliding_attention" in types and window is None:
+        raise ValueError("model: sliding_window: expected an integer of at least 1, since layers slide by layer_types, got None")
+    if family.slides == Slides.NONE and window is not None and window < context_length(config):
+        raise ValueError(
+            f"model: sliding_window: expected None, since attention in {config.model_type} sees all tokens, got {window!r}"
+        )
+
+
+# Numbers that only some families have: what is divided by, or whose root is taken, and what is multiplied with.
+_POSITIVE = ("logits_scaling", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier")
 
 
 def _check_numbers(config: Any) -> None:
@@ -228,9 +270,14 @@ def _check_numbers(config: Any) -> None:
             f"got {config.num_key_value_heads}"
         )
     thetas = [("rope_theta", parameters.get("rope_theta", 1.0), "more than 0") for parameters in _ropes(config)]
-    for name, value, least in (("rms_norm_eps", config.rms_norm_eps, "at least 0"), *thetas):
+    positive = [(name, getattr(config, name, None), "more than 0") for name in _POSITIVE]
+    numbers = [("rms_norm_eps", config.rms_norm_eps, "at least 0"), *thetas, *(each for each in positive if each[1] is not None)]
+    for name, value, least in numbers:
         if not isinstance(value, (int, float)) or not 0 <= value < math.inf or (value == 0 and least == "more than 0"):
             raise ValueError(f"model: {name}: expected a number of {least}, got {value!r}")
+    for name in _FACTORS:
+        if not math.isfinite(value := getattr(config, name, 1.0)):
+            raise ValueError(f"model: {name}: expected a finite number, got {value!r}")
 
 
 def context_length(config: Any) -> int:
@@ -248,7 +295,7 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
     config = model.config
     family = check_supported(config)
     body = model.model
-    layers, types, context = list(body.layers), _layer_types(config), context_length(config)
+    layers, types, context = list(body.layers), _layer_types(config, family), context_length(config)
     if len(types) < len(layers):
         raise ValueError(f"model: layer_types: expected one for each of the {len(layers)} layers, got {len(types)}")
     kinds = [""] if hasattr(body.rotary_emb, "inv_freq") else sorted(set(types))
@@ -258,6 +305,7 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
         for prefix in prefixes
     ]
     attention = layers[0].self_attn
+    _check_angles(family, config, [2 * len(frequencies) for frequencies, _ in tables], attention.head_dim)
     windows, ropes = [], []
     for layer, kind in zip(layers, types):
         window = (config.sliding_window or 0) if kind == "sliding_attention" else 0
@@ -288,6 +336,17 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
         ),
         tables,
     )
+
+
+def _check_angles(family: Family, config: Any, turned: list[int], head_dim: int) -> None:
+    """turned: elements of a head, for each table of angles."""
+    for count in turned:
+        if count != head_dim and not (family.partial and count <= head_dim):
+            part = ", or fewer" if family.partial else ""
+            raise ValueError(
+                f"model: rope_parameters: expected angles that turn a head's {head_dim} elements{part}, got {count} "
+                "(partial_rotary_factor, or an odd size)"
+            )
 
 
 def _embedding_scale(family: Family, body: Any, config: Any) -> float:
