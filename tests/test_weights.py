@@ -168,6 +168,26 @@ def test_angles_of_a_part_of_a_head():
         Engine(model)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["phi3_windows", "gemma3"])
+def test_longrope_after_a_text_that_was_too_long(name, when):
+    """transformers puts the long factors in place of the short ones while it reads such a text, and leaves them there."""
+    values = {}
+    if name == "gemma3":
+        long = {"short_factor": [1.5] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 128, "factor": 2.0}
+        kinds = {"full_attention": rope("default"), "sliding_attention": {"rope_type": "longrope", "rope_theta": 1e4, **long}}
+        values = {"rope_parameters": kinds}
+    model, ids = tiny(name, **values), prompt(20)
+    expected = model.generate(ids, max_new_tokens=20)
+    if when == "after":
+        engine = Engine(model, FULL)
+    with torch.no_grad():
+        model(prompt(150))
+    if when == "before":
+        engine = Engine(model, FULL)
+    assert torch.equal(engine.generate(ids, max_new_tokens=20).sequences, expected)
+
+
 @pytest.mark.parametrize("kind", SUPPORTED_ROPE_TYPES)
 def test_rope_types(kind):
     """The text is that of `transformers`, and with scaling another one than without."""

@@ -156,8 +156,10 @@ class Decoder:
             gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
         rotary, kind = body.rotary_emb, getattr(attention, "layer_type", None)
         prefix = "" if hasattr(rotary, "inv_freq") else f"{kind}_"
-        # The model's own frequencies: whatever rope scaling its config asks for is already in them.
-        frequencies = getattr(rotary, f"{prefix}inv_freq").float() if getattr(attention, "use_rope", True) else None
+        # The model's own frequencies: whatever rope scaling its config asks for is already in them. Those of longrope change in
+        # place while it reads a long text; what they were stays in others.
+        which = "original_inv_freq" if hasattr(rotary, f"{prefix}long_inv_freq") else "inv_freq"
+        frequencies = getattr(rotary, prefix + which).float() if getattr(attention, "use_rope", True) else None
         # The families whose attention does not say what its window is have the config's in every layer.
         window = (
             attention.sliding_window if hasattr(attention, "sliding_window") else getattr(body.config, "sliding_window", None)

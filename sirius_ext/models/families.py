@@ -300,10 +300,7 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
         raise ValueError(f"model: layer_types: expected one for each of the {len(layers)} layers, got {len(types)}")
     kinds = [""] if hasattr(body.rotary_emb, "inv_freq") else sorted(set(types))
     prefixes = [f"{kind}_" if kind else "" for kind in kinds]
-    tables = [
-        (getattr(body.rotary_emb, f"{prefix}inv_freq").float(), float(getattr(body.rotary_emb, f"{prefix}attention_scaling")))
-        for prefix in prefixes
-    ]
+    tables = [_table(body.rotary_emb, prefix) for prefix in prefixes]
     attention = layers[0].self_attn
     _check_angles(family, config, [2 * len(frequencies) for frequencies, _ in tables], attention.head_dim)
     windows, ropes = [], []
@@ -336,6 +333,15 @@ def describe(model: Any) -> tuple[Description, list[tuple[torch.Tensor, float]]]
         ),
         tables,
     )
+
+
+def _table(rotary: Any, prefix: str) -> tuple[torch.Tensor, float]:
+    """A table of angles, in memory of its own. After a call with a long text `inv_freq` of longrope has the long factors, which
+    transformers puts there in place; `original_inv_freq` stays what it was."""
+    kinds = rotary.rope_type
+    kind = kinds[prefix.removesuffix("_")] if isinstance(kinds, dict) else kinds
+    frequencies = getattr(rotary, f"{prefix}{'original_' if kind == 'longrope' else ''}inv_freq")
+    return frequencies.float().clone(), float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
 def _check_angles(family: Family, config: Any, turned: list[int], head_dim: int) -> None:
