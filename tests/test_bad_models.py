@@ -97,6 +97,19 @@ def test_a_dtype_of_the_checkpoints_own(folder, stored):
     assert Engine.from_pretrained(folder, dtype="auto", progress=False).model.dtype == stored
 
 
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_float64(folder, cache, weights):
+    """It becomes what is asked for, packed or not; there are no kernels for it."""
+    tiny_llama().double().save_pretrained(folder)
+    engine = Engine.from_pretrained(folder, dtype="float32", weights=weights, progress=False)
+    again = Engine.from_pretrained(folder, dtype="float32", weights=weights, progress=False, memory="1GB")
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(engine.generate(ids, max_new_tokens=3).sequences, again.generate(ids, max_new_tokens=3).sequences)
+    message = "dtype: expected bfloat16, float16 or float32, got 'auto', which is torch.float64 by config.json"
+    with pytest.raises(hub.ModelLoadError, match=f"^model: cannot use .*: {message}"):
+        Engine.from_pretrained(folder, dtype="auto", weights=weights, progress=False)
+
+
 def test_a_gguf_file_has_no_dtype_of_its_own(cache, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_llama())
     assert hub.load_model(tmp_path / "tiny.gguf", "auto", progress=False)[0].dtype == torch.bfloat16

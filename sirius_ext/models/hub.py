@@ -30,6 +30,7 @@ from rich.file_proxy import FileProxy
 
 from ..errors import warn
 from ..kernels.dispatch import is_cuda
+from ..kernels.ops import DTYPES
 from ..loading import DEFAULT_MODEL, dtype_name, parse_weights
 from . import gguf_files
 from .device_tiers import DeviceSizes, DeviceTiers, device_plan, free_on
@@ -477,6 +478,8 @@ def _source(found: _Found, config: PreTrainedConfig, weights: str, quantized: Qu
         check_files(folder, found.name)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected bfloat16, float16 or float32, got 'auto', which is {dtype} by config.json")
     if found.gguf is not None:
         return GgufFile(gguf_files.read_header(found.gguf), folder, config, dtype)
     return Checkpoint(folder, config, dtype, weights, quantized)

@@ -179,7 +179,7 @@ class Checkpoint(Source):
         # Opened anew for each: what was read of a file that stays mapped would stay in memory, too.
         with safetensors.safe_open(self._files[name], framework="pt") as opened:
             tensor: torch.Tensor = opened.get_tensor(name)
-        return tensor
+        return tensor.float() if tensor.dtype == torch.float64 else tensor  # which kernels and formats do not have
 
 
 class GgufFile(Source):
