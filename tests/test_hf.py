@@ -289,6 +289,18 @@ def test_what_cannot_be_honoured_is_refused(setting, way):
         way(ours(), MATCH, IDS, max_new_tokens=4, **REFUSED[setting]())
 
 
+@every_way
+def test_a_model_that_was_trained_without_a_cache(way):
+    """Its config still says so, and its own text is the same with a cache."""
+    model = tiny("llama3", use_cache=False)
+    assert model.generation_config.use_cache is False
+    expected = model.generate(IDS, max_new_tokens=8)
+    for settings in ({}, {"generation_config": transformers.GenerationConfig(max_new_tokens=8)}):
+        assert torch.equal(way(model, MATCH, IDS, **{"max_new_tokens": 8, **settings}), expected)
+    with pytest.raises(ValueError, match="^generate: not supported by sirius_ext: use_cache=False"):
+        way(model, MATCH, IDS, max_new_tokens=8, use_cache=False)
+
+
 def test_what_is_there_instead_is_named():
     with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens .SiriusConfig.lookup=True"):
         by_call(ours(), MATCH, IDS, max_new_tokens=4, prompt_lookup_num_tokens=3)

@@ -239,7 +239,11 @@ def take(arguments: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str
     refuse(arguments, arguments)
     if config is not None:
         refuse(vars(config), _own_settings(config))
-    refuse(vars(model.generation_config), _own_settings(model.generation_config) & vars(GenerationConfig()).keys())
+    own = _own_settings(model.generation_config) & vars(GenerationConfig()).keys()
+    refuse(vars(model.generation_config), own - {"use_cache"})
+    if model.generation_config.use_cache is False and arguments.get("use_cache") is None:
+        # As configs say that were kept from a training. Nobody asked for it in this call, and the text is the same.
+        arguments["use_cache"] = True
     _check_ids(arguments)
     _check_mask(arguments)
     _check_numbers(arguments, [each for each in (config, model.generation_config) if each is not None])
