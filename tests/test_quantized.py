@@ -158,6 +158,11 @@ UP = "model.layers.1.mlp.up_proj."
         ("awq", {f"{UP}scales": torch.ones(3, 256).half()}, rf"{UP}scales: expected shape \[2, 256\], got \[3, 256\]"),
         ("awq", {f"{UP}scales": torch.full((2, 256), torch.inf).half()}, f"{UP}weight: row 0 has scales that are not finite"),
         ("awq", {"model.norm.weight": None}, "1 weights are missing, the first is model.norm.weight"),
+        # Eight codes are a word of 32 bits: others would be taken apart wrongly, or some of them not at all.
+        ("gptq", {f"{UP}qweight": torch.ones(16, 256)}, f"{UP}qweight: expected torch.int32, got torch.float32"),
+        ("gptq", {f"{UP}qweight": torch.ones(16, 256).long()}, f"{UP}qweight: expected torch.int32, got torch.int64"),
+        ("awq", {f"{UP}qzeros": torch.ones(2, 32).short()}, f"{UP}qzeros: expected torch.int32, got torch.int16"),
+        ("awq", {f"{UP}scales": torch.ones(2, 256).int()}, f"{UP}scales: expected torch.float16 or torch.bfloat16 or torch"),
         (
             "compressed",
             {f"{UP}weight_g_idx": torch.zeros(128, dtype=torch.int32)},
@@ -189,6 +194,14 @@ def test_tensors_that_are_refused(write, name, changes, message):
         (compressed(type="float"), "by compressed-tensors with type 'float'"),
         (compressed(actorder="group"), "by compressed-tensors with actorder 'group'; weights='q4' reads None only"),
         (compressed(strategy="tensor"), "by compressed-tensors with strategy 'tensor'"),
+        (CONFIGS["gptq"] | {"group_size": None}, "in groups of None; expected a multiple of 32, or -1"),
+        (compressed(group_size="x"), "in groups of 'x'; expected a multiple of 32, or -1"),
+        (CONFIGS["gptq"] | {"rotation": "hadamard"}, "by gptq with rotation 'hadamard'; weights='q4' reads None only"),
+        (
+            compressed() | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+            "by compressed-tensors with transform_config .*; weights='q4' reads None only",
+        ),
+        (compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "by compressed-tensors with sparsity_config 'spa"),
         (compressed() | {"format": "int-quantized"}, "by compressed-tensors with format 'int-quantized'"),
     ],
 )

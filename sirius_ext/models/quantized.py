@@ -25,6 +25,8 @@ _PARTS = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
 }
 
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -51,34 +53,38 @@ class Quantized:
             raise ValueError(f"its weights are quantized by {method}; weights='q4' reads {', '.join(METHODS)}, and GGUF files")
         if method == "compressed-tensors":
             return cls._of_compressed(said)
-        group = int(said.get("group_size", 128))
+        group = _group(said.get("group_size", 128))
         _expect(method, "bits", said.get("bits"), 4)
         if method == "awq":
             _expect(method, "version", str(said.get("version", "gemm")).lower(), "gemm")
             _expect(method, "zero_point", said.get("zero_point", True), True)
-            return cls(method, _group(group), 0)
+            return cls(method, group, 0)
         _expect(method, "desc_act", said.get("desc_act", False), False)
+        _expect(method, "rotation", said.get("rotation"), None)
         form = said.get("checkpoint_format") or said.get("format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
             _expect(method, "checkpoint_format", form, "gptq or gptq_v2")
-        return cls(method, _group(group), 1 if form == "gptq" else 0)
+        return cls(method, group, 1 if form == "gptq" else 0)
 
     @classmethod
     def _of_compressed(cls, said: dict[str, Any]) -> Quantized:
         method = "compressed-tensors"
         _expect(method, "format", said.get("format"), "pack-quantized")
+        # Of weights that are stored in other numbers than they stand for: rotated ones, and sparse ones.
+        _expect(method, "transform_config", said.get("transform_config") or None, None)
+        _expect(method, "sparsity_config", (said.get("sparsity_config") or {}).get("format") or "dense", "dense")
         kinds = list(said.get("config_groups", {}).values())
         _expect(method, "number of config_groups", len(kinds), 1)
         weights = kinds[0].get("weights") or {}
         for key, value in (("num_bits", 4), ("type", "int")):
             _expect(method, key, weights.get(key, value), value)
         _expect(method, "actorder", weights.get("actorder") or None, None)
-        if kinds[0].get("input_activations") is not None:
-            _expect(method, "input_activations", kinds[0]["input_activations"], None)
+        for key in ("input_activations", "output_activations"):
+            _expect(method, key, kinds[0].get(key), None)
+        _expect(method, "format of a group", kinds[0].get("format") or "pack-quantized", "pack-quantized")
         if weights.get("strategy") not in ("group", "channel"):
             _expect(method, "strategy", weights.get("strategy"), "group or channel")
-        group = int(weights.get("group_size") or -1) if weights["strategy"] == "group" else -1
-        return cls(method, _group(group), 8)
+        return cls(method, _group(weights.get("group_size")) if weights["strategy"] == "group" else -1, 8)
 
     def parts(self, name: str, there: Collection[str]) -> list[str]:
         """The tensors that a weight consists of, of those that are there; none if it is a tensor itself."""
@@ -101,6 +107,9 @@ class Quantized:
                 raise ValueError(f"{name}: the checkpoint has no {stem}{which}")
             if tuple(tensor.shape) != wanted:
                 raise ValueError(f"{stem}{which}: expected shape {list(wanted)}, got {list(tensor.shape)}")
+            kinds = _SCALES if which in ("scales", "weight_scale") else (torch.int32,)
+            if tensor.dtype not in kinds:
+                raise ValueError(f"{stem}{which}: expected {' or '.join(map(str, kinds))}, got {tensor.dtype}")
             return tensor
 
         if self.method == "compressed-tensors":
@@ -132,9 +141,13 @@ class Quantized:
         return q4.Groups(codes, pairs.repeat_interleave(group // GROUP, 1))
 
 
-def _group(group: int) -> int:
+def _group(said: Any) -> int:
+    try:
+        group = int(said)
+    except (TypeError, ValueError):
+        group = 0
     if group != -1 and (group < GROUP or group % GROUP):
-        raise ValueError(f"its weights are quantized in groups of {group}; expected a multiple of {GROUP}, or -1")
+        raise ValueError(f"its weights are quantized in groups of {said!r}; expected a multiple of {GROUP}, or -1")
     return group
 
 
