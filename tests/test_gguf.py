@@ -153,6 +153,7 @@ BAD_VALUES = {
     "sizes of each layer": ("llama", "feed_forward_length", [101, 101, 101], "feed_forward_length is .101, 101, 101., which"),
     "no count of kv heads": ("llama", "attention.head_count_kv", None, "its header lacks llama.attention.head_count_kv"),
     "values of another size": ("qwen3", "attention.value_length", 8, "heads have 24 elements in keys and another number in"),
+    "yes for a number": ("llama", "rope.freq_base", True, "llama.rope.freq_base is True, which is not supported"),
     "angles of a part": ("qwen3", "rope.dimension_count", 12, "turn 12 of a head's 24 elements"),
     "heads that do not fill": ("qwen2", "attention.key_length", 8, "6 heads of 8 elements do not make up the width of 96"),
     "a window of an old converter": ("phi3", "attention.sliding_window", None, "lacks phi3.attention.sliding_window"),

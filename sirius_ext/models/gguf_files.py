@@ -185,7 +185,7 @@ class _Settings:
         value = self.left.pop(key, default)
         if value is None:
             raise ValueError(f"its header lacks {self.prefix}{key}")
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or isinstance(value, bool):  # which Python takes for an integer
             raise ValueError(f"{self.prefix}{key} is {value!r}, which is not supported")
         return value
 
