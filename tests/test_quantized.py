@@ -31,7 +31,10 @@ CONFIGS = {
     "compressed": compressed(),
     "compressed, asymmetric": compressed(symmetric=False),
     "compressed, by channel": compressed(strategy="channel", group_size=None),
+    "compressed, ordered": compressed(actorder="static", symmetric=True),
 }
+
+EXACT = ("gptq", "compressed", "compressed, by channel", "compressed, ordered")  # symmetric ones
 
 
 def words(values: torch.Tensor, order=tuple(range(8))) -> torch.Tensor:
@@ -44,7 +47,7 @@ def words(values: torch.Tensor, order=tuple(range(8))) -> torch.Tensor:
 def quantized(stem, weight, name, scale_dtype):
     """The parts of a matrix, and the numbers that they stand for: float64, [out, in]."""
     said = CONFIGS[name]
-    symmetric = name in ("gptq", "compressed", "compressed, by channel")
+    symmetric = name in EXACT
     group = said.get("group_size", 64) if name != "compressed, by channel" else weight.shape[1]
     rows, cols = weight.shape
     grouped = weight.double().view(rows, -1, group)
@@ -114,7 +117,7 @@ def test_matrices_have_their_own_numbers(write, name):
             if key == "mlp.down":
                 expected = expected.t()
             assert matrix.format == (Format.Q4_ACROSS if key == "mlp.down" else Format.Q4)
-            if name in ("gptq", "compressed", "compressed, by channel"):
+            if name in EXACT:
                 assert torch.equal(matrix.dense(), expected.float())
             else:
                 largest_step = expected.abs().amax() / 7

@@ -78,7 +78,9 @@ class Quantized:
         weights = kinds[0].get("weights") or {}
         for key, value in (("num_bits", 4), ("type", "int")):
             _expect(method, key, weights.get(key, value), value)
-        _expect(method, "actorder", weights.get("actorder") or None, None)
+        # Ordered by activations while they were rounded ("weight", or by its other name "static"), they are stored as they were.
+        if weights.get("actorder") not in ("weight", "static"):
+            _expect(method, "actorder", weights.get("actorder") or None, None)
         for key in ("input_activations", "output_activations"):
             _expect(method, key, kinds[0].get(key), None)
         _expect(method, "format of a group", kinds[0].get("format") or "pack-quantized", "pack-quantized")
