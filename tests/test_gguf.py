@@ -155,6 +155,7 @@ BAD_VALUES = {
     "values of another size": ("qwen3", "attention.value_length", 8, "heads have 24 elements in keys and another number in"),
     "yes for a number": ("llama", "rope.freq_base", True, "llama.rope.freq_base is True, which is not supported"),
     "angles of a part": ("qwen3", "rope.dimension_count", 12, "turn 12 of a head's 24 elements"),
+    "angles of more": ("phi3", "rope.dimension_count", 1 << 31, "phi3.rope.dimension_count is 2147483648, expected 1 to 16, the"),
     "heads that do not fill": ("qwen2", "attention.key_length", 8, "6 heads of 8 elements do not make up the width of 96"),
     "a window of an old converter": ("phi3", "attention.sliding_window", None, "lacks phi3.attention.sliding_window"),
     "an unknown scaling": ("llama", "rope.scaling.type", "dynamic", "rope scaling is of type 'dynamic' and has no factors"),

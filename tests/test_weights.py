@@ -108,6 +108,11 @@ def test_an_engine_around_an_unsupported_model():
         (transformers.Gemma3TextConfig, {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping: expected None, since trans"),
         (transformers.Gemma2Config, {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: expected a number of more than 0"),
         (transformers.Gemma2Config, {"query_pre_attn_scalar": -16}, "query_pre_attn_scalar: expected a number of more than 0"),
+        (
+            transformers.Phi3Config,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e9}},
+            "partial_rotary_factor: expected a number of more than 0, at most 1, got 1000000000.0",
+        ),
         (transformers.GraniteConfig, {"logits_scaling": 0}, "logits_scaling: expected a number of more than 0, got 0"),
         (transformers.GraniteConfig, {"residual_multiplier": math.nan}, "residual_multiplier: expected a finite number, got nan"),
     ],

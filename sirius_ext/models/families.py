@@ -200,6 +200,9 @@ def check_supported(config: Any) -> Family:
         raise ValueError("model: use_bidirectional_attention is not supported: a text is decoded from left to right")
     for parameters in _ropes(config):
         rope_type = parameters.get("rope_type", "default")
+        part = parameters.get("partial_rotary_factor", 1.0)
+        if not isinstance(part, (int, float)) or not 0 < part <= 1:
+            raise ValueError(f"model: partial_rotary_factor: expected a number of more than 0, at most 1, got {part!r}")
         if rope_type not in SUPPORTED_ROPE_TYPES:
             raise ValueError(f"model: rope type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}")
     for name in family.unread:

@@ -343,6 +343,8 @@ def _rope(said: _Settings, header: Header, settings: dict[str, Any], head_dim: i
     if not 0.0 < factor < math.inf:
         raise ValueError(f"its rope scaling has the factor {factor}")
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if not 1 <= rotated <= head_dim:
+        raise ValueError(f"{said.prefix}rope.dimension_count is {rotated}, expected 1 to {head_dim}, the elements of a head")
     if settings["model_type"] == "phi3":
         parameters["partial_rotary_factor"] = rotated / head_dim
         head_dim = int(head_dim * parameters["partial_rotary_factor"])  # as transformers computes it
