@@ -165,6 +165,7 @@ BAD_VALUES = {
     "two scalings": ("llama3", "rope.scaling.factor", 2.0, "scaled twice, by tensors and by linear scaling of factor 2.0"),
     "an endless factor": ("llama", "rope.scaling.factor", float("inf"), "rope scaling has the factor inf"),
     "fewer layers": ("llama", "block_count", 2, "9 of its tensors are unknown in this .* the first is 'blk.2.attn_k.weight"),
+    "a wider MLP": ("llama", "feed_forward_length", 202, r"ffn_gate.weight: expected shape .202, 48. by the header, got .101"),
     "more layers": ("llama", "block_count", 4, "9 weights are missing, the first is model.layers.3."),
     "no context": ("llama", "context_length", 0, "llama.context_length is 0, expected at least 1"),
     "no context in a family with windows": ("gemma2", "context_length", 0, "gemma2.context_length is 0, expected at least 1"),

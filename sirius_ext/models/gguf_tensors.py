@@ -46,6 +46,20 @@ _GEMMA = {
 _DIFFERENT = {"phi3": {"ffn_up": "mlp.gate_up_proj"}, "gemma2": _GEMMA, "gemma3": _GEMMA}
 
 
+def names_of(header: Header) -> dict[str, str]:
+    """The file's names of its tensors, by transformers'."""
+    layer = _LAYER | _DIFFERENT.get(header.values["general.architecture"], {})
+    names = {}
+    for name in header.tensors:
+        module, _, kind = name.rpartition(".")
+        if module in _OUTSIDE:
+            names[f"{_OUTSIDE[module]}.{kind}"] = name
+        elif module.startswith("blk."):
+            _, index, part = module.split(".", 2)
+            names[f"model.layers.{index}.{layer[part]}.{kind}"] = name
+    return names
+
+
 class Tensors:
     """Of a file whose header `gguf_files.config_settings` takes for `config`. ValueError that names a tensor of a type that is
     not supported, or that the file does not hold as a whole."""
@@ -54,15 +68,7 @@ class Tensors:
         self._architecture: str = header.values["general.architecture"]
         self._header, self._config = header, config
         self._data: np.ndarray[Any, Any] = np.memmap(header.file, dtype=np.uint8, mode="r").view(np.ndarray)
-        layer = _LAYER | _DIFFERENT.get(self._architecture, {})
-        self.names: dict[str, str] = {}  # the file's, by transformers'
-        for name in header.tensors:
-            module, _, kind = name.rpartition(".")
-            if module in _OUTSIDE:
-                self.names[f"{_OUTSIDE[module]}.{kind}"] = name
-            elif module.startswith("blk."):
-                _, index, part = module.split(".", 2)
-                self.names[f"model.layers.{index}.{layer[part]}.{kind}"] = name
+        self.names = names_of(header)
         for name in self.names.values():
             self._blocks(name)
 

@@ -35,8 +35,8 @@ from ..loading import DEFAULT_MODEL, dtype_name, parse_weights
 from . import gguf_files
 from .device_tiers import DeviceSizes, DeviceTiers, device_plan, free_on
 from .families import check_supported
-from .gguf_tensors import Tensors
-from .packed import Checkpoint, GgufFile, OtherNames, Source, load_packed, pack
+from .gguf_tensors import Tensors, names_of
+from .packed import Checkpoint, GgufFile, OtherNames, Source, empty, load_packed, pack
 from .quantized import Quantized
 from .scratch import scratch
 from .tier_files import JOURNAL, NEURONS, Layout, TierFiles, is_prepared, prepare
@@ -685,6 +685,8 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
             check_supported(config)
             if not whole:
                 Tensors(header, config)  # its types, before anything else takes time
+        with _refusals(name):
+            _check_shapes(header, config)
         if whole:
             model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         readable = gguf_files.file_for_tokenizer(header, folder.parent)
@@ -698,6 +700,15 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_shapes(header: gguf_files.Header, config: PreTrainedConfig) -> None:
+    """ValueError for a tensor of another shape than the header's settings say: transformers would make one of theirs, however
+    large, and fill it with random numbers."""
+    names = names_of(header)
+    for name, parameter in empty(config, torch.float32).named_parameters():
+        if name in names and (got := header.tensors[names[name]].shape) != tuple(parameter.shape):
+            raise ValueError(f"{names[name]}: expected shape {list(parameter.shape)} by the header, got {list(got)}")
 
 
 def _is_intact(folder: Path) -> bool:
