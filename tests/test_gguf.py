@@ -243,6 +243,20 @@ def test_no_end_beside_others(cache, tmp_path):
     assert model.config.eos_token_id == 5 and model.config.bos_token_id == tokenizer.bos_token_id == 3
 
 
+@pytest.mark.parametrize("base", ["llama", "phi3"])
+def test_a_first_space(cache, tmp_path, base):
+    """Tokenizers of the kind "llama" begin a text with one unless their file says that they do not."""
+    tokens = ["<s>", "</s>", "ab", "cd", "\u2581ab", "\u2581"] + [chr(33 + i) for i in range(VOCAB - 6)]
+    said = {"model": "llama", "tokens": tokens, "merges": None, "scores": [-float(index) for index in range(VOCAB)]}
+    said |= {"add_bos_token": False, "unknown_token_id": 1}
+    for adds, first in ((None, 4), (True, 4), (False, 2)):
+        values = {f"tokenizer.ggml.{key}": value for key, value in (said | {"add_space_prefix": adds}).items()}
+        write_gguf(tmp_path / "tiny.gguf", tiny(base), values=values)
+        _, tokenizer = hub.load_model(tmp_path / "tiny.gguf", "fp32", progress=False, weights="q4")
+        ids = tokenizer("abcd").input_ids
+        assert ids == [first, 3] and tokenizer.decode(ids) == "abcd"
+
+
 @pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom", "padding", "unknown"])
 @pytest.mark.parametrize("token", [VOCAB, np.int32(-2), 1 << 31, "</s>", [1, 2], True], ids=str)
 def test_no_such_token(load, name, token):

@@ -55,7 +55,7 @@ Drafts: TypeAlias = Callable[[Layout], Iterable[Draft]]
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WITH_IMAGES = ("gemma3", "mistral3")  # models for text and images that have a text model of ours inside
-_CONVERSION = 4  # another number where GGUF files come out differently: what older versions left in the cache is not used then
+_CONVERSION = 5  # another number where GGUF files come out differently: what older versions left in the cache is not used then
 
 
 class ModelLoadError(ValueError):
@@ -694,12 +694,28 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
     # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
     if (end := gguf_files.special_token(header, "eos")) is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if header.values.get("tokenizer.ggml.add_space_prefix") is False:
+        _leave_out_first_space(tokenizer)
     if whole:
         model.save_pretrained(folder)
     else:
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _leave_out_first_space(tokenizer: Any) -> None:
+    """Have a tokenizer take a text as it is. Those of the kind "llama" begin one with a space, which they take away again, and
+    transformers does not read that a file says otherwise."""
+    from tokenizers import Tokenizer
+
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part, steps, kind in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
+        if said[part] is not None and steps in said[part]:
+            said[part][steps] = [step for step in said[part][steps] if step["type"] != kind]
+    if (said["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        said["pre_tokenizer"]["prepend_scheme"] = "never"
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(said))
 
 
 def _check_shapes(header: gguf_files.Header, config: PreTrainedConfig) -> None:
