@@ -146,6 +146,11 @@ def test_keys_that_say_nothing(load):
     assert settings(model) == settings(expected)
 
 
+def test_no_original_length(load):
+    expected = tiny("qwen2", rope_parameters=YARN | {"original_max_position_embeddings": 256})
+    assert settings(load(expected, values={"qwen2.rope.scaling.original_context_length": 0})) == settings(expected)
+
+
 BAD_VALUES = {
     "a window in a family without": ("llama", "attention.sliding_window", 40, "sliding_window' is 40, which is not supported"),
     "experts": ("llama", "expert_count", 8, "'llama.expert_count' is 8, which is not supported"),
@@ -162,6 +167,18 @@ BAD_VALUES = {
     "long rope without factors": ("phi3", "rope.scaling.type", "longrope", "is of type 'longrope' and has no factors"),
     "linear in phi3": ("phi3", "rope.scaling.factor", 2.0, "must be one of .'longrope'., got linear"),
     "no factor of attention": ("phi3_windows", "rope.scaling.attn_factor", None, "it lacks one of rope_factors_short.weight, "),
+    "a negative length": (
+        "qwen2",
+        "rope.scaling.original_context_length",
+        np.int32(-4),
+        "_length is -4, expected at least 1, or 0",
+    ),
+    "a length of one": (
+        "phi3_windows",
+        "rope.scaling.original_context_length",
+        1,
+        "are scaled from a length of 1, expected at least 2",
+    ),
     "two scalings": ("llama3", "rope.scaling.factor", 2.0, "scaled twice, by tensors and by linear scaling of factor 2.0"),
     "an endless factor": ("llama", "rope.scaling.factor", float("inf"), "rope scaling has the factor inf"),
     "fewer layers": ("llama", "block_count", 2, "9 of its tensors are unknown in this .* the first is 'blk.2.attn_k.weight"),

@@ -245,7 +245,9 @@ def config_settings(header: Header) -> dict[str, Any]:
             raise ValueError(f"its {heads} heads of {head_dim} elements do not make up the width of {hidden}")
     else:
         settings |= {"head_dim": head_dim, "attention_bias": "blk.0.attn_q.bias" in header.tensors}
-    original = said.integer("rope.scaling.original_context_length", settings["max_position_embeddings"])
+    original = said.integer("rope.scaling.original_context_length", 0) or context  # as llama.cpp takes a 0
+    if original < 1:
+        raise ValueError(f"{said.prefix}rope.scaling.original_context_length is {original}, expected at least 1, or 0 for none")
     settings["rope_parameters"] = _rope(said, header, settings, head_dim, original)
     if architecture == "phi3":
         # Phi3Config has one of its own, with a default, and prefers it to the parameters'.
@@ -357,6 +359,8 @@ def _rope(said: _Settings, header: Header, settings: dict[str, Any], head_dim: i
         if not (short and long and "rope.scaling.attn_factor" in said.left):
             raise ValueError("it lacks one of rope_factors_short.weight, rope_factors_long.weight and rope.scaling.attn_factor")
         factor, attention = context / original, said.number("rope.scaling.attn_factor")
+        if original < 2:
+            raise ValueError(f"its angles are scaled from a length of {original}, expected at least 2")
         parameters |= {
             "rope_type": "longrope",
             "short_factor": header.floats(_ROPE_TENSORS[0]),
