@@ -158,6 +158,7 @@ UP = "model.layers.1.mlp.up_proj."
             f"{UP}g_idx: expected groups of neighbours, got another",
         ),
         ("gptq", {f"{UP}qzeros": None}, f"{UP}weight: the checkpoint has no {UP}qzeros"),
+        ("compressed, asymmetric", {f"{UP}weight_zero_point": None}, f"{UP}weight: the checkpoint has no {UP}weight_zero_point"),
         ("awq", {f"{UP}scales": torch.ones(3, 256).half()}, rf"{UP}scales: expected shape \[2, 256\], got \[3, 256\]"),
         ("awq", {f"{UP}scales": torch.full((2, 256), torch.inf).half()}, f"{UP}weight: row 0 has scales that are not finite"),
         ("awq", {"model.norm.weight": None}, "1 weights are missing, the first is model.norm.weight"),

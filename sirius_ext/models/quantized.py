@@ -35,11 +35,13 @@ class Quantized:
     method: one of METHODS.
     group: weights that share a scale; -1: all of a row.
     zero: what is added to stored zeros; of a symmetric checkpoint without them, the zero itself.
+    symmetric: whether matrices may have no stored zeros.
     """
 
     method: str
     group: int
     zero: int
+    symmetric: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Quantized | None:
@@ -86,7 +88,8 @@ class Quantized:
         _expect(method, "format of a group", kinds[0].get("format") or "pack-quantized", "pack-quantized")
         if weights.get("strategy") not in ("group", "channel"):
             _expect(method, "strategy", weights.get("strategy"), "group or channel")
-        return cls(method, _group(weights.get("group_size")) if weights["strategy"] == "group" else -1, 8)
+        group = _group(weights.get("group_size")) if weights["strategy"] == "group" else -1
+        return cls(method, group, 8, weights.get("symmetric", True) is True)
 
     def parts(self, name: str, there: Collection[str]) -> list[str]:
         """The tensors that a weight consists of, of those that are there; none if it is a tensor itself."""
@@ -117,7 +120,7 @@ class Quantized:
         if self.method == "compressed-tensors":
             codes = _nibbles(part("weight_packed", rows, cols // 8))
             scales = part("weight_scale", rows, count)
-            if get(f"{stem}weight_zero_point") is None:
+            if self.symmetric and get(f"{stem}weight_zero_point") is None:
                 zeros = torch.full((rows, count), self.zero)
             else:
                 zeros = _nibbles(part("weight_zero_point", -(-rows // 8), count).t().contiguous()).t()[:rows]
