@@ -9,8 +9,18 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+
+
+class FreshPackage(build_py):
+    """Setuptools leaves what an earlier build has put there: a module that was removed since would be in the next wheel, too."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "sirius_ext"), ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -43,4 +53,4 @@ class CMakeBuild(build_ext):
             raise SystemExit("setup.py: cmake failed, see above (with pip: -v)") from None
 
 
-setup(ext_modules=[Extension("sirius_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("sirius_ext._C", sources=[])], cmdclass={"build_py": FreshPackage, "build_ext": CMakeBuild})
