@@ -44,6 +44,7 @@ _models: weakref.WeakKeyDictionary[PreTrainedModel, Model] = weakref.WeakKeyDict
 _changes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 _advised: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 _preparing = threading.Lock()  # two threads must not lay the same weights out, each in memory of its own
+_copying = threading.Lock()  # nor make the same copy, or say that they do
 
 
 def inside(model: object) -> PreTrainedModel:
@@ -296,8 +297,14 @@ def make_copy(model: PreTrainedModel, config: SiriusConfig, progress: bool) -> N
     """Make the copy of plain weights that the config's sparse model reads, if it reads one that is not there: that takes seconds,
     and is said. progress: on stderr."""
     weights = prepare(model).weights
-    if config.mode == "full" or not weights.copy_is_due(config.draft_weights):
+    if config.mode == "full":
         return
+    with _copying:
+        if weights.copy_is_due(config.draft_weights):
+            _make_copy(weights, config, progress)
+
+
+def _make_copy(weights: Weights, config: SiriusConfig, progress: bool) -> None:
     with reporting("packing the sparse model's copy into four bits", progress) as report:
 
         def show(layers: int, done: int) -> None:

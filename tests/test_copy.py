@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import time
 
 import pytest
 import torch
@@ -169,6 +170,33 @@ def test_of_a_loaded_model_it_is_made_for_the_first_sparse_text(capsys):
     finally:
         logging.enable_progress_bar()
     assert said not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [AUTO, COPY], ids=["auto", "q4"])
+def test_texts_that_begin_together_make_one_copy(monkeypatch, capsys, config):
+    """And one of them says so."""
+    one, found, packed = engine(), [], []
+    begin, in_four_bits = threading.Barrier(4), Weights.in_four_bits
+
+    def slow(*arguments):
+        packed.append(1)
+        time.sleep(0.2)
+        return in_four_bits(*arguments)
+
+    monkeypatch.setattr(Weights, "in_four_bits", slow)
+    weights_of(one)
+
+    def ask():
+        begin.wait()
+        found.append(text(one, config))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == [found[0]] * 4 and packed == [1]
+    assert capsys.readouterr().err.count("packing the sparse model's copy into four bits ... ") == 1
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
