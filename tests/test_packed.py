@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,16 @@ def test_what_a_killed_process_has_left(folder, monkeypatch):
         process.kill()
     load(folder, "q4")
     assert len(kept(folder)) == 2 and half not in kept(folder)
+
+
+def test_what_was_left_a_moment_ago_goes_at_the_end(tmp_path):
+    """Who tries again at once finds what may still be at work, and may never make another such folder."""
+    old, future, young = (tmp_path / f"convert-{name}" for name in ("old", "future", "young"))
+    with scratch.scratch(tmp_path, "convert-"):
+        for left, seconds in ((old, -100), (future, 100), (young, 0)):
+            left.mkdir()
+            os.utime(left, (time.time() + seconds,) * 2)  # a clock that was set back leaves times that are still to come
+    assert list(tmp_path.iterdir()) == [young]
 
 
 def change(tensors):

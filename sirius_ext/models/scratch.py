@@ -17,14 +17,21 @@ YOUNG_SECONDS = 60.0  # one that is younger may not have its lock yet
 @contextlib.contextmanager
 def scratch(parent: Path, prefix: str) -> Iterator[Path]:
     """A folder of its own, so that two processes cannot meet in it; beside the target, so that os.replace is atomic. It is gone
-    at the end. One that a killed process has left, with gigabytes in it perhaps, goes when the next one is made."""
+    at the end. One that a killed process has left, with gigabytes in it perhaps, goes when the next one is made, or at its end:
+    who tries again at once may not make another."""
     parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # somebody else has removed it, or it is another user's
-            if time.time() - left.stat().st_mtime > YOUNG_SECONDS and _is_abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+    _remove_abandoned(parent, prefix)
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, alone(Path(folder)):
         yield Path(folder)
+    _remove_abandoned(parent, prefix)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for left in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # somebody else has removed it, or it is another user's
+            # A clock that was set back leaves times that are still to come.
+            if abs(time.time() - left.stat().st_mtime) > YOUNG_SECONDS and _is_abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
