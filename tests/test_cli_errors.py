@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 from test_evaluation import write
@@ -376,6 +377,15 @@ def test_arguments_that_are_not_utf8():
         with pytest.raises(ValueError) as error:
             check_text(arguments)
         assert str(error.value) == f"{name}: expected UTF-8, got the bytes {shown}"
+
+
+def test_arguments_that_the_locale_cannot_read():
+    """UTF-8 it is, but Python was told not to take it as such."""
+    command = [sys.executable, "-m", "sirius_ext", "generate", "--prompt", "Größe"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    said = r"expected ASCII, got the bytes b'Gr\xc3\xb6\xc3\x9fe'; with PYTHONUTF8=1 in the environment it is UTF-8"
+    assert (done.returncode, done.stderr) == (2, f"sirius_ext: error: --prompt: {said}\n")
 
 
 @pytest.mark.parametrize(

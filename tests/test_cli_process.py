@@ -56,6 +56,12 @@ def test_a_full_disk_behind_standard_output():
     assert done.returncode == 2 and done.stderr == "sirius_ext: error: standard output: No space left on device\n"
 
 
+def test_a_full_disk_behind_a_text():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *TEXT], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.endswith("sirius_ext: error: standard output: No space left on device\n")
+
+
 def test_a_reader_that_leaves(tmp_path):
     file = tmp_path / "out.json"
     process = start([*COMMAND, *TEXT, "--json", str(file)])

@@ -80,7 +80,8 @@ def as_option(message: str, parser: Parser) -> str:
 
 
 def check_text(arguments: list[str]) -> None:
-    """ValueError for one that is not UTF-8: Python hands its bytes on as characters that can be neither read nor written."""
+    """ValueError for one that is not text by the locale: Python hands its bytes on as characters that can be neither read nor
+    written."""
     for at, argument in enumerate(arguments):
         try:
             argument.encode()
@@ -91,7 +92,12 @@ def check_text(arguments: list[str]) -> None:
                 name, bad = option, value
             if not name.startswith("--"):
                 name = f"argument {at + 1}"
-            raise ValueError(f"{name}: expected UTF-8, got the bytes {_short.repr(os.fsencode(bad))}") from error
+            encoding, hint = sys.getfilesystemencoding(), ""
+            if encoding != "utf-8":  # Python was told to go by a locale that has few characters
+                hint = "; with PYTHONUTF8=1 in the environment it is UTF-8"
+            raise ValueError(
+                f"{name}: expected {encoding.upper()}, got the bytes {_short.repr(os.fsencode(bad))}{hint}"
+            ) from error
 
 
 def reads(parse: Callable[[str], T]) -> Callable[[str], T]:

@@ -8,6 +8,8 @@ import time
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from ..errors import naming
+
 
 class KeepingStreamer(TextStreamer):
     """Prints the text, without its prompt, and keeps the tokens and the times of the first and the last.
@@ -35,4 +37,5 @@ class KeepingStreamer(TextStreamer):
         super().put(value)  # type: ignore[no-untyped-call]  # transformers has no types for it
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text, flush=True, end="\n" if stream_end else "", file=sys.stderr if self._stderr else sys.stdout)
+        with naming("standard error" if self._stderr else "standard output"):
+            print(text, flush=True, end="\n" if stream_end else "", file=sys.stderr if self._stderr else sys.stdout)
