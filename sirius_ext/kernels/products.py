@@ -13,8 +13,8 @@ from .dispatch import is_cuda
 from .matrix import Matrix
 
 # Rows of input from which on it pays to make numbers of packed weights first, where torch multiplies numbers in tiles.
-MANY = 48
-NUMBERS = 1 << 25  # that are made at a time, 64 MB of them: a call of torch has costs of its own
+MANY = 64
+NUMBERS = 1 << 22  # that are made at a time: with fewer the calls of torch cost more, with more they leave the caches
 
 
 def dot(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
