@@ -125,10 +125,10 @@ def test_what_onednn_says_is_asked(dtype, monkeypatch):
 def test_prompts_of_16_bits(name, dtype, instructions, asked):
     """Every family's logits after a prompt are about those in float32, whoever multiplies."""
     exact, rounded = tiny(name), tiny(name, dtype)
-    text = prompt(70)
+    text = prompt(100)
     with torch.no_grad():
         expected = exact(text).logits[0, -1]
-    reader = Reader(prepare(rounded), 70)
+    reader = Reader(prepare(rounded), 100)
     reader.prefill(text[0])
     assert (reader.next - expected).norm() <= 30 * torch.finfo(dtype).eps * expected.norm()
     assert ("down" in asked) != instructions
@@ -138,10 +138,10 @@ def test_prompts_of_16_bits(name, dtype, instructions, asked):
 @pytest.mark.parametrize("name", [*NAMES, *FAMILY_NAMES])
 def test_prompts_with_packed_weights(name, weights, tiles, asked):
     """The same with the numbers that packed weights stand for, by tiles."""
-    text, model = prompt(70), packed(name, torch.bfloat16, weights)
+    text, model = prompt(100), packed(name, torch.bfloat16, weights)
     with torch.no_grad():
         expected = same_numbers(name, weights=weights, of=torch.bfloat16)(text).logits[0, -1]
-    reader = Reader(prepare(model), 70)
+    reader = Reader(prepare(model), 100)
     reader.prefill(text[0])
     assert (reader.next - expected).norm() <= 30 * torch.finfo(torch.bfloat16).eps * expected.norm()
     assert "down" not in asked

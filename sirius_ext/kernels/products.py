@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,10 @@ from .dispatch import is_cuda
 from .matrix import Matrix
 
 # Rows of input from which on it pays to make numbers of packed weights first, where torch multiplies numbers in tiles.
-MANY = 64
-NUMBERS = 1 << 22  # that are made at a time: with fewer the calls of torch cost more, with more they leave the caches
+MANY = 96
+# That are made at a time. Where `add_rows` makes a part of every row, reading is slower; but malloc takes pages from the system anew
+# for each array of more than 32 MB.
+NUMBERS = 15 << 20
 
 
 def dot(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,11 +25,12 @@ def dot(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> to
         return F.linear(x, matrix.data, bias)
     if not _unpacked(x, matrix):
         return ops.linear(x, matrix, bias)
-    out = x.new_empty(len(x), matrix.rows)
-    for begin, end in _parts(matrix.rows, matrix.cols):
+
+    def part(begin: int, end: int) -> torch.Tensor:
         weight = matrix.unpack(x.new_empty(end - begin, matrix.cols), row=begin)
-        out[:, begin:end] = F.linear(x, weight, None if bias is None else bias[begin:end])
-    return out
+        return F.linear(x, weight, None if bias is None else bias[begin:end])
+
+    return _in_parts(part, matrix.rows, matrix.cols)
 
 
 def add_rows(z: torch.Tensor, matrix: Matrix, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,21 +39,24 @@ def add_rows(z: torch.Tensor, matrix: Matrix, residual: torch.Tensor | None = No
         return _added(residual, z, matrix.data)
     if not _unpacked(z, matrix):
         return ops.down(z, matrix, residual=residual)
-    out = z.new_empty(len(z), matrix.cols)
-    for begin, end in _parts(matrix.cols, matrix.rows):
+
+    def part(begin: int, end: int) -> torch.Tensor:
         weight = matrix.unpack(z.new_empty(matrix.rows, end - begin), column=begin)
-        out[:, begin:end] = _added(None if residual is None else residual[:, begin:end], z, weight)
-    return out
+        return _added(None if residual is None else residual[:, begin:end], z, weight)
+
+    return _in_parts(part, matrix.cols, matrix.rows)
 
 
 def _added(residual: torch.Tensor | None, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return z @ weight if residual is None else torch.addmm(residual, z, weight)
 
 
-def _parts(count: int, length: int) -> Iterator[tuple[int, int]]:
-    """Of so many rows or columns, each of so many numbers: where those that are unpacked together begin and end."""
+def _in_parts(part: Callable[[int, int], torch.Tensor], count: int, length: int) -> torch.Tensor:
+    """What `part` makes of all rows or columns, `count` of them with `length` numbers each. It gets where those that are unpacked
+    together begin and end."""
     step = max(1, NUMBERS // length // q8.GROUP) * q8.GROUP
-    return ((begin, min(begin + step, count)) for begin in range(0, count, step))
+    parts = [part(begin, min(begin + step, count)) for begin in range(0, count, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _by_torch(x: torch.Tensor, matrix: Matrix) -> bool:
