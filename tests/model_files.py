@@ -135,7 +135,7 @@ def _write_settings(writer: gguf.GGUFWriter, config: transformers.PreTrainedConf
         writer.add_value_length(head_dim)
     rope = config.rope_parameters
     if architecture == "gemma3":
-        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
     if architecture != "gemma2":
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -148,7 +148,7 @@ def _write_settings(writer: gguf.GGUFWriter, config: transformers.PreTrainedConf
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         for key in ("attention_factor", "beta_fast", "beta_slow"):
             if key in rope:
-                getattr(writer, f"add_rope_scaling_yarn_{key.replace('attention', 'attn')}")(rope[key])
+                writer.add_float32(f"{architecture}.rope.scaling.yarn_{key.replace('attention', 'attn')}", rope[key])
     if architecture == "llama":
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(head_dim)

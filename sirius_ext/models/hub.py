@@ -697,11 +697,13 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
             model = _weights(AutoModelForCausalLM, file.parent, name, config, dtype, quantization_config=unpacked, **kwargs)
         readable = gguf_files.file_for_tokenizer(header, folder.parent)
         tokenizer = AutoTokenizer.from_pretrained(readable.parent, gguf_file=readable.name)
-    # transformers 5.17 takes the first special token of a Llama file for its last one too, in the tokenizer alone.
-    if (end := gguf_files.special_token(header, "eos")) is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    if header.values.get("tokenizer.ggml.add_space_prefix") is False:
-        _leave_out_first_space(tokenizer)
+    # transformers 5.17 takes the first special token of a Llama file for its last one too, and of a Gemma file a new one for the
+    # first, in the tokenizer alone.
+    for which in ("bos", "eos"):
+        if (token := gguf_files.special_token(header, which)) is not None:
+            setattr(tokenizer, f"{which}_token", tokenizer.convert_ids_to_tokens(token))
+    if header.values.get("tokenizer.ggml.model") == "llama":
+        _mend_spaces(tokenizer, first=header.values.get("tokenizer.ggml.add_space_prefix") is not False)
     if whole:
         model.save_pretrained(folder)
     else:
@@ -710,17 +712,23 @@ def _convert(file: Path, name: str, dtype: torch.dtype, whole: bool, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
-def _leave_out_first_space(tokenizer: Any) -> None:
-    """Have a tokenizer take a text as it is. Those of the kind "llama" begin one with a space, which they take away again, and
-    transformers does not read that a file says otherwise."""
+def _mend_spaces(tokenizer: Any, first: bool) -> None:
+    """Have a tokenizer of the kind "llama" read spaces as its file says: transformers 5.17 knows of none in those of Phi-3.
+
+    first: whether a text begins with one, which is taken away again. transformers does not read that a file says otherwise.
+    """
     from tokenizers import Tokenizer
 
     said = json.loads(tokenizer.backend_tokenizer.to_str())
-    for part, steps, kind in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
-        if said[part] is not None and steps in said[part]:
-            said[part][steps] = [step for step in said[part][steps] if step["type"] != kind]
-    if (said["pre_tokenizer"] or {}).get("type") == "Metaspace":
-        said["pre_tokenizer"]["prepend_scheme"] = "never"
+    if said["normalizer"] is None and said["pre_tokenizer"] is None:
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        said["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
+    if not first:
+        for part, steps, kind in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
+            if said[part] is not None and steps in said[part]:
+                said[part][steps] = [step for step in said[part][steps] if step["type"] != kind]
+        if (said["pre_tokenizer"] or {}).get("type") == "Metaspace":
+            said["pre_tokenizer"]["prepend_scheme"] = "never"
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(said))
 
 
