@@ -105,6 +105,7 @@ def test_default_model_file(default_file):
 def test_default_model_loads(default_file):
     model, tokenizer = hub.load_model(progress=False)
     assert model.dtype == torch.bfloat16 and not model.training
+    model.float()  # in bfloat16 two first words are as likely as one another, or almost
     assert (model.config.model_type, model.config.num_hidden_layers, model.config.vocab_size) == ("llama", 30, 49152)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -14,8 +14,8 @@ from .matrix import Matrix
 
 # Rows of input from which on it pays to make numbers of packed weights first, where torch multiplies numbers in tiles.
 MANY = 96
-# That are made at a time. Where `add_rows` makes a part of every row, reading is slower; but pages of arrays beyond 32 MB come from
-# the system anew every time.
+# That are made at a time. Where `add_rows` makes a part of every row, reading is slower; but pages of arrays beyond 32 MB come
+# from the system anew every time.
 NUMBERS = 15 << 20
 
 
