@@ -234,8 +234,8 @@ struct Stream::State {
     thread_local Region bounce;
     thread_local int64_t size = 0;
     if (size < last - first) {
+      bounce = Region(last - first);
       size = last - first;
-      bounce = Region(size);
     }
     Slots& own = slots[task.layer];
     read_pages(from.at + first, last - first, bounce.data());
