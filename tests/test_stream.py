@@ -185,6 +185,18 @@ for layer in (1, 2, 3):  # which fails, but the disk has recovered
     written.check(stream, layer)
     stream.done(layer)
 
+stream = written.stream((0, 0), 30, readers=t.LAYERS + 1, patience=0.5)  # one for each layer's set, and one that is left
+sets = t.torch.arange(30, dtype=t.torch.int32).expand(t.LAYERS, 30).contiguous()
+fault(t.STALLS)
+fails(stream, "has not given anything", lambda written, stream: stream.hold(sets))
+fault(0)
+for layer in range(t.LAYERS):  # the readers that are left behind may write to the slots at any time
+    stream.need(layer)
+    written.check(stream, layer)
+    stream.keep(layer, sets[layer] + 30)
+    assert not any((ctypes.c_uint64 * t.ROWS).from_address(stream.places(layer))), layer
+    stream.done(layer)
+
 stream = written.stream((t.GRAIN, 0), patience=0.5)
 t.passes(written, stream)
 fault(t.STALLS)

@@ -540,6 +540,7 @@ void Stream::hold(const int32_t* neurons, int count) {
 void Stream::keep(int layer, const int32_t* neurons, int count) {
   State& s = *state_;
   const std::unique_lock lock(s.mutex);
+  if (s.fetching > 0) return;  // for a call of `hold` that gave up: readers may write to any slot that is not found yet
   State::Slots& own = s.slots[layer];
   const StreamImage& image = s.image(layer, 0);
   s.stamp_all(neurons, count);

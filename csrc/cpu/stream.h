@@ -76,7 +76,7 @@ class Stream {
   // Has the neurons of every layer's list, [layers, count], in slots if they are not resident.
   void hold(const int32_t* neurons, int count);
   // Of a layer that is needed right now: keeps those neurons of a list in slots that are not resident; of more than there are
-  // slots, the first.
+  // slots, the first; none while readers are still at what a call of `hold` that gave up had asked for.
   void keep(int layer, const int32_t* neurons, int count);
 
   int slots() const;
