@@ -149,7 +149,64 @@ def test_adapters_are_refused(path):
     parent = getattr(model.model.layers[1], parent)
     old = getattr(parent, name)
     setattr(parent, name, Adapter(old.in_features, old.out_features, bias=False))
-    with pytest.raises(ValueError, match=f"^model: expected {name} to be a plain nn.Linear, got Adapter .merge adapters first"):
+    with pytest.raises(ValueError, match=f"^model: expected {name} to be a plain nn.Linear, got Adapter of test_engine$"):
+        Engine(model)
+
+
+def test_adapters_of_peft_are_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(Adapter, "__module__", "peft.tuners.lora.layer")
+    model = tiny()
+    model.model.layers[1].mlp.up_proj = Adapter(4, 4)
+    message = "^model: model.layers.1.mlp.up_proj is an adapter .Adapter of peft.; merge it first, with merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        Engine(model)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def test_parametrizations_are_refused_with_what_to_do():
+    model = tiny()
+    nn.utils.parametrize.register_parametrization(model.model.layers[1].mlp.up_proj, "weight", Doubled())
+    with pytest.raises(ValueError, match="^model: expected up_proj to be a plain nn.Linear, .*remove_parametrizations makes"):
+        Engine(model)
+    nn.utils.parametrize.remove_parametrizations(model.model.layers[1].mlp.up_proj, "weight")
+    assert text(Engine(model, MATCH)) == model.generate(prompt(8), max_new_tokens=COUNT)[0, 8:].tolist()
+
+
+class Coded(torch.Tensor):
+    """As torchao's and DTensor: shape and dtype of a tensor, without numbers in its memory."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens", "model.layers.1.mlp.down_proj", "model.norm"])
+def test_weights_that_are_no_plain_tensors_are_refused(name, after):
+    model = tiny()
+    if after:
+        Engine(model, MATCH)
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(Coded(module.weight.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match=f"^model: expected {name}.weight to be a plain tensor, got Coded .torch.strided."):
+        Engine(model, MATCH).generate(prompt(8), max_new_tokens=4)
+
+
+def test_sparse_weights_are_refused():
+    model = tiny()
+    weight = model.model.layers[1].mlp.down_proj.weight
+    model.model.layers[1].mlp.down_proj.weight = nn.Parameter(weight.detach().to_sparse_csr())
+    with pytest.raises(ValueError, match="down_proj.weight to be a plain tensor, got Tensor .torch.sparse_csr."):
         Engine(model)
 
 
@@ -172,6 +229,26 @@ def test_numbers_that_are_not_the_configs_are_refused(case):
     change(model)
     with pytest.raises(ValueError, match=f"^model: expected .*{message}.*, got "):
         Engine(model)
+
+
+@pytest.mark.parametrize("case", [each for each in CHANGES if not each.endswith("fused")])
+def test_numbers_that_change_later_are_refused(case):
+    """What is kept of a model is what it was."""
+    model, (change, message) = tiny("llama3"), CHANGES[case]
+    engine = Engine(model, MATCH)
+    text(engine)
+    change(model)
+    with pytest.raises(ValueError, match=f"^model: expected .*{message}.*, got "):
+        text(engine)
+
+
+def test_angles_that_change_later():
+    model = tiny("llama3")
+    engine = Engine(model, MATCH)
+    before = text(engine)
+    model.model.rotary_emb.inv_freq.mul_(0.3)
+    after = text(engine)
+    assert after == model.generate(prompt(8), max_new_tokens=COUNT)[0, 8:].tolist() != before
 
 
 def test_an_adapter_on_the_head_is_refused():

@@ -663,7 +663,7 @@ def test_an_attach_that_fails_changes_nothing():
     model.model.layers[-1].self_attn.q_proj = Adapter(old.in_features, old.out_features, bias=False)
     before = state(model)
     for way in (by_call, by_attach, by_engine):
-        with pytest.raises(ValueError, match="model: expected q_proj to be a plain nn.Linear, got Adapter"):
+        with pytest.raises(ValueError, match="model: expected q_proj to be a plain nn.Linear, got Adapter of test_hf"):
             way(model, MATCH, IDS, max_new_tokens=2)
         assert_restored(model, before)
 

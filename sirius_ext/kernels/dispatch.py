@@ -92,7 +92,8 @@ def has_cuda_kernels() -> bool:
 def check_device(name: str, device: torch.device) -> None:
     """ValueError that names the argument unless this build has kernels for the device."""
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name}: expected a tensor on the CPU or on a CUDA device, got one on {device}")
+        hint = ", where nothing is stored (accelerate's offloading puts weights there)" if device.type == "meta" else ""
+        raise ValueError(f"{name}: expected a tensor on the CPU or on a CUDA device, got one on {device}{hint}")
     if device.type not in _backends:
         raise ValueError(f"{name}: it is on {device}, but this build of sirius_ext has no CUDA kernels (no nvcc was found)")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
 from ..kernels import products, q8
@@ -125,7 +126,7 @@ class Weights:
                 f"model: its MLPs' weights are on {where}, for which memory was divided, and everything else on {self.device}; "
                 f"load it for {self.device}"
             )
-        self._addresses = _addresses(model)
+        self._addresses, self._numbers = _addresses(model), _numbers(model, family)
         self.copy_memory: int | None = getattr(model, "copy_memory", None)
         self._beside = beside_weights(model)
         self._settling = threading.Lock()  # two texts must not decide at a time: the first one's copy is no longer free
@@ -462,8 +463,15 @@ class Weights:
         return self.final_norm.data_ptr() != self._addresses["model.norm.weight"]
 
     def is_current(self, model: nn.Module) -> bool:
-        """Whether the model still uses these very tensors (it does not after `model.to(...)`, say)."""
-        return _addresses(model) == self._addresses
+        """Whether the model still uses these very tensors (it does not after `model.to(...)`, say), and computes with them what
+        it did: its angles, scales, epsilons and activations are what they were. ValueError if it is not supported any more."""
+        if _addresses(model) != self._addresses or any(getattr(module, name) != was for module, name, was in self._numbers):
+            return False
+        description, ropes = describe(model)
+        return description == self.description and all(
+            factor == own_factor and torch.equal(frequencies.to(self.device), own)
+            for (frequencies, factor), (own, own_factor) in zip(ropes, self.ropes)
+        )
 
 
 def _matrices(layer: Layer) -> Iterator[Matrix]:
@@ -542,10 +550,31 @@ def _addresses(model: nn.Module) -> dict[str, int]:
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
+def _numbers(model: Any, family: Family) -> list[tuple[Any, str, object]]:
+    """What modules compute with besides weights and angles: module, attribute and what it is."""
+    norms = [layer.get_submodule(name) for layer in model.model.layers for name in family.norms]
+    found = [(norm, _epsilon_name(norm)) for norm in (model.model.norm, *norms)]
+    for layer in model.model.layers:
+        found += [(layer.self_attn, "scaling"), (layer.mlp, _activation_name(layer.mlp))]
+    return [(module, name, getattr(module, name)) for module, name in found]
+
+
+def _activation_name(mlp: Any) -> str:
+    return "activation_fn" if hasattr(mlp, "activation_fn") else "act_fn"
+
+
+def _epsilon_name(norm: Any) -> str:
+    return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+
+
 def _check_modules(model: Any, family: Family) -> None:
     """ValueError unless this is a causal language model of the family's parts and no others. Changes nothing."""
     if not isinstance(getattr(model, "lm_head", None), nn.Module):
         raise ValueError(f"model: expected a causal language model with an lm_head, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            adapter = f"{type(module).__name__} of peft"
+            raise ValueError(f"model: {name} is an adapter ({adapter}); merge it first, with merge_and_unload")
     embedding = model.model.embed_tokens
     if type(embedding).__name__ != family.embedding:
         wanted = "plain nn.Embedding" if family.embedding == "Embedding" else family.embedding
@@ -562,16 +591,22 @@ def _check_modules(model: Any, family: Family) -> None:
     if model.lm_head.bias is not None:
         raise ValueError("model: expected an lm_head without a bias, got one")
     # A weight that nothing here reads changes the model's answers, and would be left out in silence.
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if name not in known:
             raise ValueError(f"model: it has a weight {name}, which models of this family do not have")
+        # What torchao or DTensor make has the shape and dtype of a tensor, and no memory in which its numbers are.
+        if type(parameter.data) is not torch.Tensor or parameter.layout != torch.strided:
+            raise ValueError(
+                f"model: expected {name} to be a plain tensor, got {type(parameter.data).__name__} ({parameter.layout}); load "
+                "the model without quantization, sharding or sparse layouts"
+            )
 
 
 def _check_numbers(model: Any, family: Family, layer: Any, where: str) -> None:
     """ValueError unless a layer's modules compute what config and first layer say."""
     config = model.config
     activation = ACT2FN[getattr(config, family.activation)]
-    name = "activation_fn" if hasattr(layer.mlp, "activation_fn") else "act_fn"
+    name = _activation_name(layer.mlp)
     if type(own := getattr(layer.mlp, name)) is not type(activation):
         expected = type(activation).__name__
         raise ValueError(f"model: expected {where}.mlp.{name} to be a {expected}, as its config says, got a {type(own).__name__}")
@@ -584,14 +619,13 @@ def _check_numbers(model: Any, family: Family, layer: Any, where: str) -> None:
 
 
 def _check_epsilon(name: str, norm: Any, config: Any) -> None:
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = getattr(norm, _epsilon_name(norm), None)
     if eps != config.rms_norm_eps:
         raise ValueError(f"model: expected {name} to have an epsilon of {config.rms_norm_eps}, as its config says, got {eps}")
 
 
 def _check_linear(name: str, module: nn.Module) -> None:
     if type(module) is not nn.Linear:
-        raise ValueError(
-            f"model: expected {name} to be a plain nn.Linear, got {type(module).__name__} (merge adapters first, with "
-            "merge_and_unload)"
-        )
+        own = type(module)
+        hint = " (torch.nn.utils.parametrize.remove_parametrizations makes it one)" if is_parametrized(module) else ""
+        raise ValueError(f"model: expected {name} to be a plain nn.Linear, got {own.__name__} of {own.__module__}{hint}")
