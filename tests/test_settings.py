@@ -355,6 +355,15 @@ def globally_hooked(model):
     return nn.modules.module.register_module_forward_hook(lambda *args: None).remove
 
 
+def with_soft_prompts(model):
+    """What peft's generate does to the model inside."""
+
+    def own(*args, **settings): ...
+
+    model.prepare_inputs_for_generation = own
+    return lambda: setattr(model, "prepare_inputs_for_generation", type(model).prepare_inputs_for_generation.__get__(model))
+
+
 def with_dropout(model):
     model.config.attention_dropout = 0.1
     model.train()
@@ -389,6 +398,7 @@ SURROUNDINGS = {
     "global hook": (globally_hooked, "global forward hooks"),
     "forward replaced": (replaced, "the forward method of model.layers.1.mlp .LlamaMLP. was replaced"),
     "forward of its own": (of_its_own, "the forward method of model.layers.1.mlp .Own. is test_settings's"),
+    "inputs of its own": (with_soft_prompts, "its prepare_inputs_for_generation is test_settings's .peft has soft prompts"),
     "dropout": (with_dropout, "it is in training mode and has dropout"),
     "dropout in a layer": (with_dropout_in_a_layer, "it is in training mode and has dropout"),
 }
@@ -420,6 +430,16 @@ def test_hooks_of_transformers_own(way):
     """A call that asked for hidden states leaves some behind, which do nothing until the next one."""
     model = tiny("llama3")
     model(IDS, output_hidden_states=True)
+    assert way(model, MATCH, IDS, max_new_tokens=3).shape == (1, 11)
+
+
+@every_way
+def test_hooks_of_gradient_checkpointing(way):
+    """They have embeddings require gradients, and change no number."""
+    model = tiny("llama3")
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
     assert way(model, MATCH, IDS, max_new_tokens=3).shape == (1, 11)
 
 

@@ -302,7 +302,7 @@ def refuse_resolved(settings: GenerationConfig, config: SiriusConfig, prompts: i
 
 def check_surroundings(model: PreTrainedModel) -> None:
     """ValueError for what a call of the model's modules would heed, and decoding, which reads their weights alone, would not:
-    forward hooks, replaced forward methods, dropout, torch.autocast."""
+    forward hooks, replaced methods, dropout, torch.autocast."""
     check_device("model", model.device)
     if torch.is_autocast_enabled(model.device.type):
         raise ValueError(
@@ -322,10 +322,20 @@ def check_surroundings(model: PreTrainedModel) -> None:
         if "forward" in vars(module):
             raise ValueError(f"model: the forward method of {where} was replaced, and decoding would bypass it")
         if (package := type(module).forward.__module__.partition(".")[0]) not in ("torch", "transformers", "sirius_ext"):
+            merge = package == "peft"
+            advice = "merge adapters first, with merge_and_unload" if merge else "load the model without code of its own"
             raise ValueError(
                 f"model: the forward method of {where} is {package}'s, and decoding computes what that of transformers would; "
-                "load the model without code of its own"
+                f"{advice}"
             )
+    # By this method peft's soft prompts and prefixes come into a text: their `generate` replaces it for the time of a call.
+    inputs = model.prepare_inputs_for_generation
+    package = inputs.__module__.partition(".")[0]
+    if package not in ("transformers", "sirius_ext") or getattr(inputs, "__self__", None) is not model:
+        raise ValueError(
+            f"model: its prepare_inputs_for_generation is {package}'s (peft has soft prompts and prefixes there), and decoding "
+            "would bypass it; it needs that of transformers"
+        )
 
 
 def _drops(module: nn.Module) -> bool:
@@ -334,8 +344,11 @@ def _drops(module: nn.Module) -> bool:
 
 def _is_idle(hook: object) -> bool:
     """Whether it is one of transformers' own, left behind by a call that asked for hidden states or attentions: these wait for
-    the next such call and change nothing. Or ours, which only says that a packed model cannot be called."""
-    return hook is refuse_call or getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    the next such call and change nothing. Or that of gradient checkpointing, for which embeddings require gradients. Or ours,
+    which only says that a packed model cannot be called."""
+    where, name = getattr(hook, "__module__", ""), getattr(hook, "__name__", "")
+    of_gradients = (where, name) == ("transformers.modeling_utils", "make_inputs_require_grads")
+    return hook is refuse_call or where == "transformers.utils.output_capturing" or of_gradients
 
 
 def _own_settings(config: GenerationConfig) -> set[str]:
