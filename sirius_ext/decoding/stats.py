@@ -21,7 +21,7 @@ METRICS = (
     "ms_per_token",
 )
 
-_TELLING = 10  # drafts that say how often the next ones will be accepted
+_TELLING = 6  # drafts that say how often the next ones will be accepted
 
 
 @dataclasses.dataclass
