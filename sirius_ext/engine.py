@@ -357,9 +357,9 @@ def _decode(model: PreTrainedModel, call: Call) -> tuple[SiriusOutput, SiriusOut
 
 def _advise(model: PreTrainedModel, stats: Stats) -> None:
     """Warn of texts that drafts made slower, once a model: a loop over many texts must not say it every time."""
-    if stats.advice and model not in _advised:
+    if model not in _advised and (advice := stats.advice):
         _advised.add(model)
-        warn(stats.advice, CostlyDrafts)
+        warn(advice, CostlyDrafts)
 
 
 def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

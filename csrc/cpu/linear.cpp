@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "../q8.h"
 #include "isa.h"
 #include "ops.h"
 #include "products.h"
@@ -45,7 +46,7 @@ void pack(const PackParams& p) {
 }
 
 void unpack(const UnpackParams& p) {
-  constexpr int kRows = 32;  // that may have their scales together
+  constexpr int kRows = q8::kGroup;  // as many as may have their scales together
   const MatrixKernels& matrix = matrix_kernels(p.matrix.format, p.dtype);
   const Range range = share(p.num_rows, kRows);
   for (int i = range.begin; i < range.end; i += kRows) {

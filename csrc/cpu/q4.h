@@ -139,29 +139,16 @@ Pair shared_pair(const RowForm& form, int c) {
   return {shared + super_at(form.group, form.cols) + 4 * c, shared[at + 2 * c], shared[at + 2 * c + 1]};
 }
 
-// The same for the columns of a group: those that fill up the last one are there, too.
-template <bool kSupers>
-void shared_pairs(const RowForm& form, int c, float* scales, float* minima) {
-  const auto* shared = static_cast<const uint8_t*>(form.shared);
-  const uint8_t* own = shared + shared_at(form.group, form.cols, kSupers) + (kSupers ? 2 : 4) * c;
-  const auto* halves = reinterpret_cast<const f16_t*>(kSupers ? shared + super_at(form.group, form.cols) + 4 * c : own);
-  alignas(64) float pairs[2 * kGroup];
-  for (int i = 0; i < 2 * kGroup; i += Vec::width) {
-    const Vec values = Vec::load(halves + i);
-    (kSupers ? values * Vec::load(own + i) : values).store(pairs + i);
-  }
-  for (int at = 0; at < kGroup; ++at) {
-    scales[at] = pairs[2 * at];
-    minima[at] = kSupers ? -pairs[2 * at + 1] : pairs[2 * at + 1];
-  }
-}
-
 // Of rows that have their scales together: these are read once for all rows.
 template <class T, bool kSupers>
 void unpack_across(const RowPointers& all, int n, const RowForm& form, int begin, int end, void* out, ptrdiff_t ldo) {
   for (int c = begin; c < end; c += kGroup) {
-    alignas(64) float scales[kGroup], minima[kGroup];
-    shared_pairs<kSupers>(form, c, scales, minima);
+    alignas(64) float scales[kGroup] = {}, minima[kGroup] = {};
+    for (int at = 0; at < std::min(kGroup, end - c); ++at) {
+      const Pair pair = shared_pair<kSupers>(form, c + at);
+      scales[at] = pair.scale;
+      minima[at] = pair.minimum;
+    }
     const auto each = [](const float* values) { return [values](int at) { return Vec::load(values + at); }; };
     for (int i = 0; i < n; ++i)
       read_group(static_cast<const uint8_t*>(all.rows[i]) + c / kGroup * kGroupBytes, end - c, each(scales), each(minima),

@@ -322,8 +322,9 @@ def check_surroundings(model: PreTrainedModel) -> None:
         if "forward" in vars(module):
             raise ValueError(f"model: the forward method of {where} was replaced, and decoding would bypass it")
         if (package := type(module).forward.__module__.partition(".")[0]) not in ("torch", "transformers", "sirius_ext"):
-            merge = package == "peft"
-            advice = "merge adapters first, with merge_and_unload" if merge else "load the model without code of its own"
+            advice = "load the model without code of its own"
+            if package == "peft":
+                advice = "merge adapters first, with merge_and_unload"
             raise ValueError(
                 f"model: the forward method of {where} is {package}'s, and decoding computes what that of transformers would; "
                 f"{advice}"
